@@ -1,0 +1,32 @@
+# Two commands do everything on a fresh machine (Debian or Ubuntu with Python 3.11+, make and a C++ compiler):
+#   make serve               sets up .venv and starts the server; ARGS="--port 8123" passes flags on
+#   make test                sets up .venv with the development tools, checks and runs every test
+PYTHON ?= python3
+VENV := .venv
+ARGS ?=
+
+.PHONY: serve test check format setup setup-dev lock clean
+
+serve: setup
+	@$(VENV)/bin/tokenmill serve $(ARGS)
+
+test: setup-dev check
+	@$(VENV)/bin/python -m pytest $(ARGS)
+
+setup:
+	@$(PYTHON) tools/bootstrap.py --venv $(VENV)
+
+setup-dev:
+	@$(PYTHON) tools/bootstrap.py --venv $(VENV) --dev
+
+check:
+	@$(VENV)/bin/ruff format --check --quiet . && $(VENV)/bin/ruff check --quiet . && $(VENV)/bin/mypy
+
+format:
+	@$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix .
+
+lock:
+	@$(PYTHON) tools/bootstrap.py --venv $(VENV) --dev --lock
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info tokenmill/_C.abi3.so

@@ -1,0 +1,50 @@
+"""The command table: help, unknown commands and one-line errors."""
+
+import pytest
+
+from tokenmill import __version__, cli
+from tokenmill.errors import ConfigurationError
+
+
+def test_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    shown = capsys.readouterr().out
+    for command in cli.COMMANDS:
+        assert command.name in shown
+        assert command.summary in shown
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == f"tokenmill {__version__}"
+
+
+def test_unknown_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serv"]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "'serv'" in message
+
+
+def test_error_becomes_one_line_and_status_two(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(self: cli.Command) -> object:
+        def main(argv: list[str]) -> int:
+            raise ConfigurationError("port=70000 is above 65535; pass --port 8000")
+
+        return main
+
+    monkeypatch.setattr(cli, "COMMANDS", (cli.Command("serve", "nowhere:main", "serves"),))
+    monkeypatch.setattr(cli.Command, "load", failing)
+    assert cli.main(["serve"]) == 2
+    assert capsys.readouterr().err == "tokenmill serve: port=70000 is above 65535; pass --port 8000\n"
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS, ids=lambda command: command.name)
+def test_every_command_explains_itself(command: cli.Command, capsys: pytest.CaptureFixture[str]) -> None:
+    main = command.load()
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--help"])
+    assert exit_info.value.code == 0
+    assert "usage" in capsys.readouterr().out.lower()

@@ -1,0 +1,70 @@
+"""The `tokenmill` command: a table of subcommands, each imported only when it is called.
+
+A subcommand is a function `main(argv: list[str]) -> int` that owns its arguments and its help.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import cast
+
+from tokenmill import __version__
+from tokenmill.errors import TokenmillError
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand: its name, where its `main` lives, and one line of help."""
+
+    name: str
+    target: str
+    summary: str
+
+    def load(self) -> Callable[[list[str]], int]:
+        """Imports the module and returns its entry function."""
+        module, _, function = self.target.partition(":")
+        return cast("Callable[[list[str]], int]", getattr(import_module(module), function))
+
+
+COMMANDS: tuple[Command, ...] = ()
+
+
+def usage() -> str:
+    """The overview that `tokenmill` prints without arguments."""
+    width = max((len(command.name) for command in COMMANDS), default=0)
+    lines = [f"  {command.name:<{width}}  {command.summary}" for command in COMMANDS]
+    return "\n".join(
+        [
+            "usage: tokenmill COMMAND [ARGUMENTS]",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`tokenmill COMMAND --help` explains one; `tokenmill --version` prints the version.",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand and returns its exit status (2: bad input, 130: interrupted)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        print(f"tokenmill {__version__}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    for command in COMMANDS:
+        if command.name == name:
+            try:
+                return command.load()(rest)
+            except TokenmillError as error:
+                print(f"tokenmill {name}: {error}", file=sys.stderr)
+                return 2
+            except KeyboardInterrupt:
+                return 130
+    known = ", ".join(command.name for command in COMMANDS)
+    print(f"tokenmill: unknown command {name!r}; known: {known}", file=sys.stderr)
+    return 2

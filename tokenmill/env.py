@@ -1,0 +1,93 @@
+"""Every environment variable that Tokenmill reads, with its default and its meaning.
+
+A variable is read when it is asked for, never at import, so tests and child processes can set it.
+A value that cannot be parsed raises `ConfigurationError`; nothing falls back silently.
+`tokenmill doctor` prints this table.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from tokenmill.errors import ConfigurationError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Variable(Generic[T]):
+    """One environment variable.
+
+    Attributes:
+        name: Its name, `TOKENMILL_...`.
+        default: The value when it is unset or empty.
+        parse: Turns the text into the value; raises ValueError whose message says what is accepted.
+        doc: One sentence for people.
+    """
+
+    name: str
+    default: T
+    parse: Callable[[str], T]
+    doc: str
+
+    def get(self) -> T:
+        """The value now in force."""
+        text = os.environ.get(self.name, "").strip()
+        if not text:
+            return self.default
+        try:
+            return self.parse(text)
+        except ValueError as error:
+            raise ConfigurationError(f"{self.name}={text!r} is not accepted: {error}") from None
+
+
+def _choice(*allowed: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text.lower() not in allowed:
+            raise ValueError(f"use one of {', '.join(allowed)}")
+        return text.lower()
+
+    return parse
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(part.strip() for part in text.split(",") if part.strip())
+
+
+def _directory(text: str) -> Path:
+    return Path(text).expanduser()
+
+
+#: Instruction sets that CPU kernels dispatch on, from narrow to wide; each contains the ones before it
+#: except that `avx_vnni` (client CPUs) and `avx512` are siblings above `avx2`.
+ISA_LEVELS = ("plain", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16")
+
+ISA = Variable(
+    "TOKENMILL_ISA",
+    "",
+    _choice(*ISA_LEVELS),
+    "Widest CPU instruction set to use (also torch's and vLLM's); default: what the processor has.",
+)
+HOOKS = Variable(
+    "TOKENMILL_HOOKS",
+    frozenset({"all"}),
+    _names,
+    "Which vLLM hooks to install: 'all', 'none', or a comma-separated list; a name with '-' before it is left out.",
+)
+CACHE = Variable(
+    "TOKENMILL_CACHE",
+    Path("~/.cache/tokenmill").expanduser(),
+    _directory,
+    "Where things built at run time are kept (emulated kernels, tuned configurations).",
+)
+LOG_LEVEL = Variable(
+    "TOKENMILL_LOG_LEVEL",
+    "info",
+    _choice("debug", "info", "warning", "error"),
+    "How much Tokenmill's own loggers say.",
+)
+
+#: The table that `tokenmill doctor` prints; a new variable is added here.
+VARIABLES: tuple[Variable[object], ...] = (ISA, HOOKS, CACHE, LOG_LEVEL)  # type: ignore[assignment]

@@ -1,0 +1,129 @@
+"""What this machine can do: the only place that asks about processors and GPUs.
+
+Kernels ask here and nowhere else, so that a test or `TOKENMILL_ISA` can narrow the answer in one place.
+Torch is imported only by the functions that need it.
+"""
+
+import functools
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenmill import env
+
+#: /proc/cpuinfo flags that each instruction-set level needs.
+_ISA_FLAGS: dict[str, frozenset[str]] = {
+    "plain": frozenset(),
+    "avx2": frozenset({"avx2", "fma", "f16c"}),
+    "avx_vnni": frozenset({"avx2", "fma", "f16c", "avx_vnni"}),
+    "avx512": frozenset({"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq"}),
+    "avx512_vnni": frozenset({"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}),
+    "avx512_bf16": frozenset(
+        {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"}
+    ),
+}
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """The processor's feature flags as Linux names them; empty where /proc/cpuinfo has none."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return frozenset()
+    for line in text.splitlines():
+        if line.startswith("flags"):
+            return frozenset(line.partition(":")[2].split())
+    return frozenset()
+
+
+def cpu_model() -> str:
+    """The processor's name, e.g. `AMD EPYC 9554`; `unknown` where Linux does not say."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return "unknown"
+
+
+def isa_levels() -> tuple[str, ...]:
+    """The instruction-set levels usable now, narrow to wide, after `TOKENMILL_ISA`.
+
+    A level is usable when the processor has its flags and, if `TOKENMILL_ISA` names a level,
+    when that level contains it.
+    """
+    usable = [level for level in env.ISA_LEVELS if _ISA_FLAGS[level] <= cpu_flags()]
+    limit = env.ISA.get()
+    if limit:
+        usable = [level for level in usable if _ISA_FLAGS[level] <= _ISA_FLAGS[limit]]
+    return tuple(usable)
+
+
+def isa() -> str:
+    """The widest usable instruction-set level."""
+    return isa_levels()[-1]
+
+
+def physical_cores() -> int:
+    """Cores this process may run on (its affinity mask, not the machine's total)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One CUDA device: its name, compute capability as (major, minor) and total memory in bytes."""
+
+    index: int
+    name: str
+    capability: tuple[int, int]
+    memory_bytes: int
+
+    @property
+    def family(self) -> str:
+        """The kernel family that runs on it, e.g. `sm90`: exact, never "at least"."""
+        return f"sm{self.capability[0]}{self.capability[1]}"
+
+
+def gpus() -> tuple[Gpu, ...]:
+    """The CUDA devices that torch sees; empty without a GPU or with a CPU-only torch."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ()
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(Gpu(index, properties.name, (properties.major, properties.minor), properties.total_memory))
+    return tuple(found)
+
+
+def has_nvidia_driver() -> bool:
+    """Whether an NVIDIA driver is loaded, asked without importing torch."""
+    return Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidiactl").exists()
+
+
+def nvcc() -> str | None:
+    """Path of the CUDA compiler, from CUDA_HOME or PATH; None when there is none."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home and (Path(home) / "bin" / "nvcc").exists():
+        return str(Path(home) / "bin" / "nvcc")
+    return shutil.which("nvcc")
+
+
+def nvcc_version() -> str | None:
+    """Release of the CUDA compiler, e.g. `13.0`; None when there is none or it does not answer."""
+    compiler = nvcc()
+    if compiler is None:
+        return None
+    try:
+        answer = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    for word in answer.stdout.replace(",", " ").split():
+        if word.startswith("V") and word[1:2].isdigit():
+            return word[1:]
+    return None
