@@ -1,0 +1,70 @@
+"""What the gateway is told about a server it may send requests to."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+from urllib.parse import urlsplit
+
+from tokenmill.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One server that speaks the OpenAI (or Anthropic) protocol. Immutable; its state lives in `portfolio.Target`.
+
+    Attributes:
+        name: Unique name, used in logs, metrics and the circuit breaker.
+        base_url: `http(s)://host[:port][/prefix]`, with or without a final `/v1`.
+        tier: The tier it belongs to; a tier's name is accepted as a model name.
+        models: Public names of the models it serves. Empty: its own `/v1/models` says (asked by the health probe).
+        model_names: Public model name to the backend's own name, where they differ; the request's `model` is
+            rewritten on the way in, every other byte of each field stays.
+        api_key: Sent instead of the client's credentials. None: the client's `Authorization` passes through.
+        protocol: What it speaks; `anthropic` is translated from and to chat completions.
+        health_path: Path of the health probe, from the server's root. None: health by outcome only.
+        weight: Share of its tier's load relative to the tier's other backends, above 0.
+        max_concurrency: Requests it may have open at once; more go elsewhere, or are refused with 429.
+        canary: Share of its tier's requests, 0 to 1, that go to this backend and no others; None: no canary.
+        zone: `on-premises`, `edge` or `cloud`; residency policies read it.
+        region: Free text, e.g. `eu-central`.
+        version: Free text that names the model's version; shown in metrics and response headers.
+    """
+
+    name: str
+    base_url: str
+    tier: str
+    models: tuple[str, ...] = ()
+    model_names: Mapping[str, str] = field(default_factory=dict)
+    api_key: str | None = field(default=None, repr=False)
+    protocol: Literal["openai", "anthropic"] = "openai"
+    health_path: str | None = "/health"
+    weight: float = 1.0
+    max_concurrency: int | None = None
+    canary: float | None = None
+    zone: Literal["on-premises", "edge", "cloud"] = "on-premises"
+    region: str | None = None
+    version: str | None = None
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.base_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise ConfigurationError(
+                f"backend {self.name!r}: base_url={self.base_url!r} is not http(s)://host[:port][/prefix]"
+            )
+        if not self.weight > 0:
+            raise ConfigurationError(f"backend {self.name!r}: weight={self.weight} must be above 0")
+        if self.max_concurrency is not None and self.max_concurrency < 1:
+            raise ConfigurationError(
+                f"backend {self.name!r}: max_concurrency={self.max_concurrency} must be at least 1"
+            )
+        if self.canary is not None and not 0 <= self.canary <= 1:
+            raise ConfigurationError(f"backend {self.name!r}: canary={self.canary} must be within 0 and 1")
+
+    @property
+    def root(self) -> str:
+        """The base URL without a final slash and `/v1`: request paths are appended to it."""
+        return self.base_url.rstrip("/").removesuffix("/v1")
+
+    def upstream_model(self, model: str) -> str:
+        """The backend's own name of a public model name."""
+        return self.model_names.get(model, model)

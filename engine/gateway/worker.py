@@ -1,0 +1,93 @@
+"""The gateway as a process: `python -m tokenmill.engine.gateway.worker --fd N`.
+
+The parent binds and listens on a TCP socket, lets the worker inherit it as file descriptor N (several workers may
+share one socket) and writes one `settings.Document` as JSON to the worker's standard input, then closes it.
+The worker
+
+* answers requests as soon as it accepts; it probes the backends itself and needs no further word from its parent,
+* ends within `drain_s` after SIGTERM or SIGINT: stops accepting at once, lets open requests end, then exits with 0,
+* is killed by the kernel when the thread that started it ends (Linux: PR_SET_PDEATHSIG), so `kill -9` of the
+  parent leaves no orphan. Start workers from the parent's main thread.
+
+Exit status 2: the document is wrong; one line on standard error says how.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import os
+import signal
+import socket
+import sys
+
+import uvicorn
+
+from tokenmill.engine.gateway.app import create_app
+from tokenmill.engine.gateway.protocol import protocol_class
+from tokenmill.engine.gateway.settings import Document
+from tokenmill.errors import ConfigurationError
+
+#: linux/prctl.h
+PR_SET_PDEATHSIG = 1
+#: How long a thread may hold the interpreter while the event loop waits, in seconds. Rendering metrics
+#: runs in a thread; Python's default of 5 ms would be seen in the tail of every request's latency.
+SWITCH_INTERVAL_S = 0.0005
+
+
+def die_with_parent(parent_pid: int | None) -> None:
+    """Asks the kernel to kill this process when its parent ends; exits if the parent is already gone."""
+    expected = os.getppid() if parent_pid is None else parent_pid
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != expected:
+        raise SystemExit(1)
+
+
+def serve(document: Document, listener: socket.socket) -> None:
+    """Serves on a listening socket until SIGTERM or SIGINT, then drains and returns."""
+    settings = document.settings
+    config = uvicorn.Config(
+        create_app(document),
+        loop="uvloop",
+        http=protocol_class(settings),
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=int(settings.keep_alive_s),
+        timeout_graceful_shutdown=int(settings.drain_s),
+        backlog=4096,
+    )
+    server = uvicorn.Server(config)
+    # What is loaded by now lives as long as the process: keep the collector from walking it again and again.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets=[listener])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Reads the document from standard input and serves on the inherited socket."""
+    parser = argparse.ArgumentParser(prog="tokenmill.engine.gateway.worker", description=__doc__)
+    parser.add_argument("--fd", type=int, required=True, help="file descriptor of the listening socket")
+    options = parser.parse_args(arguments)
+    try:
+        document = Document.from_json(sys.stdin.buffer.read())
+    except ConfigurationError as error:
+        print(f"gateway worker: {error}", file=sys.stderr)
+        return 2
+    die_with_parent(document.parent_pid)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    # uvicorn raises the signal again after draining; a drained worker has done what it was asked to and exits with 0.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with socket.socket(fileno=options.fd) as listener:
+        serve(document, listener)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
