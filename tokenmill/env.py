@@ -82,12 +82,30 @@ CACHE = Variable(
     _directory,
     "Where things built at run time are kept (emulated kernels, tuned configurations).",
 )
+BUILD = Variable(
+    "TOKENMILL_BUILD",
+    "auto",
+    _choice("auto", "cpu", "cuda"),
+    "What the native build contains: 'auto' takes CUDA where nvcc is found, 'cpu' never, 'cuda' demands it.",
+)
 LOG_LEVEL = Variable(
     "TOKENMILL_LOG_LEVEL",
     "info",
     _choice("debug", "info", "warning", "error"),
     "How much Tokenmill's own loggers say.",
 )
+STATUS_FILE: Variable[Path | None] = Variable(
+    "TOKENMILL_STATUS_FILE",
+    None,
+    _directory,
+    "File in which vLLM's processes say which hooks they run; set by the supervisor for each server.",
+)
+PARENT_FD: Variable[int | None] = Variable(
+    "TOKENMILL_PARENT_FD",
+    None,
+    int,
+    "Read end of a pipe that the supervisor holds open; when it closes, the server ends itself and its children.",
+)
 
 #: The table that `tokenmill doctor` prints; a new variable is added here.
-VARIABLES: tuple[Variable[object], ...] = (ISA, HOOKS, CACHE, LOG_LEVEL)  # type: ignore[assignment]
+VARIABLES: tuple[Variable[object], ...] = (ISA, HOOKS, CACHE, BUILD, LOG_LEVEL, STATUS_FILE, PARENT_FD)  # type: ignore[assignment]

