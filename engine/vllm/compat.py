@@ -69,7 +69,8 @@ EXPAND_BATCH_TO_TOKENS = PrivateName(
 APPLY_SAMPLING_CONSTRAINTS = PrivateName(
     "vllm.v1.sample.rejection_sampler:apply_sampling_constraints",
     "verification",
-    "the only caller of the function above; it looks the function up in its own module at each call",
+    "applies them to the logits of the draft tokens; looks the function above up at each call; on the CPU build "
+    "top-k stops the engine in a step without drafts",
 )
 CURRENT_PLATFORM = PrivateName("vllm.platforms:current_platform", "verification", "tells the CPU build from the others")
 SERVE_SUBCOMMAND = PrivateName(

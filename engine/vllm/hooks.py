@@ -4,16 +4,13 @@ Where `TOKENMILL_STATUS_FILE` names a file, every change is also written there, 
 processes (`docs/plugin.md` describes the file).
 """
 
-import fcntl
 import json
 import logging
 import multiprocessing
 import os
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Literal, cast
 
 from tokenmill import env
@@ -135,29 +132,24 @@ def statuses() -> tuple[HookStatus, ...]:
 
 
 def publish() -> None:
-    """Logs the table at debug level and merges it into the file that `TOKENMILL_STATUS_FILE` names."""
-    current = {status.hook: asdict(status) for status in statuses()}
-    logger.debug("hooks: %s", json.dumps(list(current.values())))
+    """Logs the table at debug level and writes it to the file that `TOKENMILL_STATUS_FILE` names.
+
+    Every process of a server writes the same file and the last one stays: the API server comes first, the
+    workers, where the hooks run, come last. Readers see a whole file, the old one or the new one.
+    """
+    report = {
+        "vllm": compat.vllm_version(),
+        "process": multiprocessing.current_process().name,
+        "pid": os.getpid(),
+        "hooks": [asdict(status) for status in statuses()],
+    }
+    logger.debug("hooks: %s", json.dumps(report))
     target = env.STATUS_FILE.get()
     if target is None:
         return
+    temporary = target.with_name(f"{target.name}.{os.getpid()}")
     try:
-        _merge(target, {"vllm": compat.vllm_version(), "hooks": current})
+        temporary.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        temporary.replace(target)
     except OSError as error:
         logger.warning("cannot write %s: %s", target, error.strerror)
-
-
-def _merge(target: Path, report: Mapping[str, object]) -> None:
-    """Adds this process's report under its name; readers see the old file or the new one, never a part."""
-    with target.with_name(target.name + ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            document = json.loads(target.read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
-            document = {}
-        processes = document.get("processes", {})
-        processes[str(os.getpid())] = {"name": multiprocessing.current_process().name, **report}
-        document = {**report, "processes": processes}
-        with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False, encoding="utf-8") as temporary:
-            json.dump(document, temporary, indent=1)
-        Path(temporary.name).replace(target)

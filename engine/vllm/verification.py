@@ -5,7 +5,12 @@ tokens. On the CPU build the Triton kernel that does this is replaced by one tha
 and fills the copy, so callers get uninitialised memory for float32 and int32: any batch that is not all greedy
 samples from a wrong distribution, greedy requests in it come out wrong, and a top-k read this way can stop the
 engine with an index error. `expand` does the same with plain torch.
+
+The CPU build also stops with an error where a request with top-k reaches a step in which nothing was drafted,
+because it takes the maximum of an empty tensor. `constrain` lets such steps pass.
 """
+
+from typing import Any
 
 import torch
 
@@ -34,10 +39,29 @@ def expand(
     return x.repeat_interleave(counts, output_size=num_tokens)
 
 
+def constrain(logits: torch.Tensor, cu_num_draft_tokens: torch.Tensor, sampling_metadata: Any) -> torch.Tensor:
+    """vLLM's own temperature, top-k and top-p for draft tokens, which are left alone where there are none.
+
+    Args:
+        logits: The target's logits of every draft token, [draft tokens, vocabulary]; changed in place.
+        cu_num_draft_tokens: Draft tokens of the requests up to and including each, [batch].
+        sampling_metadata: vLLM's sampling parameters of the batch.
+
+    Returns:
+        The logits, ready for softmax.
+    """
+    if logits.shape[0] == 0:
+        return logits
+    constrained: torch.Tensor = compat.APPLY_SAMPLING_CONSTRAINTS.stock()(
+        logits, cu_num_draft_tokens, sampling_metadata
+    )
+    return constrained
+
+
 def install() -> HookStatus:
-    """Puts `expand` in the place of vLLM's function on the CPU build; elsewhere vLLM's own is right."""
+    """Puts `expand` and `constrain` in the place of vLLM's on the CPU build; elsewhere vLLM's own are right."""
     if not compat.on_cpu():
         return HookStatus("verification", "stock", "vLLM's own kernels; they are right on this platform")
-    compat.APPLY_SAMPLING_CONSTRAINTS.resolve()
     compat.EXPAND_BATCH_TO_TOKENS.replace(expand)
-    return HookStatus("verification", "active", "vLLM's acceptance with its per-token sampling parameters repaired")
+    compat.APPLY_SAMPLING_CONSTRAINTS.replace(constrain)
+    return HookStatus("verification", "active", "vLLM's acceptance with its sampling parameters repaired")
