@@ -27,7 +27,9 @@ class Command:
         return cast("Callable[[list[str]], int]", getattr(import_module(module), function))
 
 
-COMMANDS: tuple[Command, ...] = ()
+COMMANDS: tuple[Command, ...] = (
+    Command("build", "tokenmill.native_build:main", "Compile the native library in place, only what changed."),
+)
 
 
 def usage() -> str:

@@ -1,0 +1,1 @@
+"""Verification of speculated tokens: which drafts the target accepts, and what it says instead."""
