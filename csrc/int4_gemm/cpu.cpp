@@ -1,0 +1,98 @@
+// The choice of an instruction set, and both arithmetics in plain C++ for processors that have none of them.
+#include "cpu.h"
+
+#include "cpu_tiles.h"
+
+namespace tokenmill::int4 {
+namespace {
+
+// Same packing as the vector kernels read: activations as they are, or int8 in natural order.
+struct PlainFloat {
+  static constexpr int kUnitBytes = kUnit * int(sizeof(float));
+  static constexpr int kMaxRows = 4;
+  static constexpr int width(int) { return 1; }
+
+  template <int MB, int NB>
+  static void tile(const Weight& w, const uint8_t* x, const float* sums, const float*, int64_t block, float* out) {
+    static_assert(NB == 1);
+    const uint8_t* lines = w.lines + block * w.units * kLine;
+    std::memset(out, 0, sizeof(float) * MB * kBlock);
+    for (int64_t g = 0; g < w.groups; ++g) {
+      float acc[MB][kBlock] = {};
+      for (int32_t u = w.group_units[g]; u < w.group_units[g + 1]; ++u, lines += kLine, x += MB * kUnitBytes) {
+        uint32_t words[kBlock];
+        float a[MB][kUnit];
+        std::memcpy(words, lines, sizeof words);
+        std::memcpy(a, x, sizeof a);
+        for (int i = 0; i < kUnit; ++i) {
+          float code[kBlock];
+          for (int c = 0; c < kBlock; ++c) code[c] = float(int32_t(words[c] >> (4 * i) & 15u));
+          for (int m = 0; m < MB; ++m) {
+            for (int c = 0; c < kBlock; ++c) acc[m][c] += code[c] * a[m][i];
+          }
+        }
+      }
+      add_group<MB>(w, g, block, acc, sums, nullptr, out);
+    }
+  }
+
+  template <int MB>
+  static void add_group(const Weight& w, int64_t g, int64_t block, const float (&acc)[MB][kBlock], const float* sums,
+                        const float* scales, float* out) {
+    const int64_t index = (block * w.groups + g) * kBlock;
+    for (int m = 0; m < MB; ++m) {
+      for (int c = 0; c < kBlock; ++c) {
+        const float zero = w.zeros ? float(w.zeros[index + c]) : 8.0f;
+        const float scale = load_as_float(w.scales, w.scale_type, index + c) * (scales ? scales[g * MB + m] : 1.0f);
+        out[m * kBlock + c] += (acc[m][c] - zero * sums[g * MB + m]) * scale;
+      }
+    }
+  }
+
+  static void pack_row(const float* row, const Weight& w, int, uint8_t* out, int64_t stride, float* sums, float*,
+                       int sum_stride) {
+    for (int64_t g = 0; g < w.groups; ++g) {
+      float sum = 0.0f;
+      for (int32_t u = w.group_units[g]; u < w.group_units[g + 1]; ++u) {
+        std::memcpy(out + u * stride, row + int64_t(u) * kUnit, kUnitBytes);
+        for (int i = 0; i < kUnit; ++i) sum += row[int64_t(u) * kUnit + i];
+      }
+      sums[g * sum_stride] = sum;
+    }
+  }
+};
+
+}  // namespace
+
+const Kernel kPlainFloat = {"plain",          PlainFloat::kUnitBytes, no_split,
+                            tile_rows<PlainFloat>, pack<PlainFloat>,   multiply<PlainFloat>};
+
+namespace {
+
+struct Entry {
+  const char* arithmetic;
+  const char* level;  // as platform.ISA_LEVELS names it
+  const Kernel* kernel;
+};
+
+// From narrow to wide. W4A8 in plain C++ would save nothing over W4A16, so there is none.
+const Entry kEntries[] = {
+    {"a16", "plain", &kPlainFloat},
+#if defined(__x86_64__)
+    {"a16", "avx2", &kAvx2Float},          {"a16", "avx512", &kAvx512Float}, {"a16", "avx512_bf16", &kAvx512Bf16},
+    {"a8", "avx2", &kAvx2Int8},            {"a8", "avx_vnni", &kAvxVnniInt8}, {"a8", "avx512_vnni", &kAvx512VnniInt8},
+#endif
+};
+
+bool same(const char* a, const char* b) { return std::strcmp(a, b) == 0; }
+
+}  // namespace
+
+const Kernel* kernel_for(const char* arithmetic, const char* level) {
+  for (const Entry& entry : kEntries) {
+    if (same(entry.arithmetic, arithmetic) && same(entry.level, level)) return entry.kernel;
+  }
+  return nullptr;
+}
+
+}  // namespace tokenmill::int4

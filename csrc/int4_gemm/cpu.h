@@ -1,0 +1,81 @@
+// INT4 GEMM on the CPU: the problem, the packed weight, and what one instruction set has to provide.
+//
+//   y [M, N] = x [M, K] @ W [K, N] + bias [N],   W[k, n] = scale[g(k), n] * (code[k, n] - zero[g(k), n])
+//
+// Packed weight: columns in blocks of 16; a word holds 8 codes of one column, the first in the low bits, so that one
+// 64-byte line is 8 rows of K by 16 columns. Blocks are contiguous along K: a thread reads few long streams, a SIMD
+// lane is a column (no horizontal sums), and one broadcast of activations feeds all columns. One AVX-512 register or
+// two AVX2 registers hold a line, so the same buffer serves every instruction set.
+//
+// Rows of K are stored group by group and each group is filled up to whole words; activations are brought into the
+// same order while they are packed, with zeros in the filling. That is how act-order, group sizes that are no
+// multiple of 8 and ragged last groups cost nothing in the inner loop.
+//
+// No torch and no STL here: these headers are compiled once per instruction set, and an inline function of the
+// library compiled for AVX-512 could be the copy that the linker keeps for everybody.
+#pragma once
+
+#include <cstdint>
+
+#define TM_INLINE [[gnu::always_inline]] inline
+
+namespace tokenmill::int4 {
+
+constexpr int kBlock = 16;  // columns of a block
+constexpr int kUnit = 8;    // rows of K in a word
+constexpr int kLine = 64;   // bytes of one unit of one block
+
+enum class Type : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+struct Weight {
+  const uint8_t* lines;        // [blocks][units][64 bytes]
+  const void* scales;          // [blocks][groups][16] of scale_type
+  const uint8_t* zeros;        // [blocks][groups][16], or null: 8 everywhere
+  const int32_t* group_units;  // [groups + 1]: where each group begins, in units
+  const int32_t* source;       // [units * 8]: the row of x that feeds each packed row, -1 for filling
+  Type scale_type;
+  int64_t blocks, units, groups;
+  bool in_order;  // source[i] == i wherever it is not filling at the end: rows can be read straight
+};
+
+struct Problem {
+  Weight weight;
+  const void* x;  // [M, K], rows ldx elements apart
+  void* y;        // [M, N], contiguous
+  const void* bias;  // [N] or null
+  Type type;         // of x, y and bias
+  int64_t M, N, K, ldx;
+};
+
+// What packing the activations leaves behind: tiles of rows, unit by unit, and per group what undoes the offsets.
+struct Rows {
+  uint8_t* values;  // [tiles][units][rows of a tile][unit bytes]
+  float* sums;      // [tiles][groups][rows of a tile]: sum of the packed values of a group
+  float* scales;    // likewise, the scale of quantised activations; null for floating point
+  int64_t tiles;
+  int rows;   // rows of a tile
+  int split;  // packed rows per row of x: 2 where a row is the sum of a coarse and a fine part
+};
+
+// One arithmetic on one instruction set.
+struct Kernel {
+  const char* name;
+  int unit_bytes;                           // of one packed row in one unit
+  int (*split)(Type type);                  // packed rows per row
+  int (*tile_rows)(int64_t packed_rows);    // rows of a tile for so many packed rows
+  void (*pack)(const Problem&, const Rows&, int64_t first_tile, int64_t last_tile, float* scratch);
+  void (*multiply)(const Problem&, const Rows&, int64_t first_block, int64_t last_block);
+};
+
+// The kernel written for one level of platform.ISA_LEVELS; null where there is none. `arithmetic` is "a16" (activations
+// in bf16 or float32) or "a8" (activations quantised to int8 per row and group). The caller knows the processor.
+const Kernel* kernel_for(const char* arithmetic, const char* level);
+
+extern const Kernel kPlainFloat;
+extern const Kernel kAvx2Float, kAvx2Int8;
+extern const Kernel kAvxVnniInt8;
+extern const Kernel kAvx512Float;
+extern const Kernel kAvx512VnniInt8;
+extern const Kernel kAvx512Bf16;
+
+}  // namespace tokenmill::int4

@@ -1,0 +1,9 @@
+// W4A16 with AVX-512 where BF16 is missing.
+#include "cpu_float.h"
+
+namespace tokenmill::int4 {
+
+const Kernel kAvx512Float = {"avx512",       Float32::kUnitBytes, no_split, tile_rows<Float32>, pack<Float32>,
+                             multiply<Float32>};
+
+}  // namespace tokenmill::int4

@@ -1,0 +1,17 @@
+// W4A8 with AVX512_VNNI.
+#include <immintrin.h>
+
+namespace {
+[[gnu::always_inline]] inline __m512i dot4(__m512i sum, __m512i codes, __m512i activations) {
+  return _mm512_dpbusd_epi32(sum, codes, activations);
+}
+}  // namespace
+
+#include "cpu_dot4.h"
+
+namespace tokenmill::int4 {
+
+const Kernel kAvx512VnniInt8 = {"avx512_vnni",   Dot4::kUnitBytes, no_split, tile_rows<Dot4>, pack<Dot4>,
+                                multiply<Dot4>};
+
+}  // namespace tokenmill::int4

@@ -1,0 +1,107 @@
+// The loop over tiles that every arithmetic shares; compiled once per instruction set.
+//
+// An arithmetic is a struct with
+//   template <int MB, int NB> static void tile(const Weight&, const uint8_t* x, const float* sums, const float* scales,
+//                                              int64_t block, float* out);   // out [MB][NB * 16]
+//   static constexpr int width(int rows);          // blocks at once for tiles of so many rows
+//   static constexpr int kMaxRows;                 // rows of the tallest tile
+#pragma once
+
+#include "cpu_rows.h"
+
+namespace tokenmill::int4 {
+namespace {
+
+// A loop whose index is a constant in each turn: accumulators in arrays indexed by it stay in registers, which GCC 12
+// does not manage for a loop that it unrolls itself.
+template <int kIndex>
+struct Constant {
+  static constexpr int value = kIndex;
+};
+
+template <int kBegin, int kEnd, class Body>
+TM_INLINE void unroll(Body&& body) {
+  if constexpr (kBegin < kEnd) {
+    body(Constant<kBegin>{});
+    unroll<kBegin + 1, kEnd>(body);
+  }
+}
+
+// Tile heights that are compiled; others are filled up with rows of zeros.
+constexpr int kHeights[] = {1, 2, 3, 4, 6, 8, 12, 16, 24};
+
+// The height that wastes least: rows of filling cost a row each, and every tile decodes the weights again, which
+// costs about as much as two rows.
+TM_INLINE int best_height(int64_t rows, int tallest) {
+  int best = 1;
+  int64_t best_cost = -1;
+  for (int height : kHeights) {
+    if (height > tallest) break;
+    const int64_t cost = (rows + height - 1) / height * (height + 2);
+    if (best_cost < 0 || cost <= best_cost) {
+      best = height;
+      best_cost = cost;
+    }
+  }
+  return best;
+}
+
+template <class A, int MB, int NB>
+void run_tiles(const Problem& p, const Rows& rows, int64_t block) {
+  alignas(64) float out[MB * NB * kBlock];
+  const int64_t groups = p.weight.groups;
+  const int64_t tile_bytes = p.weight.units * MB * A::kUnitBytes;
+  for (int64_t t = 0; t < rows.tiles; ++t) {
+    A::template tile<MB, NB>(p.weight, rows.values + t * tile_bytes, rows.sums + t * groups * MB,
+                             rows.scales ? rows.scales + t * groups * MB : nullptr, block, out);
+    store_tile(p, rows, t * MB, block, NB * kBlock, out);
+  }
+}
+
+template <class A, int MB>
+void run_height(const Problem& p, const Rows& rows, int64_t first, int64_t last) {
+  constexpr int kWide = A::width(MB);
+  int64_t block = first;
+  for (; block + kWide <= last; block += kWide) run_tiles<A, MB, kWide>(p, rows, block);
+  for (; block < last; ++block) run_tiles<A, MB, 1>(p, rows, block);
+}
+
+template <class A>
+void multiply(const Problem& p, const Rows& rows, int64_t first, int64_t last) {
+  unroll<0, int(sizeof kHeights / sizeof *kHeights)>([&](auto i) {
+    constexpr int kHeight = kHeights[decltype(i)::value];
+    if constexpr (kHeight <= A::kMaxRows) {
+      if (rows.rows == kHeight) run_height<A, kHeight>(p, rows, first, last);
+    }
+  });
+}
+
+inline int no_split(Type) { return 1; }
+
+template <class A>
+int tile_rows(int64_t packed_rows) {
+  return best_height(packed_rows, A::kMaxRows);
+}
+
+// Packs tiles first..last-1. A::pack_row(row, weight, part, out, stride, sums, scales, sum_stride) writes one part of one
+// row: unit u at out + u * stride, the sum and scale of group g at g * sum_stride.
+template <class A>
+void pack(const Problem& p, const Rows& rows, int64_t first, int64_t last, float* scratch) {
+  const int64_t groups = p.weight.groups, units = p.weight.units;
+  const int height = rows.rows;
+  for (int64_t t = first; t < last; ++t) {
+    uint8_t* tile = rows.values + t * units * height * A::kUnitBytes;
+    float* sums = rows.sums + t * groups * height;
+    float* scales = rows.scales ? rows.scales + t * groups * height : nullptr;
+    for (int r = 0; r < height; ++r) {
+      const int64_t packed = t * height + r;
+      const int part = int(packed % rows.split);
+      if (part == 0) read_row(p, packed / rows.split, scratch);
+      A::pack_row(scratch, p.weight, part, tile + r * A::kUnitBytes, height * A::kUnitBytes, sums + r,
+                  scales ? scales + r : nullptr, height);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace tokenmill::int4
