@@ -16,13 +16,16 @@ import argparse
 import contextlib
 import ctypes
 import gc
+import logging
 import os
 import signal
 import socket
 import sys
 
+import prometheus_client
 import uvicorn
 
+from tokenmill import env
 from tokenmill.engine.gateway.app import create_app
 from tokenmill.engine.gateway.protocol import protocol_class
 from tokenmill.engine.gateway.settings import Document
@@ -42,6 +45,13 @@ def die_with_parent(parent_pid: int | None) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != expected:
         raise SystemExit(1)
+
+
+def log_to_stderr() -> None:
+    """One line per event. The gateway reports its own failures; uvicorn's lines on malformed requests are noise."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("tokenmill").setLevel(env.LOG_LEVEL.get().upper())
+    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
 
 
 def serve(document: Document, listener: socket.socket) -> None:
@@ -81,6 +91,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"gateway worker: {error}", file=sys.stderr)
         return 2
     die_with_parent(document.parent_pid)
+    log_to_stderr()
+    # One more series per counter, which nobody reads.
+    prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     # uvicorn raises the signal again after draining; a drained worker has done what it was asked to and exits with 0.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

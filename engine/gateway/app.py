@@ -1,0 +1,313 @@
+"""The gateway as an ASGI application.
+
+`create_app` holds everything it needs itself: no globals, so several can live in one process. Requests to models go
+through the pipeline (`pipeline.py`); the few other paths are answered here.
+"""
+
+import asyncio
+import contextlib
+import logging
+import re
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+from urllib.parse import unquote
+
+import orjson
+
+from tokenmill.engine.gateway import metrics, openapi
+from tokenmill.engine.gateway.api_error import JSON, ApiError, Headers, model_not_found
+from tokenmill.engine.gateway.forward import Forwarder, error_event
+from tokenmill.engine.gateway.health import Prober
+from tokenmill.engine.gateway.pipeline import Exchange, Outcome, Reply, Stage, compose
+from tokenmill.engine.gateway.portfolio import Portfolio
+from tokenmill.engine.gateway.request import ClientGoneError, Receive, Scope, Send, exchange_of, read_body, request_id
+from tokenmill.engine.gateway.routing import ResolveModel
+from tokenmill.engine.gateway.settings import Document
+from tokenmill.engine.gateway.upstream import CutError, SilenceError, Upstream
+
+log = logging.getLogger("tokenmill.gateway")
+
+Endpoint = Callable[[], Awaitable[Reply]]
+
+#: Inference paths outside /v1 that vLLM has too.
+BARE_PATHS = frozenset({"/rerank", "/v2/rerank", "/score", "/pooling", "/classify", "/tokenize", "/detokenize"})
+#: What may stand in a path that is passed on: nothing that another server could read as another path.
+_PASSED_PATH = re.compile(r"/v1(/[A-Za-z0-9_~:@-][A-Za-z0-9_.~:@-]*)+")
+_MODEL_PREFIX = "/v1/models/"
+#: What the known inference paths answer to another method than POST.
+_POST_ONLY = frozenset({*BARE_PATHS, *(path for path in openapi.INFERENCE_PATHS)})
+
+
+class Gateway:
+    """The application; call it with (scope, receive, send).
+
+    Args:
+        document: Backends and settings.
+        stages: Stages between counting and routing, outermost first: what identifies, limits, caches.
+        routers: Stages below the lookup of the model, which narrow or reorder `exchange.routes`.
+    """
+
+    def __init__(self, document: Document, stages: Sequence[Stage] = (), routers: Sequence[Stage] = ()) -> None:
+        self.settings = document.settings
+        self.portfolio = Portfolio(document.backends, self.settings)
+        self.metrics = metrics.Metrics(self.portfolio)
+        self._upstream: Upstream | None = None
+        self.prober = Prober(self.portfolio, self.upstream, self.settings)
+        self._handle = compose(
+            [metrics.MetricsStage(self.metrics), *stages, ResolveModel(self.portfolio), *routers],
+            Forwarder(self.upstream, self.settings).handle,
+        )
+        self._endpoints: dict[str, Endpoint] = {
+            "/health": self._health,
+            "/ready": self._ready,
+            "/metrics": self._metrics,
+            "/v1/models": self._models,
+            "/openapi.json": self._openapi,
+            "/docs": self._docs,
+        }
+
+    def upstream(self) -> Upstream:
+        """The HTTP client; it lives from the lifespan's start to its end."""
+        assert self._upstream is not None, "the gateway has not been started"
+        return self._upstream
+
+    async def start(self) -> None:
+        """Opens the HTTP client and starts probing."""
+        self._upstream = Upstream(self.settings)
+        self.prober.start()
+
+    async def stop(self) -> None:
+        """Ends probing and closes the HTTP client."""
+        await self.prober.stop()
+        await self.upstream().close()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI entry."""
+        if scope["type"] == "http":
+            await self._http(scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        while True:
+            message = await receive()
+            if message["type"] == "lifespan.startup":
+                await self.start()
+                await send({"type": "lifespan.startup.complete"})
+            else:
+                await self.stop()
+                await send({"type": "lifespan.shutdown.complete"})
+                return
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path: str = scope["path"]
+        method: str = scope["method"]
+        identity = request_id(scope["headers"])
+        try:
+            if method == "POST" and (path in BARE_PATHS or _is_passed(path)) and path not in self._endpoints:
+                await self._inference(scope, receive, send, identity)
+                return
+            reply = await self._local(method, path)
+        except ApiError as error:
+            reply = _error_reply(error)
+        except ClientGoneError:
+            return
+        except Exception:
+            # Ours to repair: the client gets no traceback, the log does.
+            log.exception("request %s failed", identity)
+            reply = _error_reply(ApiError(500, f"The gateway failed; its log has request {identity}."))
+        await _send_whole(send, reply, identity)
+
+    async def _local(self, method: str, path: str) -> Reply:
+        """An answer of the gateway's own; raises 404 or 405."""
+        model = path.removeprefix(_MODEL_PREFIX) if path.startswith(_MODEL_PREFIX) else ""
+        endpoint = self._endpoints.get(path)
+        if endpoint is not None or model:
+            allowed = b"GET, HEAD, OPTIONS"
+        elif path in _POST_ONLY:
+            allowed = b"POST, OPTIONS"
+        else:
+            raise ApiError(404, f"There is no {method} {_shown(path)} here; see /docs.", code="not_found")
+        if method == "OPTIONS":
+            return Reply(204, [(b"allow", allowed)])
+        if method not in ("GET", "HEAD") or path in _POST_ONLY:
+            raise ApiError(
+                405,
+                f"{_shown(path)} takes {allowed.decode().split(',')[0]}, not {method}.",
+                code="method_not_allowed",
+                headers=[(b"allow", allowed)],
+            )
+        if endpoint is not None:
+            return await endpoint()
+        return self._model(model)
+
+    async def _inference(self, scope: Scope, receive: Receive, send: Send, identity: str) -> None:
+        started = time.perf_counter()
+        payload = await read_body(receive, scope["headers"], self.settings)
+        exchange = await exchange_of(scope, payload, identity, started)
+        hangup = _Hangup(receive)
+        try:
+            try:
+                reply = await self._handle(exchange)
+                outcome: Outcome = "ok" if reply.status < 400 else "failed"
+            except ApiError as error:
+                reply = _error_reply(error)
+                outcome = "refused" if error.status < 500 else "failed"
+            exchange.status = reply.status
+            if reply.chunks is None:
+                await _send_whole(send, reply, identity)
+            else:
+                outcome = await self._stream(send, reply, exchange)
+            exchange.outcome = outcome
+        except asyncio.CancelledError:
+            exchange.outcome = "gone" if hangup.happened else "cut"
+            if not hangup.swallow():
+                raise
+        except Exception:
+            exchange.outcome = "failed"
+            if not exchange.status:
+                raise
+            # The reply has begun: all that can be done is to break it off, by returning before its end.
+            log.exception("request %s failed in the middle of its reply", identity)
+        finally:
+            hangup.stop()
+            self._end(exchange)
+
+    def _end(self, exchange: Exchange) -> None:
+        try:
+            exchange.end()
+        except Exception:
+            log.exception("request %s: what had to be done at its end failed", exchange.request_id)
+
+    async def _stream(self, send: Send, reply: Reply, exchange: Exchange) -> Outcome:
+        """Relays a stream's bytes as they come. A broken one ends with an error event and a broken connection."""
+        assert reply.chunks is not None
+        head = _head(reply, exchange.request_id)
+        await send({"type": "http.response.start", "status": reply.status, "headers": head})
+        broken: ApiError | None = None
+        chunk = b""
+        async with contextlib.aclosing(reply.chunks) as chunks:
+            try:
+                async for chunk in chunks:
+                    exchange.last_chunk_at = now = time.perf_counter()
+                    if not exchange.first_chunk_at:
+                        exchange.first_chunk_at = now
+                    for tap in exchange.taps:
+                        tap(chunk)
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            except CutError:
+                broken = ApiError(502, "The backend broke off in the middle of its answer.", code="upstream_cut")
+            except SilenceError:
+                silence = f"The backend was silent for {self.settings.read_timeout_s:g} s."
+                broken = ApiError(504, silence, code="timeout")
+        if broken is None:
+            await send({"type": "http.response.body", "body": b""})
+            return "ok"
+        if any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in head):
+            gap = b"" if not chunk or chunk.endswith(b"\n\n") else b"\n\n"
+            await send({"type": "http.response.body", "body": gap + error_event(broken), "more_body": True})
+        # Returning before the end of the reply makes the server break the connection.
+        return "cut"
+
+    async def _health(self) -> Reply:
+        return _json({"status": "ok"})
+
+    async def _ready(self) -> Reply:
+        unready = self.portfolio.unready_tiers()
+        if not unready:
+            return _json({"status": "ready"})
+        wait = (b"retry-after", str(self.settings.retry_after_s).encode())
+        return _json({"status": "not ready", "tiers": unready}, 503, [wait])
+
+    async def _metrics(self) -> Reply:
+        return Reply(200, [(b"content-type", metrics.CONTENT_TYPE)], await self.metrics.render())
+
+    async def _models(self) -> Reply:
+        return _json({"object": "list", "data": self.portfolio.models()})
+
+    def _model(self, name: str) -> Reply:
+        for model in self.portfolio.models():
+            if model["id"] == name:
+                return _json(model)
+        raise model_not_found(name)
+
+    async def _openapi(self) -> Reply:
+        return Reply(200, [JSON], openapi.document())
+
+    async def _docs(self) -> Reply:
+        return Reply(200, [(b"content-type", b"text/html; charset=utf-8")], openapi.page())
+
+
+def create_app(document: Document) -> Gateway:
+    """The gateway with all of its stages.
+
+    Args:
+        document: Backends and settings.
+    """
+    return Gateway(document)
+
+
+class _Hangup:
+    """Cancels the task it was made in when the client hangs up."""
+
+    __slots__ = ("_task", "_watch", "happened")
+
+    def __init__(self, receive: Receive) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self.happened = False
+        self._watch = asyncio.get_running_loop().create_task(self._wait(receive))
+
+    async def _wait(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.happened = True
+        self._task.cancel()
+
+    def swallow(self) -> bool:
+        """Whether the cancellation that has just arrived was this one; if so, it is over."""
+        if self.happened:
+            self._task.uncancel()
+        return self.happened
+
+    def stop(self) -> None:
+        """The request has ended; nothing is cancelled any more."""
+        self._watch.cancel()
+
+
+def _is_passed(path: str) -> bool:
+    return _PASSED_PATH.fullmatch(path) is not None and not path.startswith("/v1/models")
+
+
+def _shown(path: str) -> str:
+    return "".join(character if character.isprintable() else "?" for character in unquote(path)[:100])
+
+
+def _json(content: dict[str, Any], status: int = 200, headers: Headers | None = None) -> Reply:
+    return Reply(status, [JSON, *(headers or [])], orjson.dumps(content))
+
+
+def _error_reply(error: ApiError) -> Reply:
+    return Reply(error.status, [JSON, *error.headers], error.body())
+
+
+def _head(reply: Reply, identity: str) -> Headers:
+    """The reply's headers with the request's id; a backend's own id goes on under another name."""
+    head = [
+        (b"x-upstream-request-id", value) if name == b"x-request-id" and value != identity.encode() else (name, value)
+        for name, value in reply.headers
+        if name != b"x-request-id" or value != identity.encode()
+    ]
+    head.append((b"x-request-id", identity.encode()))
+    return head
+
+
+async def _send_whole(send: Send, reply: Reply, identity: str) -> None:
+    body = reply.body or b""
+    head = _head(reply, identity)
+    if reply.status != 204:
+        head.append((b"content-length", str(len(body)).encode()))
+    await send({"type": "http.response.start", "status": reply.status, "headers": head})
+    await send({"type": "http.response.body", "body": body})

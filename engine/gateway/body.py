@@ -1,0 +1,91 @@
+"""A JSON request body, parsed once and only as deep as is asked for.
+
+The body is cut into its top-level fields, each kept as the client's own bytes and decoded when someone asks: a
+5 MB prompt costs about a millisecond (a full decode takes 4 to 40 ms, during which nothing else would run). The bytes
+go upstream unchanged unless a field is replaced; then all other fields keep their bytes.
+"""
+
+import asyncio
+import codecs
+from typing import Any, TypeVar
+
+import msgspec
+
+from tokenmill.engine.gateway.api_error import ApiError, invalid_json
+
+T = TypeVar("T")
+
+#: Bodies above this are checked for UTF-8 in slices, so that other requests run in between.
+SLICE_BYTES = 256 * 1024
+
+_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+async def check_utf8(raw: bytes) -> None:
+    """Raises 400 unless the bytes are UTF-8; long ones are checked in slices with the event loop running between."""
+    if raw.isascii():
+        return
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        for start in range(0, len(raw), SLICE_BYTES):
+            decoder.decode(raw[start : start + SLICE_BYTES])
+            if len(raw) > SLICE_BYTES:
+                await asyncio.sleep(0)
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        raise invalid_json(f"not UTF-8 ({error.reason})") from None
+
+
+class Body:
+    """The top-level fields of a JSON object.
+
+    Args:
+        raw: The body's bytes, already known to be UTF-8 (`check_utf8`).
+
+    Raises:
+        ApiError: 400 when the bytes are not one JSON object.
+    """
+
+    __slots__ = ("_fields", "raw")
+
+    def __init__(self, raw: bytes) -> None:
+        if not raw:
+            raise ApiError(400, "The request body is empty; send a JSON object.", code="invalid_json")
+        try:
+            self._fields = _FIELDS.decode(raw)
+        except msgspec.ValidationError:
+            raise ApiError(400, "The request body must be a JSON object.", code="invalid_json") from None
+        except msgspec.DecodeError as error:
+            raise invalid_json(str(error).removeprefix("JSON is malformed: ")) from None
+        except RecursionError:
+            raise invalid_json("nested too deeply") from None
+        self.raw = raw
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._fields
+
+    def raw_field(self, name: str) -> bytes | None:
+        """A field's JSON text as the client wrote it; None where it is absent."""
+        field = self._fields.get(name)
+        return None if field is None else bytes(field)
+
+    def get(self, name: str, kind: type[T]) -> T | None:
+        """A field decoded as `kind`; None where it is absent or null.
+
+        Raises:
+            ApiError: 400 with `param` when it is of another type.
+        """
+        field = self._fields.get(name)
+        if field is None:
+            return None
+        try:
+            return msgspec.json.decode(field, type=kind | None)
+        except msgspec.MsgspecError as error:
+            raise ApiError(400, f"`{name}`: {error}", code="invalid_type", param=name) from None
+
+    def with_fields(self, changes: dict[str, Any]) -> bytes:
+        """The body with some top-level fields set; every other field keeps its bytes and its place."""
+        encode = msgspec.json.encode
+        fields: dict[str, bytes] = {name: bytes(field) for name, field in self._fields.items()}
+        fields.update((name, encode(value)) for name, value in changes.items())
+        return b"{" + b",".join(encode(name) + b":" + value for name, value in fields.items()) + b"}"

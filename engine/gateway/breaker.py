@@ -1,0 +1,97 @@
+"""A circuit breaker for one backend and one model, and a budget that bounds retries.
+
+The breaker is closed (requests pass) until `failures` in a row, then open (none pass) for a cooldown, then half-open:
+one request is let through; its success closes the circuit, its failure opens it for twice as long. One breaker per
+backend *and model*: a model that fails must not take its neighbours down.
+"""
+
+import time
+from collections.abc import Callable
+
+#: The cooldown doubles with each failed trial up to this many times its first length.
+MAX_BACKOFF = 16
+
+
+class Breaker:
+    """One circuit.
+
+    Args:
+        failures: Failures in a row that open it.
+        cooldown_s: How long it stays open the first time.
+        clock: Seconds, monotonic.
+    """
+
+    __slots__ = ("_clock", "_cooldown_s", "_failures", "_in_a_row", "_openings", "_trial_since", "_until")
+
+    def __init__(self, failures: int, cooldown_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._failures = failures
+        self._cooldown_s = cooldown_s
+        self._clock = clock
+        self._in_a_row = 0
+        self._openings = 0
+        self._until = 0.0
+        self._trial_since: float | None = None
+
+    @property
+    def state(self) -> str:
+        """`closed`, `open` or `half-open`."""
+        if not self._openings:
+            return "closed"
+        return "open" if self._clock() < self._until else "half-open"
+
+    def wait_s(self) -> float:
+        """Seconds until a request may pass; 0 when one may now."""
+        if not self._openings:
+            return 0.0
+        now = self._clock()
+        if now < self._until:
+            return self._until - now
+        # A trial whose end was never reported (its client hung up) does not block the next one for ever.
+        if self._trial_since is not None and now - self._trial_since < self._cooldown_s:
+            return self._cooldown_s - (now - self._trial_since)
+        return 0.0
+
+    def begin(self) -> None:
+        """A request is being sent."""
+        if self._openings:
+            self._trial_since = self._clock()
+
+    def succeeded(self) -> None:
+        """A request was answered: the circuit closes."""
+        self._in_a_row = 0
+        if self._openings:
+            self._openings = 0
+            self._trial_since = None
+
+    def failed(self) -> None:
+        """A request failed for a reason that is the backend's."""
+        self._in_a_row += 1
+        if self._openings or self._in_a_row >= self._failures:
+            self._until = self._clock() + self._cooldown_s * min(2**self._openings, MAX_BACKOFF)
+            self._openings += 1
+            self._trial_since = None
+
+
+class RetryBudget:
+    """How many requests may be sent again: `ratio` per request made, saved up to `burst`.
+
+    With every backend failing half of its requests, upstream load grows by at most `ratio`.
+    """
+
+    __slots__ = ("_burst", "_left", "_ratio")
+
+    def __init__(self, ratio: float, burst: float = 10.0) -> None:
+        self._ratio = ratio
+        self._burst = burst
+        self._left = burst
+
+    def earn(self) -> None:
+        """A new request was made."""
+        self._left = min(self._left + self._ratio, self._burst)
+
+    def spend(self) -> bool:
+        """Whether a request may be sent again; if so, it is counted."""
+        if self._left < 1.0:
+            return False
+        self._left -= 1.0
+        return True

@@ -1,0 +1,122 @@
+"""Health by probe: one loop per backend asks whether it lives and which models it serves."""
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Callable
+
+import msgspec
+import orjson
+from yarl import URL
+
+from tokenmill.engine.gateway.portfolio import Portfolio, Target
+from tokenmill.engine.gateway.settings import Settings
+from tokenmill.engine.gateway.upstream import ConnectFailedError, CutError, NoAnswerError, SilenceError, Upstream
+
+log = logging.getLogger("tokenmill.gateway")
+
+#: The model list of a backend that is up is asked again after this many probes.
+CATALOG_EVERY = 30
+
+
+class Prober:
+    """Keeps the portfolio's view of each backend fresh.
+
+    Args:
+        portfolio: Whose targets are probed.
+        upstream: The HTTP client.
+        settings: Intervals.
+    """
+
+    def __init__(self, portfolio: Portfolio, upstream: Callable[[], Upstream], settings: Settings) -> None:
+        self._portfolio = portfolio
+        self._upstream = upstream
+        self._settings = settings
+        self._tasks: dict[Target, asyncio.Task[None]] = {}
+
+    def start(self) -> None:
+        """Starts a loop for each backend that has none and ends those of backends that are gone."""
+        targets = set(self._portfolio.targets)
+        for target in [target for target in self._tasks if target not in targets]:
+            self._tasks.pop(target).cancel()
+        for target in targets - set(self._tasks):
+            self._tasks[target] = asyncio.get_running_loop().create_task(self._watch(target))
+
+    async def stop(self) -> None:
+        """Ends all loops."""
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        self._tasks.clear()
+
+    async def _watch(self, target: Target) -> None:
+        count = 0
+        while True:
+            before = target.up
+            await self.probe(target, catalog=target.catalog is None or not target.up or count % CATALOG_EVERY == 0)
+            if target.up is not before:
+                state = "up" if target.up else f"down ({target.reason})"
+                log.info("backend %s is %s", target.backend.name, state)
+            count += 1
+            await asyncio.sleep(self._settings.probe_interval_s * random.uniform(0.9, 1.1))
+
+    async def probe(self, target: Target, *, catalog: bool) -> None:
+        """Asks one backend once; its model list too if `catalog` is set and the backend speaks OpenAI's protocol."""
+        backend = target.backend
+        headers = [("accept", "application/json")]
+        if backend.api_key is not None:
+            headers.append(("authorization", f"Bearer {backend.api_key}"))
+        if backend.health_path is not None:
+            status, _ = await self._get(target, backend.health_path, headers)
+            if status is None:
+                return
+            if status >= 500:
+                target.mark_down(f"{backend.health_path} answers {status}")
+                return
+            target.mark_up()
+        if catalog and backend.protocol == "openai":
+            status, body = await self._get(target, "/v1/models", headers)
+            if status == 200:
+                target.mark_up()
+                with contextlib.suppress(_UnreadableError):
+                    self._learn(target, _read_catalog(body))
+
+    async def _get(self, target: Target, path: str, headers: list[tuple[str, str]]) -> tuple[int | None, bytes]:
+        url = URL(target.root + path, encoded=True)
+        try:
+            answer = await self._upstream().send("GET", url, headers, timeout_s=self._settings.probe_timeout_s)
+            try:
+                return answer.status, await answer.read()
+            finally:
+                answer.close()
+        except ConnectFailedError:
+            target.mark_down("connection refused")
+        except (NoAnswerError, CutError):
+            target.mark_down("closed the connection without an answer")
+        except SilenceError:
+            # A server that is busy computing may be late; it is down only when it has no request of ours to do.
+            if not target.outstanding:
+                target.mark_down(f"no answer within {self._settings.probe_timeout_s:g} s")
+        return None, b""
+
+    def _learn(self, target: Target, catalog: dict[str, dict[str, object]]) -> None:
+        if catalog != target.catalog:
+            target.catalog = catalog
+            self._portfolio.index()
+
+
+class _UnreadableError(Exception):
+    """A model list that is none."""
+
+
+class _ModelList(msgspec.Struct):
+    data: list[dict[str, object]]
+
+
+def _read_catalog(body: bytes) -> dict[str, dict[str, object]]:
+    try:
+        listed = msgspec.convert(orjson.loads(body), _ModelList)
+    except (orjson.JSONDecodeError, msgspec.ValidationError):
+        raise _UnreadableError from None
+    return {str(model["id"]): model for model in listed.data if model.get("id")}

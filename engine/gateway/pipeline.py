@@ -1,0 +1,209 @@
+"""The road of a request: an `Exchange` goes down through ordered stages and a `Reply` comes back up.
+
+A stage is one concern (identify, reserve budget, route, cache, count). It wraps the stages below it:
+
+    class Limit:
+        name = "limit"
+
+        async def handle(self, exchange: Exchange, proceed: Handler) -> Reply:
+            if self.exhausted(exchange):
+                raise ApiError(429, "...")          # refuse: nothing below runs
+            exchange.on_end(self.settle)            # runs once, however the request ends
+            reply = await proceed(exchange)         # may be called again (escalation) or not at all (cache)
+            reply.headers.append((b"x-left", b"3"))
+            return reply
+
+Rules that keep it fast and right:
+
+* `handle` returns when the reply's head is known; a stream's bytes follow later. To watch them without touching them,
+  add a function to `exchange.taps` (called with each chunk as it is sent). To change them, wrap `reply.chunks`.
+* Whatever must happen at the end (settle, release, record) belongs in `on_end`: it runs exactly once, also when the
+  client hung up or the upstream broke, with `exchange.outcome` set. It must not block and must not await.
+* A stage holds no state of a request in itself: use `exchange.notes[stage.name]`.
+"""
+
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from tokenmill.engine.gateway.api_error import Headers
+from tokenmill.engine.gateway.body import Body
+
+if TYPE_CHECKING:
+    from tokenmill.engine.gateway.portfolio import Route, Target
+
+#: How a request ended. `refused`: by the gateway itself (an `ApiError`); `failed`: the backend answered with an error
+#: or not at all; `cut`: the backend broke off after its answer began; `gone`: the client hung up.
+Outcome = Literal["open", "ok", "refused", "failed", "cut", "gone"]
+
+
+@dataclass
+class Usage:
+    """Tokens of one request, as far as they are known.
+
+    Attributes:
+        prompt: Prompt tokens; cached ones included.
+        cached: Prompt tokens that the backend had cached.
+        completion: Generated tokens.
+        exact: The backend said so. Otherwise `completion` counts the stream's events, a lower bound.
+    """
+
+    prompt: int = 0
+    cached: int = 0
+    completion: int = 0
+    exact: bool = False
+
+
+@dataclass
+class Reply:
+    """An answer on its way to the client.
+
+    Attributes:
+        status: HTTP status.
+        headers: Response headers, names in lower case, without framing (`content-length`, `transfer-encoding`).
+        body: The whole body, or None for a stream.
+        chunks: The stream's bytes; used when `body` is None.
+    """
+
+    status: int
+    headers: Headers = field(default_factory=list)
+    body: bytes | None = b""
+    chunks: AsyncGenerator[bytes, None] | None = None
+
+
+class Exchange:
+    """One request to a model and everything that is known about it.
+
+    Attributes:
+        endpoint: The request's path, `/v1/chat/completions`.
+        query: Its query string, raw.
+        headers: Its headers, raw, names in lower case.
+        payload: Its body, raw.
+        body: Its top-level JSON fields; None for a multipart form.
+        model: The model asked for; None where the request names none.
+        request_id: The client's `x-request-id`, or a new one.
+        client: The client's address.
+        started: `time.perf_counter()` when the request's head had arrived.
+        forward: Headers for the backend (name, value), names in lower case, without hop-by-hop ones and framing.
+        routes: Where the request may go, best first; set by the first routing stage, narrowed by later ones.
+        target: The backend that answers; None until one was chosen.
+        attempts: Requests sent upstream for it.
+        status: The reply's HTTP status; 0 until it is known.
+        first_chunk_at, last_chunk_at: `time.perf_counter()` of the reply's first and last bytes; 0.0 until then.
+        usage: Its tokens.
+        outcome: How it ended; `open` until then.
+        taps: Called with every chunk of a streamed reply as it is sent.
+        notes: What stages keep about this request, by the stage's name.
+    """
+
+    __slots__ = (
+        "_at_end",
+        "attempts",
+        "body",
+        "client",
+        "endpoint",
+        "first_chunk_at",
+        "forward",
+        "headers",
+        "last_chunk_at",
+        "model",
+        "notes",
+        "outcome",
+        "payload",
+        "query",
+        "request_id",
+        "routes",
+        "started",
+        "status",
+        "taps",
+        "target",
+        "usage",
+    )
+
+    def __init__(
+        self,
+        endpoint: str,
+        headers: Headers,
+        payload: bytes,
+        *,
+        body: Body | None,
+        model: str | None,
+        request_id: str,
+        forward: list[tuple[str, str]],
+        query: bytes = b"",
+        client: str = "",
+        started: float | None = None,
+    ) -> None:
+        self.endpoint = endpoint
+        self.headers = headers
+        self.payload = payload
+        self.body = body
+        self.model = model
+        self.request_id = request_id
+        self.forward = forward
+        self.query = query
+        self.client = client
+        self.started = time.perf_counter() if started is None else started
+        self.routes: Sequence[Route] = ()
+        self.target: Target | None = None
+        self.attempts = 0
+        self.status = 0
+        self.first_chunk_at = 0.0
+        self.last_chunk_at = 0.0
+        self.usage = Usage()
+        self.outcome: Outcome = "open"
+        self.taps: list[Callable[[bytes], None]] = []
+        self.notes: dict[str, Any] = {}
+        self._at_end: list[Callable[[Exchange], None]] = []
+
+    def header(self, name: bytes) -> bytes | None:
+        """The first value of a request header; its name in lower case."""
+        for key, value in self.headers:
+            if key == name:
+                return value
+        return None
+
+    def on_end(self, action: Callable[["Exchange"], None]) -> None:
+        """Has `action(exchange)` called once when the request has ended, in reverse order of registration."""
+        self._at_end.append(action)
+
+    def end(self) -> None:
+        """Runs what `on_end` collected; called by the server alone. One action's failure does not stop the others."""
+        failure: Exception | None = None
+        while self._at_end:
+            try:
+                self._at_end.pop()(self)
+            except Exception as error:  # noqa: BLE001
+                failure = error
+        if failure is not None:
+            raise failure
+
+
+Handler = Callable[[Exchange], Awaitable[Reply]]
+
+
+class Stage(Protocol):
+    """One concern on the road of a request; see the module's text."""
+
+    name: str
+
+    async def handle(self, exchange: Exchange, proceed: Handler) -> Reply:
+        """Answers, refuses (`ApiError`), or calls `proceed` and returns its reply, changed or not."""
+        ...
+
+
+def compose(stages: Sequence[Stage], last: Handler) -> Handler:
+    """The stages as one handler, the first outermost, `last` at the bottom."""
+
+    def bind(stage: Stage, proceed: Handler) -> Handler:
+        handle = stage.handle
+
+        def run(exchange: Exchange) -> Awaitable[Reply]:
+            return handle(exchange, proceed)
+
+        return run
+
+    for stage in reversed(stages):
+        last = bind(stage, last)
+    return last

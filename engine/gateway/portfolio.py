@@ -1,0 +1,184 @@
+"""The backends as they are now: who serves which model, who is up, how busy each is."""
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from yarl import URL
+
+from tokenmill.engine.gateway.api_error import ApiError, model_not_found, unavailable
+from tokenmill.engine.gateway.backends import Backend
+from tokenmill.engine.gateway.breaker import Breaker
+from tokenmill.engine.gateway.settings import Settings
+
+
+class Target:
+    """The state of one backend.
+
+    Attributes:
+        backend: What it is.
+        outstanding: Requests open at it now.
+        up: What the last probe or outcome said; None before the first.
+        catalog: Model objects of its `/v1/models` by id; None until it was asked with success.
+        canary: The share of its tier's requests that it gets alone; may be changed at any time.
+        root: Where request paths are appended.
+        reason: Why it is down, for people.
+    """
+
+    def __init__(self, backend: Backend, settings: Settings) -> None:
+        self.backend = backend
+        self.outstanding = 0
+        self.up: bool | None = None
+        self.catalog: dict[str, dict[str, Any]] | None = None
+        self.canary = backend.canary
+        self.root = backend.root
+        self.reason = "not probed yet"
+        self._settings = settings
+        self._breakers: dict[str | None, Breaker] = {}
+        self._urls: dict[tuple[str, bytes], URL] = {}
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Public names of the models it serves, as far as known."""
+        return self.backend.models or tuple(self.catalog or ())
+
+    def breaker(self, model: str | None) -> Breaker:
+        """The circuit of one model here. `model` is one of `models` or None, so there are few."""
+        found = self._breakers.get(model)
+        if found is None:
+            found = Breaker(self._settings.breaker_failures, self._settings.breaker_cooldown_s)
+            self._breakers[model] = found
+        return found
+
+    def url(self, path: str, query: bytes) -> URL:
+        """The URL of a request path here; those without a query are kept."""
+        if query:
+            return URL(f"{self.root}{path}?{query.decode('latin-1')}", encoded=True)
+        key = (path, query)
+        found = self._urls.get(key)
+        if found is None:
+            found = URL(self.root + path, encoded=True)
+            if len(self._urls) < 64:
+                self._urls[key] = found
+        return found
+
+    def has_room(self) -> bool:
+        """Whether its concurrency limit admits one more request."""
+        limit = self.backend.max_concurrency
+        return limit is None or self.outstanding < limit
+
+    def mark_up(self) -> None:
+        """It answered."""
+        self.up = True
+        self.reason = ""
+
+    def mark_down(self, reason: str) -> None:
+        """It cannot be reached. Where no probe would ever mark it up again, the circuit breaker alone decides."""
+        if self.backend.health_path is not None:
+            self.up = False
+        self.reason = reason
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is known to be up, or is trusted unasked."""
+        return self.up is True or (self.up is None and self.backend.health_path is None)
+
+
+@dataclass(frozen=True)
+class Route:
+    """One way to serve a request: any of `targets` will do, with `model` as the model's public name.
+
+    Attributes:
+        targets: The backends, all equal but for weight and load.
+        model: The model; None: the request names none, or a tier, and each backend uses its first.
+        why: The reason, for the response header and the log.
+    """
+
+    targets: tuple[Target, ...]
+    model: str | None
+    why: str = "model"
+
+
+class Portfolio:
+    """All backends, indexed by model and by tier.
+
+    Args:
+        backends: The configuration.
+        settings: For breakers and messages.
+    """
+
+    def __init__(self, backends: Iterable[Backend], settings: Settings) -> None:
+        self.settings = settings
+        self.targets: tuple[Target, ...] = tuple(Target(backend, settings) for backend in backends)
+        self._routes: dict[str, Route] = {}
+        self.index()
+
+    def index(self) -> None:
+        """Computes the routes anew; call it when a catalog changed."""
+        by_tier: dict[str, list[Target]] = {}
+        by_model: dict[str, list[Target]] = {}
+        for target in self.targets:
+            by_tier.setdefault(target.backend.tier, []).append(target)
+            for model in target.models:
+                by_model.setdefault(model, []).append(target)
+        self.tiers: dict[str, tuple[Target, ...]] = {tier: tuple(found) for tier, found in by_tier.items()}
+        routes = {tier: Route(found, None, "tier") for tier, found in self.tiers.items()}
+        routes.update((model, Route(tuple(found), model)) for model, found in by_model.items())
+        self._routes = routes
+
+    def replace(self, backends: Iterable[Backend]) -> None:
+        """Takes a new configuration; unchanged backends keep their state, requests under way are not disturbed."""
+        known = {target.backend.name: target for target in self.targets}
+        kept: list[Target] = []
+        for backend in backends:
+            target = known.get(backend.name)
+            kept.append(target if target and target.backend == backend else Target(backend, self.settings))
+        self.targets = tuple(kept)
+        self.index()
+
+    def routes(self, model: str | None) -> Sequence[Route]:
+        """Where a request for `model` may go, before any policy.
+
+        Raises:
+            ApiError: 404 for a model that nobody serves; 503 while a backend's models are not known yet;
+                400 for a request without a model where there is no default.
+        """
+        wanted = model if model is not None else self.settings.default_model
+        if wanted is None:
+            if len(self.tiers) == 1:
+                return (Route(self.targets, None, "sole tier"),)
+            raise ApiError(400, "`model` is missing; GET /v1/models lists the choices.", code="missing", param="model")
+        route = self._routes.get(wanted)
+        if route is not None:
+            return (route,)
+        unknown = [target for target in self.targets if not target.backend.models and target.catalog is None]
+        if unknown:
+            names = ", ".join(target.backend.name for target in unknown)
+            raise unavailable(f"The models of {names} are not known yet; try again soon.", self.settings.retry_after_s)
+        raise model_not_found(wanted)
+
+    def models(self) -> list[dict[str, Any]]:
+        """The merged model list in the order of the configuration; a backend's own objects stay as they are."""
+        found: dict[str, dict[str, Any]] = {}
+        for target in self.targets:
+            catalog = target.catalog or {}
+            for model in target.models:
+                if model not in found:
+                    known = catalog.get(target.backend.upstream_model(model))
+                    found[model] = {**known, "id": model} if known else self._described(model, target.backend)
+        return list(found.values())
+
+    def _described(self, model: str, backend: Backend) -> dict[str, Any]:
+        return {"id": model, "object": "model", "created": _STARTED, "owned_by": backend.tier}
+
+    def unready_tiers(self) -> dict[str, str]:
+        """Tiers without a backend that is up, with the reasons."""
+        return {
+            tier: "; ".join(f"{target.backend.name}: {target.reason}" for target in targets)
+            for tier, targets in self.tiers.items()
+            if not any(target.ready for target in targets)
+        }
+
+
+_STARTED = int(time.time())

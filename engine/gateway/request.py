@@ -1,0 +1,130 @@
+"""From an ASGI request to an `Exchange`: identity, body within its limits, the model it asks for."""
+
+import asyncio
+import re
+import uuid
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from tokenmill.engine.gateway.api_error import ApiError, Headers
+from tokenmill.engine.gateway.body import Body, check_utf8
+from tokenmill.engine.gateway.pipeline import Exchange
+from tokenmill.engine.gateway.settings import Settings
+from tokenmill.engine.gateway.upstream import forwarded_headers
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+#: How much of a body that is too long is read and dropped before the refusal, so that a client that sends it all
+#: first reads the refusal and not a reset connection.
+DRAINED = 4
+
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+_FORM_MODEL = re.compile(
+    rb'content-disposition:\s*form-data;\s*name="model"\s*(?:\r\n[^\r\n]+)*\r\n\r\n([^\r\n]*)\r\n', re.IGNORECASE
+)
+
+
+class ClientGoneError(Exception):
+    """The client hung up."""
+
+
+def request_id(headers: Headers) -> str:
+    """The client's `x-request-id` where it is printable and short, or a new one."""
+    for name, value in headers:
+        if name == b"x-request-id":
+            if _REQUEST_ID.fullmatch(value):
+                return value.decode("ascii")
+            break
+    return uuid.uuid4().hex
+
+
+async def read_body(receive: Receive, headers: Headers, settings: Settings) -> bytes:
+    """The request's whole body.
+
+    Raises:
+        ApiError: 413 when it is too long, 408 when the client pauses too long.
+        ClientGoneError: it hung up.
+    """
+    limit = settings.max_body_bytes
+    declared = 0
+    for name, value in headers:
+        if name == b"content-length":
+            declared = int(value)
+    if declared > limit * DRAINED:
+        raise _too_long(limit)
+    message = await receive()
+    if message["type"] == "http.disconnect":
+        raise ClientGoneError
+    first: bytes = message.get("body", b"")
+    if not message.get("more_body"):
+        if len(first) > limit:
+            raise _too_long(limit)
+        return first
+    parts = [first]
+    size = len(first)
+    while message.get("more_body"):
+        try:
+            message = await asyncio.wait_for(receive(), settings.body_timeout_s)
+        except TimeoutError:
+            raise ApiError(
+                408,
+                f"The request body paused for more than {settings.body_timeout_s:g} s.",
+                code="timeout",
+                headers=[(b"connection", b"close")],
+            ) from None
+        if message["type"] == "http.disconnect":
+            raise ClientGoneError
+        part: bytes = message.get("body", b"")
+        size += len(part)
+        if size <= limit:
+            parts.append(part)
+        elif size > limit * DRAINED:
+            break
+    if size > limit:
+        raise _too_long(limit)
+    return b"".join(parts)
+
+
+def _too_long(limit: int) -> ApiError:
+    return ApiError(
+        413,
+        f"The request body is longer than {limit} bytes.",
+        code="request_too_large",
+        headers=[(b"connection", b"close")],
+    )
+
+
+async def exchange_of(scope: Scope, payload: bytes, identity: str, started: float) -> Exchange:
+    """The exchange of a request to a model.
+
+    Raises:
+        ApiError: 400 when the body is not a JSON object (or a form), or `model` is not a string.
+    """
+    headers: Headers = scope["headers"]
+    content_type = b""
+    for name, value in headers:
+        if name == b"content-type":
+            content_type = value.lower()
+    body: Body | None = None
+    if content_type.startswith(b"multipart/form-data"):
+        found = _FORM_MODEL.search(payload)
+        model = found.group(1).decode("utf-8", "replace") if found else None
+    else:
+        await check_utf8(payload)
+        body = Body(payload)
+        model = body.get("model", str)
+    client = scope.get("client")
+    return Exchange(
+        scope["path"],
+        headers,
+        payload,
+        body=body,
+        model=model,
+        request_id=identity,
+        forward=forwarded_headers(headers, identity),
+        query=scope["query_string"],
+        client=client[0] if client else "",
+        started=started,
+    )

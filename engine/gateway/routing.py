@@ -1,0 +1,18 @@
+"""The stage that turns a request's model into the routes it may take; policies below narrow them."""
+
+from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply
+from tokenmill.engine.gateway.portfolio import Portfolio
+
+
+class ResolveModel:
+    """Looks the model up in the portfolio."""
+
+    name = "resolve"
+
+    def __init__(self, portfolio: Portfolio) -> None:
+        self._portfolio = portfolio
+
+    async def handle(self, exchange: Exchange, proceed: Handler) -> Reply:
+        """See `pipeline.Stage`."""
+        exchange.routes = self._portfolio.routes(exchange.model)
+        return await proceed(exchange)
