@@ -41,6 +41,15 @@ DEV u64 cache_evict_last() {
     return policy;
 }
 
+// cp.async of 16 bytes with such a policy.
+DEV void cp_async16_hint(u32 dst, const void* src, u64 policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(dst),
+                 "l"(__cvta_generic_to_global(src)), "l"(policy)
+                 : "memory");
+}
+// prefetch.global.L2: fetches the cache line of `src`; has no other effect.
+DEV void prefetch_l2(const void* src) { asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(src))); }
+
 // ---- bulk copies: one thread, any multiple of 16 bytes (async proxy) ----------------------------------------------
 // cp.async.bulk global -> shared: completes `bytes` transactions on `bar`.
 DEV void bulk_load(u32 dst, const void* src, u32 bytes, u32 bar) {

@@ -226,6 +226,15 @@ DEV void setmaxnreg_dec() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(R));
 }
 // griddepcontrol.wait: the grid before this one has ended and its writes are visible (see LaunchConfig::dependent).
-DEV void griddep_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// Before sm_90 grids never overlap and both are nothing.
+DEV void griddep_wait() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 // griddepcontrol.launch_dependents: the next grid may start; promises nothing about this grid's writes.
-DEV void griddep_launch() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+DEV void griddep_launch() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}

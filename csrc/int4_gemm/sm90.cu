@@ -5,7 +5,8 @@ extern "C" int tokenmill_int4_gemm_sm90(const Int4GemmArguments* arguments, void
     const Int4GemmArguments& a = *arguments;
     if (const int refusal = check_arguments(a)) return refusal;
     if (a.M == 0) return 0;
-    return with_weight_form(a, [&]<class Form>() -> int {
+    return with_weight_form(a, [&](auto form) -> int {
+        using Form = decltype(form);
         switch (a.token_tile) {  // as many stages as 227 KB hold, at most 8
             case 64: return launch_sm90<Form, 64, 8>(a, (Stream)stream);
 #ifndef INT4_GEMM_NARROW

@@ -110,26 +110,27 @@ inline PackedWeight packed_weight(const Int4GemmArguments& a) {
     return {(const char*)a.words, (const char*)a.scales, (const char*)a.zeros, a.tiles, groups, shift};
 }
 
-// Calls run.operator()<WeightForm>() with the form of the arguments' weight.
+// Calls run(WeightForm()) with the form of the arguments' weight.
 template <class Run>
 int with_weight_form(const Int4GemmArguments& a, Run run) {
-    const bool fine = a.group_rows == 32;
 #ifdef INT4_GEMM_NARROW  // one form only: what the mutation suite compiles
-    return run.template operator()<WeightForm<BFloat16, true, true>>();
+    if (a.type != INT4_GEMM_BFLOAT16 || a.group_rows != 32 || !a.zeros) return INT4_GEMM_BAD_GROUP;
+    return run(WeightForm<BFloat16, true, true>());
 #else
+    const bool fine = a.group_rows == 32;
     if (a.type == INT4_GEMM_BFLOAT16) {
         if (fine) {
-            if (a.zeros) return run.template operator()<WeightForm<BFloat16, true, true>>();
-            return run.template operator()<WeightForm<BFloat16, true, false>>();
+            if (a.zeros) return run(WeightForm<BFloat16, true, true>());
+            return run(WeightForm<BFloat16, true, false>());
         }
-        if (a.zeros) return run.template operator()<WeightForm<BFloat16, false, true>>();
-        return run.template operator()<WeightForm<BFloat16, false, false>>();
+        if (a.zeros) return run(WeightForm<BFloat16, false, true>());
+        return run(WeightForm<BFloat16, false, false>());
     }
     if (fine) {
-        if (a.zeros) return run.template operator()<WeightForm<Float16, true, true>>();
-        return run.template operator()<WeightForm<Float16, true, false>>();
+        if (a.zeros) return run(WeightForm<Float16, true, true>());
+        return run(WeightForm<Float16, true, false>());
     }
-    if (a.zeros) return run.template operator()<WeightForm<Float16, false, true>>();
-    return run.template operator()<WeightForm<Float16, false, false>>();
+    if (a.zeros) return run(WeightForm<Float16, false, true>());
+    return run(WeightForm<Float16, false, false>());
 #endif
 }
