@@ -4,7 +4,7 @@
 
 #include "spec_verify/argmax.h"
 
-const ArgmaxTable tokenmill_argmax_plain = {argmax_f32, argmax_f16, argmax_bf16};
+const ArgmaxTable tokenmill_argmax_plain = {{argmax_f32, argmax_f16, argmax_bf16}};
 
 void tokenmill_greedy_accept(const GreedyProblem& problem, ArgmaxFunction argmax, int64_t begin, int64_t end) {
     const int64_t width = problem.max_spec_len + 1;

@@ -3,4 +3,4 @@
 #include "spec_verify/argmax.h"
 #include "spec_verify/cpu.h"
 
-const ArgmaxTable tokenmill_argmax_avx2 = {argmax_f32, argmax_f16, argmax_bf16};
+const ArgmaxTable tokenmill_argmax_avx2 = {{argmax_f32, argmax_f16, argmax_bf16}};
