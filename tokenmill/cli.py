@@ -29,6 +29,11 @@ class Command:
 
 COMMANDS: tuple[Command, ...] = (
     Command("build", "tokenmill.native_build:main", "Compile the native library in place, only what changed."),
+    Command(
+        "train-pair",
+        "tokenmill.speculative.pair.command:main",
+        "Train a tiny draft/target pair from Python's own library.",
+    ),
 )
 
 
