@@ -28,6 +28,7 @@ class Command:
 
 
 COMMANDS: tuple[Command, ...] = (
+    Command("serve", "tokenmill.engine.supervisor.main:main", "Serve models: start, watch and restart the servers."),
     Command("build", "tokenmill.native_build:main", "Compile the native library in place, only what changed."),
     Command(
         "train-pair",

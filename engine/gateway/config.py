@@ -1,0 +1,375 @@
+"""The configuration of `tokenmill serve`: one typed file that names tiers and the servers behind each.
+
+`docs/configuration.md` is made from the descriptions below by `tokenmill.engine.gateway.config_reference`.
+"""
+
+import difflib
+import math
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from tokenmill.engine.gateway import yaml_file
+from tokenmill.errors import ConfigurationError
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+#: vLLM flags that `tokenmill serve` sets itself, and what to use instead.
+RESERVED_FLAGS: dict[str, str] = {
+    "model": "name the model in 'model'",
+    "served-model-name": "list the names in 'served_as'",
+    "host": "set 'server.host'; an engine listens on 127.0.0.1 behind it",
+    "port": "set 'server.port'; an engine gets a free port behind it",
+    "uds": "set 'server.host' and 'server.port'; an engine gets a free port behind them",
+    "ssl-keyfile": "let a reverse proxy in front end TLS",
+    "ssl-certfile": "let a reverse proxy in front end TLS",
+    "ssl-ca-certs": "let a reverse proxy in front end TLS",
+    "grpc": "serve over HTTP",
+}
+
+
+class Section(BaseModel):
+    """A part of the file: no unknown fields, no silent conversion between types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    #: Fields of an alternative to this section; a misspelt one is recognised, too.
+    hinted_fields: ClassVar[tuple[str, ...]] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_known_fields(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            unknown = [key for key in value if key not in cls.model_fields]
+            if unknown:
+                known = [*cls.model_fields, *cls.hinted_fields]
+                hints = {key: _nearest(str(key), known) for key in unknown}
+                raise PydanticCustomError("unknown_fields", "unknown fields", {"hints": hints})
+        return value
+
+
+class Server(Section):
+    """Where clients connect, and how the gateway treats them."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on; `0.0.0.0` for every interface.", min_length=1)
+    port: int = Field(8000, description="TCP port; 0 takes a free one.", ge=0, le=65535)
+    workers: int = Field(1, description="Gateway processes that share the port.", ge=1, le=256)
+    drain_seconds: float = Field(
+        30.0, description="After SIGTERM or Ctrl-C, open requests may go on for this long.", ge=0, le=86_400
+    )
+    default_model: str | None = Field(
+        None, description="Model or tier for requests that name none; default: the sole tier's model."
+    )
+    max_body_mb: float = Field(
+        64.0, description="Longest request body in MiB; more is refused with 413.", gt=0, le=4096
+    )
+    read_timeout_seconds: float = Field(
+        600.0, description="Longest silence of a backend, before and during its answer; then 504.", gt=0, le=86_400
+    )
+
+
+class Speculation(Section):
+    """Draft several tokens cheaply and let the model check them in one step; the output stays the model's own."""
+
+    method: Literal["draft_model", "ngram"] = Field(
+        description="`draft_model`: a small model with the same tokenizer drafts; "
+        "`ngram`: repeated text is looked up in the request itself, which costs nothing."
+    )
+    model: str | None = Field(None, description="The draft model: folder, hub name or `bundled:draft`.", min_length=1)
+    tokens: int = Field(3, description="Most tokens drafted per step.", ge=1, le=64)
+
+    @model_validator(mode="after")
+    def _model_fits_method(self) -> "Speculation":
+        if self.method == "draft_model" and self.model is None:
+            raise ValueError("method draft_model needs 'model'; name the draft model or use method ngram")
+        if self.method == "ngram" and self.model is not None:
+            raise ValueError(f"method ngram drafts without a model; remove 'model: {self.model}' or use draft_model")
+        return self
+
+
+class Backend(Section):
+    """What both kinds of backend have in common."""
+
+    name: str | None = Field(
+        None, description="Name in logs and metrics; default: the tier's name, with a number from the second on."
+    )
+    weight: float = Field(1.0, description="Share of the tier's load, relative to its other backends.", gt=0)
+    max_concurrency: int | None = Field(
+        None, description="Requests it may have open at once; more go to others or get 429.", ge=1
+    )
+    canary: float | None = Field(
+        None, description="Share of the tier's requests, 0 to 1, that go here and nowhere else.", ge=0, le=1
+    )
+    zone: Literal["on-premises", "edge", "cloud"] = Field("on-premises", description="Where it stands, for policies.")
+    region: str | None = Field(None, description="Free text, e.g. `eu-central`.")
+    version: str | None = Field(None, description="Version of the model, free text.")
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_plain(cls, value: str | None) -> str | None:
+        return value if value is None else _plain_name(value)
+
+
+class LocalBackend(Backend):
+    """A vLLM server that `tokenmill serve` starts, watches and restarts."""
+
+    hinted_fields = ("url",)
+
+    model: str = Field(
+        description="What vLLM loads: a folder, a hub name, or `bundled:target`, which comes with Tokenmill.",
+        min_length=1,
+    )
+    served_as: list[str] | None = Field(
+        None, description="Public model names; default: the last part of `model`.", min_length=1
+    )
+    speculation: Speculation | None = Field(None, description="How to draft tokens; default: not at all.")
+    flags: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Any flag of `vllm serve`, without the dashes: text or number, `true` for `--flag`, `false` for "
+        "`--no-flag`, a list for several values, a mapping for JSON.",
+    )
+    env: dict[str, Any] = Field(
+        default_factory=dict, description="Environment variables of this server, e.g. `CUDA_VISIBLE_DEVICES`."
+    )
+
+    @field_validator("flags")
+    @classmethod
+    def _flags_are_for_vllm(cls, value: dict[str, Any]) -> dict[str, Any]:
+        named = {name.lstrip("-").replace("_", "-"): setting for name, setting in value.items()}
+        for name, setting in named.items():
+            if setting is None:
+                raise ValueError(f"flag {name!r} has no value; write true for --{name}, or a value")
+            if name in RESERVED_FLAGS:
+                raise ValueError(f"flag {name!r} is set by tokenmill serve; {RESERVED_FLAGS[name]}")
+            if name == "headless":
+                raise ValueError("headless servers take no requests; run `tokenmill serve MODEL --headless` instead")
+        return named
+
+    @field_validator("env")
+    @classmethod
+    def _env_is_text(cls, value: dict[str, Any]) -> dict[str, str]:
+        for name, setting in value.items():
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                raise ValueError(f"{name!r} is no name of an environment variable")
+            if isinstance(setting, bool) or not isinstance(setting, (str, int, float)) or "\0" in str(setting):
+                raise ValueError(f"{name} is {_shown(setting)}, not text or a number; put it in quotes")
+        return {name: str(setting) for name, setting in value.items()}
+
+    @model_validator(mode="after")
+    def _one_way_to_speculate(self) -> "LocalBackend":
+        if self.speculation is not None and "speculative-config" in self.flags:
+            raise ValueError("both 'speculation' and the flag 'speculative-config' are set; keep one")
+        return self
+
+    @property
+    def public_names(self) -> list[str]:
+        """The model names that clients use."""
+        if self.served_as is not None:
+            return self.served_as
+        if self.model.startswith("bundled:"):
+            return ["tiny-" + self.model.removeprefix("bundled:")]
+        return [Path(self.model).name or self.model]
+
+
+class RemoteBackend(Backend):
+    """A server that runs elsewhere and speaks the OpenAI or the Anthropic protocol."""
+
+    url: str = Field(description="`http(s)://host[:port][/prefix]`, with or without a final `/v1`.")
+    models: dict[str, str] = Field(
+        default_factory=dict,
+        description="Public model name to the server's own name for it; default: what its `/v1/models` lists.",
+    )
+    api_key_env: str | None = Field(
+        None,
+        description="Environment variable that holds its API key; default: the client's `Authorization` is passed on.",
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+    )
+    protocol: Literal["openai", "anthropic"] = Field("openai", description="What it speaks.")
+    health_path: str | None = Field(
+        "/health", description="Path of its health probe; `null` judges it by its answers alone.", pattern=r"^/"
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _url_is_http(cls, value: str) -> str:
+        try:
+            parts = urlsplit(value)
+            usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        except ValueError:
+            usable = False
+        if not usable or parts.query or parts.fragment or re.search(r"\s", value):
+            raise ValueError(f"{value!r} is not http(s)://host[:port][/prefix]")
+        if parts.username is not None or parts.password is not None:
+            raise ValueError("the URL holds a password; put the key into a variable and name it in 'api_key_env'")
+        return value
+
+    def api_key(self) -> str | None:
+        """The key from the environment; None when none is configured.
+
+        Raises:
+            ConfigurationError: The variable is not set.
+        """
+        if self.api_key_env is None:
+            return None
+        key = os.environ.get(self.api_key_env, "").strip()
+        if not key:
+            raise ConfigurationError(f"{self.api_key_env} is not set; export it, the backend at {self.url} needs it")
+        return key
+
+
+def _kind(value: Any) -> str:
+    """A backend with a `url` is remote, any other is ours."""
+    fields = value if isinstance(value, dict) else getattr(value, "model_fields_set", ())
+    return "remote" if "url" in fields else "local"
+
+
+AnyBackend = Annotated[
+    Annotated[LocalBackend, Tag("local")] | Annotated[RemoteBackend, Tag("remote")], Discriminator(_kind)
+]
+
+
+class Tier(Section):
+    """Servers that can stand in for each other; clients may use the tier's name as the model name."""
+
+    backends: list[AnyBackend] = Field(
+        description="One or more. With `url` it is a server elsewhere, otherwise a local vLLM server.", min_length=1
+    )
+
+
+class Config(Section):
+    """The whole file."""
+
+    server: Server = Field(default_factory=Server, description="Where clients connect.")
+    tiers: dict[str, Tier] = Field(
+        description="Tier name (letters, digits, `.`, `_`, `-`) to its backends.", min_length=1
+    )
+
+    @field_validator("tiers")
+    @classmethod
+    def _tier_names_are_plain(cls, value: dict[str, Tier]) -> dict[str, Tier]:
+        for name in value:
+            _plain_name(name)
+        return value
+
+    @model_validator(mode="after")
+    def _backend_names_are_unique(self) -> "Config":
+        names = [name for name, _, _ in self.named_backends()]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two backends are named {name!r}; give one of them another 'name'")
+        return self
+
+    def named_backends(self) -> Iterator[tuple[str, str, LocalBackend | RemoteBackend]]:
+        """(backend name, tier name, backend) of each backend, in the order of the file."""
+        for tier_name, tier in self.tiers.items():
+            for number, backend in enumerate(tier.backends, start=1):
+                default = tier_name if number == 1 else f"{tier_name}-{number}"
+                yield backend.name or default, tier_name, backend
+
+
+def load(path: Path) -> Config:
+    """Reads and checks a configuration file.
+
+    Raises:
+        ConfigurationError: One line `file:line: field: problem; remedy` for each thing that is wrong.
+    """
+    file = yaml_file.read(path)
+    try:
+        return Config.model_validate(file.value)
+    except ValidationError as error:
+        problems = [problem for details in error.errors() for problem in _explain(details, file)]
+        raise ConfigurationError("\n".join(dict.fromkeys(problems))) from None
+
+
+def _plain_name(value: str) -> str:
+    if not NAME.fullmatch(value):
+        raise ValueError(
+            f"{value[:80]!r} is no name; use letters, digits, '.', '_' and '-', at most 63, a letter or digit first"
+        )
+    return value
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
+
+
+#: What a value should have been, by pydantic's type of error.
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "a mapping of fields",
+    "model_type": "a mapping of fields",
+}
+
+
+def _explain(details: ErrorDetails, file: yaml_file.YamlFile) -> Iterator[str]:
+    """One line per problem that pydantic reports."""
+    kind, found = details["type"], details.get("input")
+    place = _place(details["loc"], file)
+    if kind == "missing":
+        place = (*place, details["loc"][-1])
+    if kind == "unknown_fields":
+        for key, hint in details["ctx"]["hints"].items():
+            yield f"{file.where((*place, key))}: {_dotted((*place, key))}: unknown field; {hint}"
+        return
+    at = f"{file.where(place)}: {_dotted(place)}: "
+    if kind == "missing":
+        yield f"{at}is missing; add it (docs/configuration.md describes it)"
+    elif kind in _EXPECTED:
+        yield f"{at}{_shown(found)} is not {_EXPECTED[kind]}{_quoting_hint(kind, found)}"
+    elif kind == "value_error":
+        yield at + str(details["ctx"]["error"])
+    elif isinstance(found, (dict, list)):
+        yield at + details["msg"].lower()
+    else:
+        yield f"{at}{_shown(found)}: {details['msg'][:1].lower()}{details['msg'][1:]}"
+
+
+def _place(loc: tuple[int | str, ...], file: yaml_file.YamlFile) -> yaml_file.Place:
+    """pydantic's location without the steps that do not stand in the file (tags of unions)."""
+    place: yaml_file.Place = ()
+    value = file.value
+    for step in loc:
+        inside = (isinstance(value, dict) and step in value) or (
+            isinstance(value, list) and isinstance(step, int) and step < len(value)
+        )
+        if inside:
+            value = value[step]
+            place = (*place, step)
+    return place
+
+
+def _dotted(place: yaml_file.Place) -> str:
+    text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place)
+    return text.lstrip(".") or "the file"
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (dict, list)):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _quoting_hint(kind: str, found: Any) -> str:
+    if kind == "string_type" and isinstance(found, (bool, int, float)):
+        return f'; put it in quotes: "{_shown(found)}"'
+    if kind in ("int_type", "float_type") and isinstance(found, str) and re.fullmatch(r"[-+0-9.]+", found):
+        return "; remove the quotes"
+    return ""

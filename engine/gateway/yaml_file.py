@@ -1,0 +1,189 @@
+"""Reads a YAML configuration file strictly, and remembers on which line each value stands.
+
+YAML 1.2's core schema is used, so that `no`, `on`, `1:30` and `010` stay what they look like. Refused with the
+line: duplicate keys, tags, merge keys, several documents, and files that are too large, too deep or expand
+(through aliases) to too many values. Aliases that repeat a value are fine.
+"""
+
+import re
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tokenmill.errors import ConfigurationError
+
+#: Place of a value: the keys and list positions that lead to it.
+Place = tuple[str | int, ...]
+
+MOST_BYTES = 1 << 20
+MOST_VALUES = 20_000
+MOST_DEPTH = 32
+
+_TAG = "tag:yaml.org,2002:"
+_NULL = re.compile(r"^(?:~|null|Null|NULL|)$")
+_BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
+_INT = re.compile(r"^[-+]?[0-9]+$|^0o[0-7]+$|^0x[0-9a-fA-F]+$")
+_FLOAT = re.compile(
+    r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+)
+
+
+class _CoreSchemaLoader(yaml.SafeLoader):
+    """PyYAML's safe loader with the plain scalars of YAML 1.2's core schema instead of YAML 1.1's."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML extends the one that the class itself has
+
+
+for _name, _pattern, _first in (
+    ("null", _NULL, ["~", "n", "N", ""]),
+    ("bool", _BOOL, list("tTfF")),
+    ("int", _INT, list("-+0123456789")),
+    ("float", _FLOAT, list("-+.0123456789")),
+):
+    _CoreSchemaLoader.add_implicit_resolver(_TAG + _name, _pattern, _first)
+
+
+@dataclass
+class YamlFile:
+    """The content of one file.
+
+    Attributes:
+        path: Where it was read from; messages start with it.
+        value: Its content as dicts, lists and scalars.
+        lines: Line, from 1, of each key and list item.
+    """
+
+    path: Path
+    value: Any = None
+    lines: dict[Place, int] = field(default_factory=dict)
+
+    def where(self, place: Place) -> str:
+        """`file:line` of the value at a place, or of the nearest value around it."""
+        while place and place not in self.lines:
+            place = place[:-1]
+        return f"{self.path}:{self.lines.get(place, 1)}"
+
+
+def read(path: Path) -> YamlFile:
+    """Reads one file.
+
+    Raises:
+        ConfigurationError: It cannot be read or is not acceptable YAML; the message starts with `file:line`.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}") from None
+    if len(raw) > MOST_BYTES:
+        raise ConfigurationError(f"{path} has {len(raw)} bytes; a configuration has at most {MOST_BYTES}")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ConfigurationError(
+            f"{path}:{line}: byte {raw[error.start]:#04x} is not UTF-8; save it as UTF-8"
+        ) from None
+    return _Reader(path).read(text)
+
+
+class _Reader:
+    """One reading of one file; counts what it builds."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = YamlFile(path)
+        self._values = 0
+
+    def read(self, text: str) -> YamlFile:
+        try:
+            root = _CoreSchemaLoader(text).get_single_node()
+        except yaml.MarkedYAMLError as error:
+            raise self._error(_mark_line(error), _explain(error, text)) from None
+        except yaml.YAMLError as error:  # a character that YAML forbids
+            raise self._error(_character_line(error, text), str(error).splitlines()[0]) from None
+        except RecursionError:
+            raise self._error(1, f"the values are nested too deep; at most {MOST_DEPTH} levels") from None
+        if root is None:
+            raise self._error(1, "the file is empty; start from one of examples/*.yaml")
+        self._file.value = self._build(root, ())
+        return self._file
+
+    def _build(self, node: yaml.Node, place: Place) -> Any:
+        line = node.start_mark.line + 1
+        self._file.lines.setdefault(place, line)
+        self._values += 1
+        if self._values > MOST_VALUES:
+            raise self._error(line, f"the file expands to more than {MOST_VALUES} values; use fewer aliases")
+        if len(place) > MOST_DEPTH:
+            raise self._error(line, f"the values are nested too deep; at most {MOST_DEPTH} levels")
+        if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
+            return self._build_mapping(node, place)
+        if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
+            return [self._build(item, (*place, index)) for index, item in enumerate(node.value)]
+        if isinstance(node, yaml.ScalarNode):
+            return self._build_scalar(node, line)
+        raise self._error(line, f"the tag {node.tag.replace(_TAG, '!!')} is not accepted; remove it")
+
+    def _build_mapping(self, node: yaml.MappingNode, place: Place) -> dict[Hashable, Any]:
+        built: dict[Hashable, Any] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            key = self._build_scalar(key_node, line) if isinstance(key_node, yaml.ScalarNode) else None
+            if not isinstance(key, str):
+                shown = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
+                raise self._error(line, f"the key {shown} is not text; put it in quotes")
+            if key == "<<":
+                raise self._error(line, "merge keys (<<) are not part of YAML 1.2; write the fields out")
+            if key in built:
+                first = self._file.lines[*place, key]
+                raise self._error(line, f"{key!r} stands here and on line {first}; keep one of them")
+            self._file.lines[*place, key] = line
+            built[key] = self._build(value_node, (*place, key))
+        return built
+
+    def _build_scalar(self, node: yaml.ScalarNode, line: int) -> Any:
+        text: str = node.value
+        match node.tag.removeprefix(_TAG):
+            case "str":
+                return text
+            case "null":
+                return None
+            case "bool":
+                return text.lower() == "true"
+            case "int":
+                if len(text) > 30:
+                    raise self._error(line, f"the number {text[:12]}... has {len(text)} digits; at most 30")
+                return int(text, 0) if text[:2] in ("0x", "0o") else int(text)
+            case "float":
+                return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+        raise self._error(line, f"the tag {node.tag.replace(_TAG, '!!')} is not accepted; remove it")
+
+    def _error(self, line: int, message: str) -> ConfigurationError:
+        return ConfigurationError(f"{self._file.path}:{line}: {message}")
+
+
+def _mark_line(error: yaml.MarkedYAMLError) -> int:
+    mark = error.problem_mark or error.context_mark
+    return mark.line + 1 if mark is not None else 1
+
+
+def _explain(error: yaml.MarkedYAMLError, text: str) -> str:
+    """PyYAML's problem in one line, with a remedy for the usual ones."""
+    problem = " ".join(part for part in (error.context, error.problem) if part)
+    lines = text.splitlines()
+    line = _mark_line(error)
+    shown = lines[line - 1] if line <= len(lines) else ""
+    if "\t" in shown[: len(shown) - len(shown.lstrip())] or "'\\t'" in problem:
+        return "a tab indents this line; YAML accepts only spaces"
+    if "expected a single document" in problem:
+        return "a second document starts here ('---'); keep one document per file"
+    if "mapping values are not allowed" in problem:
+        return "a ': ' stands where no key can be; check the indentation, or put the text in quotes"
+    return f"not valid YAML: {problem}; check quotes, brackets and indentation"
+
+
+def _character_line(error: yaml.YAMLError, text: str) -> int:
+    position = getattr(error, "position", 0)
+    return text.count("\n", 0, position if isinstance(position, int) else 0) + 1

@@ -1,0 +1,81 @@
+"""What the panel says once the servers are ready: address, models, which of our parts run, where the logs are."""
+
+import json
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenmill.engine.gateway.backends import Backend
+from tokenmill.engine.gateway.config import LocalBackend
+from tokenmill.engine.supervisor.display import Fact
+from tokenmill.engine.supervisor.plan import Engine
+
+#: How a hook's state reads, and how it is coloured.
+_MOODS = {"active": "good", "stock": "quiet", "off": "quiet", "absent": "quiet", "refused": "bad"}
+
+
+def panel_facts(
+    url: str, engines: Sequence[Engine], remotes: Sequence[Backend], status_files: Sequence[Path], logs: Path
+) -> list[Fact]:
+    """The lines of the panel.
+
+    Args:
+        url: Base URL of the API.
+        engines: The local servers.
+        remotes: The servers elsewhere.
+        status_files: Where the engines say which hooks run, in their order.
+        logs: Folder of the log files.
+    """
+    facts = [Fact("URL", f"{url}/v1"), Fact("Pages", f"{url}/docs  {url}/ready  {url}/metrics")]
+    models = [*(_local_model(engine) for engine in engines), *(_remote_model(remote) for remote in remotes)]
+    facts += [Fact("Models" if index == 0 else "", text) for index, text in enumerate(models)]
+    shown: list[list[Fact]] = []
+    for engine, status_file in zip(engines, status_files, strict=True):
+        hooks = list(_hooks(status_file))
+        if hooks in shown:
+            continue  # the same machine, the same hooks: once is enough
+        shown.append(hooks)
+        heading = "Ours in vLLM" if len(engines) == 1 else f"Ours in {engine.name}"
+        facts += [Fact(heading if index == 0 else "", fact.value, fact.mood) for index, fact in enumerate(hooks)]
+    facts.append(Fact("Logs", str(logs)))
+    return facts
+
+
+def example_command(url: str, model: str, *, chat: bool = True) -> str:
+    """A curl line that a person can copy."""
+    body: dict[str, Any] = {"model": model, "max_tokens": 48}
+    if chat:
+        body["messages"] = [{"role": "user", "content": "Write a function that adds two numbers."}]
+        body["stream"] = True
+    else:
+        body = {"model": model, "input": "a text"}
+    path = "chat/completions" if chat else "embeddings"
+    return f"curl -N {url}/v1/{path} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
+
+
+def _local_model(engine: Engine) -> str:
+    names = ", ".join(engine.backend.public_names)
+    return f"{names}  (tier {engine.tier}; {_drafting(engine.backend)})"
+
+
+def _drafting(backend: LocalBackend) -> str:
+    if backend.speculation is None:
+        return "no drafting of ours"
+    drafter = Path(backend.speculation.model or "n-gram lookup").name.replace("bundled:", "tiny-")
+    return f"{drafter} drafts up to {backend.speculation.tokens} tokens a step"
+
+
+def _remote_model(remote: Backend) -> str:
+    names = ", ".join(remote.models) or "all that it lists"
+    return f"{names}  (tier {remote.tier}; {remote.root})"
+
+
+def _hooks(status_file: Path) -> Iterator[Fact]:
+    try:
+        report = json.loads(status_file.read_text(encoding="utf-8"))
+        for hook in report["hooks"]:
+            text = f"{hook['hook']:<13} {hook['state']:<8} {hook['detail']}"
+            yield Fact("", text.rstrip(), _MOODS.get(hook["state"], ""))
+    except (OSError, ValueError, KeyError, TypeError):
+        yield Fact("", "nothing: the plug-in was not loaded (is Tokenmill installed beside this vLLM?)", "bad")

@@ -1,0 +1,69 @@
+"""`tokenmill serve`."""
+
+import asyncio
+import socket
+import subprocess
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+
+from tokenmill import env
+from tokenmill.engine.supervisor import arguments
+from tokenmill.engine.supervisor.display import Display
+from tokenmill.engine.supervisor.keeper import StartError
+from tokenmill.engine.supervisor.listener import listen
+from tokenmill.engine.supervisor.plan import ENGINE_COMMAND, Plan, make_plan
+from tokenmill.engine.supervisor.supervisor import Supervisor
+
+
+def main(argv: list[str]) -> int:
+    """Serves until a signal; returns 0, or 1 when a server could not start.
+
+    Raises:
+        ConfigurationError: An argument, the configuration file or the port is wrong.
+    """
+    if any(argument.startswith("--help=") for argument in argv):
+        return subprocess.run([*ENGINE_COMMAND, *argv], check=False).returncode
+    request = arguments.parse(argv)
+    plan = make_plan(request.config, request.engine_arguments)
+    console = Console()
+    if request.check_only:
+        console.out(_summary(plan, request.source), highlight=False)
+        return 0
+    server = request.config.server
+    display = Display(console, verbose=request.verbose)
+    listener = None if request.headless else listen(server.host, server.port)
+    display.begin()
+    port = 0
+    if listener is not None:
+        host, port = listener.getsockname()[:2]
+        display.done("port", "bound", f"{host}:{port}")
+    try:
+        return asyncio.run(_run(plan, listener, _log_folder(port), display))
+    except StartError as error:
+        Console(stderr=True).out(f"tokenmill serve: {error}", highlight=False)
+        return 1
+    finally:
+        display.end()
+
+
+async def _run(plan: Plan, listener: socket.socket | None, logs: Path, display: Display) -> int:
+    return await Supervisor(plan, listener, logs, display).run()
+
+
+def _log_folder(port: int) -> Path:
+    """The folder for the log files of a server on this port; a temporary one where the cache cannot be written."""
+    folder = env.CACHE.get() / "logs" / (str(port) if port else "headless")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="tokenmill-"))
+
+
+def _summary(plan: Plan, source: Path | None) -> str:
+    lines = [f"{source or 'the command line'}: good"]
+    lines += [f"  tier {engine.tier}: {' '.join(engine.command[4:])}" for engine in plan.engines]
+    lines += [f"  tier {remote.tier}: {remote.root}" for remote in plan.remotes]
+    return "\n".join(lines)

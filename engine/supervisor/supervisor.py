@@ -1,0 +1,229 @@
+"""Runs the gateway and the engines of a plan together, from the bound port to the last process gone."""
+
+import asyncio
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from tokenmill import env
+from tokenmill.engine.gateway.settings import Document
+from tokenmill.engine.supervisor import facts, probe
+from tokenmill.engine.supervisor.child import Child
+from tokenmill.engine.supervisor.display import Display
+from tokenmill.engine.supervisor.keeper import Keeper, StartError
+from tokenmill.engine.supervisor.listener import ReservedPort
+from tokenmill.engine.supervisor.plan import Engine, Plan, gateway_command
+
+#: Seconds an engine has to end after SIGTERM; its requests are over, the gateway drained before.
+ENGINE_GRACE = 10.0
+#: Seconds that a gateway worker gets beyond its drain time.
+WORKER_GRACE = 3.0
+#: Seconds to wait for the gateway to see what the supervisor already knows.
+SETTLE_SECONDS = 5.0
+#: What an engine prints, and the stage that begins with it. Without such a line a stage is just not shown.
+STAGES: tuple[tuple[str, str], ...] = (
+    ("Starting to load model", "loading weights"),
+    ("Loading weights took", "warming"),
+    ("KV cache size", "warming"),
+)
+
+
+class Supervisor:
+    """One run of `tokenmill serve`.
+
+    Args:
+        plan: What to run.
+        listener: The listening socket for clients; None for a headless engine, which has no gateway.
+        logs: Folder for log files; it exists.
+        display: Where progress is shown.
+    """
+
+    def __init__(self, plan: Plan, listener: socket.socket | None, logs: Path, display: Display) -> None:
+        self._plan = plan
+        self._listener = listener
+        self._logs = logs
+        self._display = display
+        self._ports = {engine.name: ReservedPort() for engine in plan.engines}
+        # When this process ends, however it ends, the kernel closes the write end and the engines notice.
+        self._alive_read, self._alive_write = os.pipe()
+        self._workers: list[Keeper] = []
+        self._engines: list[Keeper] = []
+        self._tasks: dict[asyncio.Task[None], Keeper] = {}
+        self._stop = asyncio.Event()
+        self._stages: dict[str, int] = {}
+
+    async def run(self) -> int:
+        """Serves until SIGTERM, SIGINT or SIGHUP; returns the exit status.
+
+        Raises:
+            StartError: A process ended before it was ever ready; all others have been ended.
+        """
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.add_signal_handler(number, self._on_signal)
+        try:
+            self._start_keepers()
+            ready = asyncio.create_task(self._announce())
+            stop = asyncio.create_task(self._stop.wait())
+            try:
+                await asyncio.wait([stop, *self._tasks], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                ready.cancel()
+                stop.cancel()
+            self._display.end()
+            failed = next((task for task in self._tasks if task.done()), None)
+            if failed is not None and not self._stop.is_set():
+                raise StartError(f"{self._tasks[failed].name} could not start: {failed.exception()}")
+            return 0
+        finally:
+            await self._shut_down()
+
+    def _start_keepers(self) -> None:
+        if self._listener is not None:
+            for index in range(self._plan.server.workers):
+                self._workers.append(self._worker_keeper(f"gateway-{index + 1}"))
+        self._engines = [self._engine_keeper(engine) for engine in self._plan.engines]
+        for keeper in (*self._workers, *self._engines):
+            self._tasks[asyncio.create_task(keeper.run())] = keeper
+
+    def _on_signal(self) -> None:
+        if self._stop.is_set():  # a second signal: no more patience
+            for keeper in (*self._workers, *self._engines):
+                keeper.kill()
+        self._stop.set()
+
+    async def _announce(self) -> None:
+        """Waits until everything is ready, then shows the panel."""
+        for keeper in (*self._workers, *self._engines):
+            await keeper.ready.wait()
+        if self._listener is None:
+            self._display.end()
+            self._display.event(self._plan.engines[0].name, f"headless node runs; log in {self._logs}")
+            return
+        host, port = self._address()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(SETTLE_SECONDS):
+                while (answer := await probe.get(host, port, "/ready")) is None or answer[0] != 200:
+                    await asyncio.sleep(0.1)
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        remotes, engines = self._plan.remotes, self._plan.engines
+        shown = facts.panel_facts(url, engines, remotes, [self._status_file(engine) for engine in engines], self._logs)
+        title = f"Tokenmill is ready after {self._display.seconds:.1f} s"
+        self._display.panel(title, shown, facts.example_command(url, self._first_model(), chat=not self._pools()))
+
+    def _first_model(self) -> str:
+        names = [name for engine in self._plan.engines for name in engine.backend.public_names]
+        names += [name for remote in self._plan.remotes for name in (*remote.models, remote.tier)]
+        return names[0]
+
+    def _pools(self) -> bool:
+        """Whether the first model makes embeddings, not text."""
+        command = " ".join(self._plan.engines[0].command) if self._plan.engines else ""
+        return "--runner pooling" in command or "--runner=pooling" in command
+
+    def _address(self) -> tuple[str, int]:
+        """Where a program of this machine reaches the listening socket."""
+        assert self._listener is not None
+        host, port = self._listener.getsockname()[:2]
+        return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port  # noqa: S104 - compared, not bound
+
+    def _engine_keeper(self, engine: Engine) -> Keeper:
+        port = self._ports[engine.name].number
+
+        async def launch() -> Child:
+            command = engine.command
+            if self._listener is not None:
+                command = (*command, "--host", "127.0.0.1", "--port", str(port))
+            ours = {env.PARENT_FD.name: str(self._alive_read), env.STATUS_FILE.name: str(self._status_file(engine))}
+            child = Child(
+                command,
+                {**engine.environment, **ours},
+                self._logs / f"engine-{engine.name}.log",
+                lambda line: self._on_engine_line(keeper, line),
+            )
+            if not keeper.was_ready:
+                self._display.stage(engine.name, "starting engine")
+            await child.start(pass_fds=[self._alive_read])
+            return child
+
+        async def health() -> int | None:
+            if self._listener is None:
+                return 200  # a headless node has no page to ask
+            answer = await probe.get("127.0.0.1", port, "/health")
+            return answer[0] if answer is not None else None
+
+        keeper = Keeper(engine.name, launch, health, self._on_change, ENGINE_GRACE)
+        return keeper
+
+    def _worker_keeper(self, name: str) -> Keeper:
+        assert self._listener is not None
+        listener = self._listener
+
+        async def launch() -> Child:
+            child = Child(
+                gateway_command(listener.fileno()),
+                os.environ,
+                self._logs / f"{name}.log",
+                lambda line: self._display.output(name, line),
+            )
+            if not keeper.was_ready:
+                self._display.stage(name, "starting gateway")
+            await child.start(self._document().to_json(), pass_fds=[listener.fileno()])
+            return child
+
+        async def health() -> int | None:
+            answer = await probe.get(*self._address(), "/health")
+            return answer[0] if answer is not None else None
+
+        keeper = Keeper(name, launch, health, self._on_change, self._plan.server.drain_seconds + WORKER_GRACE)
+        return keeper
+
+    def _document(self) -> Document:
+        local = [engine.gateway_backend(self._ports[engine.name].number) for engine in self._plan.engines]
+        return Document((*local, *self._plan.remotes), self._plan.settings(), parent_pid=os.getpid())
+
+    def _status_file(self, engine: Engine) -> Path:
+        return self._logs / f"engine-{engine.name}.hooks.json"
+
+    def _on_engine_line(self, keeper: Keeper, line: str) -> None:
+        self._display.output(keeper.name, line)
+        if keeper.was_ready:
+            return
+        for number, (words, stage) in enumerate(STAGES):
+            # Several workers print the same lines: a stage that is over does not come back.
+            if words in line and number >= self._stages.get(keeper.name, 0):
+                self._stages[keeper.name] = number
+                self._display.stage(keeper.name, stage)
+
+    def _on_change(self, keeper: Keeper, change: str, text: str) -> None:
+        if change == "ready" and not keeper.restarts:
+            self._display.stage(keeper.name, "")
+            self._display.done(keeper.name, "ready", "")
+        else:
+            self._display.event(keeper.name, text, bad=change == "down")
+
+    async def _shut_down(self) -> None:
+        """Lets the gateway drain, then ends the engines; nothing is left when it returns."""
+        self._display.end()
+        if self._listener is not None:
+            self._listener.close()
+        if any(keeper.ready.is_set() for keeper in self._workers):
+            self._display.event("gateway", f"draining, at most {self._plan.server.drain_seconds:g} s")
+        started = time.monotonic()
+        await self._cancel(task for task, keeper in self._tasks.items() if keeper in self._workers)
+        await self._cancel(self._tasks)
+        for port in self._ports.values():
+            port.release()
+        os.close(self._alive_read)
+        os.close(self._alive_write)
+        self._display.event("tokenmill", f"stopped after {time.monotonic() - started:.1f} s")
+
+    async def _cancel(self, tasks: Iterable[asyncio.Task[None]]) -> None:
+        chosen = list(tasks)
+        for task in chosen:
+            task.cancel()
+        await asyncio.gather(*chosen, return_exceptions=True)
