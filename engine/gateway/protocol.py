@@ -17,7 +17,8 @@ def protocol_class(settings: Settings) -> type[HttpToolsProtocol]:
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self.in_head = True
+            self.in_head = False
+            #: Bytes received since the head began, the feed in which it began counted whole.
             self.head_bytes = 0
             self.head_timer: asyncio.TimerHandle | None = None
 
@@ -30,25 +31,28 @@ def protocol_class(settings: Settings) -> type[HttpToolsProtocol]:
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
-            if self.in_head:
-                self.head_bytes += len(data)
+            self.head_bytes = self.head_bytes + len(data) if self.in_head else len(data)
             super().data_received(data)
-            if self.in_head and self.head_bytes and not self.transport.is_closing():
-                if self.head_bytes > settings.max_header_bytes:
-                    self.refuse_head()
-                elif self.head_timer is None:
-                    self.arm_head_timer()
+            if self.transport.is_closing():
+                return
+            if self.in_head and self.head_bytes > settings.max_header_bytes:
+                self.refuse_head()
+            elif self.timeout_keep_alive_task is None and self.head_timer is None and self.awaits_head():
+                self.arm_head_timer()
+
+        def on_message_begin(self) -> None:
+            self.in_head = True
+            super().on_message_begin()
 
         def on_headers_complete(self) -> None:
             self.cancel_head_timer()
+            self.in_head = False
             if self.head_bytes > settings.max_header_bytes:
                 # The count may hold body bytes that came with the head: look at the head itself.
                 size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
                 if size > settings.max_header_bytes:
                     self.refuse_head()
                     return
-            self.in_head = False
-            self.head_bytes = 0
             super().on_headers_complete()
 
         def on_body(self, body: bytes) -> None:
@@ -56,9 +60,11 @@ def protocol_class(settings: Settings) -> type[HttpToolsProtocol]:
                 super().on_body(body)
 
         def on_message_complete(self) -> None:
-            self.in_head = True
             if self.cycle is not None:
                 super().on_message_complete()
+
+        def awaits_head(self) -> bool:
+            return self.in_head or self.cycle is None or self.cycle.response_complete
 
         def arm_head_timer(self) -> None:
             self.head_timer = self.loop.call_later(settings.header_timeout_s, self.transport.close)

@@ -1,0 +1,33 @@
+"""A fake backend and a gateway process in front of it, shared by the tests of a module."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.gateway.running import RunningGateway
+from tests.gateway.upstream import Books, FakeUpstream
+from tokenmill.engine.gateway.backends import Backend
+from tokenmill.engine.gateway.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def shared_upstream() -> Iterator[FakeUpstream]:
+    server = FakeUpstream(("tiny", "org/nested/name")).start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def gateway(shared_upstream: FakeUpstream) -> Iterator[RunningGateway]:
+    settings = Settings(max_body_bytes=8 * 1024 * 1024, probe_interval_s=0.1, read_timeout_s=2.0)
+    backend = Backend("a", shared_upstream.url, "utility", model_names={"renamed": "tiny"})
+    with RunningGateway(backend, settings=settings) as running:
+        yield running
+
+
+@pytest.fixture
+def upstream(shared_upstream: FakeUpstream) -> FakeUpstream:
+    """The shared backend with empty books."""
+    shared_upstream.books = Books()
+    shared_upstream.healthy = True
+    return shared_upstream
