@@ -27,6 +27,7 @@ BY_NAME_ONLY = ("cuda-emulated",)
 
 #: Every op of the product: name to `module:attribute` of its OpSpec. Adding an op adds one line here.
 OPS: dict[str, str] = {
+    "int4_gemm": "tokenmill.kernels.int4_gemm.op:INT4_GEMM",
     "spec_verify_greedy": "tokenmill.kernels.spec_verify.op:GREEDY",
 }
 
@@ -83,8 +84,8 @@ def choose(spec: OpSpec, problem: Problem, implementation: str | None = None) ->
     if implementation is not None:
         return _named(spec, problem, implementation)
     refusals: dict[str, str] = {}
-    for name in names(spec):
-        if name in BY_NAME_ONLY:
+    for name in ORDER:
+        if name not in spec.implementations and name != "reference":
             continue
         candidate = _ask(spec, name, problem)
         if isinstance(candidate, Implementation):

@@ -1,4 +1,6 @@
 // W4A16 with AVX-512 where BF16 is missing.
+// GCC 12 warns about its own _mm512_undefined_*():
+// build: flags=-Wno-uninitialized -Wno-maybe-uninitialized
 #include "cpu_float.h"
 
 namespace tokenmill::int4 {

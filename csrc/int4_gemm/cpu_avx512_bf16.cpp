@@ -1,6 +1,8 @@
 // INT4 weights times bf16 activations with AVX512_BF16: a nibble becomes the bf16 number 128 + code by one OR, and
 // VDPBF16PS multiplies pairs. Float16 and float32 activations are split into two bf16 parts, hi + lo, which keeps
 // 16 bits of them; the parts are two packed rows whose results are added.
+// GCC 12 warns about its own _mm512_undefined_*():
+// build: flags=-Wno-uninitialized -Wno-maybe-uninitialized
 #include <immintrin.h>
 
 #include "cpu_tiles.h"

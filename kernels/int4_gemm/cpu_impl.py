@@ -1,0 +1,63 @@
+"""INT4 GEMM by csrc/int4_gemm on the CPU; the kernel is chosen by instruction set."""
+
+import torch
+
+from tokenmill.env import ISA_LEVELS
+from tokenmill.kernels import extension
+from tokenmill.kernels.int4_gemm import cpu_layout
+from tokenmill.kernels.int4_gemm.prepared import Multiply, from_canonical
+from tokenmill.kernels.int4_gemm.weight import Int4Weight
+from tokenmill.kernels.registry import Implementation
+from tokenmill.kernels.spec import Problem
+
+_NATIVE = "int4_gemm_cpu"
+#: Instruction-set levels that csrc/int4_gemm has kernels for, by bits of the activations.
+LEVELS: dict[int, tuple[str, ...]] = {
+    16: ("plain", "avx2", "avx512", "avx512_bf16"),
+    8: ("plain", "avx2", "avx_vnni", "avx512_vnni"),
+}
+
+
+def level(activation_bits: int, dtype: torch.dtype) -> str:
+    """The instruction-set level whose kernel would run now.
+
+    Float32 activations do not take the bf16 kernel: it would keep 16 bits of them.
+    """
+    levels = LEVELS[activation_bits]
+    if activation_bits == 16 and dtype == torch.float32:
+        levels = levels[:-1]
+    return ISA_LEVELS[extension.isa_index(levels)]
+
+
+def _why_not(problem: Problem) -> str | None:
+    if problem.options["activation_bits"] == 8 and level(8, problem.dtype) == "plain":
+        return "8-bit activations need AVX2, which this processor (or TOKENMILL_ISA) lacks; use activation_bits=16"
+    return extension.why_not_cpu(_NATIVE, problem)
+
+
+def prepare(weight: Int4Weight, dtype: torch.dtype, activation_bits: int) -> Multiply:
+    """Packs a weight once; the result multiplies by it."""
+    packed = cpu_layout.pack(weight)
+    bias = None if weight.bias is None else weight.bias.to(device="cpu", dtype=dtype)
+    native = extension.native(_NATIVE)
+    arithmetic, kernel_level = f"a{activation_bits}", level(activation_bits, dtype)
+
+    def multiply(x: torch.Tensor, out: torch.Tensor) -> None:
+        native(
+            out,
+            x,
+            packed.lines,
+            packed.scales,
+            packed.zeros,
+            packed.group_units,
+            packed.source,
+            packed.in_order,
+            bias,
+            arithmetic,
+            kernel_level,
+        )
+
+    return multiply
+
+
+CPU = Implementation("cpu", from_canonical(prepare), _why_not)

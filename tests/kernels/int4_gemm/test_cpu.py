@@ -1,0 +1,219 @@
+"""INT4 GEMM on the CPU: every kernel against float64, on every instruction set that this processor has."""
+
+import pytest
+import torch
+
+from tokenmill import platform
+from tokenmill.errors import InputError, UnsupportedError
+from tokenmill.kernels import extension
+from tokenmill.kernels.int4_gemm import op
+from tokenmill.kernels.int4_gemm.weight import Int4Weight, dequantize, pack_codes
+from tokenmill.kernels.numerics import Fenced, assert_bit_equal, assert_within, unit_roundoff
+
+pytestmark = pytest.mark.skipif(
+    extension.why_not("int4_gemm_cpu") is not None, reason=str(extension.why_not("int4_gemm_cpu"))
+)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+#: Every tile height, heights that need filling, and two tiles.
+HEIGHTS = (1, 2, 3, 4, 5, 6, 7, 9, 13, 17, 24, 25, 41)
+
+
+@pytest.fixture(params=platform.isa_levels())
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("TOKENMILL_ISA", request.param)
+    return str(request.param)
+
+
+def random_weight(
+    K: int,
+    N: int,
+    group_size: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    symmetric: bool = True,
+    act_order: bool = False,
+    bias: bool = True,
+    seed: int = 0,
+) -> Int4Weight:
+    g = torch.Generator().manual_seed(seed)
+    G = -(-K // group_size)
+    codes = torch.randint(16, (K, N), generator=g, dtype=torch.uint8)
+    zeros = None if symmetric else torch.randint(16, (G, N), generator=g, dtype=torch.uint8)
+    scales = (torch.rand(G, N, generator=g) * 0.02 + 0.001).to(torch.float16 if dtype == torch.float32 else dtype)
+    g_idx = (torch.arange(K) // group_size)[torch.randperm(K, generator=g)].int() if act_order else None
+    return Int4Weight(
+        pack_codes(codes), scales, group_size, K, zeros, g_idx, torch.randn(N, generator=g).to(dtype) if bias else None
+    )
+
+
+def bound(x: torch.Tensor, weight: Int4Weight, exact: torch.Tensor, activation_bits: int) -> torch.Tensor:
+    """Largest error that the method itself can make.
+
+    The kernels subtract zero * sum(x) from sum(code * x), so every term is bounded by its magnitude with the offset
+    left in (128 + code in the bf16 kernel); sums are float32, in any order (Higham's gamma), and float16 activations
+    keep 16 bits in the bf16 kernel. Eight-bit activations add half a step per element.
+    """
+    scales = weight.scales.double()[weight.groups()].abs()
+    magnitude = x.double().abs() @ (scales * 144)
+    relative = (weight.K + 8) * unit_roundoff(torch.float32)
+    if x.dtype == torch.float16:
+        relative += 2.0**-16 / 9
+    limit = magnitude * relative + exact.abs() * unit_roundoff(x.dtype) * 1.01
+    if activation_bits == 8:
+        groups = weight.groups()
+        largest = torch.zeros(x.shape[0], weight.num_groups, dtype=torch.float64)
+        largest.scatter_reduce_(1, groups.expand(x.shape[0], -1), x.double().abs(), "amax")
+        limit = limit + (largest / 127 / 2 * 1.001)[:, groups] @ dequantize(weight).abs()
+    return limit
+
+
+def check(x: torch.Tensor, weight: Int4Weight, activation_bits: int = 16) -> torch.Tensor:
+    exact = x.double() @ dequantize(weight)
+    if weight.bias is not None:
+        exact += weight.bias.double()
+    fenced = Fenced((x.shape[0], weight.N), x.dtype)
+    op.int4_gemm(x, weight, activation_bits=activation_bits, out=fenced.tensor, implementation="cpu")
+    fenced.check()
+    assert_within(fenced.tensor, exact, bound(x, weight, exact, activation_bits))
+    return fenced.tensor
+
+
+def activations(M: int, K: int, dtype: torch.dtype, seed: int = 1) -> torch.Tensor:
+    return torch.randn(M, K, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+def test_sixteen_bit_activations(isa: str, dtype: torch.dtype, symmetric: bool) -> None:
+    weight = random_weight(384, 150, 128, dtype=dtype, symmetric=symmetric)
+    for M in HEIGHTS:
+        check(activations(M, 384, dtype), weight)
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+def test_eight_bit_activations(isa: str, symmetric: bool) -> None:
+    weight = random_weight(384, 150, 128, symmetric=symmetric)
+    if isa == "plain":
+        with pytest.raises(UnsupportedError, match="AVX2"):
+            op.int4_gemm(activations(1, 384, torch.bfloat16), weight, activation_bits=8, implementation="cpu")
+        return
+    for M in HEIGHTS:
+        check(activations(M, 384, torch.bfloat16), weight, activation_bits=8)
+
+
+@pytest.mark.parametrize(
+    ("K", "N", "group_size"),
+    [
+        (8, 1, 8),
+        (1, 1, 1),
+        (100, 17, 100),
+        (136, 33, 32),
+        (160, 16, 20),
+        (257, 129, 64),
+        (70, 300, 7),
+        (4096, 40, 4096),
+    ],
+)
+@pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
+def test_any_shape_and_group(isa: str, K: int, N: int, group_size: int, act_order: bool) -> None:
+    for bits in (16, 8) if isa != "plain" else (16,):
+        for M in (1, 7):
+            weight = random_weight(K, N, group_size, symmetric=False, act_order=act_order, bias=False)
+            check(activations(M, K, torch.bfloat16), weight, bits)
+
+
+def test_extreme_codes_and_activations_do_not_overflow(isa: str) -> None:
+    """All codes 15 against activations of one sign: the largest intermediate sums there are."""
+    K, N = 1024, 32
+    codes = torch.full((K, N), 15, dtype=torch.uint8)
+    weight = Int4Weight(
+        pack_codes(codes), torch.ones(1, N, dtype=torch.float16), K, K, torch.zeros(1, N, dtype=torch.uint8)
+    )
+    for bits in (16, 8) if isa != "plain" else (16,):
+        check(torch.full((2, K), -1.0, dtype=torch.bfloat16), weight, bits)
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_rows_do_not_depend_on_their_batch(isa: str, bits: int) -> None:
+    """The same row gives the same bits alone and among others: each sum runs over K in one order."""
+    if bits == 8 and isa == "plain":
+        pytest.skip("there is no 8-bit kernel in plain C++")
+    weight = random_weight(512, 272, 128, symmetric=False)
+    x = activations(30, 512, torch.bfloat16)
+    together = op.int4_gemm(x, weight, activation_bits=bits, implementation="cpu")
+    for row in (0, 11, 29):
+        alone = op.int4_gemm(x[row : row + 1], weight, activation_bits=bits, implementation="cpu")
+        assert_bit_equal(alone, together[row : row + 1])
+
+
+def test_threads_do_not_change_a_bit() -> None:
+    weight = random_weight(512, 400, 64)
+    x = activations(21, 512, torch.bfloat16)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = op.int4_gemm(x, weight, implementation="cpu")
+        torch.set_num_threads(2)
+        two = op.int4_gemm(x, weight, implementation="cpu")
+    finally:
+        torch.set_num_threads(threads)
+    assert_bit_equal(one, two)
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_shows(isa: str, bits: int, value: float) -> None:
+    if bits == 8 and isa == "plain":
+        pytest.skip("there is no 8-bit kernel in plain C++")
+    weight = random_weight(256, 32, 128, bias=False)
+    x = activations(3, 256, torch.bfloat16)
+    x[1, 17] = value
+    y = op.int4_gemm(x, weight, activation_bits=bits, implementation="cpu")
+    assert not bool(y[1].isfinite().any())
+    assert bool(y[[0, 2]].isfinite().all())
+
+
+def test_strided_rows_and_large_batches_are_read_right(isa: str) -> None:
+    """More rows than are worked on at a time, read from a wider matrix."""
+    if isa == "plain":
+        pytest.skip("the same driver, at a tenth of the speed")
+    wide = activations(1030, 256, torch.bfloat16)
+    check(wide[:, :128], random_weight(128, 48, 32))
+
+
+def test_no_rows() -> None:
+    y = op.int4_gemm(torch.empty(0, 256, dtype=torch.bfloat16), random_weight(256, 32, 128), implementation="cpu")
+    assert y.shape == (0, 32)
+
+
+def test_prepared_layer_takes_leading_dimensions() -> None:
+    weight = random_weight(256, 48, 128)
+    layer = op.prepare(weight, torch.bfloat16)
+    assert layer.implementation == "cpu"
+    x = activations(6, 256, torch.bfloat16)
+    assert_bit_equal(layer(x.view(2, 3, 256)), op.int4_gemm(x, weight).view(2, 3, 48))
+
+
+def test_automatic_choice_explains_itself() -> None:
+    problem = op.problem_of(random_weight(256, 32, 128), torch.bfloat16, torch.device("cpu"), 16)
+    from tokenmill.kernels import registry
+
+    assert registry.explain(op.INT4_GEMM, problem).chosen == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda w: op.int4_gemm(torch.zeros(2, 255, dtype=torch.bfloat16), w), "K"),
+        (lambda w: op.int4_gemm(torch.zeros(2, 256, dtype=torch.float64), w), "float64"),
+        (lambda w: op.int4_gemm(torch.zeros(256, 2, dtype=torch.bfloat16).t(), w), "contiguous"),
+        (lambda w: op.int4_gemm(torch.zeros(2, 256, dtype=torch.bfloat16), w, activation_bits=4), "activation_bits=4"),
+        (lambda w: op.prepare(w, torch.float64), "float64"),
+        (lambda w: op.prepare(w, torch.bfloat16)(torch.zeros(2, 256)), "float32"),
+        (lambda w: op.prepare(w, torch.bfloat16)(torch.zeros(2, 12, dtype=torch.bfloat16)), "256"),
+    ],
+)
+def test_bad_input_is_one_line(call: object, message: str) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        call(random_weight(256, 32, 128))  # type: ignore[operator]
+    assert "\n" not in str(error.value)
