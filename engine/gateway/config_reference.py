@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the descriptions of the fields: `python -m tokenmill.engine.gateway.config_reference`."""
+"""Writes docs/configuration.md from the descriptions of the fields; run it as a module, from the repository root."""
 
 import sys
 from pathlib import Path
@@ -66,11 +66,9 @@ def _row(name: str, field: FieldInfo) -> str:
 
 
 def _yaml(value: Any) -> str:
-    return (
-        {None: "null", True: "true", False: "false"}.get(value, str(value))
-        if not isinstance(value, float)
-        else f"{value:g}"
-    )
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _type(field: FieldInfo) -> str:

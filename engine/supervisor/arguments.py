@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -114,7 +113,7 @@ def parse(argv: Sequence[str]) -> Request:
 
 def _from_file(path: Path, own: argparse.Namespace, engine_arguments: list[str]) -> Request:
     for flag in ("draft_model", "draft_tokens", "served_model_name", "no_speculation"):
-        if getattr(own, flag):
+        if getattr(own, flag) not in (None, False):
             raise ConfigurationError(f"--{flag.replace('_', '-')} does not go with a file; set it in {path}")
     if engine_arguments:
         raise ConfigurationError(
@@ -139,16 +138,16 @@ def _server(own: argparse.Namespace, base: Server) -> Server:
 
 def _backend(named: str | None, own: argparse.Namespace) -> LocalBackend:
     model = named or own.model
-    if own.no_speculation and (own.draft_model or own.draft_tokens):
+    if own.no_speculation and (own.draft_model is not None or own.draft_tokens is not None):
         raise ConfigurationError("--no-speculation and a draft model exclude each other; keep one")
     if model is None:
         if own.draft_model:
             raise ConfigurationError("--draft-model needs the model that it drafts for; name it first")
         return _bundled(own)
-    if own.draft_tokens and not own.draft_model:
+    if own.draft_tokens is not None and own.draft_model is None:
         raise ConfigurationError("--draft-tokens needs --draft-model")
-    drafting = Speculation(method="draft_model", model=own.draft_model, tokens=own.draft_tokens or DRAFT_TOKENS)
-    return LocalBackend(model=model, served_as=own.served_model_name, speculation=drafting if own.draft_model else None)
+    drafting = None if own.draft_model is None else _drafted_by(own.draft_model, own)
+    return LocalBackend(model=model, served_as=own.served_model_name, speculation=drafting)
 
 
 def _drafted_by(model: str, own: argparse.Namespace) -> Speculation:
@@ -158,12 +157,11 @@ def _drafted_by(model: str, own: argparse.Namespace) -> Speculation:
 
 def _bundled(own: argparse.Namespace) -> LocalBackend:
     """The bundled pair. Eager: compiling it would take longer than most first tries last."""
-    flags: dict[str, Any] = {"enforce-eager": True}
     return LocalBackend(
         model="bundled:target",
         served_as=own.served_model_name,
         speculation=None if own.no_speculation else _drafted_by("bundled:draft", own),
-        flags=flags,
+        flags={"enforce-eager": True},
     )
 
 
@@ -177,6 +175,6 @@ def _refuse_moved_servers(engine_arguments: Sequence[str]) -> None:
 def _first_problem(error: ValidationError) -> str:
     details = error.errors()[0]
     place = str(details["loc"][-1]) if details["loc"] else ""
-    flag = "--" + place.replace("_", "-") if place in Server.model_fields else place
+    flag = {"tokens": "--draft-tokens"}.get(place, "--" + place.replace("_", "-"))
     message = str(details["ctx"]["error"]) if details["type"] == "value_error" else details["msg"]
     return f"{flag}={details.get('input')!r}: {message[:1].lower()}{message[1:]}"

@@ -1,0 +1,158 @@
+"""The configuration file: every mistake is one line with the place and a remedy, and the documentation is current."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokenmill.engine.gateway import config, config_reference, yaml_file
+from tokenmill.errors import ConfigurationError
+
+ROOT = Path(__file__).resolve().parents[2]
+GOOD = "tiers: {u: {backends: [{model: m}]}}\n"
+
+#: (file, line of the complaint, words that it must contain)
+MISTAKES = [
+    ("", 1, "empty"),
+    ("# nothing\n", 1, "empty"),
+    ("3\n", 1, "not a mapping of fields"),
+    ("- tiers\n", 1, "not a mapping of fields"),
+    ("server: {port: 1}\n", 1, "tiers: is missing"),
+    ("tiers: {}\n", 1, "at least 1"),
+    ("tiers: {u: {backends: []}}\n", 1, "at least 1"),
+    (GOOD + "serever: {}\n", 2, "did you mean 'server'?"),
+    (GOOD + "server:\n  prot: 1\n", 3, "did you mean 'port'?"),
+    (GOOD + 'server:\n  port: "8000"\n', 3, "'8000' is not a whole number; remove the quotes"),
+    (GOOD + "server:\n  port: 8000.5\n", 3, "not a whole number"),
+    (GOOD + "server:\n  port: yes\n", 3, "'yes' is not a whole number"),
+    (GOOD + "server:\n  port: 70000\n", 3, "less than or equal to 65535"),
+    (GOOD + "server:\n  port: -1\n", 3, "greater than or equal to 0"),
+    (GOOD + "server:\n  port: 99999999999999999999999999\n", 3, "65535"),
+    (GOOD + f"server:\n  port: {'9' * 5000}\n", 3, "at most 30"),
+    (GOOD + "server:\n  port: null\n", 3, "not a whole number"),
+    (GOOD + "server:\n  port: [1]\n", 3, "a list is not a whole number"),
+    (GOOD + "server:\n  host: 1\n", 3, 'put it in quotes: "1"'),
+    (GOOD + "server:\n  drain_seconds: .nan\n", 3, "finite"),
+    (GOOD + "server:\n\tport: 1\n", 3, "a tab indents this line"),
+    (GOOD + "server: {}\nserver: {}\n", 3, "stands here and on line 2"),
+    (GOOD + "server: !!python/object/apply:os.system [ls]\n", 2, "tag"),
+    (GOOD + "server: !include x\n", 2, "tag"),
+    (GOOD + "server: {<<: {}}\n", 2, "merge keys"),
+    (GOOD + "1: 2\n", 2, "the key 1 is not text"),
+    (GOOD + "? [a]\n: 2\n", 2, "not text"),
+    (GOOD + "server: *nowhere\n", 2, "undefined alias"),
+    (GOOD + "server: &a [*a]\n", 2, "too deep"),
+    (GOOD + "--- \na: 1\n", 2, "second document"),
+    (GOOD + "server: a: b\n", 2, "indentation"),
+    (GOOD + 'server: "unclosed\n', 3, "quotes"),
+    (GOOD + "a: \x01\n", 2, "unacceptable character"),
+    ("[" * 50_000, 1, "too deep"),
+    ("a: {" * 5_000, 1, "too deep"),
+    ("tiers: {'a b': {backends: [{model: m}]}}\n", 1, "is no name"),
+    ("tiers: {'../../etc': {backends: [{model: m}]}}\n", 1, "is no name"),
+    ("tiers:\n  u:\n    backends:\n      - modle: m\n", 4, "did you mean 'model'?"),
+    ("tiers:\n  u:\n    backends:\n      - ulr: http://x\n", 4, "did you mean 'url'?"),
+    ("tiers:\n  u:\n    backends:\n      - served_as: [m]\n", 4, "model: is missing"),
+    ("tiers:\n  u:\n    backends:\n      - model: m\n      - model: m\n        weight: 0\n", 6, "greater than 0"),
+    ("tiers:\n  u:\n    backends:\n      - model: m\n      - 3\n", 5, "not a mapping of fields"),
+    ("tiers:\n  u:\n    backends: [{model: m}, {model: n, name: u}]\n", 1, "two backends are named 'u'"),
+    ("tiers: {u: {backends: [{url: 'ftp://x'}]}}\n", 1, "not http(s)://"),
+    ("tiers: {u: {backends: [{url: 'http://x:99999'}]}}\n", 1, "not http(s)://"),
+    ("tiers: {u: {backends: [{url: 'http://[x'}]}}\n", 1, "not http(s)://"),
+    ("tiers: {u: {backends: [{url: 'http://me:secret@x'}]}}\n", 1, "api_key_env"),
+    ("tiers: {u: {backends: [{url: 'http://x', api_key_env: sk-123}]}}\n", 1, "match pattern"),
+    ("tiers: {u: {backends: [{model: m, flags: {port: 1}}]}}\n", 1, "set 'server.port'"),
+    ("tiers: {u: {backends: [{model: m, flags: {served_model_name: x}}]}}\n", 1, "served_as"),
+    ("tiers: {u: {backends: [{model: m, flags: {enforce-eager: null}}]}}\n", 1, "has no value"),
+    ("tiers: {u: {backends: [{model: m, flags: {headless: true}}]}}\n", 1, "headless"),
+    ("tiers: {u: {backends: [{model: m, env: {A: true}}]}}\n", 1, "put it in quotes"),
+    ("tiers: {u: {backends: [{model: m, env: {'A=B': x}}]}}\n", 1, "no name of an environment variable"),
+    ("tiers: {u: {backends: [{model: m, speculation: {method: draft_model}}]}}\n", 1, "needs 'model'"),
+    ("tiers: {u: {backends: [{model: m, speculation: {method: ngram, model: d}}]}}\n", 1, "without a model"),
+    ("tiers: {u: {backends: [{model: m, speculation: {method: eagle}}]}}\n", 1, "'draft_model' or 'ngram'"),
+]
+
+
+def complaint(path: Path, text: str | bytes) -> str:
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    with pytest.raises(ConfigurationError) as caught:
+        config.load(path)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "line", "words"), MISTAKES, ids=[words[:24] for _, _, words in MISTAKES])
+def test_a_mistake_is_one_line_with_its_place_and_a_remedy(tmp_path: Path, text: str, line: int, words: str) -> None:
+    path = tmp_path / "c.yaml"
+    message = complaint(path, text)
+    assert "\n" not in message
+    assert message.startswith(f"{path}:{line}: "), message
+    assert words in message
+    assert len(message) < 500
+
+
+def test_every_mistake_is_reported_at_once(tmp_path: Path) -> None:
+    text = GOOD + "server:\n  port: x\n  workers: 0\n  host: 5\n"
+    lines = complaint(tmp_path / "c.yaml", text).splitlines()
+    assert [line.partition("c.yaml:")[2][:2] for line in lines] == ["5:", "3:", "4:"]
+
+
+def test_aliases_repeat_values_but_cannot_explode(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "tiers:\n  a: &same {backends: [{model: m, name: x}]}\n  b: {backends: [{model: m, env: &e {A: 1}}]}\n"
+    )
+    assert set(config.load(path).tiers) == {"a", "b"}
+    bomb = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9))
+    assert "fewer aliases" in complaint(path, bomb)
+
+
+def test_words_of_yaml_11_stay_text(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("a: [no, on, Yes, 1:30, 2026-01-01, 1_000]\nb: [true, null, ~, 0x10, 0o17, 010, -1, 1e3, .inf]\n")
+    value = yaml_file.read(path).value
+    assert value["a"] == ["no", "on", "Yes", "1:30", "2026-01-01", "1_000"]
+    assert value["b"] == [True, None, None, 16, 15, 10, -1, 1000.0, float("inf")]
+
+
+def test_unreadable_files_are_one_line(tmp_path: Path) -> None:
+    for path in (tmp_path / "missing.yaml", tmp_path):
+        with pytest.raises(ConfigurationError, match="cannot be read"):
+            config.load(path)
+    assert ":2: byte 0xff is not UTF-8" in complaint(tmp_path / "c.yaml", b"a: 1\nb: \xff\n")
+    assert "at most" in complaint(tmp_path / "c.yaml", b"#" * (yaml_file.MOST_BYTES + 1))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.one_of(st.binary(max_size=80), st.text("{}[]:,&*!-?#|>'\"\n\t ab1~<%@`.", max_size=80).map(str.encode)))
+def test_no_bytes_raise_anything_else(tmp_path_factory: pytest.TempPathFactory, text: bytes) -> None:
+    path = tmp_path_factory.mktemp("fuzz") / "c.yaml"
+    path.write_bytes(text)
+    with pytest.raises(ConfigurationError) as caught:
+        config.load(path)
+    assert str(caught.value).startswith(f"{path}:")
+
+
+def test_keys_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = config.RemoteBackend(url="http://x", api_key_env="TOKENMILL_TEST_KEY")
+    monkeypatch.delenv("TOKENMILL_TEST_KEY", raising=False)
+    with pytest.raises(ConfigurationError, match="TOKENMILL_TEST_KEY is not set"):
+        backend.api_key()
+    monkeypatch.setenv("TOKENMILL_TEST_KEY", "sk-1")
+    assert backend.api_key() == "sk-1"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
+def test_examples_are_valid(path: Path) -> None:
+    assert config.load(path).tiers
+
+
+def test_documentation_is_current() -> None:
+    remedy = "run python -m tokenmill.engine.gateway.config_reference"
+    assert (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8") == config_reference.markdown(), remedy
+
+
+@pytest.mark.parametrize("section", [section for section, _, _ in config_reference.SECTIONS])
+def test_every_field_is_documented(section: type[config.Section]) -> None:
+    for name, field in section.model_fields.items():
+        assert field.description, f"{section.__name__}.{name}"
