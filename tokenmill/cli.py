@@ -29,6 +29,7 @@ class Command:
 
 COMMANDS: tuple[Command, ...] = (
     Command("serve", "tokenmill.engine.supervisor.main:main", "Serve models: start, watch and restart the servers."),
+    Command("doctor", "tokenmill.doctor:main", "Explain this machine: what would run, and why something would not."),
     Command("build", "tokenmill.native_build:main", "Compile the native library in place, only what changed."),
     Command(
         "train-pair",

@@ -1,0 +1,64 @@
+"""The doctor tells what is there, names what stands in the way, and its exit status follows."""
+
+import json
+
+import pytest
+
+from tokenmill import doctor, env, platform
+
+
+def report_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, object]]:
+    status = doctor.main(["--json", "--no-hooks", *arguments])
+    return status, json.loads(capsys.readouterr().out)
+
+
+def test_every_op_and_setting_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    from tokenmill.kernels import registry
+
+    _, report = report_of(capsys)
+    assert {op["op"] for op in report["ops"]} == set(registry.OPS)  # type: ignore[attr-defined]
+    assert set(report["variables"]) == {variable.name for variable in env.VARIABLES}  # type: ignore[call-overload]
+    for op in report["ops"]:  # type: ignore[attr-defined]
+        assert op["chosen"] not in op["refusals"]
+
+
+def test_a_bad_setting_is_a_problem(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TOKENMILL_ISA", "sse9")
+    status, report = report_of(capsys)
+    assert status == 1
+    assert "sse9" in str(report["problems"])
+
+
+def test_narrowing_shows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TOKENMILL_ISA", "plain")
+    _, report = report_of(capsys)
+    assert report["isa"] == ["plain"]
+
+
+def test_a_missing_native_library_is_a_problem(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tokenmill.kernels import extension
+
+    monkeypatch.setattr(extension, "why_not_loaded", lambda: "the native library is not built; run `tokenmill build`")
+    status, report = report_of(capsys)
+    assert status == 1
+    assert "tokenmill build" in str(report["problems"])
+
+
+def test_a_driver_without_a_gpu_for_torch_is_a_problem(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(platform, "has_nvidia_driver", lambda: True)
+    monkeypatch.setattr(platform, "gpus", lambda: ())
+    status, report = report_of(capsys)
+    assert status == 1
+    assert "CUDA build of torch" in str(report["problems"])
+
+
+def test_people_see_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    status = doctor.main(["--no-hooks"])
+    shown = capsys.readouterr().out
+    assert status in (0, 1)
+    for word in ("processor", "Operations", "Settings", "TOKENMILL_ISA", "int4_gemm"):
+        assert word in shown
