@@ -131,25 +131,30 @@ def statuses() -> tuple[HookStatus, ...]:
     return tuple(_statuses[name] for name in NAMES if name in _statuses)
 
 
+def report() -> dict[str, object]:
+    """The table of this process, ready for JSON: vLLM's version, the process, and its hooks."""
+    return {
+        "vllm": compat.vllm_version(),
+        "process": multiprocessing.current_process().name,
+        "pid": os.getpid(),
+        "hooks": [asdict(status) for status in statuses()],
+    }
+
+
 def publish() -> None:
     """Logs the table at debug level and writes it to the file that `TOKENMILL_STATUS_FILE` names.
 
     Every process of a server writes the same file and the last one stays: the API server comes first, the
     workers, where the hooks run, come last. Readers see a whole file, the old one or the new one.
     """
-    report = {
-        "vllm": compat.vllm_version(),
-        "process": multiprocessing.current_process().name,
-        "pid": os.getpid(),
-        "hooks": [asdict(status) for status in statuses()],
-    }
-    logger.debug("hooks: %s", json.dumps(report))
+    document = report()
+    logger.debug("hooks: %s", json.dumps(document))
     target = env.STATUS_FILE.get()
     if target is None:
         return
     temporary = target.with_name(f"{target.name}.{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        temporary.write_text(json.dumps(document, indent=1), encoding="utf-8")
         temporary.replace(target)
     except OSError as error:
         logger.warning("cannot write %s: %s", target, error.strerror)

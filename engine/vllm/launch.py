@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except Exception as error:
         logging.getLogger("tokenmill.launch").debug("the server failed", exc_info=True)
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     return 0
 
@@ -80,7 +80,7 @@ def cpu_defaults(arguments: Namespace) -> dict[str, str]:
     """
     chosen: dict[str, str] = {}
     if getattr(arguments, "kv_cache_memory_bytes", None) is None:
-        chosen["VLLM_CPU_KVCACHE_SPACE"] = str(_kv_cache_gib(_free_memory()))
+        chosen["VLLM_CPU_KVCACHE_SPACE"] = str(kv_cache_gib(_free_memory()))
     workers = arguments.tensor_parallel_size * arguments.pipeline_parallel_size * arguments.data_parallel_size
     if workers == 1 and arguments.distributed_executor_backend is None:
         chosen["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -88,7 +88,8 @@ def cpu_defaults(arguments: Namespace) -> dict[str, str]:
     return {name: value for name, value in chosen.items() if not os.environ.get(name)}
 
 
-def _kv_cache_gib(free_bytes: int) -> int:
+def kv_cache_gib(free_bytes: int) -> int:
+    """The KV cache's size in GiB for this much free memory in bytes."""
     return max(KV_CACHE_LEAST, min(KV_CACHE_MOST, free_bytes // KV_CACHE_PART // GIB))
 
 
@@ -101,7 +102,7 @@ def _free_memory() -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """The first line of an error that says something, with its remedy where we know one."""
     if isinstance(error, OSError) and error.errno == 98:
         return "the port is in use; stop the other program or pass another --port"
