@@ -302,6 +302,8 @@ DEV void cp_async_wait() {
 void cp_async_mbar_arrive(u32 bar);
 DEV u64 cache_evict_first() { return 1; }
 DEV u64 cache_evict_last() { return 2; }
+DEV void cp_async16_hint(u32 dst, const void* src, u64) { emulator::cp_async(dst, src, 16, 16); }
+DEV void prefetch_l2(const void*) {}
 DEV void bulk_load(u32 dst, const void* src, u32 bytes, u32 bar) { emulator::bulk_load(dst, src, bytes, bar, false, 0); }
 DEV void bulk_load_hint(u32 dst, const void* src, u32 bytes, u32 bar, u64) {
     emulator::bulk_load(dst, src, bytes, bar, false, 0);
