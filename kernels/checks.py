@@ -24,29 +24,40 @@ def bind(spec: OpSpec, arguments: Mapping[str, Any], **options: Hashable) -> Pro
     Raises:
         InputError: A shape, dtype, device, layout or integer is not what the spec says.
     """
-    axes = {name: _integer(spec, name, arguments[name]) for name in spec.scalars}
-    bound_by = dict.fromkeys(axes, "the argument of that name")
-    present = [(tensor, arguments[tensor.name]) for tensor in spec.inputs if _given(spec, tensor, arguments)]
-    for tensor, value in present:
+    axes: dict[str | int, int] = {name: _integer(spec, name, arguments[name]) for name in spec.scalars}
+    bound_by: dict[str | int, str] = dict.fromkeys(axes, "the argument of that name")
+    derived: list[tuple[TensorSpec, torch.Tensor, int]] = []
+    first: TensorSpec | None = None
+    device = torch.device("cpu")
+    for tensor in spec.inputs:
+        value = arguments.get(tensor.name)
+        if value is None and tensor.optional:
+            continue
+        if not isinstance(value, torch.Tensor):
+            raise InputError(f"{tensor.name} of {spec.name} is {type(value).__name__}; pass a torch.Tensor")
         _check_form(spec, tensor, value, arguments)
-        for position, axis in enumerate(tensor.shape):
-            if isinstance(axis, str) and axis in spec.axes and axis not in axes:
-                axes[axis] = value.shape[position]
-                bound_by[axis] = tensor.name
-    first_tensor, first = present[0]
-    for tensor, value in present:
-        for position, axis in enumerate(tensor.shape):
-            expected = axis_size(axis, axes)
-            if value.shape[position] != expected:
-                raise InputError(_size_message(tensor, value, position, expected, bound_by))
-        if value.device != first.device:
+        if first is None:
+            first, device = tensor, value.device
+        elif value.device != device:
             raise InputError(
-                f"{tensor.name} is on {value.device} but {first_tensor.name} is on {first.device}; "
-                f"move it with .to({str(first.device)!r})"
+                f"{tensor.name} is on {value.device} but {first.name} is on {device}; move it with .to({str(device)!r})"
             )
-    ordered = {name: axes[name] for name in spec.axes}
+        for position, (axis, size) in enumerate(zip(tensor.shape, value.shape, strict=True)):
+            if axis in axes:
+                if size != axes[axis]:
+                    raise InputError(_size_message(tensor, size, position, axes[axis], bound_by))
+            elif axis in spec.axes:
+                axes[axis] = size
+                bound_by[axis] = tensor.name
+            else:
+                derived.append((tensor, value, position))
+    names = {name: axes[name] for name in spec.axes}
+    for tensor, value, position in derived:
+        expected = axis_size(tensor.shape[position], names)
+        if value.shape[position] != expected:
+            raise InputError(_size_message(tensor, value.shape[position], position, expected, bound_by))
     merged = {**spec.options, **options} if options else spec.options
-    return Problem(spec.name, ordered, arguments[spec.dtype_of].dtype, first.device, merged)
+    return Problem(spec.name, names, arguments[spec.dtype_of].dtype, device, merged)
 
 
 def check_output(tensor: TensorSpec, value: torch.Tensor, problem: Problem) -> None:
@@ -69,15 +80,6 @@ def _integer(spec: OpSpec, name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise InputError(f"{name}={value!r} of {spec.name} is not a non-negative integer; pass an int >= 0")
     return value
-
-
-def _given(spec: OpSpec, tensor: TensorSpec, arguments: Mapping[str, Any]) -> bool:
-    value = arguments.get(tensor.name)
-    if isinstance(value, torch.Tensor):
-        return True
-    if value is None and tensor.optional:
-        return False
-    raise InputError(f"{tensor.name} of {spec.name} is {type(value).__name__}; pass a torch.Tensor")
 
 
 def _check_form(spec: OpSpec, tensor: TensorSpec, value: torch.Tensor, arguments: Mapping[str, Any]) -> None:
@@ -107,11 +109,11 @@ def _check_form(spec: OpSpec, tensor: TensorSpec, value: torch.Tensor, arguments
 
 
 def _size_message(
-    tensor: TensorSpec, value: torch.Tensor, position: int, expected: int, bound_by: Mapping[str, str]
+    tensor: TensorSpec, size: int, position: int, expected: int, bound_by: Mapping[str | int, str]
 ) -> str:
     axis = tensor.shape[position]
-    found = f"{tensor.name} has {value.shape[position]} along axis {position}"
+    found = f"{tensor.name} has {size} along axis {position}"
     if isinstance(axis, int):
         return f"{found}; it must be {axis}; pass shape [{', '.join(map(str, tensor.shape))}]"
-    name = axis.split(" ")[0]
-    return f"{found}, where {axis} = {expected} by {bound_by.get(name, 'the spec')}; pass tensors of one problem"
+    source = bound_by.get(axis.split(" ")[0], "the spec")
+    return f"{found}, where {axis} = {expected} by {source}; pass tensors of one problem"

@@ -91,6 +91,12 @@ def why_not_cpu(op: str, problem: Problem) -> str | None:
     return why_not(op)
 
 
+@functools.cache
+def _why_not_on_gpu(device: torch.device) -> str:
+    seen = "" if platform.has_nvidia_driver() else " (this machine has no NVIDIA driver)"
+    return f"the tensors are on {device}, not on a CUDA device{seen}"
+
+
 def why_not_cuda(op: str, problem: Problem, families: tuple[str, ...]) -> str | None:
     """Why a native CUDA op cannot do the problem; for use in a `cuda_impl.why_not`.
 
@@ -100,8 +106,7 @@ def why_not_cuda(op: str, problem: Problem, families: tuple[str, ...]) -> str | 
         families: The GPU families it is compiled for, e.g. `("sm90", "sm100")`; exact, never "at least".
     """
     if problem.device.type != "cuda":
-        seen = "" if platform.has_nvidia_driver() else " (this machine has no NVIDIA driver)"
-        return f"the tensors are on {problem.device}, not on a CUDA device{seen}"
+        return _why_not_on_gpu(problem.device)
     index = problem.device.index if problem.device.index is not None else 0
     family = _gpu_family(index)
     if family is None:
