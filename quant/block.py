@@ -1,0 +1,225 @@
+"""Quantizing one decoder block in memory: which linears share an input, their Hessians, scaling, rounding.
+
+The linears are found by running the block: those that read the very same tensor form a set (query, key and value;
+gate and up) and share one Hessian. Sets are quantized in the order in which they run, each seeing the inputs that
+the already quantized sets before it produce.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+
+from tokenmill.errors import InputError
+from tokenmill.kernels.int4_gemm.weight import Int4Weight, dequantize
+from tokenmill.quant import awq
+from tokenmill.quant.gptq import GptqOptions, gptq, relative_error
+from tokenmill.quant.rtn import round_to_nearest
+from tokenmill.quant.streaming import BlockForward
+
+#: rtn: nearest codes, no calibration. gptq: error compensation. awq: input scaling, then nearest codes.
+#: awq-gptq: input scaling, then error compensation.
+Method = Literal["rtn", "gptq", "awq", "awq-gptq"]
+METHODS: tuple[str, ...] = get_args(Method)
+
+#: AWQ's pairs: the module that absorbs the inverse scale, and the linears that read its output.
+#: They hold for Llama, Mistral and Qwen, whose norms multiply by their weight.
+_SCALING_PAIRS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    ("self_attn.v_proj", ("self_attn.o_proj",)),
+    ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+    ("mlp.up_proj", ("mlp.down_proj",)),
+)
+SCALABLE_MODELS = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True)
+class BlockSettings:
+    """How the linears of a block are quantized.
+
+    Attributes:
+        method: See `Method`.
+        group_size: Input features that share a scale; -1 is per output channel.
+        symmetric: Whether the zero point is 8 everywhere.
+        scale_dtype: What scales are stored as.
+        gptq: Options of the methods that use GPTQ.
+    """
+
+    method: Method
+    group_size: int
+    symmetric: bool
+    scale_dtype: torch.dtype
+    gptq: GptqOptions
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the method looks at inputs."""
+        return self.method != "rtn"
+
+    @property
+    def scales_inputs(self) -> bool:
+        """Whether the method is one of AWQ's."""
+        return self.method.startswith("awq")
+
+    @property
+    def compensates(self) -> bool:
+        """Whether the method is one of GPTQ's."""
+        return self.method.endswith("gptq")
+
+
+@dataclass(frozen=True)
+class QuantizedBlock:
+    """The result for one block.
+
+    Attributes:
+        layers: The INT4 weight of each linear, by its name within the block.
+        errors: Relative square error of each linear's output, by its name; empty without calibration.
+    """
+
+    layers: dict[str, Int4Weight]
+    errors: dict[str, float]
+
+
+class _SetReachedError(Exception):
+    """Ends a forward pass once the inputs that were wanted have been seen."""
+
+
+def linears(block: nn.Module) -> dict[str, nn.Linear]:
+    """Every linear of the block, by its name within it."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+
+
+def _groups_by_input(block: nn.Module, run: BlockForward, hidden: torch.Tensor) -> list[tuple[str, ...]]:
+    """Names of the linears that read the same tensor, set by set in the order in which they run."""
+    sets: list[tuple[torch.Tensor, list[str]]] = []  # keeps the tensors alive, so that identity means sameness
+
+    def note(name: str) -> object:
+        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            if sets and sets[-1][0] is inputs[0]:
+                sets[-1][1].append(name)
+            else:
+                sets.append((inputs[0], [name]))
+
+        return hook
+
+    hooks = [module.register_forward_pre_hook(note(name)) for name, module in linears(block).items()]  # type: ignore[arg-type]
+    try:
+        run(hidden[:1])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [tuple(names) for _, names in sets]
+
+
+def _hessian(module: nn.Linear, run: BlockForward, batches: Iterable[torch.Tensor]) -> torch.Tensor:
+    """[K, K] float32: the mean of x x' over all inputs x of the linear; the pass ends as soon as it is reached."""
+    total = torch.zeros(module.in_features, module.in_features, device=module.weight.device)
+    count = 0
+
+    def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        nonlocal count
+        rows = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
+        total.addmm_(rows.T, rows)
+        count += rows.shape[0]
+        raise _SetReachedError
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        for batch in batches:
+            try:
+                run(batch)
+            except _SetReachedError:
+                continue
+    finally:
+        handle.remove()
+    return total / max(count, 1)
+
+
+def _scale_inputs(
+    block: nn.Module, run: BlockForward, batches: Sequence[torch.Tensor], settings: BlockSettings
+) -> None:
+    """Applies AWQ's scales to the block in place; its function stays the same."""
+    modules = dict(block.named_modules())
+    for source_name, names in _SCALING_PAIRS:
+        source, readers = modules[source_name], [modules[name] for name in names]
+        K = readers[0].in_features
+        if source.weight.shape[0] != K:
+            continue  # grouped-query attention: one value feature feeds several inputs of o_proj
+        weight = torch.cat([reader.weight.T for reader in readers], dim=1)
+        group_size = K if settings.group_size == -1 else settings.group_size
+        hessian = _hessian(readers[0], run, batches)
+        scales = awq.search_scales(weight, hessian, group_size, settings.symmetric, settings.scale_dtype)
+        for reader in readers:
+            reader.weight.mul_(scales)
+        source.weight.div_(scales.unsqueeze(1) if source.weight.dim() == 2 else scales)
+        if getattr(source, "bias", None) is not None:
+            source.bias.div_(scales)
+
+
+def quantize_block(
+    block: nn.Module, run: BlockForward, batches: Sequence[torch.Tensor], settings: BlockSettings
+) -> QuantizedBlock:
+    """Quantizes every linear of a block and puts the dequantized weights in their places.
+
+    With a scaling method the norms of the block change too.
+
+    Args:
+        block: The decoder block, weights in floating point; changed in place.
+        run: Its function on hidden states [batch, tokens, hidden].
+        batches: Hidden states that reach it; at least one unless the method is rtn.
+        settings: How.
+
+    Raises:
+        InputError: The group size does not divide an input size; the message names the linear.
+    """
+    found = linears(block)
+    for name, module in found.items():
+        if settings.group_size != -1 and module.in_features % settings.group_size:
+            raise InputError(
+                f"{name} has K={module.in_features} inputs, no multiple of group_size={settings.group_size}; "
+                "choose one that divides it, or -1 (per channel)"
+            )
+    layers: dict[str, Int4Weight] = {}
+    errors: dict[str, float] = {}
+    if not settings.needs_calibration:
+        for name, module in found.items():
+            group_size = module.in_features if settings.group_size == -1 else settings.group_size
+            weight = module.weight.T
+            layers[name] = round_to_nearest(weight, group_size, settings.symmetric, settings.scale_dtype)
+            module.weight.copy_(dequantize(layers[name], module.weight.dtype).T)
+    else:
+        sets = _groups_by_input(block, run, batches[0])
+        if settings.scales_inputs:
+            _scale_inputs(block, run, batches, settings)
+        for names in sets:
+            hessian = _hessian(found[names[0]], run, batches)
+            weights = [found[name].weight.T.float() for name in names]
+            together = _quantize_linear(torch.cat(weights, dim=1), hessian, settings)
+            column = 0
+            for name, weight in zip(names, weights, strict=True):
+                layers[name] = _columns(together, column, column + weight.shape[1])
+                errors[name] = relative_error(weight, layers[name], hessian)
+                found[name].weight.copy_(dequantize(layers[name], found[name].weight.dtype).T)
+                column += weight.shape[1]
+    return QuantizedBlock(layers, errors)
+
+
+def _quantize_linear(weight: torch.Tensor, hessian: torch.Tensor, settings: BlockSettings) -> Int4Weight:
+    group_size = weight.shape[0] if settings.group_size == -1 else settings.group_size
+    if settings.compensates:
+        return gptq(weight, hessian, group_size, settings.symmetric, settings.scale_dtype, settings.gptq)
+    return round_to_nearest(weight, group_size, settings.symmetric, settings.scale_dtype, hessian.diagonal())
+
+
+def _columns(weight: Int4Weight, start: int, stop: int) -> Int4Weight:
+    """The output features start..stop of a weight; a column is rounded the same whatever stands beside it."""
+    return Int4Weight(
+        codes=weight.codes[:, start:stop].contiguous(),
+        scales=weight.scales[:, start:stop].contiguous(),
+        group_size=weight.group_size,
+        K=weight.K,
+        zeros=None if weight.zeros is None else weight.zeros[:, start:stop].contiguous(),
+        g_idx=weight.g_idx,
+    )

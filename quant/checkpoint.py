@@ -1,0 +1,214 @@
+"""Reading a model directory: dense, INT4 in any known format, or bitsandbytes NF4, one tensor at a time.
+
+Opening a checkpoint reads the configuration and every file's header, and refuses what is damaged or incomplete
+before any weight is loaded. Weights are memory-mapped: holding a `Checkpoint` costs no memory to speak of.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from tokenmill.errors import CheckpointError
+from tokenmill.kernels.int4_gemm.weight import Int4Weight, dequantize
+from tokenmill.quant import nf4
+from tokenmill.quant.format import FORMATS, QuantizationConfig, Scheme, parse_config
+from tokenmill.quant.pack import missing_tensors, read_layer, tensor_names, weight_tensor
+from tokenmill.quant.safetensors_header import TensorInfo, read_header
+
+_INDEX = "model.safetensors.index.json"
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """One JSON object from a file.
+
+    Raises:
+        CheckpointError: The file is missing or holds something else.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} holds {type(value).__name__}; it must hold an object")
+    return value
+
+
+class Checkpoint:
+    """A model directory with config.json and safetensors files.
+
+    Args:
+        path: The directory.
+
+    Attributes:
+        path: The directory.
+        config: Its config.json.
+        tensors: Name to place, dtype and shape of everything stored.
+        quantization: What its quantization_config says; None for a dense or an NF4 checkpoint.
+
+    Raises:
+        CheckpointError: A file is missing, truncated or damaged, the format is unknown, or a quantized layer lacks
+            a tensor.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise CheckpointError(f"{self.path} is no directory; give the folder that holds config.json")
+        self.config = read_json(self.path / "config.json")
+        self.tensors: dict[str, TensorInfo] = {}
+        for file in self._files():
+            self.tensors.update(read_header(file))
+        self._check_index()
+        self._is_nf4 = False
+        self.quantization = self._read_quantization()
+        self._open_files = ExitStack()
+        self._handles: dict[Path, Any] = {}
+        self._check_layers()
+
+    def close(self) -> None:
+        """Unmaps the files."""
+        self._handles.clear()
+        self._open_files.close()
+
+    def _files(self) -> list[Path]:
+        if (self.path / _INDEX).exists():
+            weight_map = read_json(self.path / _INDEX).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise CheckpointError(f"{self.path / _INDEX} has no weight_map")
+            return [self.path / name for name in sorted(set(weight_map.values()))]
+        files = sorted(self.path.glob("*.safetensors"))
+        if not files:
+            raise CheckpointError(f"{self.path} holds no *.safetensors file; other weight files are not read")
+        return files
+
+    def _check_index(self) -> None:
+        if (self.path / _INDEX).exists():
+            for name, file in read_json(self.path / _INDEX)["weight_map"].items():
+                if name not in self.tensors:
+                    raise CheckpointError(f"{name} is missing in {self.path / file}; the checkpoint is incomplete")
+
+    def _read_quantization(self) -> QuantizationConfig | None:
+        config = self.config.get("quantization_config")
+        if config is None:
+            for name in ("quantize_config.json", "quant_config.json"):
+                if (self.path / name).exists():
+                    config = read_json(self.path / name)
+        if config is None:
+            return None
+        if config.get("quant_method") == "bitsandbytes":
+            nf4.check_config(config)
+            self._is_nf4 = True
+            return None
+        return parse_config(config)
+
+    @cached_property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the INT4 layers, in order of their names; empty for a dense or NF4 checkpoint."""
+        if self.quantization is None:
+            return ()
+        suffix = "." + weight_tensor(self.quantization.default)
+        return tuple(sorted(name.removesuffix(suffix) for name in self.tensors if name.endswith(suffix)))
+
+    def scheme(self, layer: str) -> Scheme:
+        """How a layer of `layers` is quantized.
+
+        Raises:
+            CheckpointError: The configuration says that it is not.
+        """
+        scheme = self.quantization.scheme(layer) if self.quantization else None
+        if scheme is None:
+            raise CheckpointError(f"{layer} has INT4 tensors, but quantization_config leaves it unquantized")
+        return scheme
+
+    def _check_layers(self) -> None:
+        if self.quantization is None:
+            packed = [n for n in self.tensors if n.endswith((".qweight", ".weight_packed"))]
+            if packed:
+                raise CheckpointError(f"{packed[0]} is INT4, but config.json has no quantization_config; restore it")
+            return
+        if not self.layers:
+            known = ", ".join(FORMATS)
+            raise CheckpointError(f"{self.path} has a quantization_config but no INT4 layer; known formats: {known}")
+        for layer in self.layers:
+            scheme = self.scheme(layer)
+            present = {name for name in tensor_names(scheme) if f"{layer}.{name}" in self.tensors}
+            for name in missing_tensors(scheme, present):
+                raise CheckpointError(f"{layer}.{name} is missing; the checkpoint is incomplete")
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One stored tensor, as it is.
+
+        Raises:
+            CheckpointError: There is none of this name, or its bytes cannot be read.
+        """
+        info = self.tensors.get(name)
+        if info is None:
+            raise CheckpointError(f"{self.path} has no tensor {name}; the checkpoint is incomplete")
+        try:
+            if info.file not in self._handles:
+                self._handles[info.file] = self._open_files.enter_context(safe_open(info.file, framework="pt"))
+            tensor: torch.Tensor = self._handles[info.file].get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{info.file} cannot be read: {error}") from None
+        return tensor
+
+    def layer(self, name: str) -> Int4Weight:
+        """One INT4 layer in canonical form, its values checked.
+
+        Raises:
+            CheckpointError: The layer is damaged; the message names the tensor.
+        """
+        scheme = self.scheme(name)
+        stored = {short: f"{name}.{short}" for short in tensor_names(scheme) if f"{name}.{short}" in self.tensors}
+        return read_layer(name, {short: self.tensor(full) for short, full in stored.items()}, scheme)
+
+    def parameter(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """A parameter of the model by the name that it has in the dense model, dequantized if need be.
+
+        Args:
+            name: For example `model.layers.0.mlp.up_proj.weight` (a linear's weight is [out, in]).
+            dtype: What to return.
+
+        Raises:
+            CheckpointError: It is missing or damaged, or not finite.
+        """
+        layer, _, kind = name.rpartition(".")
+        if kind == "weight" and layer in self._layer_set:
+            return dequantize(self.layer(layer), dtype).T.contiguous()
+        if self._is_nf4 and nf4.is_quantized(name, self.tensors):
+            return nf4.dequantize(name, {part: self.tensor(part) for part in nf4.parts(name, self.tensors)}).to(dtype)
+        tensor = self.tensor(name)
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}; it must be floating point")
+        return tensor.to(dtype)
+
+    @cached_property
+    def _layer_set(self) -> frozenset[str]:
+        return frozenset(self.layers)
+
+    def has_parameter(self, name: str) -> bool:
+        """Whether `parameter` can return this one."""
+        return name in self.tensors or (name.endswith(".weight") and name.removesuffix(".weight") in self._layer_set)
+
+    def verify(self) -> Iterator[str]:
+        """Reads every INT4 layer and yields its name; what is damaged raises before anybody relies on it.
+
+        Raises:
+            CheckpointError: The first damage found.
+        """
+        for name in self.layers:
+            self.layer(name)
+            yield name
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all stored tensors."""
+        return sum(info.num_bytes for info in self.tensors.values())

@@ -1,0 +1,117 @@
+"""The directory that a quantized checkpoint is written to, one block at a time, so that it survives a kill.
+
+A block's file appears under its name only when it is whole (written aside, flushed, renamed). config.json comes
+last: before that nothing takes the directory for a model, and after a kill the finished blocks are found again.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from tokenmill.errors import ConfigurationError
+
+_PROGRESS = "quantize-progress.json"
+_INDEX = "model.safetensors.index.json"
+#: Larger files beside the weights are not a tokenizer or a template and stay behind.
+_MAX_COMPANION_BYTES = 100 * 2**20
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+
+
+class OutputDirectory:
+    """Where a run writes, and what an earlier run with the same settings left there.
+
+    Args:
+        path: The directory; made if absent.
+        num_parts: Number of files that the checkpoint will have.
+        settings: Everything that decides the result; an unfinished run is resumed only if it agrees.
+        overwrite: Whether to discard what the directory holds.
+
+    Raises:
+        ConfigurationError: The directory holds something else.
+    """
+
+    def __init__(self, path: Path, num_parts: int, settings: Mapping[str, Any], overwrite: bool = False) -> None:
+        self.path = path
+        self.num_parts = num_parts
+        fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        progress = path / _PROGRESS
+        if overwrite and path.exists():
+            shutil.rmtree(path)
+        if path.exists() and not path.is_dir():
+            raise ConfigurationError(f"{path} is a file; name a directory to write to")
+        if path.exists() and any(path.iterdir()):
+            if not progress.exists():
+                raise ConfigurationError(f"{path} is not empty; name another directory or pass --overwrite")
+            if json.loads(progress.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
+                raise ConfigurationError(
+                    f"{path} holds an unfinished run of another model or with other settings; "
+                    "repeat its command to resume it, or pass --overwrite"
+                )
+        path.mkdir(parents=True, exist_ok=True)
+        if not progress.exists():
+            self._write_json(_PROGRESS, {"fingerprint": fingerprint, "settings": dict(settings)})
+
+    def part(self, index: int) -> Path:
+        """The file of part 0..num_parts-1."""
+        return self.path / f"model-{index + 1:05d}-of-{self.num_parts:05d}.safetensors"
+
+    def is_written(self, index: int) -> bool:
+        """Whether the part is there, whole."""
+        return self.part(index).exists()
+
+    def write_part(self, index: int, tensors: Mapping[str, torch.Tensor], notes: Mapping[str, str]) -> None:
+        """Writes one part; notes go into the file's metadata."""
+        aside = self.part(index).with_suffix(".unfinished")
+        stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(stored, aside, metadata={"format": "pt", **notes})
+        _flush(aside)
+        aside.rename(self.part(index))
+        _flush(self.path)
+
+    def read_part(self, index: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """Tensors and notes of a part that is written."""
+        with safe_open(self.part(index), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+
+    def finish(self, source: Path, config: Mapping[str, Any], report: Mapping[str, Any]) -> None:
+        """Writes the index, what lies beside the source's weights, the report, and config.json last of all."""
+        weight_map, total = {}, 0
+        for index in range(self.num_parts):
+            with safe_open(self.part(index), framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    weight_map[name] = self.part(index).name
+            total += self.part(index).stat().st_size
+        self._write_json(_INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+        for file in sorted(source.iterdir()):
+            is_ours = file.name in ("config.json", _INDEX, "quantize_config.json", "quant_config.json")
+            if not file.is_file() or is_ours or file.name.endswith((*_WEIGHT_SUFFIXES, ".index.json")):
+                continue
+            if file.stat().st_size <= _MAX_COMPANION_BYTES:
+                # The source may be read-only; its modes are not copied.
+                shutil.copyfile(file, self.path / file.name)
+        self._write_json("quantize-report.json", report)
+        self._write_json("config.json", config)
+        (self.path / _PROGRESS).unlink()
+
+    def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        aside = self.path / f"{name}.unfinished"
+        aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        _flush(aside)
+        aside.rename(self.path / name)
+
+
+def _flush(path: Path) -> None:
+    """Makes a file or a directory's entries survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,257 @@
+"""Quantizing a checkpoint block by block: one decoder block and the calibration's hidden states are in memory.
+
+Each block is quantized, written, *read back from its file*, and only then run to make the next block's inputs. A run
+that was killed therefore continues from the files with exactly the numbers that it would have had.
+"""
+
+import hashlib
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenmill.errors import CheckpointError, InputError, UnsupportedError
+from tokenmill.kernels.int4_gemm.weight import dequantize
+from tokenmill.quant.block import SCALABLE_MODELS, BlockSettings, quantize_block
+from tokenmill.quant.checkpoint import Checkpoint
+from tokenmill.quant.evaluate import Perplexity, count, negative_log_likelihood, text_windows
+from tokenmill.quant.format import Scheme, write_config
+from tokenmill.quant.output import OutputDirectory
+from tokenmill.quant.pack import read_layer, weight_tensor, write_layer
+from tokenmill.quant.streaming import StreamedModel
+
+#: Called after each block with the number of blocks done, of all, and the mean relative error of its layers (or None).
+Progress = Callable[[int, int, float | None], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to do with a model.
+
+    Attributes:
+        block: How each linear is quantized.
+        format: gptq or pack-quantized.
+        calibration: Text whose activations guide the rounding; unused by rtn.
+        evaluation: Text on which perplexity is measured before and after; None measures nothing.
+        num_samples: Most calibration sequences.
+        length: Tokens in a sequence; no more than the model was made for.
+        device: Where to compute.
+        dtype: What to compute in; None is float32 on a CPU and the model's own on a GPU.
+    """
+
+    block: BlockSettings
+    format: str
+    calibration: str
+    evaluation: str | None
+    num_samples: int = 128
+    length: int = 2048
+    device: str = "cpu"
+    dtype: torch.dtype | None = None
+
+    @property
+    def scheme(self) -> Scheme:
+        """How the written layers say that they are quantized."""
+        dynamic = self.block.compensates and self.block.gptq.act_order == "dynamic" and self.block.group_size != -1
+        return Scheme(self.format, self.block.group_size, self.block.symmetric, dynamic)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of the model.
+
+    Attributes:
+        bytes_before: Bytes of the source's tensors.
+        bytes_after: Bytes of the written ones.
+        before: Perplexity of the source; None if nothing was evaluated.
+        after: Perplexity of the result.
+        errors: Relative square error of each layer's output on the calibration, by full name.
+        seconds: Duration of this run; a resumed run counts from its start.
+        peak_bytes: Most memory held: of the GPU, or of the process on a CPU.
+    """
+
+    bytes_before: int
+    bytes_after: int
+    before: Perplexity | None
+    after: Perplexity | None
+    errors: dict[str, float]
+    seconds: float
+    peak_bytes: int
+
+
+class _BlockFile:
+    """The parameters of one quantized block, dequantized from its file."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> None:
+        self._tensors = tensors
+        self._scheme = scheme
+
+    def parameter(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """As `Checkpoint.parameter`."""
+        layer = name.removesuffix(".weight")
+        if name.endswith(".weight") and f"{layer}.{weight_tensor(self._scheme)}" in self._tensors:
+            prefix = layer + "."
+            own = {key.removeprefix(prefix): t for key, t in self._tensors.items() if key.startswith(prefix)}
+            return dequantize(read_layer(layer, own, self._scheme), dtype).T.contiguous()
+        return self._tensors[name].to(dtype)
+
+
+def calibration_batches(model: StreamedModel, text: str, num_samples: int, length: int) -> list[torch.Tensor]:
+    """Cuts a text into sequences of one length, a few of them to a batch.
+
+    Raises:
+        InputError: The text is shorter than one sequence.
+    """
+    tokens = model.tokenizer()(text, add_special_tokens=False, verbose=False)["input_ids"]
+    available = min(len(tokens) // length, num_samples)
+    if available < 1:
+        raise InputError(f"the calibration text has {len(tokens)} tokens; one sequence needs {length}: give more text")
+    sequences = torch.tensor(tokens[: available * length]).view(available, length)
+    return list(torch.split(sequences, max(1, 8192 // length)))
+
+
+def quantize_checkpoint(
+    source: Path, out: Path, request: Request, overwrite: bool = False, progress: Progress | None = None
+) -> Report:
+    """Quantizes every linear of every decoder block of a model and writes a checkpoint that stock vLLM loads.
+
+    Embeddings, norms and the output head stay as they are. If `out` holds an unfinished run of the same request, it is
+    continued, and the result has the same bytes as an uninterrupted run's.
+
+    Args:
+        source: Model directory: dense or bitsandbytes NF4.
+        out: Directory to write to.
+        request: How.
+        overwrite: Whether to discard what `out` holds.
+        progress: Told after every block.
+
+    Raises:
+        CheckpointError: The source is damaged, already INT4, or of an unknown architecture.
+        ConfigurationError: `out` holds something else.
+        InputError: The group size does not divide an input size, or there is too little text.
+        UnsupportedError: The method cannot do this architecture.
+    """
+    started = time.perf_counter()
+    checkpoint = Checkpoint(source)
+    if checkpoint.quantization is not None:
+        raise CheckpointError(f"{source} is already {checkpoint.quantization.default.format}; quantize the original")
+    _check_architecture(checkpoint, request.block)
+    model = StreamedModel(checkpoint, request.device, request.dtype)
+    limit = int(checkpoint.config.get("max_position_embeddings") or request.length)
+    length = min(request.length, limit)
+    output = OutputDirectory(out, model.num_blocks + 1, _settings(checkpoint, model, request), overwrite)
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)
+
+    calibration: list[torch.Tensor] = []
+    if request.block.needs_calibration:
+        batches = calibration_batches(model, request.calibration, request.num_samples, length)
+        calibration = [model.embed(batch) for batch in batches]
+    windows = [] if request.evaluation is None else text_windows(model, request.evaluation, length)
+    before = [model.embed(window) for window in windows]
+    after = list(before)
+    errors: dict[str, float] = {}
+    for index in range(model.num_blocks):
+        if before:
+            run = model.forward(index, model.block(index))
+            before = [run(hidden) for hidden in before]
+        if not output.is_written(index):
+            _quantize_and_write(model, index, calibration, request, output)
+        tensors, notes = output.read_part(index)
+        found: dict[str, float] = json.loads(notes["relative_errors"])
+        errors.update(found)
+        if calibration or after:
+            run = model.forward(index, model.block(index, _BlockFile(tensors, request.scheme)))
+            calibration = [run(hidden) for hidden in calibration]
+            after = [run(hidden) for hidden in after]
+        if progress is not None:
+            progress(index + 1, model.num_blocks, sum(found.values()) / len(found) if found else None)
+    if not output.is_written(model.num_blocks):
+        output.write_part(model.num_blocks, _other_tensors(model), {"relative_errors": "{}"})
+
+    measured: list[Perplexity | None] = [None, None]
+    if request.evaluation is not None:
+        head = model.head()
+        measured = [
+            count(request.evaluation, windows, negative_log_likelihood(head, states, windows))
+            for states in (before, after)
+        ]
+    report = Report(
+        bytes_before=checkpoint.weight_bytes,
+        bytes_after=sum(output.part(index).stat().st_size for index in range(output.num_parts)),
+        before=measured[0],
+        after=measured[1],
+        errors=errors,
+        seconds=time.perf_counter() - started,
+        peak_bytes=_peak_bytes(model.device),
+    )
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    config["quantization_config"] = write_config(request.scheme)
+    output.finish(source, config, asdict(report))
+    checkpoint.close()
+    return report
+
+
+def _check_architecture(checkpoint: Checkpoint, settings: BlockSettings) -> None:
+    kind = str(checkpoint.config.get("model_type"))
+    what = f"quantizing {checkpoint.path} by {settings.method}"
+    if settings.scales_inputs and kind not in SCALABLE_MODELS:
+        known = ", ".join(SCALABLE_MODELS)
+        raise UnsupportedError(what, {"awq": f"model_type={kind!r}; input scaling knows {known}; use --method gptq"})
+    if any(".experts." in name for name in checkpoint.tensors):
+        raise UnsupportedError(what, {settings.method: "experts of a mixture are not quantized yet"})
+
+
+def _settings(checkpoint: Checkpoint, model: StreamedModel, request: Request) -> dict[str, Any]:
+    """Everything that the result depends on, for recognising a run that may be resumed."""
+    files = {str(info.file): info.file.stat() for info in checkpoint.tensors.values()}
+    settings = asdict(request)
+    for text in ("calibration", "evaluation"):
+        settings[text] = hashlib.sha256((settings[text] or "").encode()).hexdigest()
+    settings["block"]["scale_dtype"] = str(request.block.scale_dtype)
+    settings["dtype"] = str(model.dtype)
+    settings["source"] = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in sorted(files.items())}
+    settings["torch"] = torch.__version__
+    return settings
+
+
+def _quantize_and_write(
+    model: StreamedModel, index: int, calibration: list[torch.Tensor], request: Request, output: OutputDirectory
+) -> None:
+    block = model.block(index)
+    quantized = quantize_block(block, model.forward(index, block), calibration, request.block)
+    prefix = model.block_name(index)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, weight in quantized.layers.items():
+        for part, tensor in write_layer(weight, request.scheme).items():
+            tensors[f"{prefix}.{name}.{part}"] = tensor
+    # Norms and biases go back to the dtype that they came in; input scaling has changed some of them.
+    for name, parameter in block.named_parameters():
+        if name.removesuffix(".weight") not in quantized.layers:
+            tensors[f"{prefix}.{name}"] = parameter.to(_stored_dtype(model, f"{prefix}.{name}"))
+    errors = {f"{prefix}.{name}": error for name, error in quantized.errors.items()}
+    output.write_part(index, tensors, {"relative_errors": json.dumps(errors)})
+
+
+def _stored_dtype(model: StreamedModel, name: str) -> torch.dtype:
+    dtype = model.checkpoint.tensor(name).dtype
+    return dtype if dtype.is_floating_point else model.stored_dtype
+
+
+def _other_tensors(model: StreamedModel) -> dict[str, torch.Tensor]:
+    """Everything outside the blocks: embeddings, the last norm, the output head."""
+    in_blocks = {name for index in range(model.num_blocks) for name in model.block_parameters(index)}
+    names = [name for name in model.parameters() if name not in in_blocks and name in model.checkpoint.tensors]
+    return {name: model.checkpoint.parameter(name, _stored_dtype(model, name)) for name in names}
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
