@@ -175,9 +175,14 @@ def _read_gptq(tensors: Tensors, scheme: Scheme) -> Int4Weight:
     zeros = None
     if (qzeros := tensors.get("qzeros")) is not None:
         _check("qzeros", qzeros, (G, _words(N)), (torch.int32,))
-        words = qzeros if scheme.format == "gptq_v2" else qzeros + _ONE_IN_EVERY_NIBBLE
-        zeros = unpack_codes(words.T.contiguous(), N).T.contiguous()
+        zeros = read_gptq_zeros(qzeros, N, scheme.format)
     return _make(tensors, scheme, qweight, scales, zeros, K, g_idx)
+
+
+def read_gptq_zeros(qzeros: torch.Tensor, N: int, checkpoint_format: str) -> torch.Tensor:
+    """Zero points [G, N] uint8 from a GPTQ layer's `qzeros [G, ceil(N/8)]`; see the module for the two formats."""
+    words = qzeros if checkpoint_format == "gptq_v2" else qzeros + _ONE_IN_EVERY_NIBBLE
+    return unpack_codes(words.T.contiguous(), N).T.contiguous()
 
 
 def _write_gptq(weight: Int4Weight) -> dict[str, torch.Tensor]:

@@ -73,6 +73,25 @@ APPLY_SAMPLING_CONSTRAINTS = PrivateName(
     "top-k stops the engine in a step without drafts",
 )
 CURRENT_PLATFORM = PrivateName("vllm.platforms:current_platform", "verification", "tells the CPU build from the others")
+POSSIBLE_KERNELS = PrivateName(
+    "vllm.model_executor.kernels.linear:_POSSIBLE_KERNELS",
+    "linear",
+    "the kernels for INT4 layers of each platform, in the order vLLM asks them; its public function only appends",
+)
+MP_LINEAR_KERNEL = PrivateName(
+    "vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel:MPLinearKernel", "linear", "base of our kernel"
+)
+AUTO_GPTQ_CONFIG = PrivateName(
+    "vllm.model_executor.layers.quantization.auto_gptq:AutoGPTQConfig",
+    "linear",
+    "base of the method for GPTQ checkpoints that stock refuses",
+    ("0.32",),
+)
+GPTQ_LINEAR_METHOD = PrivateName(
+    "vllm.model_executor.layers.quantization.utils.gptq_utils:get_linear_quant_method",
+    "linear",
+    "applies a GPTQ checkpoint's per-layer rules",
+)
 SERVE_SUBCOMMAND = PrivateName(
     "vllm.entrypoints.cli.serve:ServeSubcommand",
     "launch",
@@ -86,6 +105,10 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     EXPAND_BATCH_TO_TOKENS,
     APPLY_SAMPLING_CONSTRAINTS,
     CURRENT_PLATFORM,
+    POSSIBLE_KERNELS,
+    MP_LINEAR_KERNEL,
+    AUTO_GPTQ_CONFIG,
+    GPTQ_LINEAR_METHOD,
     SERVE_SUBCOMMAND,
     ARGUMENT_PARSER,
 )

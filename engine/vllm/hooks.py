@@ -61,7 +61,7 @@ class Hook:
 
 
 HOOKS: tuple[Hook, ...] = (
-    Hook("linear", "INT4 linear layers"),
+    Hook("linear", "INT4 linear layers", "tokenmill.engine.vllm.linear:install"),
     Hook("attention", "attention that reads a shared prefix once"),
     Hook("verification", "acceptance of drafted tokens", "tokenmill.engine.vllm.verification:install"),
     Hook("scheduler", "how much to draft, and which requests run together"),

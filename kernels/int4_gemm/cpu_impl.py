@@ -38,11 +38,10 @@ def _why_not(problem: Problem) -> str | None:
 def prepare(weight: Int4Weight, dtype: torch.dtype, activation_bits: int) -> Multiply:
     """Packs a weight once; the result multiplies by it."""
     packed = cpu_layout.pack(weight)
-    bias = None if weight.bias is None else weight.bias.to(device="cpu", dtype=dtype)
     native = extension.native(_NATIVE)
     arithmetic, kernel_level = f"a{activation_bits}", level(activation_bits, dtype)
 
-    def multiply(x: torch.Tensor, out: torch.Tensor) -> None:
+    def multiply(x: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None) -> None:
         native(
             out,
             x,
@@ -61,3 +60,7 @@ def prepare(weight: Int4Weight, dtype: torch.dtype, activation_bits: int) -> Mul
 
 
 CPU = Implementation("cpu", from_canonical(prepare), _why_not)
+
+if extension.why_not(_NATIVE) is None:
+    # What torch.compile needs to know: it writes `out` and returns nothing.
+    torch.library.register_fake(f"tokenmill_native::{_NATIVE}", lambda *arguments: None)

@@ -8,7 +8,7 @@ packed once: `prepare(weight, ...)` returns a `PreparedInt4` that multiplies.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -110,20 +110,25 @@ class PreparedInt4:
         K: Input features.
         N: Output features.
         dtype: The dtype of the activations it takes.
-        multiply: (x [M, K], out [M, N]) writes the product.
+        bias: [N] of that dtype on the same device, or None; added where a call brings no other.
+        multiply: (x [M, K], out [M, N], bias) writes the product.
     """
 
     implementation: str
     K: int
     N: int
     dtype: torch.dtype
+    bias: torch.Tensor | None
     multiply: Multiply
 
-    def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor, out: torch.Tensor | None = None, *, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """x [..., K] @ W + bias as [..., N].
 
         Args:
             x: Activations of `dtype`; leading dimensions are rows.
+            bias: [N] of the same dtype, instead of the layer's own.
             out: Contiguous buffer [..., N] of the same dtype; None allocates one.
 
         Raises:
@@ -144,7 +149,7 @@ class PreparedInt4:
                 f"{x.dtype} {[*x.shape[:-1], self.N]} or None"
             )
         if rows.shape[0]:
-            self.multiply(rows, out.view(-1, self.N))
+            self.multiply(rows, out.view(-1, self.N), self.bias if bias is None else bias)
         return out
 
 
@@ -177,7 +182,8 @@ def prepare(
     problem = problem_of(weight, dtype, torch.device(device), activation_bits)
     chosen = registry.choose(INT4_GEMM, problem, implementation)
     multiply = _prepare_of(chosen.name)(weight, dtype, activation_bits)
-    return PreparedInt4(chosen.name, weight.K, weight.N, dtype, multiply)
+    bias = None if weight.bias is None else weight.bias.to(device, dtype)
+    return PreparedInt4(chosen.name, weight.K, weight.N, dtype, bias, multiply)
 
 
 def problem_of(
@@ -204,8 +210,8 @@ def _prepare_of(implementation: str) -> Prepare:
 
 
 def _prepare_reference(weight: Int4Weight, dtype: torch.dtype, activation_bits: int) -> Multiply:
-    def multiply(x: torch.Tensor, out: torch.Tensor) -> None:
-        reference.int4_gemm(x, weight, out)
+    def multiply(x: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None) -> None:
+        reference.int4_gemm(x, replace(weight, bias=bias), out)
 
     return multiply
 

@@ -7,8 +7,8 @@ import torch
 
 from tokenmill.kernels.int4_gemm.weight import Int4Weight
 
-#: (x [M, K], out [M, N]) writes out = x @ W + bias.
-Multiply = Callable[[torch.Tensor, torch.Tensor], None]
+#: (x [M, K], out [M, N], bias [N] or None) writes out = x @ W + bias.
+Multiply = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None]
 
 
 class Prepare(Protocol):
@@ -21,8 +21,8 @@ def from_canonical(prepare: Prepare) -> Callable[..., torch.Tensor]:
     """The registry's `run` for an implementation: prepares and multiplies once, for tests and single calls."""
 
     def run(x: torch.Tensor, out: torch.Tensor, activation_bits: int, **canonical: Any) -> torch.Tensor:
-        multiply = prepare(as_weight(x, **canonical), x.dtype, activation_bits)
-        multiply(x, out)
+        weight = as_weight(x, **canonical)
+        prepare(weight, x.dtype, activation_bits)(x, out, weight.bias)
         return out
 
     return run
