@@ -6,6 +6,7 @@ On a terminal it is colourful and alive; anywhere else it is plain lines, each w
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -19,14 +20,22 @@ from tokenmill import __version__
 
 @dataclass(frozen=True)
 class Fact:
-    """One line of the panel: a label, a value, and how to colour it (`good`, `quiet`, `bad` or empty)."""
+    """One line of the panel.
+
+    Attributes:
+        label: What it is about; empty: the same as the line above.
+        value: The fact.
+        note: More about it.
+        mood: How it is marked: something of ours runs (`good`), does not (`quiet`), or should but cannot (`bad`).
+    """
 
     label: str
     value: str
-    mood: str = ""
+    note: str = ""
+    mood: Literal["good", "quiet", "bad", ""] = ""
 
 
-_STYLES = {"good": "green", "quiet": "dim", "bad": "yellow", "": ""}
+_MARKS = {"good": ("● ", "green"), "quiet": ("○ ", "dim"), "bad": ("▲ ", "yellow"), "": ("", "")}
 
 
 class Display:
@@ -47,7 +56,7 @@ class Display:
     def begin(self) -> None:
         """Shows the name of the product, and from now on what is under way."""
         if self._console.is_terminal:
-            self._console.print(Text.assemble(("Tokenmill ", "bold"), (__version__, "dim")))
+            self._console.print(Text.assemble(("\nTokenmill ", "bold"), (__version__, "dim"), "\n"))
             self._live = Live(
                 get_renderable=self._progress, console=self._console, refresh_per_second=8, transient=True
             )
@@ -68,12 +77,12 @@ class Display:
             if not self._console.is_terminal:
                 self._plain(f"{name}: {stage}")
 
-    def done(self, name: str, what: str, detail: str) -> None:
-        """Something that is done at once."""
+    def done(self, name: str, what: str, detail: str = "") -> None:
+        """Something that is done."""
         if self._console.is_terminal:
             self._console.print(self._done_line(name, what, detail))
         else:
-            self._plain(f"{name}: {what}: {detail}")
+            self._plain(f"{name}: {what}: {detail}" if detail else f"{name}: {what}")
 
     def panel(self, title: str, facts: Sequence[Fact], command: str) -> None:
         """Ends the progress; shows what is served, and a command to try it."""
@@ -81,14 +90,17 @@ class Display:
         if not self._console.is_terminal:
             self._plain(title)
             for fact in facts:
-                self._plain(f"  {fact.label}: {fact.value}" if fact.label else f"    {fact.value}")
+                self._plain("  " + "  ".join(part for part in (fact.label, fact.value, fact.note) if part))
             self._plain(f"  try: {command}")
             return
         table = Table.grid(padding=(0, 2))
         table.add_column(style="bold cyan", no_wrap=True)
         table.add_column(overflow="fold")
+        table.add_column(style="dim", overflow="fold")
         for fact in facts:
-            table.add_row(fact.label, Text(fact.value, style=_STYLES[fact.mood]))
+            mark, style = _MARKS[fact.mood]
+            value = Text.assemble((mark, style), (fact.value, "dim" if fact.mood == "quiet" else ""))
+            table.add_row(fact.label, value, Text(fact.note, style="green" if fact.mood == "good" else ""))
         self._console.print()
         self._console.print(
             Panel(table, title=f"[bold green]{title}[/]", border_style="green", padding=(1, 2), expand=False)

@@ -3,16 +3,23 @@
 import json
 import shlex
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.config import LocalBackend
 from tokenmill.engine.supervisor.display import Fact
 from tokenmill.engine.supervisor.plan import Engine
 
-#: How a hook's state reads, and how it is coloured.
-_MOODS = {"active": "good", "stock": "quiet", "off": "quiet", "absent": "quiet", "refused": "bad"}
+#: How a hook's state is marked.
+_MOODS: dict[str, Literal["good", "quiet", "bad"]] = {
+    "active": "good",
+    "stock": "quiet",
+    "off": "quiet",
+    "absent": "quiet",
+    "refused": "bad",
+}
 
 
 def panel_facts(
@@ -27,19 +34,22 @@ def panel_facts(
         status_files: Where the engines say which hooks run, in their order.
         logs: Folder of the log files.
     """
-    facts = [Fact("URL", f"{url}/v1"), Fact("Pages", f"{url}/docs  {url}/ready  {url}/metrics")]
     models = [*(_local_model(engine) for engine in engines), *(_remote_model(remote) for remote in remotes)]
-    facts += [Fact("Models" if index == 0 else "", text) for index, text in enumerate(models)]
+    facts = [Fact("URL", f"{url}/v1"), *_labelled("Models", models)]
     shown: list[list[Fact]] = []
     for engine, status_file in zip(engines, status_files, strict=True):
         hooks = list(_hooks(status_file))
-        if hooks in shown:
-            continue  # the same machine, the same hooks: once is enough
-        shown.append(hooks)
-        heading = "Ours in vLLM" if len(engines) == 1 else f"Ours in {engine.name}"
-        facts += [Fact(heading if index == 0 else "", fact.value, fact.mood) for index, fact in enumerate(hooks)]
+        if hooks not in shown:  # the same machine, the same hooks: once is enough
+            shown.append(hooks)
+            facts += _labelled("Ours in vLLM" if len(shown) == 1 else f"Ours in {engine.name}", hooks)
+    facts.append(Fact("Pages", f"{url}/docs", "also /ready, /health and /metrics"))
     facts.append(Fact("Logs", str(logs)))
     return facts
+
+
+def _labelled(label: str, facts: Sequence[Fact]) -> list[Fact]:
+    """The facts with a label on the first."""
+    return [replace(fact, label=label if index == 0 else "") for index, fact in enumerate(facts)]
 
 
 def example_command(url: str, model: str, *, chat: bool = True) -> str:
@@ -54,28 +64,28 @@ def example_command(url: str, model: str, *, chat: bool = True) -> str:
     return f"curl -N {url}/v1/{path} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
 
 
-def _local_model(engine: Engine) -> str:
-    names = ", ".join(engine.backend.public_names)
-    return f"{names}  (tier {engine.tier}; {_drafting(engine.backend)})"
+def _local_model(engine: Engine) -> Fact:
+    drafting = _drafting(engine.backend)
+    note = f"tier {engine.tier}; {drafting}" if drafting else f"tier {engine.tier}"
+    return Fact("", ", ".join(engine.backend.public_names), note)
 
 
 def _drafting(backend: LocalBackend) -> str:
     if backend.speculation is None:
-        return "no drafting of ours"
+        return ""
     drafter = Path(backend.speculation.model or "n-gram lookup").name.replace("bundled:", "tiny-")
     return f"{drafter} drafts up to {backend.speculation.tokens} tokens a step"
 
 
-def _remote_model(remote: Backend) -> str:
-    names = ", ".join(remote.models) or "all that it lists"
-    return f"{names}  (tier {remote.tier}; {remote.root})"
+def _remote_model(remote: Backend) -> Fact:
+    return Fact("", ", ".join(remote.models) or "all that it lists", f"tier {remote.tier}; {remote.root}")
 
 
 def _hooks(status_file: Path) -> Iterator[Fact]:
     try:
         report = json.loads(status_file.read_text(encoding="utf-8"))
         for hook in report["hooks"]:
-            text = f"{hook['hook']:<13} {hook['state']:<8} {hook['detail']}"
-            yield Fact("", text.rstrip(), _MOODS.get(hook["state"], ""))
+            note = hook["detail"] if hook["state"] == "active" else f"{hook['state']}: {hook['detail']}"
+            yield Fact("", hook["hook"], note, _MOODS.get(hook["state"], ""))
     except (OSError, ValueError, KeyError, TypeError):
-        yield Fact("", "nothing: the plug-in was not loaded (is Tokenmill installed beside this vLLM?)", "bad")
+        yield Fact("", "nothing", "the plug-in was not loaded; is Tokenmill installed beside this vLLM?", "bad")

@@ -14,7 +14,7 @@ from tokenmill.engine.gateway.settings import Document
 from tokenmill.engine.supervisor import facts, probe
 from tokenmill.engine.supervisor.child import Child
 from tokenmill.engine.supervisor.display import Display
-from tokenmill.engine.supervisor.keeper import Keeper, StartError
+from tokenmill.engine.supervisor.keeper import Change, Keeper, StartError
 from tokenmill.engine.supervisor.listener import ReservedPort
 from tokenmill.engine.supervisor.plan import Engine, Plan, gateway_command
 
@@ -87,6 +87,8 @@ class Supervisor:
             for index in range(self._plan.server.workers):
                 self._workers.append(self._worker_keeper(f"gateway-{index + 1}"))
         self._engines = [self._engine_keeper(engine) for engine in self._plan.engines]
+        if self._workers:
+            self._display.stage("gateway", "starting workers")
         for keeper in (*self._workers, *self._engines):
             self._tasks[asyncio.create_task(keeper.run())] = keeper
 
@@ -170,8 +172,6 @@ class Supervisor:
                 self._logs / f"{name}.log",
                 lambda line: self._display.output(name, line),
             )
-            if not keeper.was_ready:
-                self._display.stage(name, "starting gateway")
             await child.start(self._document().to_json(), pass_fds=[listener.fileno()])
             return child
 
@@ -179,8 +179,7 @@ class Supervisor:
             answer = await probe.get(*self._address(), "/health")
             return answer[0] if answer is not None else None
 
-        keeper = Keeper(name, launch, health, self._on_change, self._plan.server.drain_seconds + WORKER_GRACE)
-        return keeper
+        return Keeper(name, launch, health, self._on_change, self._plan.server.drain_seconds + WORKER_GRACE)
 
     def _document(self) -> Document:
         local = [engine.gateway_backend(self._ports[engine.name].number) for engine in self._plan.engines]
@@ -199,12 +198,15 @@ class Supervisor:
                 self._stages[keeper.name] = number
                 self._display.stage(keeper.name, stage)
 
-    def _on_change(self, keeper: Keeper, change: str, text: str) -> None:
-        if change == "ready" and not keeper.restarts:
-            self._display.stage(keeper.name, "")
-            self._display.done(keeper.name, "ready", "")
-        else:
+    def _on_change(self, keeper: Keeper, change: Change, text: str) -> None:
+        if change != "ready" or keeper.restarts:
             self._display.event(keeper.name, text, bad=change == "down")
+        elif keeper in self._engines:
+            self._display.stage(keeper.name, "")
+            self._display.done(keeper.name, "ready", f"after {self._display.seconds:.1f} s")
+        elif all(worker.was_ready for worker in self._workers):
+            self._display.stage("gateway", "")
+            self._display.done("gateway", "ready", f"after {self._display.seconds:.1f} s")
 
     async def _shut_down(self) -> None:
         """Lets the gateway drain, then ends the engines; nothing is left when it returns."""
