@@ -15,9 +15,10 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenmill import env
-from tokenmill.engine.vllm import hooks, isa, lifetime
+from tokenmill.engine.vllm import compat, hooks, isa, lifetime
 from tokenmill.errors import TokenmillError
 
 if __name__ == "__mp_main__":  # a process that vLLM spawns imports this module before anything of vLLM
@@ -55,16 +56,19 @@ def _serve(argv: list[str]) -> None:
         status.unlink(missing_ok=True)
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
-    from tokenmill.engine.vllm import compat
-
-    subcommand = compat.SERVE_SUBCOMMAND.resolve()()
-    parser = compat.ARGUMENT_PARSER.resolve()(prog="tokenmill engine")
-    subcommand.subparser_init(parser.add_subparsers(dest="subparser"))
-    arguments = parser.parse_args(["serve", *argv])
+    subcommand, arguments = parse(argv)
     subcommand.validate(arguments)
     if compat.on_cpu():
         os.environ.update(cpu_defaults(arguments))
     subcommand.cmd(arguments)
+
+
+def parse(argv: Sequence[str]) -> tuple[Any, Namespace]:
+    """vLLM's `serve` subcommand and what it understands of the arguments; exits with its usage if it does not."""
+    subcommand = compat.SERVE_SUBCOMMAND.resolve()()
+    parser = compat.ARGUMENT_PARSER.resolve()(prog="tokenmill engine")
+    subcommand.subparser_init(parser.add_subparsers(dest="subparser"))
+    return subcommand, parser.parse_args(["serve", *argv])
 
 
 def cpu_defaults(arguments: Namespace) -> dict[str, str]:

@@ -1,0 +1,74 @@
+"""Loads a GPU build with the plug-in and prints what happened as one JSON object: probe.py TARGET DRAFT.
+
+Runs in a process of its own, with the build first on the path and the stub libraries in the loader's path.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import hopper
+
+hopper.pretend()
+
+import torch  # noqa: E402
+from vllm.config import set_current_vllm_config  # noqa: E402
+from vllm.engine.arg_utils import EngineArgs  # noqa: E402
+from vllm.model_executor.kernels.linear import MPLinearLayerConfig, choose_mp_linear_kernel  # noqa: E402
+from vllm.plugins import load_general_plugins  # noqa: E402
+from vllm.scalar_type import scalar_types  # noqa: E402
+from vllm.v1.attention.selector import get_attn_backend  # noqa: E402
+
+from tokenmill.engine.vllm import compat, hooks, launch  # noqa: E402
+
+FLAGS = ["--tensor-parallel-size", "2", "--pipeline-parallel-size", "3"]
+FLAGS += ["--data-parallel-size", "4", "--distributed-executor-backend", "ray", "--quantization", "fp8"]
+
+
+def names() -> dict[str, str]:
+    """Every private name this version should have: empty text, or why it cannot be had."""
+    found = {}
+    for name in compat.PRIVATE_NAMES:
+        if compat.series(compat.vllm_version()) in name.series:
+            try:
+                name.resolve()
+                found[name.path] = ""
+            except (ImportError, AttributeError) as error:
+                found[name.path] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def configuration(target: str, draft: str) -> Any:
+    """vLLM's own configuration for the pair on this GPU."""
+    drafting = {"model": draft, "num_speculative_tokens": 3}
+    return EngineArgs(model=target, max_model_len=512, speculative_config=drafting).create_engine_config()
+
+
+def main() -> None:
+    load_general_plugins()
+    target, draft = sys.argv[1:]
+    config = configuration(target, draft)
+    layer: dict[str, Any] = {"weight_type": scalar_types.uint4b8, "act_type": torch.bfloat16, "group_size": 128}
+    layer |= {"full_weight_shape": (4096, 4096), "partition_weight_shape": (4096, 4096)}
+    with set_current_vllm_config(config):
+        backend = get_attn_backend(head_size=128, dtype=torch.bfloat16, kv_cache_dtype="auto")
+        kernel = choose_mp_linear_kernel(MPLinearLayerConfig(**layer, zero_points=False, has_g_idx=False))
+    _, parsed = launch.parse(["a/model", *FLAGS])
+    found = {
+        "hooks": hooks.report(),
+        "names": names(),
+        "operators": hasattr(torch.ops._C, "machete_mm"),
+        "from": str(Path(sys.modules["vllm"].__file__ or "").parent.parent),
+        "speculation": config.speculative_config.method,
+        "attention": backend.get_name(),
+        "kernel": kernel.__name__,
+        "replaced": compat.EXPAND_BATCH_TO_TOKENS.resolve() is not compat.EXPAND_BATCH_TO_TOKENS.stock(),
+        "flags": [parsed.model_tag]
+        + [getattr(parsed, flag[2:].replace("-", "_")) for flag in FLAGS if flag.startswith("--")],
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
