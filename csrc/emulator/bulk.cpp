@@ -128,8 +128,11 @@ void issue_load(BulkLoad load) {
 }
 
 // The CTAs that a (multicast) load goes to: the one that `dst` names, or those of the mask.
-std::vector<Cta*> targets(u32 dst, bool multicast, u32 mask, u32 pc) {
+std::vector<Cta*> targets(u32 dst, u32 bar, bool multicast, u32 mask, u32 pc) {
     const Place place = resolve(dst);
+    if (resolve(bar).cta != place.cta)
+        report(Problem::mbarrier, pc, 5, format("MBARRIER: the load at %s goes to one CTA and completes on another's mbarrier", source_line(pc).c_str()),
+               {current_thread(), "needed  mapa of both addresses, with the same rank"});
     if (!multicast) return {place.cta};
     std::vector<Cta*> all;
     const Cluster& cluster = *current->cta->cluster;
@@ -201,7 +204,7 @@ void bulk_load(u32 dst, const void* src, u32 bytes, u32 bar, bool multicast, u32
         return;
     }
     const u32 offset = resolve(dst).offset, bar_offset = resolve(bar).offset;
-    for (Cta* cta : targets(dst, multicast, ctas, pc))
+    for (Cta* cta : targets(dst, bar, multicast, ctas, pc))
         issue_load({cta, {{cta->smem + offset, static_cast<const char*>(src), bytes, all_bytes}}, bytes, bar_offset, 0, pc, 0});
 }
 
@@ -211,7 +214,7 @@ void tma_load(u32 dst, const CUtensorMap* map, const Coordinates& at, u32 bar, b
     const u32 bytes = box_bytes(*map);
     if (!shared_pointer(dst, bytes, swizzle_alignment(*map), "cp.async.bulk.tensor", pc)) return;
     const u32 bar_offset = resolve(bar).offset;
-    for (Cta* cta : targets(dst, multicast, ctas, pc)) {
+    for (Cta* cta : targets(dst, bar, multicast, ctas, pc)) {
         BulkLoad load{cta, {}, bytes, bar_offset, 0, pc, out_of_bounds_fill(*map)};
         for_each_chunk(*map, at, resolve(dst).offset, [&](u32 shared, const char* global, u32 valid) {
             load.chunks.push_back({cta->smem + shared, global, 16, valid});

@@ -185,21 +185,35 @@ std::string what_is_missing(const Thread& t) {
     }
 }
 
+// Threads that wait at the same place for the same thing are one line: where, for what, what is missing, who.
 void report_deadlock() {
-    std::map<std::string, int> groups;  // what: how many threads
+    struct Group {
+        const Cta* cta;
+        int first_warp, last_warp, threads;
+        std::vector<u32> ctas;
+    };
+    std::map<std::string, Group> groups;
     for (Cta* cta : resident)
-        for (Thread& t : cta->threads)
-            if (t.state != State::done)
-                groups[format("CTA (%u,%u,%u) warp %d waits at %s in %s 0x%llx%s", cta->index.x, cta->index.y, cta->index.z,
-                              t.number / 32, source_line(t.wait_pc).c_str(), t.waiting_for,
-                              (unsigned long long)t.wait_object, what_is_missing(t).c_str())]++;
+        for (Thread& t : cta->threads) {
+            if (t.state == State::done) continue;
+            const std::string what = format("%s: %s 0x%llx%s", source_line(t.wait_pc).c_str(), t.waiting_for,
+                                            (unsigned long long)t.wait_object, what_is_missing(t).c_str());
+            Group& g = groups.try_emplace(what, Group{cta, t.number / 32, t.number / 32, 0, {}}).first->second;
+            g.threads++;
+            g.last_warp = std::max(g.last_warp, t.number / 32);
+            g.first_warp = std::min(g.first_warp, t.number / 32);
+            if (g.ctas.empty() || g.ctas.back() != cta->number) g.ctas.push_back(cta->number);
+        }
     std::vector<std::string> lines;
-    for (const auto& [line, count] : groups) {
-        if (lines.size() == 12) {
-            lines.push_back(format("... and %zu more", groups.size() - 12));
+    for (const auto& [what, g] : groups) {
+        if (lines.size() == 14) {
+            lines.push_back(format("... and %zu more", groups.size() - 14));
             break;
         }
-        lines.push_back(line + (count > 1 ? format("  (%d threads)", count) : ""));
+        std::string who = format("CTA (%u,%u,%u)", g.cta->index.x, g.cta->index.y, g.cta->index.z);
+        if (g.ctas.size() > 1) who += format(" and %zu more CTAs", g.ctas.size() - 1);
+        who += g.first_warp == g.last_warp ? format(", warp %d", g.first_warp) : format(", warps %d to %d", g.first_warp, g.last_warp);
+        lines.push_back(what + format("  [%s: %d threads]", who.c_str(), g.threads));
     }
     if (next_cta < total_ctas)
         lines.push_back(format("%u CTAs have not started: only a cooperative launch may wait for CTAs of a higher number",
