@@ -11,6 +11,7 @@ serve: setup
 	@$(VENV)/bin/tokenmill serve $(ARGS)
 
 test: setup-dev check
+	-@$(VENV)/bin/python tools/gpu_build_site.py  # offline, the tests that need it say so and are skipped
 	@$(VENV)/bin/python -m pytest $(ARGS)
 
 setup:
