@@ -1,40 +1,73 @@
 """Which of a route's backends gets a request.
 
-Least outstanding requests per weight, ties broken at random; before that, a canary takes its share. Backends that are
-down, whose circuit is open or that are full are not asked.
+A canary takes its share first. Then the backend that has the longest beginning of the prompt in its cache, unless it
+is busier than the others by more than a bound; where none has any, the one with the fewest outstanding requests per
+weight, ties broken at random. Backends that are down, whose circuit is open or that are full are not asked.
 """
 
 import random
 from collections.abc import Collection, Sequence
 
+from tokenmill.engine.gateway.affinity import PrefixTable, prompt_blocks
 from tokenmill.engine.gateway.api_error import ApiError, retry_after, unavailable
+from tokenmill.engine.gateway.pipeline import Exchange
 from tokenmill.engine.gateway.portfolio import Route, Target
 from tokenmill.engine.gateway.settings import Settings
 
+#: A backend that has the prompt's beginning may be this much busier than the route's mean, and `_SLACK` requests more.
+IMBALANCE = 1.25
+_SLACK = 2
 
-def choose(route: Route, tried: Collection[Target] = ()) -> Target | None:
-    """The backend of the route to ask next, or None when none can take a request now.
 
-    Args:
-        route: The backends.
-        tried: Those already asked for this request.
-    """
-    usable = [target for target in route.targets if target not in tried and can_serve(target, route.model)]
-    if len(usable) <= 1:
-        return usable[0] if usable else None
-    stable = [target for target in usable if target.canary is None]
-    draw = random.random()
-    for target in usable:
-        if target.canary is not None:
-            if draw < target.canary or not stable:
-                return target
-            draw -= target.canary
-    return min(stable, key=lambda target: ((target.outstanding + 1) / target.backend.weight, random.random()))
+class Balancer:
+    """Chooses backends; remembers which prompts went where."""
+
+    def __init__(self) -> None:
+        self._prefixes = PrefixTable()
+
+    def choose(self, route: Route, exchange: Exchange, tried: Collection[Target] = ()) -> Target | None:
+        """The backend of the route to ask next, or None when none can take a request now.
+
+        Args:
+            route: The backends.
+            exchange: The request, for its prompt.
+            tried: Those already asked for this request.
+        """
+        usable = [target for target in route.targets if can_serve(target, route.model) and target not in tried]
+        if len(usable) <= 1:
+            return usable[0] if usable else None
+        stable = [target for target in usable if target.canary is None]
+        draw = random.random()
+        for target in usable:
+            if target.canary is not None:
+                if draw < target.canary:
+                    return target
+                draw -= target.canary
+        if not stable:
+            return usable[0]
+        if len(stable) == 1:
+            return stable[0]
+        blocks = prompt_blocks(exchange.body, route.model)
+        chosen = self._holder(stable, blocks) or min(stable, key=lambda target: (_load(target), random.random()))
+        self._prefixes.record(blocks, chosen)
+        return chosen
+
+    def _holder(self, targets: Sequence[Target], blocks: list[int]) -> Target | None:
+        matches = self._prefixes.matches(blocks, targets)
+        if not matches:
+            return None
+        best = max(matches, key=lambda target: (matches[target], -_load(target)))
+        mean = sum(target.outstanding for target in targets) / len(targets)
+        return best if best.outstanding <= IMBALANCE * mean + _SLACK else None
+
+
+def _load(target: Target) -> float:
+    return (target.outstanding + 1) / target.backend.weight
 
 
 def can_serve(target: Target, model: str | None) -> bool:
     """Whether a backend may be sent a request for this model now."""
-    return target.up is not False and target.has_room() and target.breaker(model).wait_s() <= 0
+    return target.up is not False and target.canary != 0 and target.has_room() and target.breaker(model).wait_s() <= 0
 
 
 def refusal(routes: Sequence[Route], settings: Settings) -> ApiError:
@@ -43,11 +76,13 @@ def refusal(routes: Sequence[Route], settings: Settings) -> ApiError:
     full = False
     for route in routes:
         for target in route.targets:
+            if target.up is False or target.canary == 0:
+                continue
             wait = target.breaker(route.model).wait_s()
-            if target.up is not False and wait <= 0:
-                full = full or not target.has_room()
-            elif target.up is not False:
+            if wait > 0:
                 waits.append(wait)
+            else:
+                full = full or not target.has_room()
     if full:
         return ApiError(
             429,
@@ -56,6 +91,5 @@ def refusal(routes: Sequence[Route], settings: Settings) -> ApiError:
             headers=[retry_after(settings.retry_after_s)],
         )
     names = ", ".join(sorted({target.backend.tier for route in routes for target in route.targets}))
-    return unavailable(
-        f"No backend of {names} can serve now; try again soon.", min(waits, default=settings.retry_after_s)
-    )
+    wait_s = min(waits, default=settings.retry_after_s)
+    return unavailable(f"No backend of {names} can serve now; try again soon.", wait_s)

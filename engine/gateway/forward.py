@@ -5,13 +5,16 @@ before any byte of an answer, or the backend said that it did not take the reque
 on a retry budget. After the first byte of an answer nothing is repeated.
 """
 
+import contextlib
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import orjson
+from yarl import URL
 
-from tokenmill.engine.gateway import balance
-from tokenmill.engine.gateway.api_error import JSON, ApiError, retry_after, unavailable, with_error_object
+from tokenmill.engine.gateway import anthropic
+from tokenmill.engine.gateway.api_error import EVENT_STREAM, JSON, ApiError, retry_after, unavailable, with_error_object
+from tokenmill.engine.gateway.balance import Balancer, refusal
 from tokenmill.engine.gateway.breaker import RetryBudget
 from tokenmill.engine.gateway.pipeline import Exchange, Reply
 from tokenmill.engine.gateway.portfolio import Route, Target
@@ -28,7 +31,9 @@ from tokenmill.engine.gateway.upstream import (
 #: The backend says that it did not take the request.
 _NOT_TAKEN = (429, 503)
 #: The backend is at fault: counted by the circuit breaker.
-_FAULT = (500, 502, 503, 504)
+_FAULT = (500, 502, 503, 504, 529)
+#: Headers that hold a client's credentials for the gateway.
+_CREDENTIALS = frozenset({"authorization", "x-api-key", "api-key"})
 
 
 class Lease:
@@ -77,116 +82,146 @@ class Forwarder:
     def __init__(self, upstream: Callable[[], Upstream], settings: Settings) -> None:
         self._upstream = upstream
         self._settings = settings
+        self._balancer = Balancer()
         self._retries = RetryBudget(settings.retry_ratio)
 
     async def handle(self, exchange: Exchange) -> Reply:
         """The answer of the first backend that gives one; raises `ApiError` when none does."""
         self._retries.earn()
-        refused: Reply | ApiError | None = None
         tried: list[Target] = []
-        for route in exchange.routes:
-            while (target := balance.choose(route, tried)) is not None:
-                tried.append(target)
-                lease = Lease(target, route.model)
-                exchange.on_end(lease.close)
-                exchange.target = target
-                exchange.attempts += 1
-                try:
-                    reply = await self._ask(exchange, lease, route)
-                except ConnectFailedError:
-                    lease.failed()
-                    target.mark_down("connection refused")
-                    refused = unavailable(
-                        f"The backend {target.backend.name} cannot be reached.", self._settings.retry_after_s
-                    )
-                    lease.close()
-                    continue
-                except NoAnswerError:
-                    lease.failed()
-                    refused = unavailable(
-                        f"The backend {target.backend.name} closed the connection without an answer.",
-                        self._settings.retry_after_s,
-                    )
-                except SilenceError:
-                    lease.failed()
-                    lease.close()
-                    raise ApiError(
-                        504,
-                        f"The backend {target.backend.name} was silent for {self._settings.read_timeout_s:g} s.",
-                        code="timeout",
-                    ) from None
-                except CutError:
-                    lease.failed()
-                    lease.close()
-                    raise ApiError(
-                        502,
-                        f"The backend {target.backend.name} broke off in the middle of its answer.",
-                        code="upstream_cut",
-                    ) from None
-                else:
-                    if reply.status not in _NOT_TAKEN:
-                        return reply
-                    refused = reply
-                lease.close()
-                if not self._retries.spend():
-                    return self._last(exchange, refused)
-        return self._last(exchange, refused)
-
-    def _last(self, exchange: Exchange, refused: Reply | ApiError | None) -> Reply:
+        refused: Reply | ApiError | None = None
+        repeated = False
+        while (choice := self._next(exchange, tried)) is not None:
+            if repeated and not self._retries.spend():
+                break
+            route, target = choice
+            tried.append(target)
+            try:
+                reply = await self._attempt(exchange, target, route)
+            except ConnectFailedError:
+                # Nothing was sent: trying the next backend repeats nothing.
+                target.mark_down("connection refused")
+                refused = self._unavailable(target, "cannot be reached")
+                continue
+            except NoAnswerError:
+                refused = self._unavailable(target, "closed the connection without an answer")
+            else:
+                if reply.status not in _NOT_TAKEN:
+                    return reply
+                refused = reply
+            repeated = True
         if isinstance(refused, Reply):
             return refused
-        raise refused or balance.refusal(exchange.routes, self._settings)
+        raise refused or refusal(exchange.routes, self._settings)
+
+    def _next(self, exchange: Exchange, tried: list[Target]) -> tuple[Route, Target] | None:
+        """The best route that has a backend which can serve now and was not tried."""
+        for route in exchange.routes:
+            target = self._balancer.choose(route, exchange, tried)
+            if target is not None:
+                return route, target
+        return None
+
+    def _unavailable(self, target: Target, what: str) -> ApiError:
+        return unavailable(f"The backend {target.backend.name} {what}.", self._settings.retry_after_s)
+
+    async def _attempt(self, exchange: Exchange, target: Target, route: Route) -> Reply:
+        """One request to one backend; its outcome is told to the circuit breaker."""
+        lease = Lease(target, route.model)
+        exchange.on_end(lease.close)
+        exchange.target = target
+        exchange.attempts += 1
+        ask = self._ask_anthropic if target.backend.protocol == "anthropic" else self._ask
+        name = target.backend.name
+        try:
+            return await ask(exchange, lease, route)
+        except (ConnectFailedError, NoAnswerError):
+            lease.failed()
+            lease.close()
+            raise
+        except SilenceError:
+            lease.failed()
+            silence_s = self._settings.read_timeout_s
+            raise ApiError(504, f"The backend {name} was silent for {silence_s:g} s.", code="timeout") from None
+        except CutError:
+            lease.failed()
+            raise ApiError(
+                502, f"The backend {name} broke off in the middle of its answer.", code="upstream_cut"
+            ) from None
 
     async def _ask(self, exchange: Exchange, lease: Lease, route: Route) -> Reply:
         target = lease.target
-        answer = await self._upstream().send(
-            "POST",
-            target.url(exchange.endpoint, exchange.query),
-            self._headers(exchange, target),
-            self._payload(exchange, target, route),
-        )
+        name = _upstream_model(exchange, target, route)
+        payload = exchange.payload
+        if name != exchange.model:
+            if exchange.body is None:
+                raise ApiError(400, f"In a form, `model` must be the backend's own name: `{name}`.", param="model")
+            payload = exchange.body.with_fields({"model": name})
+        headers = exchange.forward
+        if target.backend.api_key is not None:
+            headers = [header for header in headers if header[0] not in _CREDENTIALS]
+            headers.append(("authorization", f"Bearer {target.backend.api_key}"))
+        url = target.url(exchange.endpoint, exchange.query)
+        answer = await self._send(lease, url, headers, payload)
+        if answer.status < 400 and answer.content_type != b"application/json":
+            return Reply(answer.status, answer.headers, None, _relay(answer.chunks(), lease))
+        body = await answer.read()
+        lease.close()
+        reply = Reply(answer.status, answer.headers, body)
+        if answer.status >= 400 and (wrapped := with_error_object(answer.status, body)) is not None:
+            reply.body = wrapped
+            reply.headers = [*(header for header in answer.headers if header[0] != b"content-type"), JSON]
+        return self._with_retry_after(reply)
+
+    async def _ask_anthropic(self, exchange: Exchange, lease: Lease, route: Route) -> Reply:
+        backend = lease.target.backend
+        name = _upstream_model(exchange, lease.target, route)
+        if exchange.endpoint != "/v1/chat/completions" or exchange.body is None or name is None:
+            raise ApiError(400, f"The backend of this model ({backend.name}) offers chat completions only.")
+        payload = anthropic.request(exchange.payload, name)
+        options = exchange.body.get("stream_options", dict[str, Any]) or {}
+        headers = anthropic.headers(exchange.forward, backend.api_key)
+        answer = await self._send(lease, lease.target.url(anthropic.PATH, b""), headers, payload)
+        kept = [header for header in answer.headers if header[0] != b"content-type"]
+        if answer.status < 400 and answer.content_type == b"text/event-stream":
+            chunks = anthropic.stream(answer.chunks(), bool(options.get("include_usage")))
+            return Reply(200, [*kept, EVENT_STREAM], None, _relay(chunks, lease))
+        body = await answer.read()
+        lease.close()
+        if answer.status < 400:
+            return Reply(answer.status, [*kept, JSON], anthropic.answer(body))
+        status, body = anthropic.error(answer.status, body)
+        return self._with_retry_after(Reply(status, [*kept, JSON], body))
+
+    async def _send(self, lease: Lease, url: URL, headers: list[tuple[str, str]], payload: bytes) -> Answer:
+        answer = await self._upstream().send("POST", url, headers, payload)
         lease.holds(answer)
         if answer.status in _FAULT:
             lease.failed()
         elif answer.status != 429:
             lease.succeeded()
-        headers = answer.headers
-        if answer.status < 400 and answer.content_type != b"application/json":
-            return Reply(answer.status, headers, None, _relay(answer, lease))
-        body = await answer.read()
-        lease.close()
-        if answer.status >= 400 and (wrapped := with_error_object(answer.status, body)) is not None:
-            body = wrapped
-            headers = [header for header in headers if header[0] != b"content-type"]
-            headers.append(JSON)
-        if answer.status in _NOT_TAKEN and all(name != b"retry-after" for name, _ in headers):
-            headers = [*headers, retry_after(self._settings.retry_after_s)]
-        return Reply(answer.status, headers, body)
+        return answer
 
-    def _payload(self, exchange: Exchange, target: Target, route: Route) -> bytes:
-        """The body, with the backend's own name of the model; the client's bytes where the client used that."""
-        if exchange.model is None:
-            return exchange.payload
-        public = route.model or next(iter(target.models), exchange.model)
-        name = target.backend.upstream_model(public)
-        if name == exchange.model:
-            return exchange.payload
-        if exchange.body is None:
-            raise ApiError(400, f"In a form, `model` must be the backend's own name: `{name}`.", param="model")
-        return exchange.body.with_fields({"model": name})
-
-    def _headers(self, exchange: Exchange, target: Target) -> list[tuple[str, str]]:
-        key = target.backend.api_key
-        if key is None:
-            return exchange.forward
-        kept = [header for header in exchange.forward if header[0] not in ("authorization", "x-api-key", "api-key")]
-        return [*kept, ("authorization", f"Bearer {key}")]
+    def _with_retry_after(self, reply: Reply) -> Reply:
+        if reply.status in _NOT_TAKEN and all(name != b"retry-after" for name, _ in reply.headers):
+            reply.headers = [*reply.headers, retry_after(self._settings.retry_after_s)]
+        return reply
 
 
-async def _relay(answer: Answer, lease: Lease) -> AsyncGenerator[bytes, None]:
+def _upstream_model(exchange: Exchange, target: Target, route: Route) -> str | None:
+    """The backend's own name of the model asked for; None where the request names none (the backend decides)."""
+    if exchange.model is None and target.backend.protocol == "openai":
+        return None
+    public = route.model or next(iter(target.models), exchange.model)
+    return None if public is None else target.backend.upstream_model(public)
+
+
+async def _relay(chunks: AsyncGenerator[bytes, None], lease: Lease) -> AsyncGenerator[bytes, None]:
+    """The stream, with its backend's slot freed at its end, whatever that is."""
     try:
-        async for chunk in answer.chunks():
-            yield chunk
+        async with contextlib.aclosing(chunks):
+            async for chunk in chunks:
+                yield chunk
     except (CutError, SilenceError):
         lease.failed()
         raise

@@ -137,6 +137,15 @@ class Portfolio:
         self.targets = tuple(kept)
         self.index()
 
+    def set_canary(self, name: str, share: float | None) -> None:
+        """Changes the share of a canary at once: 0 rolls it back, None makes it a backend like the others.
+
+        Raises:
+            KeyError: no backend has this name.
+        """
+        target = {target.backend.name: target for target in self.targets}[name]
+        target.canary = share
+
     def routes(self, model: str | None) -> Sequence[Route]:
         """Where a request for `model` may go, before any policy.
 

@@ -1,0 +1,129 @@
+"""Several backends behind one model: a request that can still be served is served, and none is repeated unsafely."""
+
+import json
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from tests.gateway.running import RunningGateway, wait_until
+from tests.gateway.upstream import Books, FakeUpstream
+from tokenmill.engine.gateway.backends import Backend
+from tokenmill.engine.gateway.settings import Settings
+
+CHAT = "/v1/chat/completions"
+ERROR = {"content-type": "application/json"}
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[FakeUpstream, FakeUpstream]]:
+    servers = FakeUpstream().start(), FakeUpstream().start()
+    yield servers
+    for server in servers:
+        server.stop()
+
+
+def seen(pair: tuple[FakeUpstream, FakeUpstream]) -> int:
+    """Requests that both have seen."""
+    return sum(len(server.books.requests) for server in pair)
+
+
+def test_backend_that_goes_away_costs_no_request(pair: tuple[FakeUpstream, FakeUpstream]) -> None:
+    backends = [Backend(f"b{index}", server.url, "t", ("tiny",)) for index, server in enumerate(pair)]
+    # Probes are slow on purpose: what is found out here is found out by the requests themselves.
+    with RunningGateway(*backends, settings=Settings(probe_interval_s=30)) as gateway:
+        statuses: list[int] = []
+
+        def ask() -> None:
+            for _ in range(60):
+                statuses.append(gateway.post(CHAT, {"model": "tiny", "act": {"delay_s": 0.01}})[0])
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: len(pair[0].books.requests) > 10)
+        in_flight = pair[0].books.open
+        pair[0].pause()
+        for thread in threads:
+            thread.join()
+    # What it had begun may be lost when the retry budget is spent; nothing else may.
+    assert len(statuses) == 240
+    assert statuses.count(200) >= 240 - in_flight
+    assert set(statuses) <= {200, 503}
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_refused_request_goes_to_another_backend(pair: tuple[FakeUpstream, FakeUpstream], status: int) -> None:
+    refusing, willing = pair
+    backends = Backend("refusing", refusing.url, "t", ("tiny",)), Backend("willing", willing.url, "t", ("tiny",))
+    body = {"model": "tiny", "act": {"status": status, "body": '{"error": {"message": "busy"}}', "headers": ERROR}}
+    with RunningGateway(*backends) as gateway:
+        got, headers, answer = gateway.post(CHAT, body)
+    # Both refuse: each was asked once, and the refusal comes through with a time to come back.
+    assert (got, json.loads(answer)) == (status, {"error": {"message": "busy"}})
+    assert len(refusing.books.requests) == len(willing.books.requests) == 1
+    assert headers["retry-after"] == "2"
+
+
+@pytest.mark.parametrize("status", [400, 500, 502, 504])
+def test_other_errors_are_not_repeated(pair: tuple[FakeUpstream, FakeUpstream], status: int) -> None:
+    backends = [Backend(f"b{index}", server.url, "t", ("tiny",)) for index, server in enumerate(pair)]
+    body = {"model": "tiny", "act": {"status": status, "body": '{"error": {"message": "no"}}', "headers": ERROR}}
+    with RunningGateway(*backends) as gateway:
+        assert gateway.post(CHAT, body)[0] == status
+    assert seen(pair) == 1
+
+
+def test_retries_do_not_multiply_the_load(pair: tuple[FakeUpstream, FakeUpstream]) -> None:
+    backends = [Backend(f"b{index}", server.url, "t", ("tiny",)) for index, server in enumerate(pair)]
+    settings = Settings(breaker_failures=10_000, retry_ratio=0.1)
+    body = {"model": "tiny", "act": {"status": 503, "body": '{"error": {"message": "no"}}', "headers": ERROR}}
+    with RunningGateway(*backends, settings=settings) as gateway:
+        for _ in range(200):
+            assert gateway.post(CHAT, body)[0] == 503
+    assert seen(pair) <= 200 * 1.1 + 10
+
+
+def test_circuit_opens_and_closes(pair: tuple[FakeUpstream, FakeUpstream]) -> None:
+    server = pair[0]
+    settings = Settings(breaker_failures=3, breaker_cooldown_s=0.5, probe_interval_s=0.1)
+    failing = {"model": "tiny", "act": {"status": 500, "body": '{"error": {"message": "no"}}', "headers": ERROR}}
+    with RunningGateway(Backend("a", server.url, "t", ("tiny", "other")), settings=settings) as gateway:
+        assert [gateway.post(CHAT, failing)[0] for _ in range(4)] == [500, 500, 500, 503]
+        assert len(server.books.requests) == 3
+        assert gateway.post(CHAT, {"model": "other"})[0] == 200
+        wait_until(lambda: gateway.post(CHAT, {"model": "tiny"})[0] == 200, timeout_s=5)
+
+
+def test_full_backend_bursts_to_the_next_and_then_refuses(pair: tuple[FakeUpstream, FakeUpstream]) -> None:
+    backends = [
+        Backend(f"b{index}", server.url, "t", ("tiny",), max_concurrency=2) for index, server in enumerate(pair)
+    ]
+    with RunningGateway(*backends) as gateway:
+        statuses: list[int] = []
+        body = {"model": "tiny", "act": {"delay_s": 0.5}}
+        threads = [threading.Thread(target=lambda: statuses.append(gateway.post(CHAT, body)[0])) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: sum(server.books.open for server in pair) == 4)
+        status, headers, answer = gateway.post(CHAT, {"model": "tiny"})
+        assert (status, json.loads(answer)["error"]["code"]) == (429, "overloaded")
+        assert "retry-after" in headers
+        for thread in threads:
+            thread.join()
+        assert statuses == [200] * 4
+        assert gateway.post(CHAT, {"model": "tiny"})[0] == 200
+    assert [server.books.most_open for server in pair] == [2, 2]
+
+
+def test_unhealthy_backend_is_left_alone(pair: tuple[FakeUpstream, FakeUpstream]) -> None:
+    sick, well = pair
+    backends = Backend("sick", sick.url, "t", ("tiny",)), Backend("well", well.url, "t", ("tiny",))
+    with RunningGateway(*backends) as gateway:
+        sick.healthy = False
+        wait_until(lambda: b'tokenmill_backend_up{backend="sick",tier="t"} 0.0' in gateway.get("/metrics")[2])
+        sick.books = Books()
+        for _ in range(20):
+            assert gateway.post(CHAT, {"model": "tiny"})[0] == 200
+        assert not sick.books.requests
+        assert gateway.get("/ready")[0] == 200
