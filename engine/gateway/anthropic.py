@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from tokenmill.engine.gateway.api_error import ApiError
+from tokenmill.engine.gateway.api_error import ApiError, invalid_json
 
 PATH = "/v1/messages"
 VERSION = "2023-06-01"
@@ -59,7 +59,10 @@ def request(raw: bytes, model: str) -> bytes:
     Raises:
         ApiError: 400 for what this API cannot do or is malformed.
     """
-    asked: dict[str, Any] = orjson.loads(raw)
+    try:
+        asked: dict[str, Any] = orjson.loads(raw)
+    except orjson.JSONDecodeError as problem:
+        raise invalid_json(str(problem)) from None
     for name, nothing in _NO_COUNTERPART.items():
         if asked.get(name, nothing) not in (nothing, None):
             raise _refusal(f"`{name}` has no counterpart in the API of this model's backend; leave it out.", name)
@@ -186,8 +189,14 @@ def _usage(counted: dict[str, Any]) -> dict[str, Any]:
 
 
 def answer(raw: bytes) -> bytes:
-    """A Messages answer as a chat completion."""
-    given: dict[str, Any] = orjson.loads(raw)
+    """A Messages answer as a chat completion; raises `ApiError` 502 when it is none."""
+    try:
+        return _completion(orjson.loads(raw))
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise ApiError(502, "The backend's answer is not one of the Messages API.", code="bad_answer") from None
+
+
+def _completion(given: dict[str, Any]) -> bytes:
     text: list[str] = []
     thinking: list[str] = []
     calls: list[dict[str, Any]] = []

@@ -1,0 +1,85 @@
+"""A small server that speaks Anthropic's Messages API, strict about what that API is strict about."""
+
+import json
+from typing import Any
+
+from aiohttp import web
+
+from tests.gateway.upstream import FakeUpstream
+
+
+class FakeAnthropic(FakeUpstream):
+    """Answers with the last user text, or calls the first tool offered; streams where asked to."""
+
+    async def _answer(self, request: web.Request, raw: bytes) -> web.StreamResponse:
+        asked = json.loads(raw)
+        problem = self._problem(request, asked)
+        if problem is not None:
+            return problem
+        tool = (asked.get("tools") or [None])[0]
+        text = "".join(block["text"] for block in asked["messages"][-1]["content"] if block["type"] == "text")
+        content: list[dict[str, Any]] = [{"type": "text", "text": f"You said {text}"}]
+        if tool is not None:
+            content.append({"type": "tool_use", "id": "toolu_1", "name": tool["name"], "input": {"city": "Bern"}})
+        reason = "tool_use" if tool else "max_tokens" if asked["max_tokens"] < 5 else "end_turn"
+        usage = {"input_tokens": 7, "cache_read_input_tokens": 3, "cache_creation_input_tokens": 2, "output_tokens": 5}
+        message = {
+            "id": "msg_1",
+            "type": "message",
+            "role": "assistant",
+            "model": asked["model"],
+            "content": content,
+            "stop_reason": reason,
+            "stop_sequence": None,
+            "usage": usage,
+        }
+        if not asked.get("stream"):
+            return web.json_response(message, headers={"request-id": "req_1"})
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        for event in self._events(message):
+            text = f"event: {event['type']}\ndata: {json.dumps(event)}\n\n"
+            # Cut in two, as networks do.
+            await response.write(text[:20].encode())
+            await response.write(text[20:].encode())
+        await response.write_eof()
+        return response
+
+    def _problem(self, request: web.Request, asked: dict[str, Any]) -> web.Response | None:
+        def error(status: int, kind: str, message: str) -> web.Response:
+            body = {"type": "error", "error": {"type": kind, "message": message}}
+            return web.json_response(body, status=status)
+
+        if request.path != "/v1/messages":
+            return error(404, "not_found_error", "no such path")
+        if request.headers.get("x-api-key") != "sk-ant-key" or "authorization" in request.headers:
+            return error(401, "authentication_error", "invalid x-api-key")
+        if request.headers.get("anthropic-version") != "2023-06-01":
+            return error(400, "invalid_request_error", "anthropic-version: header is required")
+        unknown = set(asked) - {
+            *("model", "max_tokens", "messages", "system", "stop_sequences", "temperature", "top_p", "top_k"),
+            *("stream", "metadata", "tools", "tool_choice", "thinking"),
+        }
+        if unknown or not isinstance(asked.get("max_tokens"), int):
+            return error(400, "invalid_request_error", f"extra inputs: {sorted(unknown)}")
+        if asked["messages"] and asked["messages"][-1]["content"][0].get("text") == "overload":
+            return error(529, "overloaded_error", "Overloaded")
+        return None
+
+    def _events(self, message: dict[str, Any]) -> list[dict[str, Any]]:
+        start = {**message, "content": [], "stop_reason": None, "usage": {**message["usage"], "output_tokens": 1}}
+        events: list[dict[str, Any]] = [{"type": "message_start", "message": start}, {"type": "ping"}]
+        for index, block in enumerate(message["content"]):
+            if block["type"] == "text":
+                opened, kind, name, whole = {"type": "text", "text": ""}, "text_delta", "text", block["text"]
+            else:
+                opened, kind, name = {**block, "input": {}}, "input_json_delta", "partial_json"
+                whole = json.dumps(block["input"])
+            events.append({"type": "content_block_start", "index": index, "content_block": opened})
+            for part in (whole[:5], whole[5:]):
+                events.append({"type": "content_block_delta", "index": index, "delta": {"type": kind, name: part}})
+            events.append({"type": "content_block_stop", "index": index})
+        delta = {"stop_reason": message["stop_reason"], "stop_sequence": None}
+        events.append({"type": "message_delta", "delta": delta, "usage": {"output_tokens": 5}})
+        events.append({"type": "message_stop"})
+        return events

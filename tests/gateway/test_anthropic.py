@@ -1,0 +1,194 @@
+"""Chat completions on a backend with Anthropic's API, driven by the official OpenAI client."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from tests.gateway.anthropic_upstream import FakeAnthropic
+from tests.gateway.running import RunningGateway
+from tokenmill.engine.gateway import anthropic
+from tokenmill.engine.gateway.api_error import ApiError
+from tokenmill.engine.gateway.backends import Backend
+
+HELLO: Any = [{"role": "user", "content": "hello"}]
+TOOLS: Any = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[openai.OpenAI]:
+    server = FakeAnthropic().start()
+    backend = Backend(
+        "frontier",
+        server.url,
+        "cloud",
+        ("claude",),
+        {"claude": "claude-real"},
+        "sk-ant-key",
+        protocol="anthropic",
+        health_path=None,
+        zone="cloud",
+    )
+    with (
+        RunningGateway(backend) as gateway,
+        openai.OpenAI(base_url=gateway.url + "/v1", api_key="sk-client", max_retries=0, timeout=20) as made,
+    ):
+        yield made
+    server.stop()
+
+
+def test_chat(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model="claude", messages=HELLO)
+    assert answer.object == "chat.completion"
+    assert answer.model == "claude-real"
+    assert answer.choices[0].message.content == "You said hello"
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (12, 5, 17)
+    assert answer.usage.prompt_tokens_details is not None
+    assert answer.usage.prompt_tokens_details.cached_tokens == 3
+    assert (
+        client.chat.completions.create(model="cloud", messages=HELLO, max_tokens=2).choices[0].finish_reason == "length"
+    )
+
+
+def test_stream(client: openai.OpenAI) -> None:
+    options: Any = {"include_usage": True}
+    events = list(client.chat.completions.create(model="claude", messages=HELLO, stream=True, stream_options=options))
+    assert "".join(event.choices[0].delta.content or "" for event in events if event.choices) == "You said hello"
+    assert [event.choices[0].finish_reason for event in events if event.choices][-1] == "stop"
+    assert events[0].choices[0].delta.role == "assistant"
+    assert events[-1].usage is not None
+    assert events[-1].usage.total_tokens == 17
+    without = list(client.chat.completions.create(model="claude", messages=HELLO, stream=True))
+    assert all(event.usage is None for event in without)
+
+
+def test_tools(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model="claude", messages=HELLO, tools=TOOLS, tool_choice="required")
+    assert answer.choices[0].finish_reason == "tool_calls"
+    assert answer.choices[0].message.tool_calls is not None
+    call: Any = answer.choices[0].message.tool_calls[0]
+    assert (call.id, call.function.name, json.loads(call.function.arguments)) == (
+        "toolu_1",
+        "weather",
+        {"city": "Bern"},
+    )
+    name, arguments = "", ""
+    for event in client.chat.completions.create(model="claude", messages=HELLO, tools=TOOLS, stream=True):
+        for part in event.choices[0].delta.tool_calls or ():
+            assert part.index == 0
+            assert part.function is not None
+            name += part.function.name or ""
+            arguments += part.function.arguments or ""
+    assert (name, json.loads(arguments)) == ("weather", {"city": "Bern"})
+
+
+def test_errors(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.InternalServerError) as raised:
+        client.chat.completions.create(model="claude", messages=[{"role": "user", "content": "overload"}])
+    assert raised.value.status_code == 503
+    assert raised.value.response.headers["retry-after"]
+    assert raised.value.body == {"message": "Overloaded", "type": "overloaded_error", "param": None, "code": None}
+    for field, value in (("n", 2), ("logprobs", True), ("response_format", {"type": "json_object"})):
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.chat.completions.create(model="claude", messages=HELLO, extra_body={field: value})
+        assert refused.value.param == field
+    with pytest.raises(openai.BadRequestError):
+        client.embeddings.create(model="claude", input="a")
+
+
+def test_request_is_translated_field_by_field() -> None:
+    asked = {
+        "model": "claude",
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "What is this?"}, _image("data:image/png;base64,QUI=")],
+            },
+            {"role": "assistant", "content": None, "tool_calls": [_call("c1", '{"a": 1}'), _call("c2", "")]},
+            {"role": "tool", "tool_call_id": "c1", "content": "one"},
+            {"role": "tool", "tool_call_id": "c2", "content": [{"type": "text", "text": "two"}]},
+            {"role": "user", "content": "and?"},
+        ],
+        "max_completion_tokens": 9,
+        "stop": "END",
+        "temperature": 0,
+        "user": "u1",
+        "n": 1,
+        "tools": TOOLS,
+        "tool_choice": {"type": "function", "function": {"name": "weather"}},
+        "parallel_tool_calls": False,
+    }
+    body = json.loads(anthropic.request(json.dumps(asked).encode(), "real"))
+    assert body == {
+        "model": "real",
+        "max_tokens": 9,
+        "system": "Be brief.",
+        "stop_sequences": ["END"],
+        "temperature": 0,
+        "metadata": {"user_id": "u1"},
+        "tools": [{"name": "weather", "input_schema": {"type": "object", "properties": {}}}],
+        "tool_choice": {"type": "tool", "name": "weather", "disable_parallel_tool_use": True},
+        "messages": [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "text", "text": "What is this?"},
+                    {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "QUI="}},
+                ],
+            },
+            {
+                "role": "assistant",
+                "content": [
+                    {"type": "tool_use", "id": "c1", "name": "f", "input": {"a": 1}},
+                    {"type": "tool_use", "id": "c2", "name": "f", "input": {}},
+                ],
+            },
+            {
+                "role": "user",
+                "content": [
+                    {"type": "tool_result", "tool_use_id": "c1", "content": "one"},
+                    {"type": "tool_result", "tool_use_id": "c2", "content": "two"},
+                    {"type": "text", "text": "and?"},
+                ],
+            },
+        ],
+    }
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"messages": "text"},
+        {"messages": [1]},
+        {"messages": [{"content": "no role"}]},
+        {"messages": [{"role": "tool"}]},
+        {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
+        {"messages": [], "tools": [{}]},
+        {"messages": [], "tools": TOOLS, "tool_choice": "sometimes"},
+    ],
+)
+def test_malformed_requests_are_400(asked: dict[str, Any]) -> None:
+    with pytest.raises(ApiError) as raised:
+        anthropic.request(json.dumps(asked).encode(), "real")
+    assert raised.value.status == 400
+
+
+def _image(url: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def _call(identity: str, arguments: str) -> dict[str, Any]:
+    return {"id": identity, "type": "function", "function": {"name": "f", "arguments": arguments}}
+
+
+@pytest.mark.parametrize("raw", [b"", b"[]", b"{}x", b'{"content": [{}]}', b'{"content": [{"type": "tool_use"}]}'])
+def test_malformed_answers_are_502(raw: bytes) -> None:
+    with pytest.raises(ApiError) as raised:
+        anthropic.answer(raw)
+    assert raised.value.status == 502
