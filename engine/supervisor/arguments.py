@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -62,17 +63,19 @@ def parser() -> argparse.ArgumentParser:
         usage="tokenmill serve [MODEL | CONFIG.yaml] [FLAGS] [any flag of vllm serve]",
         description=DESCRIPTION,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=116),
         allow_abbrev=False,
     )
-    made.add_argument("--host", help="address to listen on (default 127.0.0.1)")
-    made.add_argument("--port", type=int, help="port to listen on, 0 for a free one (default 8000)")
-    made.add_argument("--workers", type=int, help="gateway processes that share the port (default 1)")
-    made.add_argument("--drain-seconds", type=float, help="time for open requests after SIGTERM (default 30)")
-    made.add_argument("--model", help="the model, if it is not the first argument")
+    made.add_argument("--host", metavar="ADDRESS", help="address to listen on (default 127.0.0.1)")
+    made.add_argument("--port", type=int, metavar="N", help="port to listen on, 0 for a free one (default 8000)")
+    made.add_argument("--workers", type=int, metavar="N", help="gateway processes that share the port (default 1)")
     made.add_argument(
-        "--served-model-name", "--served_model_name", nargs="+", metavar="NAME", help="names that clients use"
+        "--drain-seconds", type=float, metavar="S", help="time for open requests after SIGTERM (default 30)"
     )
+    made.add_argument("--model", help="the model, if it is not the first argument")
+    made.add_argument("--served-model-name", nargs="+", metavar="NAME", help="names that clients use")
+    # vLLM takes underscores, too; the gateway must know the names however they are spelt.
+    made.add_argument("--served_model_name", nargs="+", help=argparse.SUPPRESS)
     made.add_argument("--draft-model", metavar="MODEL", help="a small model with the same tokenizer that drafts tokens")
     made.add_argument(
         "--draft-tokens", type=int, metavar="N", help=f"most tokens drafted per step (default {DRAFT_TOKENS})"

@@ -39,8 +39,10 @@ def main(argv: list[str]) -> int:
     if listener is not None:
         host, port = listener.getsockname()[:2]
         display.done("port", "bound", f"{host}:{port}")
+    logs = _log_folder(port)
+    display.done("logs", "written to", str(logs))
     try:
-        return asyncio.run(_run(plan, listener, _log_folder(port), display))
+        return asyncio.run(_run(plan, listener, logs, display))
     except StartError as error:
         Console(stderr=True).out(f"tokenmill serve: {error}", highlight=False)
         return 1

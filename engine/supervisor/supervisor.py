@@ -64,7 +64,8 @@ class Supervisor:
         """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            loop.add_signal_handler(number, self._on_signal)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` has it ignored, and means it
+                loop.add_signal_handler(number, self._on_signal)
         try:
             self._start_keepers()
             ready = asyncio.create_task(self._announce())
@@ -77,7 +78,9 @@ class Supervisor:
             self._display.end()
             failed = next((task for task in self._tasks if task.done()), None)
             if failed is not None and not self._stop.is_set():
-                raise StartError(f"{self._tasks[failed].name} could not start: {failed.exception()}")
+                raise StartError(
+                    f"{self._tasks[failed].name} could not start: {failed.exception()}; logs: {self._logs}"
+                )
             return 0
         finally:
             await self._shut_down()

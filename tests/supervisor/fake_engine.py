@@ -51,7 +51,7 @@ def end_with_supervisor(descriptor: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
-    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--port", type=int, default=0)
     options, _ = parser.parse_known_args()
     threading.Thread(target=end_with_supervisor, args=(int(os.environ["TOKENMILL_PARENT_FD"]),), daemon=True).start()
     if options.model == "fails":

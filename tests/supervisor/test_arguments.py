@@ -55,6 +55,13 @@ def test_the_model_may_be_named_by_flag() -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("flag", ["--served-model-name", "--served_model_name"])
+def test_the_gateway_knows_the_public_names(flag: str) -> None:
+    engine = engine_of("org/m", flag, "a", "b", "--seed", "1")
+    assert engine.command[5:] == ("--served-model-name", "a", "b", "--seed", "1")
+    assert engine.gateway_backend(1).models == ("a", "b")
+
+
 def test_a_draft_model_becomes_a_speculative_config() -> None:
     command = engine_of("big", "--draft-model", "small", "--draft-tokens", "5").command
     speculative = json.loads(command[command.index("--speculative-config") + 1])

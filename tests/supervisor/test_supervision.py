@@ -165,6 +165,34 @@ def test_an_engine_that_cannot_start_ends_the_start_in_one_line(tmp_path: Path) 
         running.close()
 
 
+def test_a_headless_node_has_no_gateway(tmp_path: Path) -> None:
+    running = Running([*FAKE, "first", "--headless", "--node-rank", "1"], tmp_path)
+    try:
+        until(lambda: "headless node runs" in running.text, 20, "started")
+        (command,) = [text for text in running.processes().values() if "fake_engine" in text]
+        assert command.split()[2:] == ["first", "--served-model-name", "first", "--headless", "--node-rank", "1"]
+        assert running.pids("gateway.worker") == set()
+        running.signal(signal.SIGTERM)
+        assert running.wait_end(15) == 0
+        assert running.processes() == {}
+    finally:
+        running.close()
+
+
+def test_nohup_is_respected(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG.replace("PORT", "0"))
+    running = Running(["nohup", *FAKE, str(config)], tmp_path)
+    try:
+        running.wait_ready()
+        running.signal(signal.SIGHUP)
+        assert served_by(running, "first")
+        running.signal(signal.SIGTERM)
+        assert running.wait_end(15) == 0
+    finally:
+        running.close()
+
+
 def test_a_taken_port_is_one_line_that_names_its_owner(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
