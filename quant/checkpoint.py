@@ -4,7 +4,6 @@ Opening a checkpoint reads the configuration and every file's header, and refuse
 before any weight is loaded. Weights are memory-mapped: holding a `Checkpoint` costs no memory to speak of.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import cached_property
@@ -18,27 +17,11 @@ from tokenmill.errors import CheckpointError
 from tokenmill.kernels.int4_gemm.weight import Int4Weight, dequantize
 from tokenmill.quant import nf4
 from tokenmill.quant.format import FORMATS, QuantizationConfig, Scheme, parse_config
+from tokenmill.quant.json_file import read_json
 from tokenmill.quant.pack import missing_tensors, read_layer, tensor_names, weight_tensor
 from tokenmill.quant.safetensors_header import TensorInfo, read_header
 
 _INDEX = "model.safetensors.index.json"
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """One JSON object from a file.
-
-    Raises:
-        CheckpointError: The file is missing or holds something else.
-    """
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file} holds {type(value).__name__}; it must hold an object")
-    return value
 
 
 class Checkpoint:

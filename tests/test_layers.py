@@ -18,6 +18,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "tokenmill.native_build": ("tokenmill.errors", "tokenmill.env", "tokenmill.platform"),
     "tokenmill.kernels": BASE,
     "tokenmill.quant": (*BASE, "tokenmill.kernels"),
+    # The command's default texts are the pair's corpus; the quantizer itself takes text.
+    "tokenmill.quant.command": (*BASE, "tokenmill.quant", "tokenmill.speculative.pair.corpus"),
     "tokenmill.speculative": (*BASE, "tokenmill.kernels"),
     "tokenmill.engine.vllm": (*BASE, "tokenmill.kernels", "tokenmill.quant", "tokenmill.speculative"),
     "tokenmill.engine.gateway": ("tokenmill.errors", "tokenmill.env", "tokenmill.engine.economics"),

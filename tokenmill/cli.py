@@ -31,11 +31,14 @@ COMMANDS: tuple[Command, ...] = (
     Command("serve", "tokenmill.engine.supervisor.main:main", "Serve models: start, watch and restart the servers."),
     Command("doctor", "tokenmill.doctor:main", "Explain this machine: what would run, and why something would not."),
     Command("build", "tokenmill.native_build:main", "Compile the native library in place, only what changed."),
+    Command("kernels", "tokenmill.kernels.command:main", "Prove CUDA kernels in the CPU emulator; static gates."),
     Command(
         "train-pair",
         "tokenmill.speculative.pair.command:main",
         "Train a tiny draft/target pair from Python's own library.",
     ),
+    Command("quantize", "tokenmill.quant.command:quantize", "Quantize a model to INT4 for Tokenmill and stock vLLM."),
+    Command("memory", "tokenmill.quant.command:memory", "Plan a model's memory from its config.json."),
 )
 
 
