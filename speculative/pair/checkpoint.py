@@ -67,6 +67,14 @@ class Loaded(NamedTuple):
     window: int
 
 
+def _load_tokenizer(path: Path) -> tokenizers.Tokenizer:
+    text = path.read_text(encoding="utf-8")
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # noqa: BLE001  # the library raises nothing narrower
+        raise ValueError(f"{path.name}: {error}") from None
+
+
 def load(folder: Path) -> Loaded:
     """Reads a checkpoint that `save` wrote.
 
@@ -88,7 +96,7 @@ def load(folder: Path) -> Loaded:
         )
         window = config["max_position_embeddings"] // 2
         weights = load_file(folder / "model.safetensors")
-        tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer = _load_tokenizer(folder / "tokenizer.json")
         model = Llama(shape, seed=0)
         model.load_state_dict({name: value.float() for name, value in weights.items()})
     except KeyError as error:

@@ -14,7 +14,7 @@ from rich.console import Console
 from tokenmill import platform
 from tokenmill.errors import ConfigurationError
 from tokenmill.speculative.pair import card, checkpoint, evaluate
-from tokenmill.speculative.pair.corpus import read_library
+from tokenmill.speculative.pair.corpus import Corpus, read_library
 from tokenmill.speculative.pair.progress import Reporter
 from tokenmill.speculative.pair.recipe import SIZES, Recipe
 from tokenmill.speculative.pair.state import FOLDER, RunState, write_atomically
@@ -28,6 +28,8 @@ def _parser() -> argparse.ArgumentParser:
         "and measure both on held-out files. Needs no download. The result loads in vLLM and transformers.",
     )
     parser.add_argument("--out", type=Path, default=Path("tiny-pair"), help="output folder (default: %(default)s)")
+    parser.add_argument("--library", type=Path, help="folder of Python files to learn from and to measure on "
+                        "(default: the standard library of this Python)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and data order (default: %(default)s)")
     parser.add_argument("--size", choices=sorted(SIZES), default="full", help="full: 3.4M and 0.9M weights, minutes; "
                         "miniature: a run of seconds that shows every stage (default: %(default)s)")  # fmt: skip
@@ -50,14 +52,16 @@ def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     console = Console(file=sys.stdout)
     if arguments.measure is not None:
-        console.print(_measure(arguments.measure).as_text(), highlight=False, markup=False)
+        figures = _measure(arguments.measure, read_library(arguments.library))
+        console.print(figures.as_text(), highlight=False, markup=False)
         return 0
     size = SIZES[arguments.size]
     recipe = replace(size, seed=arguments.seed, steps=size.steps if arguments.steps is None else arguments.steps)
     machine = _machine(arguments.device, arguments.precision, arguments.threads)
     if arguments.checkpoint_seconds < 0:
         raise ConfigurationError(f"--checkpoint-seconds={arguments.checkpoint_seconds} is negative; use 0 or more")
-    _run(arguments.out, recipe, machine, arguments.resume, arguments.checkpoint_seconds, console, argv)
+    with Reporter(console) as reporter:
+        _run(arguments, recipe, machine, reporter, argv)
     return 0
 
 
@@ -82,55 +86,46 @@ def _machine(device: str, precision: str, threads: int) -> Machine:
     return Machine(chosen, getattr(torch, precision), threads)
 
 
-def _run(
-    out: Path,
-    recipe: Recipe,
-    machine: Machine,
-    resume: bool,
-    checkpoint_seconds: float,
-    console: Console,
-    argv: list[str],
-) -> None:
+def _run(arguments: argparse.Namespace, recipe: Recipe, machine: Machine, reporter: Reporter, argv: list[str]) -> None:
+    """Trains, writes and measures the pair; the model card, written last, marks it as finished."""
+    out: Path = arguments.out
     if (out / card.FILE).exists():
         raise ConfigurationError(f"{out} already holds a finished pair; choose another --out or remove that folder")
     started = time.monotonic()
-    with Reporter(console) as reporter:
-        reporter.say(
-            f"train-pair: seed {recipe.seed}, {machine.device}, "
-            f"{machine.as_dict()['precision']}, {machine.threads} threads, into {out}"
-        )
-        corpus = read_library()
-        fingerprint = {**recipe.as_dict(), **machine.as_dict(), "text": corpus.digest}
-        try:
-            state = RunState(out / FOLDER, fingerprint)
-            state.begin(resume=resume)
-        except OSError as error:
-            raise ConfigurationError(
-                f"--out={out} cannot be written: {error.strerror}; choose another folder"
-            ) from None
-        trained = train_pair(recipe, corpus, machine, state, reporter, checkpoint_seconds)
-        checkpoint.save(out / "target", trained.target, trained.tokenizer, recipe.window)
-        checkpoint.save(out / "draft", trained.draft, trained.tokenizer, recipe.window)
-        reporter.say("measuring on held-out text")
-        figures = _measure(out)
-        reporter.say(figures.as_text())
-        origin = {
-            "command": " ".join(["tokenmill train-pair", *(word for word in argv if word != "--resume")]),
-            "seed": recipe.seed,
-            "steps of target, draft, distillation": f"{recipe.steps}, {recipe.steps}, {recipe.distillation_steps}",
-            "passes over the text": f"{trained.passes:.2f}",
-            "text": f"standard library of Python {python_platform.python_version()}, digest {corpus.digest}",
-            "torch": torch.__version__,
-            "computed on": ", ".join(str(value) for value in machine.as_dict().values()) + " threads",
-        }
-        sample = evaluate.continue_text(trained.target, trained.tokenizer, card.PROMPT, tokens=60)
-        text = card.render(recipe, figures, origin, sample)
-        write_atomically(out / card.FILE, lambda path: path.write_text(text, encoding="utf-8"))
-        shutil.rmtree(state.folder)
-        reporter.say(f"done: {out} in {(time.monotonic() - started) / 60:.1f} minutes; try: vllm serve {out}/target")
+    reporter.say(
+        f"train-pair: seed {recipe.seed}, {machine.device}, "
+        f"{machine.as_dict()['precision']}, {machine.threads} threads, into {out}"
+    )
+    corpus = read_library(arguments.library)
+    state = RunState(out / FOLDER, {**recipe.as_dict(), **machine.as_dict(), "text": corpus.digest})
+    try:
+        state.begin(resume=arguments.resume)
+    except OSError as error:
+        raise ConfigurationError(f"--out={out} cannot be written: {error.strerror}; choose another folder") from None
+    trained = train_pair(recipe, corpus, machine, state, reporter, arguments.checkpoint_seconds)
+    checkpoint.save(out / "target", trained.target, trained.tokenizer, recipe.window)
+    checkpoint.save(out / "draft", trained.draft, trained.tokenizer, recipe.window)
+    reporter.say("measuring on held-out text")
+    figures = _measure(out, corpus)
+    reporter.say(figures.as_text())
+    library = arguments.library or f"standard library of Python {python_platform.python_version()}"
+    origin = {
+        "command": " ".join(["tokenmill train-pair", *(word for word in argv if word != "--resume")]),
+        "seed": recipe.seed,
+        "steps of target, draft, distillation": f"{recipe.steps}, {recipe.steps}, {recipe.distillation_steps}",
+        "passes over the text": f"{trained.passes:.2f}",
+        "text": f"{library}, digest {corpus.digest}",
+        "torch": torch.__version__,
+        "computed on": ", ".join(str(value) for value in machine.as_dict().values()) + " threads",
+    }
+    sample = evaluate.continue_text(trained.target, trained.tokenizer, card.PROMPT, tokens=60)
+    text = card.render(recipe, figures, origin, sample)
+    write_atomically(out / card.FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    shutil.rmtree(state.folder)
+    reporter.say(f"done: {out} in {(time.monotonic() - started) / 60:.1f} minutes; try: vllm serve {out}/target")
 
 
-def _measure(pair: Path) -> evaluate.Figures:
+def _measure(pair: Path, corpus: Corpus) -> evaluate.Figures:
     """Figures of a pair on disk, as it will be served: rounded to bfloat16."""
     target, draft = checkpoint.load(pair / "target"), checkpoint.load(pair / "draft")
-    return evaluate.measure(target.model, draft.model, target.tokenizer, read_library(), target.window)
+    return evaluate.measure(target.model, draft.model, target.tokenizer, corpus, target.window)

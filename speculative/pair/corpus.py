@@ -97,38 +97,55 @@ def _hash(text: str) -> int:
 
 
 def read_library(root: Path | None = None) -> Corpus:
-    """Reads a Python standard library.
+    """Reads a Python standard library, or any folder of Python files.
 
     Args:
         root: Its folder; default: that of the running interpreter.
 
     Raises:
-        ConfigurationError: The folder holds less than `MINIMUM_BYTES` of source text.
+        ConfigurationError: The folder holds less than `MINIMUM_BYTES` of source text, or no file of it is held out.
     """
-    root = root or Path(sysconfig.get_path("stdlib"))
-    documents = []
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root).as_posix()
-        if _SKIPPED_FOLDERS.intersection(name.split("/")) or name.startswith(_SKIPPED_NAMES):
-            continue
-        try:
-            with tokenize.open(path) as file:
-                text = file.read()
-            tree = ast.parse(text)
-        except (SyntaxError, UnicodeDecodeError, OSError):
-            continue  # a template or an unreadable file is no Python text
-        documents.append(Document(name, text, part_of(name)))
-        chat = "".join(chat_pairs(tree, text, name))
-        if chat:
-            documents.append(Document(f"{name}#chat", chat, part_of(name)))
+    root = root or _standard_library()
+    documents = [document for path in _files(root) for document in _documents(path, root)]
     corpus = Corpus(tuple(sorted(documents, key=lambda document: document.path)))
     found = corpus.size("train") + corpus.size("held_out")
     if found < MINIMUM_BYTES:
         raise ConfigurationError(
-            f"{root} holds {found} bytes of Python source, a pair needs {MINIMUM_BYTES}; "
-            "run with a Python whose standard library is installed as source files"
+            f"{root} holds {found} bytes of Python source and chat pairs, a pair needs {MINIMUM_BYTES}; "
+            "run with a Python whose standard library is installed as source files, or name a larger folder"
+        )
+    if len({document.is_chat for document in corpus.part("held_out")}) < 2:
+        raise ConfigurationError(
+            f"{root} has no documented file that falls into the held-out part; name a folder with more files"
         )
     return corpus
+
+
+def _standard_library() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """The Python files worth reading, in the order of their paths."""
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if not _SKIPPED_FOLDERS.intersection(name.split("/")) and not name.startswith(_SKIPPED_NAMES):
+            yield path
+
+
+def _documents(path: Path, root: Path) -> Iterator[Document]:
+    """A file's source and its chat pairs; nothing if it does not parse."""
+    try:
+        with tokenize.open(path) as file:
+            text = file.read()
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError, OSError):
+        return  # a template, or bytes that are no text
+    name = path.relative_to(root).as_posix()
+    yield Document(name, text, part_of(name))
+    chat = "".join(chat_pairs(tree, text, name))
+    if chat:
+        yield Document(f"{name}#chat", chat, part_of(name))
 
 
 def chat_pairs(tree: ast.Module, source: str, name: str) -> Iterator[str]:
@@ -160,8 +177,8 @@ def chat_pairs(tree: ast.Module, source: str, name: str) -> Iterator[str]:
 def calibration_text(part: Part = "train", max_bytes: int = 1_000_000, root: Path | None = None) -> str:
     """Text for calibrating a quantizer (`train`) or for measuring perplexity (`held_out`).
 
-    Whole documents in shuffled order, source files and chat pairs mixed as in training; the last one is cut at the
-    end of a line.
+    Files come in an order shuffled by the hash of their paths, each followed by its chat pairs, whole until the last,
+    which is cut at the end of a line. No more files are read than needed.
 
     Args:
         part: The side of the split; the held-out side was never trained on.
@@ -170,19 +187,24 @@ def calibration_text(part: Part = "train", max_bytes: int = 1_000_000, root: Pat
 
     Raises:
         InputError: Unknown part, or `max_bytes` below 1.
-        ConfigurationError: The library is not there as source text.
+        ConfigurationError: The folder holds no Python source of that part.
     """
     if part not in ("train", "held_out"):
         raise InputError(f"part={part!r} is not known; use 'train' or 'held_out'")
     if max_bytes < 1:
         raise InputError(f"max_bytes={max_bytes} is below 1; ask for at least one byte")
+    root = root or _standard_library()
+    names = {path.relative_to(root).as_posix(): path for path in _files(root)}
     taken: list[bytes] = []
     room = max_bytes
-    for document in read_library(root).part(part):
-        data = document.text.encode()
-        if len(data) > room:
-            taken.append(data[: data.rfind(b"\n", 0, room) + 1])
-            break
-        taken.append(data)
-        room -= len(data)
+    for name in sorted((name for name in names if part_of(name) == part), key=_hash):
+        for document in _documents(names[name], root):
+            data = document.text.encode()
+            if len(data) > room:
+                taken.append(data[: data.rfind(b"\n", 0, room) + 1])
+                return b"".join(taken).decode()
+            taken.append(data)
+            room -= len(data)
+    if not taken:
+        raise ConfigurationError(f"{root} holds no Python source for the part {part!r}; name a folder with more files")
     return b"".join(taken).decode()
