@@ -24,6 +24,7 @@ import json
 import os
 import platform as machine
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -83,6 +84,11 @@ class NinjaFile:
     def save(self, directory: Path) -> None:
         """Writes `directory`/build.ninja."""
         write_if_changed(directory / "build.ninja", "\n".join(self._lines) + "\n")
+
+
+def _quote(path: Path | str) -> str:
+    """A path inside a command of build.ninja, which a shell reads."""
+    return shlex.quote(str(path)).replace("$", "$$")
 
 
 def _escape(path: Path | str) -> str:
@@ -250,30 +256,30 @@ def _gencode(path: Path, override: str | None) -> list[str]:
 
 def write_ninja(toolchain: Toolchain, units: Sequence[Unit], csrc: Path, directory: Path) -> None:
     """Writes `directory`/build.ninja and the generated header build_info.h beside it."""
-    torch = toolchain.torch
-    common = f"-O3 -std=c++20 -fPIC -fvisibility=hidden -Wall -Wextra -ffile-prefix-map={csrc}=csrc -I{csrc} -I."
+    torch, cxx, sources = _quote(toolchain.torch), _quote(toolchain.cxx), _quote(csrc)
+    common = f"-O3 -std=c++20 -fPIC -fvisibility=hidden -Wall -Wextra -ffile-prefix-map={sources}=csrc -I{sources} -I."
     binding = f"-DTORCH_TARGET_VERSION={TORCH_TARGET} -isystem {torch}/include"
     libraries = f"-L{torch}/lib -Wl,--no-as-needed -ltorch -ltorch_cpu -Wl,--as-needed -lpthread -ldl"
     ninja = NinjaFile()
-    compile_cxx = f"{toolchain.cxx} -MMD -MF $out.d {common}"
+    compile_cxx = f"{cxx} -MMD -MF $out.d {common}"
     ninja.rule("cxx", f"{compile_cxx} {binding} $flags -c $in -o $out", "c++ $in", depfile=True)
     # GCC warns about the deliberately undefined values inside its own AVX-512 header (GCC bug 105593).
     quiet = "" if "clang" in _compiler_version(toolchain.cxx) else "-Wno-maybe-uninitialized -Wno-uninitialized"
     ninja.rule("kernel", f"{compile_cxx} {quiet} $flags -c $in -o $out", "c++ $in", depfile=True)
     if toolchain.nvcc:
-        nvcc = toolchain.nvcc
-        cuda = f"-isystem {nvcc.headers} -DUSE_CUDA"
+        nvcc, headers = _quote(toolchain.nvcc.path), _quote(toolchain.nvcc.headers)
+        cuda = f"-isystem {headers} -DUSE_CUDA"
         ninja.rule("cxx_cuda", f"{compile_cxx} {binding} {cuda} $flags -c $in -o $out", "c++ $in", depfile=True)
         ninja.rule(
             "nvcc",
-            f"{nvcc.path} -ccbin {toolchain.cxx} -MMD -MF $out.d -O3 -std=c++20 "
-            f"-Xcompiler=-fPIC,-fvisibility=hidden -I{csrc} -I. $flags -c $in -o $out",
+            f"{nvcc} -ccbin {cxx} -MMD -MF $out.d -O3 -std=c++20 "
+            f"-Xcompiler=-fPIC,-fvisibility=hidden -I{sources} -I. $flags -c $in -o $out",
             "nvcc $in",
             depfile=True,
         )
-        libraries += f" -L{nvcc.libraries} -lcudart_static -lrt"
+        libraries += f" -L{_quote(toolchain.nvcc.libraries)} -lcudart_static -lrt"
     # Strip: the symbol table is two thirds of the file. Hide what comes from archives: another cudart may be loaded.
-    ninja.rule("link", f"{toolchain.cxx} -shared -o $out $in -Wl,--exclude-libs,ALL {libraries} -s", "link $out")
+    ninja.rule("link", f"{cxx} -shared -o $out $in -Wl,--exclude-libs,ALL {libraries} -s", "link $out")
     objects = []
     for unit in units:
         objects.append(Path(str(unit.source.relative_to(csrc)).replace("/", "__") + ".o"))
