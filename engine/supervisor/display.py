@@ -38,6 +38,18 @@ class Fact:
 _MARKS = {"good": ("● ", "green"), "quiet": ("○ ", "dim"), "bad": ("▲ ", "yellow"), "": ("", "")}
 
 
+def _content(fact: Fact, width: int) -> Text | Table:
+    """A fact without its label; values that have notes share a column of this width."""
+    mark, style = _MARKS[fact.mood]
+    value = Text.assemble((mark, style), (fact.value, "dim" if fact.mood == "quiet" else ""), overflow="fold")
+    if not fact.note:
+        return value
+    row = Table.grid(padding=(0, 1))
+    row.add_column(width=width)
+    row.add_row(value, Text(fact.note, style="green" if fact.mood == "good" else "dim", overflow="fold"))
+    return row
+
+
 class Display:
     """Shows the life of a server on one console."""
 
@@ -95,12 +107,9 @@ class Display:
             return
         table = Table.grid(padding=(0, 2))
         table.add_column(style="bold cyan", no_wrap=True)
-        table.add_column(overflow="fold")
-        table.add_column(style="dim", overflow="fold")
+        width = max((len(fact.value) + 3 for fact in facts if fact.note), default=0)
         for fact in facts:
-            mark, style = _MARKS[fact.mood]
-            value = Text.assemble((mark, style), (fact.value, "dim" if fact.mood == "quiet" else ""))
-            table.add_row(fact.label, value, Text(fact.note, style="green" if fact.mood == "good" else ""))
+            table.add_row(fact.label, _content(fact, width))
         self._console.print()
         self._console.print(
             Panel(table, title=f"[bold green]{title}[/]", border_style="green", padding=(1, 2), expand=False)
