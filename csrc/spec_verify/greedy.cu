@@ -6,6 +6,8 @@
 
 namespace {
 
+using i64 = long long;  // what min and max know
+
 constexpr int THREADS = 512;
 constexpr int WARPS = THREADS / 32;
 
@@ -39,12 +41,12 @@ DEV u32 argmax_row(const Bits* row, u32 vocabulary, u64* partial) {
 template <typename Bits, u32 INFINITY_BITS>
 __global__ void __launch_bounds__(THREADS) greedy(const GreedyProblem p) {
     STATIC_SMEM(u64, partial, [WARPS]);
-    const int64_t request = blockIdx.x, width = p.max_spec_len + 1;
+    const i64 request = blockIdx.x, width = p.max_spec_len + 1, drafts = p.drafts;
     // The sums are data that nobody has checked on a GPU: whatever they say, reads and writes stay inside.
-    const int64_t first = min(max((int64_t)(request ? p.cu_num_draft_tokens[request - 1] : 0), (int64_t)0), p.drafts);
-    const int64_t last = min(min((int64_t)p.cu_num_draft_tokens[request], p.drafts), first + p.max_spec_len);
+    const i64 before = request ? p.cu_num_draft_tokens[request - 1] : 0, through = p.cu_num_draft_tokens[request];
+    const i64 first = min(max(before, 0ll), drafts), last = min(min(through, drafts), first + (width - 1));
     int32_t* output = p.output_token_ids + request * width;
-    int64_t written = 0;
+    i64 written = 0;
     bool accepted = true;
     while (accepted && first + written < last) {
         const char* row = p.target_logits + (first + written) * p.row_bytes;
@@ -58,7 +60,7 @@ __global__ void __launch_bounds__(THREADS) greedy(const GreedyProblem p) {
         if (threadIdx.x == 0) output[written] = p.bonus_token_ids[request];
         written++;
     }
-    for (int64_t i = written + threadIdx.x; i < width; i += THREADS) output[i] = -1;
+    for (i64 i = written + threadIdx.x; i < width; i += THREADS) output[i] = -1;
 }
 
 }  // namespace

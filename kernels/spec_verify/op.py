@@ -83,6 +83,7 @@ GREEDY = OpSpec(
     implementations={
         "cuda": "tokenmill.kernels.spec_verify.cuda_impl:GREEDY",
         "cpu": "tokenmill.kernels.spec_verify.cpu_impl:GREEDY",
+        "cuda-emulated": "tokenmill.kernels.spec_verify.emulated_impl:GREEDY",
     },
     examples=(
         {"T": 32, "B": 8, "V": 32000, "max_spec_len": 5},
@@ -118,7 +119,7 @@ def spec_verify_greedy(
         bonus_token_ids: [B, 1] int32.
         max_spec_len: The most drafts a request has.
         out: [B, max_spec_len + 1] int32 buffer for the result; None allocates one.
-        implementation: `cuda`, `cpu` or `reference`; None chooses.
+        implementation: `cuda`, `cpu`, `reference` or `cuda-emulated`; None chooses.
 
     Returns:
         [B, max_spec_len + 1] int32: accepted tokens, then the target's own or the bonus token, then -1.
