@@ -14,6 +14,8 @@ from tokenmill.errors import ConfigurationError
 
 #: The tier of a model that is named on the command line.
 ONLY_TIER = "default"
+#: Public name of the bundled pair.
+BUNDLED_NAME = "tiny-pair"
 #: Most tokens drafted per step by the bundled draft model, and by another unless --draft-tokens says otherwise.
 DRAFT_TOKENS = 3
 #: vLLM flags that would move its server away from the gateway in front of it.
@@ -162,7 +164,7 @@ def _bundled(own: argparse.Namespace) -> LocalBackend:
     """The bundled pair. Eager: compiling it would take longer than most first tries last."""
     return LocalBackend(
         model="bundled:target",
-        served_as=own.served_model_name,
+        served_as=own.served_model_name or [BUNDLED_NAME],
         speculation=None if own.no_speculation else _drafted_by("bundled:draft", own),
         flags={"enforce-eager": True},
     )

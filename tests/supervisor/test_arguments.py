@@ -25,7 +25,7 @@ def test_without_arguments_the_bundled_pair_is_served() -> None:
     assert request.config == config.load(ROOT / "examples" / "tiny-pair.yaml")
     command = engine_of().command
     target, draft = tiny_pair()
-    assert command[4:7] == (str(target), "--served-model-name", "tiny-target")
+    assert command[4:7] == (str(target), "--served-model-name", "tiny-pair")
     speculative = json.loads(command[command.index("--speculative-config") + 1])
     assert speculative == {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 3}
 
