@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(COMPUTE_THREADS)
     for (int i = 0; i < TOKENS / 2; i++) sum[i] = 0;
     for (int i = 0; i < tiles; i++) {
         cp_async_wait<STAGES - 2>();
-        __syncthreads();  // stage i is complete, and everybody is done with stage i - 1, which is filled next
+        __syncthreads();  // stage i is complete; nobody reads stage i - 1, which is filled next
         if (i + STAGES - 1 < tiles) load(i + STAGES - 1);
         cp_async_commit();
 

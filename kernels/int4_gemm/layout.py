@@ -219,10 +219,8 @@ def _arrange(weight: Int4Weight) -> _Arrangement:
     K, size, device = weight.K, weight.group_size, weight.device
     Kp = _round_up(K, DEPTH)
     if weight.g_idx is None and (weight.num_groups == 1 or size % FINE_GROUP == 0):
-        if weight.num_groups == 1:
-            group_rows = Kp
-        else:
-            group_rows = size if _is_coarse(size) else FINE_GROUP
+        several = size if _is_coarse(size) else FINE_GROUP
+        group_rows = Kp if weight.num_groups == 1 else several
         first_row = torch.arange(0, Kp, group_rows, device=device)
         source = torch.where(first_row < K, first_row // size, -1).to(torch.int32)
         return _Arrangement(None, source, group_rows, Kp)
