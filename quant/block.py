@@ -221,5 +221,6 @@ def _columns(weight: Int4Weight, start: int, stop: int) -> Int4Weight:
         group_size=weight.group_size,
         K=weight.K,
         zeros=None if weight.zeros is None else weight.zeros[:, start:stop].contiguous(),
-        g_idx=weight.g_idx,
+        # A copy, because safetensors refuses tensors that share memory.
+        g_idx=None if weight.g_idx is None else weight.g_idx.clone(),
     )

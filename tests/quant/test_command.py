@@ -1,0 +1,80 @@
+"""`tokenmill quantize` and `tokenmill memory` as a user meets them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tokenmill.cli import main
+from tokenmill.quant.checkpoint import Checkpoint
+from tokenmill.quant.format import Scheme
+
+pytest.importorskip("transformers")
+
+
+def test_quantize_reports_size_perplexity_and_cost(
+    dense_model: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text").write_text(text)
+    files = ["--calibration", str(tmp_path / "text"), "--evaluation", str(tmp_path / "text"), "--device", "cpu"]
+    options = ["--group-size", "64", "--asymmetric", "--format", "pack-quantized", "--samples", "8", "--length", "64"]
+    assert main(["quantize", str(dense_model), str(tmp_path / "out"), *files, *options]) == 0
+    printed = capsys.readouterr().out
+    for line in ("size  ", "perplexity  ", "bits a byte", "layer loss  ", "cost  ", "written  "):
+        assert line in printed
+    checkpoint = Checkpoint(tmp_path / "out")
+    assert checkpoint.scheme(checkpoint.layers[0]) == Scheme("pack-quantized", 64, False)
+    report = json.loads((tmp_path / "out" / "quantize-report.json").read_text())
+    assert report["bytes_before"] > report["bytes_after"] > 0
+    assert len(report["errors"]) == 21
+
+
+def test_quantize_without_texts_uses_the_standard_library(dense_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tokenmill.speculative.pair.corpus")
+    options = ["--no-evaluation", "--samples", "2", "--length", "64", "--device", "cpu", "--method", "awq"]
+    assert main(["quantize", str(dense_model), str(tmp_path / "out"), *options]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--group-size", "0"], "--group-size 0 is neither positive nor -1"),
+        (["--samples", "0"], "--samples 0"),
+        (["--calibration", "absent"], "absent cannot be read: No such file or directory"),
+        (["--group-size", "48"], "no multiple of group_size=48"),
+    ],
+)
+def test_a_bad_request_is_one_line(
+    dense_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    common = ["quantize", str(dense_model), str(tmp_path / "out"), "--no-evaluation", "--length", "64"]
+    assert main([*common, "--device", "cpu", *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_texts_that_are_none(dense_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").write_text(" \n")
+    (tmp_path / "binary").write_bytes(b"abc\xff")
+    for name, message in (("empty", "is empty; give a text"), ("binary", "is not UTF-8 text: byte 3")):
+        assert main(["quantize", str(dense_model), str(tmp_path / "o"), "--calibration", str(tmp_path / name)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_memory_prints_a_table_or_json(dense_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["memory", str(dense_model)]) == 0
+    table = capsys.readouterr().out
+    for row in ("attention", "feed-forward", "KV cache", "in all"):
+        assert row in table
+    assert main(["memory", str(dense_model / "config.json"), "--bits", "4", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    stored = Checkpoint(dense_model)
+    assert planned["weight_bytes_16_bit"] == stored.weight_bytes
+    assert planned["total_bytes"] > planned["weight_bytes"]
+
+
+def test_memory_of_something_else_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["memory", str(tmp_path)]) == 2
+    assert "config.json cannot be read" in capsys.readouterr().err

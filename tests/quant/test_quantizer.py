@@ -1,0 +1,234 @@
+"""Quantizing a whole model: what is written loads and predicts, a killed run ends with the same bytes, bad requests
+leave nothing behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from tokenmill.errors import CheckpointError, ConfigurationError, InputError, UnsupportedError
+from tokenmill.quant.block import BlockSettings
+from tokenmill.quant.checkpoint import Checkpoint
+from tokenmill.quant.evaluate import perplexity
+from tokenmill.quant.format import Scheme
+from tokenmill.quant.gptq import GptqOptions
+from tokenmill.quant.quantizer import Report, Request, quantize_checkpoint
+from tokenmill.quant.streaming import StreamedModel
+
+pytest.importorskip("transformers")
+
+
+def settings(method: str = "gptq", group_size: int = 32, symmetric: bool = True, order: str = "none") -> BlockSettings:
+    options = GptqOptions(act_order=order)  # type: ignore[arg-type]
+    return BlockSettings(method, group_size, symmetric, torch.bfloat16, options)  # type: ignore[arg-type]
+
+
+def request(text: str, block: BlockSettings, format_name: str = "gptq", evaluate: bool = True) -> Request:
+    return Request(block, format_name, text, text[:1000] if evaluate else None, num_samples=24, length=128)
+
+
+def quantized(model: Path, out: Path, wanted: Request) -> Report:
+    report = quantize_checkpoint(model, out, wanted)
+    assert not list(out.glob("*.unfinished"))
+    assert not (out / "quantize-progress.json").exists()
+    return report
+
+
+@pytest.mark.parametrize(
+    ("block", "format_name", "scheme"),
+    [
+        (settings("rtn", 128), "pack-quantized", Scheme("pack-quantized", 128, True)),
+        (settings("gptq", 64, False, "group-aware"), "gptq", Scheme("gptq", 64, False)),
+        (settings("gptq", 32, True, "dynamic"), "pack-quantized", Scheme("pack-quantized", 32, True, True)),
+        (settings("gptq", 32, True, "dynamic"), "gptq", Scheme("gptq", 32, True, True)),
+        (settings("awq", 32, False), "pack-quantized", Scheme("pack-quantized", 32, False)),
+        (settings("awq-gptq", -1, True, "static"), "gptq", Scheme("gptq", -1, True)),
+    ],
+)
+def test_a_model_is_quantized_written_and_read_back(
+    dense_model: Path, text: str, tmp_path: Path, block: BlockSettings, format_name: str, scheme: Scheme
+) -> None:
+    report = quantized(dense_model, tmp_path / "out", request(text, block, format_name))
+    checkpoint = Checkpoint(tmp_path / "out")
+    assert len(list(checkpoint.verify())) == 21
+    assert {checkpoint.scheme(layer) for layer in checkpoint.layers} == {scheme}
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (dense_model / "tokenizer.json").read_bytes()
+    assert report.before is not None
+    assert report.after is not None
+    model = StreamedModel(checkpoint)
+    again = perplexity(model, text[:1000], 128)
+    assert again == report.after, "the files predict exactly what the report says"
+    assert perplexity(StreamedModel(Checkpoint(dense_model)), text[:1000], 128) == report.before
+    # Random weights predict noise: quantizing moves that by little either way.
+    assert abs(report.after.bits_per_byte - report.before.bits_per_byte) < 0.1 * report.before.bits_per_byte
+    assert report.bytes_after < report.bytes_before * 0.55
+    assert len(report.errors) == (0 if block.method == "rtn" else 21)
+    assert all(0 < error < 0.05 for error in report.errors.values())
+    checkpoint.close()
+
+
+def test_sizes_that_are_no_multiple_of_64_and_biases(odd_model: Path, text: str, tmp_path: Path) -> None:
+    quantized(odd_model, tmp_path / "out", request(text, settings(), evaluate=False))
+    source, result = Checkpoint(odd_model), Checkpoint(tmp_path / "out")
+    for layer in result.layers:
+        bias = result.layer(layer).bias
+        assert bias is not None
+        assert torch.equal(bias, source.tensor(f"{layer}.bias"))
+
+
+def test_scaling_inputs_leaves_the_function_alone(dense_model: Path, text: str, tmp_path: Path) -> None:
+    """AWQ moves factors between layers; what it writes must still approximate every layer's product."""
+    from tokenmill.quant.block import _scale_inputs
+
+    model = StreamedModel(Checkpoint(dense_model))
+    tokens = torch.tensor(model.tokenizer()(text, verbose=False)["input_ids"][:512]).view(4, 128)
+    hidden = model.embed(tokens)
+    block = model.block(0)
+    run = model.forward(0, block)
+    expected = run(hidden)
+    norm = block.input_layernorm.weight.clone()
+    _scale_inputs(block, run, [hidden], settings("awq"))
+    assert not torch.allclose(block.input_layernorm.weight, norm, rtol=0.01)
+    assert torch.allclose(run(hidden), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_nf4_is_converted(tmp_path: Path, text: str) -> None:
+    source = Path(__file__).resolve().parent.parent / "data" / "checkpoints" / "bitsandbytes-nf4"
+    report = quantized(source, tmp_path / "out", request(text, settings("gptq"), "pack-quantized"))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    assert max(report.errors.values()) < 0.05
+
+
+@pytest.mark.parametrize("model_name", ["dense-with-transformers"])
+def test_streaming_is_the_model(dense_model: Path, text: str, model_name: str) -> None:
+    import transformers
+
+    streamed = StreamedModel(Checkpoint(dense_model))
+    tokens = torch.tensor(streamed.tokenizer()(text, verbose=False)["input_ids"][:256]).view(2, 128)
+    logits = streamed.head()(streamed.hidden_states([tokens])[0])
+    whole = transformers.AutoModelForCausalLM.from_pretrained(dense_model, dtype=torch.float32)
+    with torch.no_grad():
+        expected = whole(tokens).logits
+    assert torch.allclose(logits, expected, rtol=1e-5, atol=1e-4)
+
+
+CHILD = """
+import os, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[1])
+from tokenmill.quant import output
+from test_quantizer import quantize_checkpoint, request, settings
+text = Path(sys.argv[4]).read_text()
+real = output.save_file
+def slow(tensors, file, metadata):
+    real(tensors, file, metadata=metadata)
+    if "00002" in str(file):
+        print("writing", flush=True)
+        sys.stdin.read()  # the parent kills us here, the second block written aside and not renamed
+if sys.argv[5] == "kill":
+    output.save_file = slow
+quantize_checkpoint(Path(sys.argv[2]), Path(sys.argv[3]), request(text, settings(order="group-aware")))
+"""
+
+
+def test_a_killed_run_continues_to_the_same_bytes(dense_model: Path, text: str, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text(text)
+    command = [sys.executable, "-W", "ignore", "-c", CHILD, str(Path(__file__).parent), str(dense_model)]
+
+    def start(out: str, mode: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*command, str(tmp_path / out), str(tmp_path / "text"), mode],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+
+    whole = start("whole", "run")
+    killed = start("killed", "kill")
+    assert killed.stdout is not None
+    assert killed.stdout.readline() == "writing\n"
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    left = sorted(path.name for path in (tmp_path / "killed").iterdir())
+    assert left == [
+        "model-00001-of-00004.safetensors",
+        "model-00002-of-00004.unfinished",
+        "quantize-progress.json",
+    ]
+    with pytest.raises(CheckpointError):
+        Checkpoint(tmp_path / "killed")
+    first = (tmp_path / "killed" / "model-00001-of-00004.safetensors").stat().st_mtime_ns
+    assert start("killed", "run").wait() == 0
+    whole.communicate()
+    assert whole.returncode == 0
+    assert (tmp_path / "killed" / "model-00001-of-00004.safetensors").stat().st_mtime_ns == first
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "killed").iterdir())
+    for name in names:
+        if name != "quantize-report.json":  # holds the seconds
+            assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
+
+
+def test_an_unfinished_run_with_other_settings_is_not_continued(dense_model: Path, text: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def stop(done: int, total: int, error: float | None) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(dense_model, out, request(text, settings("rtn")), progress=stop)
+    with pytest.raises(ConfigurationError, match="unfinished run of another model or with other settings"):
+        quantize_checkpoint(dense_model, out, request(text, settings("rtn", 64)))
+    quantize_checkpoint(dense_model, out, request(text, settings("rtn", 64)), overwrite=True)
+    with pytest.raises(ConfigurationError, match="is not empty; name another directory or pass --overwrite"):
+        quantize_checkpoint(dense_model, out, request(text, settings("rtn", 64)))
+
+
+def test_requests_that_cannot_be_met(dense_model: Path, text: str, tmp_path: Path, produce: ModuleType) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match=r"q_proj has K=128 inputs, no multiple of group_size=48; choose one that"):
+        quantize_checkpoint(dense_model, out, request(text, settings("rtn", 48)))
+    with pytest.raises(InputError, match=r"the calibration text has 5 tokens; one sequence needs 128"):
+        quantize_checkpoint(dense_model, tmp_path / "short", request("short", settings()))
+    int4 = Path(__file__).resolve().parent.parent / "data" / "checkpoints" / "autoawq-g64"
+    with pytest.raises(CheckpointError, match="is already awq; quantize the original"):
+        quantize_checkpoint(int4, tmp_path / "again", request(text, settings()))
+    produce.write_model(tmp_path / "gemma", "even")
+    config = json.loads((tmp_path / "gemma" / "config.json").read_text())
+    (tmp_path / "gemma" / "config.json").write_text(json.dumps(config | {"model_type": "gemma"}))
+    with pytest.raises(UnsupportedError, match="input scaling knows llama, mistral"):
+        quantize_checkpoint(tmp_path / "gemma", tmp_path / "g", request(text, settings("awq")))
+    (tmp_path / "gemma" / "config.json").write_text(json.dumps(config | {"model_type": "nonsense"}))
+    with pytest.raises(CheckpointError, match="cannot be run block by block"):
+        quantize_checkpoint(tmp_path / "gemma", tmp_path / "g", request(text, settings()))
+    (tmp_path / "gemma" / "config.json").write_text(json.dumps(config | {"intermediate_size": 512}))
+    with pytest.raises(CheckpointError, match=r"has shape \[256, 128\]; config.json makes it \[512, 128\]"):
+        quantize_checkpoint(tmp_path / "gemma", tmp_path / "h", request(text, settings("rtn"), evaluate=False))
+
+
+@pytest.mark.gpu
+def test_a_gpu_quantizes_as_well_as_a_cpu(dense_model: Path, text: str, tmp_path: Path) -> None:
+    on_cpu = quantized(dense_model, tmp_path / "cpu", request(text, settings()))
+    wanted = Request(settings(), "gptq", text, text[:1000], 24, 128, device="cuda", dtype=torch.float32)
+    on_gpu = quantized(dense_model, tmp_path / "gpu", wanted)
+    for layer, error in on_cpu.errors.items():
+        assert on_gpu.errors[layer] < 1.05 * error
+
+
+def test_time_is_counted(dense_model: Path, text: str, tmp_path: Path) -> None:
+    start = time.perf_counter()
+    report = quantized(dense_model, tmp_path / "out", request(text, settings("rtn"), evaluate=False))
+    assert 0 < report.seconds <= time.perf_counter() - start
+    assert report.peak_bytes > report.bytes_before
+    assert report.before is None
