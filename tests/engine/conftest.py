@@ -20,6 +20,21 @@ DRAFTED = 3
 
 
 @contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Layers this small are slower on several threads, and very slow where others use the cores.
+
+    vLLM's worker takes `torch.set_num_threads` away from the process; afterwards it is back.
+    """
+    setter, before = torch.set_num_threads, torch.get_num_threads()
+    setter(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads = setter
+        setter(before)
+
+
+@contextlib.contextmanager
 def environment(**variables: str) -> Iterator[None]:
     """Sets variables for a while; afterwards the environment is what it was, also what vLLM wrote into it."""
     before = dict(os.environ)
@@ -39,7 +54,7 @@ def start(**arguments: Any) -> Any:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
     }
-    with environment(**quiet), warnings.catch_warnings():
+    with environment(**quiet), one_thread(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from vllm import LLM
 
@@ -82,6 +97,12 @@ def stock_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(rejection_sampler, name.path.partition(":")[2], name.stock())
     fresh = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *a, **k: fresh(self, *a, **k).fill_(3))
+
+
+@pytest.fixture(autouse=True)
+def thread_for_a_test() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
