@@ -57,7 +57,8 @@ class OutputDirectory:
                 )
         path.mkdir(parents=True, exist_ok=True)
         if not progress.exists():
-            self._write_json(_PROGRESS, {"fingerprint": fingerprint, "settings": dict(settings)})
+            self._write_json(_PROGRESS, {"fingerprint": fingerprint, "settings": dict(settings), "notes": {}})
+        self._progress = json.loads(progress.read_text(encoding="utf-8"))
 
     def part(self, index: int) -> Path:
         """The file of part 0..num_parts-1."""
@@ -67,19 +68,28 @@ class OutputDirectory:
         """Whether the part is there, whole."""
         return self.part(index).exists()
 
-    def write_part(self, index: int, tensors: Mapping[str, torch.Tensor], notes: Mapping[str, str]) -> None:
-        """Writes one part; notes go into the file's metadata."""
+    def write_part(self, index: int, tensors: Mapping[str, torch.Tensor], notes: Mapping[str, float]) -> None:
+        """Writes one part, and numbers about it for `notes`.
+
+        The notes are not in the file, because safetensors writes several metadata keys in a random order.
+        """
         aside = self.part(index).with_suffix(".unfinished")
         stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(stored, aside, metadata={"format": "pt", **notes})
+        save_file(stored, aside, metadata={"format": "pt"})
         _flush(aside)
+        self._progress["notes"][str(index)] = dict(notes)
+        self._write_json(_PROGRESS, self._progress)
         aside.rename(self.part(index))
         _flush(self.path)
 
-    def read_part(self, index: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """Tensors and notes of a part that is written."""
+    def read_part(self, index: int) -> dict[str, torch.Tensor]:
+        """The tensors of a part that is written."""
         with safe_open(self.part(index), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def notes(self, index: int) -> dict[str, float]:
+        """The numbers that were written with a part."""
+        return dict(self._progress["notes"][str(index)])
 
     def finish(self, source: Path, config: Mapping[str, Any], report: Mapping[str, Any]) -> None:
         """Writes the index, what lies beside the source's weights, the report, and config.json last of all."""

@@ -5,7 +5,6 @@ that was killed therefore continues from the files with exactly the numbers that
 """
 
 import hashlib
-import json
 import resource
 import sys
 import time
@@ -162,17 +161,17 @@ def quantize_checkpoint(
             before = [run(hidden) for hidden in before]
         if not output.is_written(index):
             _quantize_and_write(model, index, calibration, request, output)
-        tensors, notes = output.read_part(index)
-        found: dict[str, float] = json.loads(notes["relative_errors"])
+        found = output.notes(index)
         errors.update(found)
         if calibration or after:
-            run = model.forward(index, model.block(index, _BlockFile(tensors, request.scheme)))
+            written = _BlockFile(output.read_part(index), request.scheme)
+            run = model.forward(index, model.block(index, written))
             calibration = [run(hidden) for hidden in calibration]
             after = [run(hidden) for hidden in after]
         if progress is not None:
             progress(index + 1, model.num_blocks, sum(found.values()) / len(found) if found else None)
     if not output.is_written(model.num_blocks):
-        output.write_part(model.num_blocks, _other_tensors(model), {"relative_errors": "{}"})
+        output.write_part(model.num_blocks, _other_tensors(model), {})
 
     measured: list[Perplexity | None] = [None, None]
     if request.evaluation is not None:
@@ -234,8 +233,7 @@ def _quantize_and_write(
     for name, parameter in block.named_parameters():
         if name.removesuffix(".weight") not in quantized.layers:
             tensors[f"{prefix}.{name}"] = parameter.to(_stored_dtype(model, f"{prefix}.{name}"))
-    errors = {f"{prefix}.{name}": error for name, error in quantized.errors.items()}
-    output.write_part(index, tensors, {"relative_errors": json.dumps(errors)})
+    output.write_part(index, tensors, {f"{prefix}.{name}": error for name, error in quantized.errors.items()})
 
 
 def _stored_dtype(model: StreamedModel, name: str) -> torch.dtype:
