@@ -64,9 +64,14 @@ class Child:
             os.close(write_end)
         self._reading = asyncio.create_task(self._read(read_end))
         if self._process.stdin is not None:
-            with suppress(BrokenPipeError, ConnectionResetError):
+            try:
                 self._process.stdin.write(standard_input)
                 await self._process.stdin.drain()
+            except (BrokenPipeError, ConnectionResetError):
+                pass  # it ended at once; whoever waits for it will see why
+            except asyncio.CancelledError:
+                self.signal_group(signal.SIGKILL)
+                raise
             self._process.stdin.close()
 
     @property
