@@ -10,10 +10,10 @@ from typing import Any
 
 import orjson
 
-from tokenmill.engine.gateway.api_error import ApiError, invalid_json
+from tokenmill.engine.gateway.api_error import ApiError, Headers, invalid_json
 
-PATH = "/v1/messages"
-VERSION = "2023-06-01"
+PATH = b"/v1/messages"
+VERSION = b"2023-06-01"
 #: `max_tokens` is required there and optional here.
 DEFAULT_MAX_TOKENS = 4096
 
@@ -40,12 +40,12 @@ _NO_COUNTERPART: dict[str, Any] = {
 }
 
 
-def headers(forward: list[tuple[str, str]], api_key: str | None) -> list[tuple[str, str]]:
+def headers(forward: Headers, api_key: str | None) -> Headers:
     """A client's headers as this API wants them."""
-    kept = [header for header in forward if header[0] not in ("authorization", "x-api-key", "anthropic-version")]
-    kept.append(("anthropic-version", VERSION))
-    key = api_key or next((value.removeprefix("Bearer ") for name, value in forward if name == "authorization"), "")
-    kept.append(("x-api-key", key))
+    kept = [header for header in forward if header[0] not in (b"authorization", b"x-api-key", b"anthropic-version")]
+    kept.append((b"anthropic-version", VERSION))
+    given = next((value.removeprefix(b"Bearer ") for name, value in forward if name == b"authorization"), b"")
+    kept.append((b"x-api-key", given if api_key is None else api_key.encode()))
     return kept
 
 

@@ -17,6 +17,7 @@ import orjson
 
 from tokenmill.engine.gateway import metrics, openapi
 from tokenmill.engine.gateway.api_error import JSON, ApiError, Headers, model_not_found
+from tokenmill.engine.gateway.connection import CutError, SilenceError
 from tokenmill.engine.gateway.forward import Forwarder, error_event
 from tokenmill.engine.gateway.health import Prober
 from tokenmill.engine.gateway.pipeline import Exchange, Outcome, Reply, Stage, compose
@@ -24,7 +25,7 @@ from tokenmill.engine.gateway.portfolio import Portfolio
 from tokenmill.engine.gateway.request import ClientGoneError, Receive, Scope, Send, exchange_of, read_body, request_id
 from tokenmill.engine.gateway.routing import ResolveModel
 from tokenmill.engine.gateway.settings import Document
-from tokenmill.engine.gateway.upstream import CutError, SilenceError, Upstream
+from tokenmill.engine.gateway.upstream import Upstream
 
 log = logging.getLogger("tokenmill.gateway")
 

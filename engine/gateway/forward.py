@@ -10,30 +10,31 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import orjson
-from yarl import URL
 
 from tokenmill.engine.gateway import anthropic
-from tokenmill.engine.gateway.api_error import EVENT_STREAM, JSON, ApiError, retry_after, unavailable, with_error_object
+from tokenmill.engine.gateway.api_error import (
+    EVENT_STREAM,
+    JSON,
+    ApiError,
+    Headers,
+    retry_after,
+    unavailable,
+    with_error_object,
+)
 from tokenmill.engine.gateway.balance import Balancer, refusal
 from tokenmill.engine.gateway.breaker import RetryBudget
+from tokenmill.engine.gateway.connection import ConnectFailedError, CutError, NoAnswerError, SilenceError
 from tokenmill.engine.gateway.pipeline import Exchange, Reply
 from tokenmill.engine.gateway.portfolio import Route, Target
 from tokenmill.engine.gateway.settings import Settings
-from tokenmill.engine.gateway.upstream import (
-    Answer,
-    ConnectFailedError,
-    CutError,
-    NoAnswerError,
-    SilenceError,
-    Upstream,
-)
+from tokenmill.engine.gateway.upstream import Answer, Upstream
 
 #: The backend says that it did not take the request.
 _NOT_TAKEN = (429, 503)
 #: The backend is at fault: counted by the circuit breaker.
 _FAULT = (500, 502, 503, 504, 529)
 #: Headers that hold a client's credentials for the gateway.
-_CREDENTIALS = frozenset({"authorization", "x-api-key", "api-key"})
+_CREDENTIALS = frozenset({b"authorization", b"x-api-key", b"api-key"})
 
 
 class Lease:
@@ -160,9 +161,8 @@ class Forwarder:
         headers = exchange.forward
         if target.backend.api_key is not None:
             headers = [header for header in headers if header[0] not in _CREDENTIALS]
-            headers.append(("authorization", f"Bearer {target.backend.api_key}"))
-        url = target.url(exchange.endpoint, exchange.query)
-        answer = await self._send(lease, url, headers, payload)
+            headers.append((b"authorization", b"Bearer " + target.backend.api_key.encode()))
+        answer = await self._send(lease, exchange.target_path, headers, payload)
         if answer.status < 400 and answer.content_type != b"application/json":
             return Reply(answer.status, answer.headers, None, _relay(answer.chunks(), lease))
         body = await answer.read()
@@ -181,7 +181,7 @@ class Forwarder:
         payload = anthropic.request(exchange.payload, name)
         options = exchange.body.get("stream_options", dict[str, Any]) or {}
         headers = anthropic.headers(exchange.forward, backend.api_key)
-        answer = await self._send(lease, lease.target.url(anthropic.PATH, b""), headers, payload)
+        answer = await self._send(lease, anthropic.PATH, headers, payload)
         kept = [header for header in answer.headers if header[0] != b"content-type"]
         if answer.status < 400 and answer.content_type == b"text/event-stream":
             chunks = anthropic.stream(answer.chunks(), bool(options.get("include_usage")))
@@ -193,8 +193,8 @@ class Forwarder:
         status, body = anthropic.error(answer.status, body)
         return self._with_retry_after(Reply(status, [*kept, JSON], body))
 
-    async def _send(self, lease: Lease, url: URL, headers: list[tuple[str, str]], payload: bytes) -> Answer:
-        answer = await self._upstream().send("POST", url, headers, payload)
+    async def _send(self, lease: Lease, path: bytes, headers: Headers, payload: bytes) -> Answer:
+        answer = await self._upstream().send(b"POST", lease.target.origin, path, headers, payload)
         lease.holds(answer)
         if answer.status in _FAULT:
             lease.failed()

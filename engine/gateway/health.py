@@ -8,11 +8,12 @@ from collections.abc import Callable
 
 import msgspec
 import orjson
-from yarl import URL
 
+from tokenmill.engine.gateway.api_error import Headers
+from tokenmill.engine.gateway.connection import ConnectFailedError, CutError, NoAnswerError
 from tokenmill.engine.gateway.portfolio import Portfolio, Target
 from tokenmill.engine.gateway.settings import Settings
-from tokenmill.engine.gateway.upstream import ConnectFailedError, CutError, NoAnswerError, SilenceError, Upstream
+from tokenmill.engine.gateway.upstream import Upstream
 
 log = logging.getLogger("tokenmill.gateway")
 
@@ -64,9 +65,9 @@ class Prober:
     async def probe(self, target: Target, *, catalog: bool) -> None:
         """Asks one backend once; its model list too if `catalog` is set and the backend speaks OpenAI's protocol."""
         backend = target.backend
-        headers = [("accept", "application/json")]
+        headers = [(b"accept", b"application/json")]
         if backend.api_key is not None:
-            headers.append(("authorization", f"Bearer {backend.api_key}"))
+            headers.append((b"authorization", b"Bearer " + backend.api_key.encode()))
         if backend.health_path is not None:
             status, _ = await self._get(target, backend.health_path, headers)
             if status is None:
@@ -82,19 +83,19 @@ class Prober:
                 with contextlib.suppress(_UnreadableError):
                     self._learn(target, _read_catalog(body))
 
-    async def _get(self, target: Target, path: str, headers: list[tuple[str, str]]) -> tuple[int | None, bytes]:
-        url = URL(target.root + path, encoded=True)
+    async def _get(self, target: Target, path: str, headers: Headers) -> tuple[int | None, bytes]:
         try:
-            answer = await self._upstream().send("GET", url, headers, timeout_s=self._settings.probe_timeout_s)
-            try:
-                return answer.status, await answer.read()
-            finally:
-                answer.close()
+            async with asyncio.timeout(self._settings.probe_timeout_s):
+                answer = await self._upstream().send(b"GET", target.origin, path.encode(), headers)
+                try:
+                    return answer.status, await answer.read()
+                finally:
+                    answer.close()
         except ConnectFailedError:
             target.mark_down("connection refused")
         except (NoAnswerError, CutError):
             target.mark_down("closed the connection without an answer")
-        except SilenceError:
+        except TimeoutError:
             # A server that is busy computing may be late; it is down only when it has no request of ours to do.
             if not target.outstanding:
                 target.mark_down(f"no answer within {self._settings.probe_timeout_s:g} s")

@@ -85,7 +85,7 @@ class Exchange:
         request_id: The client's `x-request-id`, or a new one.
         client: The client's address.
         started: `time.perf_counter()` when the request's head had arrived.
-        forward: Headers for the backend (name, value), names in lower case, without hop-by-hop ones and framing.
+        forward: Headers for the backend, names in lower case, without hop-by-hop ones and framing.
         routes: Where the request may go, best first; set by the first routing stage, narrowed by later ones.
         target: The backend that answers; None until one was chosen.
         attempts: Requests sent upstream for it.
@@ -130,7 +130,7 @@ class Exchange:
         body: Body | None,
         model: str | None,
         request_id: str,
-        forward: list[tuple[str, str]],
+        forward: Headers,
         query: bytes = b"",
         client: str = "",
         started: float | None = None,
@@ -156,6 +156,12 @@ class Exchange:
         self.taps: list[Callable[[bytes], None]] = []
         self.notes: dict[str, Any] = {}
         self._at_end: list[Callable[[Exchange], None]] = []
+
+    @property
+    def target_path(self) -> bytes:
+        """Path and query as they go to a backend."""
+        path = self.endpoint.encode()
+        return path + b"?" + self.query if self.query else path
 
     def header(self, name: bytes) -> bytes | None:
         """The first value of a request header; its name in lower case."""

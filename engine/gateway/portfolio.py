@@ -5,12 +5,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from yarl import URL
-
 from tokenmill.engine.gateway.api_error import ApiError, model_not_found, unavailable
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.breaker import Breaker
 from tokenmill.engine.gateway.settings import Settings
+from tokenmill.engine.gateway.upstream import Origin
 
 
 class Target:
@@ -22,7 +21,7 @@ class Target:
         up: What the last probe or outcome said; None before the first.
         catalog: Model objects of its `/v1/models` by id; None until it was asked with success.
         canary: The share of its tier's requests that it gets alone; may be changed at any time.
-        root: Where request paths are appended.
+        origin: Where its connections go.
         reason: Why it is down, for people.
     """
 
@@ -32,11 +31,10 @@ class Target:
         self.up: bool | None = None
         self.catalog: dict[str, dict[str, Any]] | None = None
         self.canary = backend.canary
-        self.root = backend.root
+        self.origin = Origin.of(backend.root)
         self.reason = "not probed yet"
         self._settings = settings
         self._breakers: dict[str | None, Breaker] = {}
-        self._urls: dict[tuple[str, bytes], URL] = {}
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -49,18 +47,6 @@ class Target:
         if found is None:
             found = Breaker(self._settings.breaker_failures, self._settings.breaker_cooldown_s)
             self._breakers[model] = found
-        return found
-
-    def url(self, path: str, query: bytes) -> URL:
-        """The URL of a request path here; those without a query are kept."""
-        if query:
-            return URL(f"{self.root}{path}?{query.decode('latin-1')}", encoded=True)
-        key = (path, query)
-        found = self._urls.get(key)
-        if found is None:
-            found = URL(self.root + path, encoded=True)
-            if len(self._urls) < 64:
-                self._urls[key] = found
         return found
 
     def has_room(self) -> bool:

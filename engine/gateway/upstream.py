@@ -1,24 +1,22 @@
-"""The HTTP client towards the backends.
+"""The HTTP client towards the backends: which headers pass, a pool of connections, timeouts.
 
-One aiohttp session per process. A request's cancellation closes its connection, which is what makes a server stop
-generating; a finished answer's connection goes back to the pool.
+Closing an answer before its end closes its connection, which is what makes a server stop generating; a finished
+answer's connection goes back to the pool.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
-
-import aiohttp
-from multidict import CIMultiDict
-from yarl import URL
+import ssl
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from tokenmill.engine.gateway.api_error import Headers
+from tokenmill.engine.gateway.connection import ConnectFailedError, Connection, SilenceError
 from tokenmill.engine.gateway.settings import Settings
 
 #: Idle connections to a backend are dropped before its own keep-alive ends (uvicorn, so vLLM: 5 s): a connection
 #: that the backend closes just as a request is written to it would lose that request.
 POOL_KEEP_ALIVE_S = 4.0
-#: Request bodies above this are written in slices, waiting for the socket in between.
-SLICE_BYTES = 256 * 1024
 
 #: Headers that belong to one connection or to the framing, never passed on in either direction.
 HOP_BY_HOP = frozenset(
@@ -39,39 +37,45 @@ HOP_BY_HOP = frozenset(
 _NOT_FORWARDED = HOP_BY_HOP | {b"host", b"accept-encoding", b"expect", b"x-request-id"}
 #: Not passed to the client: the server writes its own.
 _NOT_RETURNED = HOP_BY_HOP | {b"date"}
-_ALL_AUTOMATIC = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
 
 
-class ConnectFailedError(Exception):
-    """No connection to the backend: it has certainly not seen the request."""
-
-
-class NoAnswerError(Exception):
-    """The connection broke before the backend's answer began: it may have seen the request, it answered nothing."""
-
-
-class SilenceError(Exception):
-    """The backend was silent for longer than `read_timeout_s`."""
-
-
-class CutError(Exception):
-    """The backend broke off in the middle of its answer."""
-
-
-def forwarded_headers(headers: Headers, request_id: str) -> list[tuple[str, str]]:
-    """A client's headers as they go to a backend, with those that its `Connection` header names left out."""
-    named: set[bytes] = set()
+def forwarded_headers(headers: Headers, request_id: str) -> Headers:
+    """A client's headers as they go to a backend, without those that its `Connection` header names."""
+    kept = [header for header in headers if header[0] not in _NOT_FORWARDED]
     for name, value in headers:
         if name == b"connection":
-            named.update(token.strip().lower() for token in value.split(b","))
-    kept = [
-        (name.decode("latin-1"), value.decode("latin-1"))
-        for name, value in headers
-        if name not in _NOT_FORWARDED and name not in named
-    ]
-    kept.append(("accept-encoding", "identity"))
-    kept.append(("x-request-id", request_id))
+            named = {token.strip().lower() for token in value.split(b",")}
+            kept = [header for header in kept if header[0] not in named]
+    kept.append((b"accept-encoding", b"identity"))
+    kept.append((b"x-request-id", request_id.encode()))
     return kept
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where connections go.
+
+    Attributes:
+        host: Name or address.
+        port: TCP port.
+        tls: Whether the connection is encrypted.
+        authority: What the `Host` header says.
+        prefix: Path before every request's own.
+    """
+
+    host: str
+    port: int
+    tls: bool
+    authority: bytes
+    prefix: bytes
+
+    @classmethod
+    def of(cls, root: str) -> "Origin":
+        """The origin of `http(s)://host[:port][/prefix]`."""
+        parts = urlsplit(root)
+        tls = parts.scheme == "https"
+        authority = parts.netloc.rpartition("@")[2].encode("idna")
+        return cls(parts.hostname or "", parts.port or (443 if tls else 80), tls, authority, parts.path.encode())
 
 
 class Answer:
@@ -83,111 +87,139 @@ class Answer:
         content_type: Its media type without parameters, in lower case.
     """
 
-    __slots__ = ("_response", "content_type", "headers", "status")
+    __slots__ = ("_connection", "_upstream", "content_type", "headers", "next_chunk", "status")
 
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
-        self._response = response
-        self.status = response.status
-        named: frozenset[bytes] = frozenset()
-        headers: Headers = []
+    def __init__(self, connection: Connection, upstream: "Upstream", origin: Origin) -> None:
+        self._connection: Connection | None = connection
+        self._upstream = (upstream, origin)
+        self.status = connection.status
+        #: The next bytes of the body as they arrive, empty at its end; raises `CutError` or `SilenceError`.
+        self.next_chunk = connection.read
         content_type = b""
-        for key, value in response.raw_headers:
-            name = key.lower()
+        headers: Headers = []
+        for header in connection.headers:
+            name = header[0]
             if name == b"content-type":
-                content_type = value
-            elif name == b"connection":
-                named = frozenset(token.strip().lower() for token in value.split(b","))
-            if name not in _NOT_RETURNED:
-                headers.append((name, value))
-        self.headers = [header for header in headers if header[0] not in named] if named else headers
+                content_type = header[1]
+            elif name in _NOT_RETURNED:
+                continue
+            headers.append(header)
+        self.headers = headers
         self.content_type = content_type.partition(b";")[0].strip().lower()
 
     async def read(self) -> bytes:
         """The whole body; raises `CutError` or `SilenceError`."""
-        try:
-            return await self._response.read()
-        except TimeoutError:
-            raise SilenceError from None
-        except (aiohttp.ClientError, OSError):
-            raise CutError from None
+        parts = []
+        while part := await self.next_chunk():
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
-        """The body as it arrives, whatever has arrived at once; raises `CutError` or `SilenceError`."""
-        readany = self._response.content.readany
-        try:
-            while chunk := await readany():
-                yield chunk
-        except TimeoutError:
-            raise SilenceError from None
-        except (aiohttp.ClientError, OSError):
-            raise CutError from None
+        """The body as it arrives; raises `CutError` or `SilenceError`."""
+        while chunk := await self.next_chunk():
+            yield chunk
 
     def close(self) -> None:
         """Gives the connection back if the body was read to its end; closes it otherwise, which stops the backend."""
-        self._response.close()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            upstream, origin = self._upstream
+            upstream.give_back(connection, origin)
 
 
 class Upstream:
-    """The client. Create it inside a running event loop; `close` when done."""
+    """The client. Create it inside a running event loop; `close` when done.
+
+    Args:
+        settings: Timeouts.
+    """
 
     def __init__(self, settings: Settings) -> None:
-        self._timeout = aiohttp.ClientTimeout(
-            total=None, sock_connect=settings.connect_timeout_s, sock_read=settings.read_timeout_s
-        )
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=POOL_KEEP_ALIVE_S),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            auto_decompress=False,
-            skip_auto_headers=_ALL_AUTOMATIC,
-            max_line_size=64 * 1024,
-            max_field_size=64 * 1024,
-        )
+        self._loop = asyncio.get_running_loop()
+        self._settings = settings
+        self._idle: dict[Origin, list[Connection]] = {}
+        self._active: set[Connection] = set()
+        self._tls: ssl.SSLContext | None = None
+        self._sweeper = self._loop.create_task(self._sweep())
 
     async def send(
-        self,
-        method: str,
-        url: URL,
-        headers: list[tuple[str, str]],
-        body: bytes | None = None,
-        *,
-        timeout_s: float | None = None,
+        self, method: bytes, origin: Origin, path: bytes, headers: Headers, body: bytes | None = None
     ) -> Answer:
         """Sends one request and returns when the head of its answer has arrived; follows no redirect.
 
         Args:
             method: HTTP method.
-            url: Already encoded.
-            headers: All headers but the framing.
+            origin: Where to.
+            path: Path below the origin's prefix, with the query, encoded.
+            headers: All headers but `Host` and the framing.
             body: The body's bytes.
-            timeout_s: Bound on the whole exchange, for probes.
 
         Raises:
             ConnectFailedError, NoAnswerError, SilenceError: as their names say.
         """
-        fields = CIMultiDict(headers)
-        data: bytes | AsyncIterator[bytes] | None = body
-        if body is not None and len(body) > SLICE_BYTES:
-            fields["content-length"] = str(len(body))
-            data = _slices(body)
-        timeout = self._timeout if timeout_s is None else aiohttp.ClientTimeout(total=timeout_s)
+        lines = [method, b" ", origin.prefix, path, b" HTTP/1.1\r\nhost: ", origin.authority, b"\r\n"]
+        for name, value in headers:
+            lines += (name, b": ", value, b"\r\n")
+        lines.append(b"content-length: %d\r\n\r\n" % len(body) if body is not None else b"\r\n")
+        connection = self._pooled(origin) or await self._connect(origin)
+        self._active.add(connection)
         try:
-            response = await self._session.request(
-                method, url, data=data, headers=fields, allow_redirects=False, timeout=timeout
-            )
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL):
-            raise ConnectFailedError from None
-        except TimeoutError:
-            raise SilenceError from None
-        except (aiohttp.ClientError, OSError, asyncio.IncompleteReadError):
-            raise NoAnswerError from None
-        return Answer(response)
+            await connection.request(b"".join(lines), body)
+        except BaseException:
+            self._active.discard(connection)
+            connection.abort()
+            raise
+        return Answer(connection, self, origin)
+
+    def give_back(self, connection: Connection, origin: Origin) -> None:
+        """An answer was closed: its connection goes to the pool or, not read to its end, away."""
+        self._active.discard(connection)
+        if connection.reusable() and not self._sweeper.done():
+            connection.idle_since = self._loop.time()
+            self._idle.setdefault(origin, []).append(connection)
+        else:
+            connection.abort()
 
     async def close(self) -> None:
         """Closes every connection."""
-        await self._session.close()
+        self._sweeper.cancel()
+        for connection in [*self._active, *(one for idle in self._idle.values() for one in idle)]:
+            connection.abort()
+        self._idle.clear()
+        await asyncio.sleep(0)
 
+    def _pooled(self, origin: Origin) -> Connection | None:
+        """The connection that was used last, which is the least likely to be closed by the backend."""
+        idle = self._idle.get(origin)
+        while idle:
+            connection = idle.pop()
+            if connection.usable and self._loop.time() - connection.idle_since < POOL_KEEP_ALIVE_S:
+                return connection
+            connection.abort()
+        return None
 
-async def _slices(body: bytes) -> AsyncIterator[bytes]:
-    view = memoryview(body)
-    for start in range(0, len(view), SLICE_BYTES):
-        yield bytes(view[start : start + SLICE_BYTES])
+    async def _connect(self, origin: Origin) -> Connection:
+        if origin.tls and self._tls is None:
+            self._tls = ssl.create_default_context()
+        try:
+            async with asyncio.timeout(self._settings.connect_timeout_s):
+                _, connection = await self._loop.create_connection(
+                    lambda: Connection(self._loop), origin.host, origin.port, ssl=self._tls if origin.tls else None
+                )
+        except (OSError, UnicodeError):  # a timeout is an OSError, too
+            raise ConnectFailedError from None
+        return connection
+
+    async def _sweep(self) -> None:
+        """Ends answers that have been silent for too long, and idle connections: cheaper than a timer for each."""
+        limit = self._settings.read_timeout_s
+        while True:
+            await asyncio.sleep(min(1.0, limit / 4))
+            now = self._loop.time()
+            for connection in [one for one in self._active if one.waits and now - one.active_at > limit]:
+                connection.fail(SilenceError)
+            for idle in self._idle.values():
+                stale = [one for one in idle if not one.usable or now - one.idle_since > POOL_KEEP_ALIVE_S]
+                for connection in stale:
+                    idle.remove(connection)
+                    connection.abort()
