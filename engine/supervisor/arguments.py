@@ -85,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--no-speculation",
         action="store_true",
-        help="do not draft, not even with the bundled pair (whose drafting shows the machinery; on a CPU it gains no speed)",
+        help="do not draft, not even with the bundled pair (its drafting shows how; on a CPU it gains no speed)",
     )
     made.add_argument("--check", action="store_true", help="check the arguments and the file, start nothing")
     made.add_argument("--verbose", action="store_true", help="show what the engines print")
