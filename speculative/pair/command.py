@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
     if arguments.checkpoint_seconds < 0:
         raise ConfigurationError(f"--checkpoint-seconds={arguments.checkpoint_seconds} is negative; use 0 or more")
     with Reporter(console) as reporter:
-        _run(arguments, recipe, machine, reporter, argv)
+        _run(arguments, recipe, machine, reporter)
     return 0
 
 
@@ -86,7 +86,7 @@ def _machine(device: str, precision: str, threads: int) -> Machine:
     return Machine(chosen, getattr(torch, precision), threads)
 
 
-def _run(arguments: argparse.Namespace, recipe: Recipe, machine: Machine, reporter: Reporter, argv: list[str]) -> None:
+def _run(arguments: argparse.Namespace, recipe: Recipe, machine: Machine, reporter: Reporter) -> None:
     """Trains, writes and measures the pair; the model card, written last, marks it as finished."""
     out: Path = arguments.out
     if (out / card.FILE).exists():
@@ -110,19 +110,27 @@ def _run(arguments: argparse.Namespace, recipe: Recipe, machine: Machine, report
     reporter.say(figures.as_text())
     library = arguments.library or f"standard library of Python {python_platform.python_version()}"
     origin = {
-        "command": " ".join(["tokenmill train-pair", *(word for word in argv if word != "--resume")]),
-        "seed": recipe.seed,
+        "command": _command_line(arguments, recipe, machine),
         "steps of target, draft, distillation": f"{recipe.steps}, {recipe.steps}, {recipe.distillation_steps}",
         "passes over the text": f"{trained.passes:.2f}",
         "text": f"{library}, digest {corpus.digest}",
         "torch": torch.__version__,
-        "computed on": ", ".join(str(value) for value in machine.as_dict().values()) + " threads",
     }
     sample = evaluate.continue_text(trained.target, trained.tokenizer, card.PROMPT, tokens=60)
     text = card.render(recipe, figures, origin, sample)
     write_atomically(out / card.FILE, lambda path: path.write_text(text, encoding="utf-8"))
     shutil.rmtree(state.folder)
     reporter.say(f"done: {out} in {(time.monotonic() - started) / 60:.1f} minutes; try: vllm serve {out}/target")
+
+
+def _command_line(arguments: argparse.Namespace, recipe: Recipe, machine: Machine) -> str:
+    """The command that repeats the run, every default spelled out; the output folder changes nothing."""
+    words = ["tokenmill train-pair", f"--size {arguments.size} --seed {recipe.seed} --steps {recipe.steps}"]
+    if arguments.library:
+        words.append(f"--library {arguments.library}")
+    where = machine.as_dict()
+    words.append(f"--device {where['device']} --precision {where['precision']} --threads {where['threads']}")
+    return " ".join(words)
 
 
 def _measure(pair: Path, corpus: Corpus) -> evaluate.Figures:

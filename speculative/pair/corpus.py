@@ -106,7 +106,7 @@ def read_library(root: Path | None = None) -> Corpus:
         ConfigurationError: The folder holds less than `MINIMUM_BYTES` of source text, or no file of it is held out.
     """
     root = root or _standard_library()
-    documents = [document for path in _files(root) for document in _documents(path, root)]
+    documents = [document for path in source_files(root) for document in _documents(path, root)]
     corpus = Corpus(tuple(sorted(documents, key=lambda document: document.path)))
     found = corpus.size("train") + corpus.size("held_out")
     if found < MINIMUM_BYTES:
@@ -125,7 +125,7 @@ def _standard_library() -> Path:
     return Path(sysconfig.get_path("stdlib"))
 
 
-def _files(root: Path) -> Iterator[Path]:
+def source_files(root: Path) -> Iterator[Path]:
     """The Python files worth reading, in the order of their paths."""
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
@@ -194,7 +194,7 @@ def calibration_text(part: Part = "train", max_bytes: int = 1_000_000, root: Pat
     if max_bytes < 1:
         raise InputError(f"max_bytes={max_bytes} is below 1; ask for at least one byte")
     root = root or _standard_library()
-    names = {path.relative_to(root).as_posix(): path for path in _files(root)}
+    names = {path.relative_to(root).as_posix(): path for path in source_files(root)}
     taken: list[bytes] = []
     room = max_bytes
     for name in sorted((name for name in names if part_of(name) == part), key=_hash):

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from tokenmill.errors import ConfigurationError
-from tokenmill.speculative.pair.chat import SPECIAL_TOKENS
+from tokenmill.speculative.pair.chat import END_OF_TEXT, SPECIAL_TOKENS
 from tokenmill.speculative.pair.corpus import Document
 
 #: Id of the end-of-text marker, which stands before every document.
-END_OF_TEXT_ID = SPECIAL_TOKENS.index("<|endoftext|>")
+END_OF_TEXT_ID = SPECIAL_TOKENS.index(END_OF_TEXT)
 
 
 def encode(documents: Iterable[Document], tokenizer: tokenizers.Tokenizer) -> Tensor:

@@ -5,7 +5,7 @@ Architecture: Touvron et al. 2023, "LLaMA" (RMSNorm, rotary positions, SwiGLU); 
 Ainslie et al. 2023, "GQA".
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -66,10 +66,6 @@ class Shape:
             "attention_bias": False,
             "mlp_bias": False,
         }
-
-    def as_dict(self) -> dict[str, object]:
-        """Plain values, for a record of the run."""
-        return asdict(self)
 
 
 def rotary_tables(length: int, shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tokenmill.cli import main
-from tokenmill.speculative.pair.corpus import MINIMUM_BYTES, _files, part_of
+from tokenmill.speculative.pair.corpus import MINIMUM_BYTES, part_of, source_files
 
 #: Steps of the miniature runs: enough to learn letter frequencies, and for a kill to land in the middle.
 STEPS = "40"
@@ -19,7 +19,7 @@ def copy_files(out: Path, size: int) -> Path:
     """A folder with files of the running Python's library, in path order, `size` bytes or a little more."""
     root = Path(sysconfig.get_path("stdlib"))
     copied = 0
-    for path in _files(root):
+    for path in source_files(root):
         if copied >= size and any(part_of(p.relative_to(out).as_posix()) == "held_out" for p in out.rglob("*.py")):
             break
         place = out / path.relative_to(root)

@@ -45,7 +45,7 @@ def test_the_card_states_what_is_measured(pair: Path, library: Path, capsys: pyt
     card = (pair / "MODEL_CARD.md").read_text()
     assert f"source | {figures.target_bits['source']:.3f} | {figures.draft_bits['source']:.3f} |" in card
     assert f"| 1 | {figures.acceptance[0]:.3f} |" in card
-    assert "seed: `0`" in card
+    assert "--size miniature --seed 0 --steps 40" in card
     assert main(["train-pair", "--measure", str(pair), "--library", str(library)]) == 0
     assert figures.as_text() in capsys.readouterr().out
 
