@@ -25,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SITES = ROOT / "build" / "gpu-builds"
-VERSIONS = ("0.26.0", "0.28.0")
+VERSIONS = ("0.26.0", "0.28.0", "0.32.0")
 #: Real operator libraries that are kept: their registrations are what makes vLLM's ops exist.
 KEPT_LIBRARIES = ("_C_stable_libtorch.abi3.so", "_moe_C_stable_libtorch.abi3.so")
 #: Names of the stubs, and which of the missing symbols each one offers.

@@ -15,7 +15,7 @@ from typing import Any
 CHECKED: dict[str, str] = {
     "0.26": "GPU build, loaded without a GPU",
     "0.28": "GPU build, loaded without a GPU",
-    "0.32": "CPU build, run",
+    "0.32": "CPU build, run; GPU build, loaded without a GPU",
 }
 
 

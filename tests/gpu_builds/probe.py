@@ -3,6 +3,7 @@
 Runs in a process of its own, with the build first on the path and the stub libraries in the loader's path.
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -51,9 +52,11 @@ def main() -> None:
     config = configuration(target, draft)
     layer: dict[str, Any] = {"weight_type": scalar_types.uint4b8, "act_type": torch.bfloat16, "group_size": 128}
     layer |= {"full_weight_shape": (4096, 4096), "partition_weight_shape": (4096, 4096)}
+    if "has_g_idx" in {field.name for field in dataclasses.fields(MPLinearLayerConfig)}:  # until 0.28
+        layer["has_g_idx"] = False
     with set_current_vllm_config(config):
         backend = get_attn_backend(head_size=128, dtype=torch.bfloat16, kv_cache_dtype="auto")
-        kernel = choose_mp_linear_kernel(MPLinearLayerConfig(**layer, zero_points=False, has_g_idx=False))
+        kernel = choose_mp_linear_kernel(MPLinearLayerConfig(**layer, zero_points=False))
     _, parsed = launch.parse(["a/model", *FLAGS])
     found = {
         "hooks": hooks.report(),
