@@ -9,6 +9,7 @@ than the gateways under test and hide their differences.
 import argparse
 import asyncio
 import functools
+import sys
 import time
 from dataclasses import dataclass
 from typing import cast
@@ -44,7 +45,7 @@ WHOLE = _json(ANSWER)
 
 
 class UpstreamProtocol(asyncio.Protocol):
-    """One connection to the backend. `x-interval: s` in a streaming request spaces its events, else all come at once.
+    """One connection to the backend. A streaming request's events come at once; `"user":"every SECONDS"` spaces them.
 
     Args:
         chunks: Events in a stream.
@@ -52,7 +53,7 @@ class UpstreamProtocol(asyncio.Protocol):
 
     def __init__(self, chunks: int) -> None:
         self.chunks = chunks
-        self.buffer = b""
+        self.buffer = bytearray()
         self.missing = 0
         self.head = b""
         self.body = b""
@@ -66,14 +67,16 @@ class UpstreamProtocol(asyncio.Protocol):
         self.buffer += data
         while True:
             if not self.head:
-                head, found, rest = self.buffer.partition(b"\r\n\r\n")
-                if not found:
+                end = self.buffer.find(b"\r\n\r\n")
+                if end < 0:
                     return
-                self.head, self.buffer = head, rest
-                self.missing = content_length(head)
+                self.head = bytes(self.buffer[:end])
+                del self.buffer[: end + 4]
+                self.missing = content_length(self.head)
             if len(self.buffer) < self.missing:
                 return
-            self.body, self.buffer = self.buffer[: self.missing], self.buffer[self.missing :]
+            self.body = bytes(self.buffer[: self.missing])
+            del self.buffer[: self.missing]
             head, self.head = self.head, b""
             self.answer(head)
 
@@ -81,14 +84,13 @@ class UpstreamProtocol(asyncio.Protocol):
         """Answers one request."""
         if head.startswith(b"GET"):
             self.transport.write(_json(MODELS))
-        elif b'"stream":true' in self.body[-200:] or b'"stream": true' in self.body[-200:]:
-            lowered = head.lower()
-            where = lowered.find(b"x-interval: ")
+        elif b'"stream":true' in self.body or b'"stream": true' in self.body:
+            where = self.body.find(b'"every ')
             events = [EVENT] * self.chunks + [LAST]
             if where < 0:
                 self.transport.write(STREAM_HEAD + b"".join(_chunk(event) for event in events) + b"0\r\n\r\n")
             else:
-                interval_s = float(lowered[where + 12 :].split(b"\r\n", 1)[0])
+                interval_s = float(self.body[where + 7 :].split(b'"', 1)[0])
                 self.transport.write(STREAM_HEAD)
                 self.spaced(events, interval_s)
         else:
@@ -134,8 +136,9 @@ class Load:
 class LoadProtocol(asyncio.Protocol):
     """One client: sends its request, waits for the whole answer, sends it again."""
 
-    def __init__(self, request: bytes, until: float, load: Load, done: "asyncio.Future[None]") -> None:
+    def __init__(self, request: bytes, until: float, limit: int, load: Load, done: "asyncio.Future[None]") -> None:
         self.request = request
+        self.left = limit
         self.until = until
         self.load = load
         self.done = done
@@ -147,9 +150,10 @@ class LoadProtocol(asyncio.Protocol):
         self.send()
 
     def send(self) -> None:
-        """Starts a request, or ends when the time is over."""
+        """Starts a request, or ends when the time or the number is over."""
         self.sent = time.perf_counter()
-        if self.sent >= self.until:
+        self.left -= 1
+        if self.sent >= self.until or self.left < 0:
             self.transport.close()
             return
         self.first = 0.0
@@ -186,17 +190,16 @@ class LoadProtocol(asyncio.Protocol):
             self.done.set_result(None)
 
 
-def request_bytes(port: int, body: bytes, headers: bytes = b"", path: bytes = b"/v1/chat/completions") -> bytes:
-    """A POST of a JSON body; `headers` are whole lines with their line ends."""
+def request_bytes(port: int, body: bytes) -> bytes:
+    """A POST of a chat completion request."""
     return (
-        b"POST %s HTTP/1.1\r\nhost: 127.0.0.1:%d\r\ncontent-type: application/json\r\naccept: */*\r\n" % (path, port)
-        + b"authorization: Bearer sk-bench\r\n%scontent-length: %d\r\n\r\n" % (headers, len(body))
-        + body
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1:%d\r\ncontent-type: application/json\r\n"
+        b"accept: */*\r\nauthorization: Bearer sk-bench\r\ncontent-length: %d\r\n\r\n" % (port, len(body)) + body
     )
 
 
-async def load(port: int, request: bytes, clients: int, seconds: float) -> Load:
-    """Keeps `clients` connections busy with the same request for a while."""
+async def load(port: int, request: bytes, clients: int, seconds: float, limit: int = sys.maxsize) -> Load:
+    """Keeps `clients` connections busy with the same request for a while, or for `limit` requests each."""
     loop = asyncio.get_running_loop()
     seen = Load([], [], 0, 0.0)
     start = time.perf_counter()
@@ -204,16 +207,25 @@ async def load(port: int, request: bytes, clients: int, seconds: float) -> Load:
     for _ in range(clients):
         done: asyncio.Future[None] = loop.create_future()
         ends.append(done)
-        client = functools.partial(LoadProtocol, request, start + seconds, seen, done)
+        client = functools.partial(LoadProtocol, request, start + seconds, limit, seen, done)
         await loop.create_connection(client, "127.0.0.1", port)
     await asyncio.wait(ends)
     seen.elapsed_s = time.perf_counter() - start
     return seen
 
 
-def run_load(port: int, request: bytes, clients: int, seconds: float) -> Load:
+def run_load(port: int, request: bytes, clients: int, seconds: float, limit: int = sys.maxsize) -> Load:
     """`load` in an event loop of its own."""
-    return uvloop.run(load(port, request, clients, seconds))
+    return uvloop.run(load(port, request, clients, seconds, limit))
+
+
+async def disturb(port: int, size: int, pause_s: float) -> None:
+    """Posts a body of `size` bytes, or scrapes /metrics where that is 0, again and again."""
+    prompt = b'{"model":"tiny","messages":[{"role":"user","content":"' + b"word " * (size // 5) + b'"}]}'
+    request = request_bytes(port, prompt) if size else b"GET /metrics HTTP/1.1\r\nhost: a\r\n\r\n"
+    while True:
+        await load(port, request, 1, 60.0, limit=1)
+        await asyncio.sleep(pause_s)
 
 
 async def serve(port: int, chunks: int) -> None:
@@ -226,13 +238,17 @@ async def serve(port: int, chunks: int) -> None:
 
 
 def main() -> None:
-    """The backend as a process."""
+    """The backend, or a client that disturbs, as a process."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("role", choices=["upstream"])
+    parser.add_argument("role", choices=["upstream", "disturb"])
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--chunks", type=int, default=50)
+    parser.add_argument("--size", type=int, default=0)
     options = parser.parse_args()
-    uvloop.run(serve(options.port, options.chunks))
+    if options.role == "upstream":
+        uvloop.run(serve(options.port, options.chunks))
+    else:
+        uvloop.run(disturb(options.port, options.size, 0.05))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,304 @@
+"""What the gateway costs, against no gateway and against other gateways, interleaved in one run.
+
+One process of each gateway stands on one core; load and a backend that answers at once share another. Every scenario
+runs in rounds, each gateway after the other within a round; a row holds medians over the rounds.
+
+    python -m tokenmill.bench.gateway --out bench/results/cpu/gateway.jsonl \\
+        --vllm-router /path/to/vllm-router --litellm /path/to/litellm
+
+`added` latencies are the gateway's minus direct's in the same rounds. With `--realtime` (needs the privilege) all
+processes get a real-time priority, so that other work on the machine disturbs less; the kernel then stops them for
+50 ms of each second that they fill a core, which shows in the p99 of scenarios that do.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenmill.bench import http_load
+from tokenmill.engine.gateway.backends import Backend
+from tokenmill.engine.gateway.settings import Document
+
+PROMPT = b'{"model":"tiny","messages":[{"role":"user","content":"%s"}],"max_tokens":50%s}'
+STREAM = b',"stream":true'
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One way of asking.
+
+    Attributes:
+        name: Its name in the rows.
+        body: The request body.
+        clients: Clients at once, each with one connection.
+        once: Each client asks once.
+        disturb: Size of the bodies that another client posts meanwhile; 0: it scrapes /metrics; None: nobody does.
+    """
+
+    name: str
+    body: bytes
+    clients: int
+    once: bool = False
+    disturb: int | None = None
+
+
+SHORT = PROMPT % (b"hello " * 20, b"")
+BURST = PROMPT % (b"hello " * 20, STREAM)
+SPACED = PROMPT % (b"hello " * 20, STREAM + b',"user":"every %s"')
+SCENARIOS = (
+    Scenario("plain", SHORT, 1),
+    Scenario("plain", SHORT, 32),
+    Scenario("stream of 50 at once", BURST, 16),
+    Scenario("stream of 50 every 10 ms", SPACED % b"0.01", 1),
+    Scenario("1000 streams of 50 every 40 ms", SPACED % b"0.04", 1000, once=True),
+    Scenario("prompt of 32k characters", PROMPT % (b"word " * 6400, b""), 8),
+    Scenario("plain beside 5 MB prompts", SHORT, 1, disturb=5_000_000),
+    Scenario("plain beside scrapes", SHORT, 1, disturb=0),
+)
+
+
+@dataclass
+class Contender:
+    """A running gateway, or the backend itself."""
+
+    name: str
+    port: int
+    process: "subprocess.Popen[bytes] | None" = None
+
+    def cpu_s(self) -> float:
+        """Processor time of all its threads until now, in seconds."""
+        if self.process is None:
+            return 0.0
+        tasks = Path(f"/proc/{self.process.pid}/task").iterdir()
+        return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+
+    def resident_mb(self) -> float:
+        """Its resident memory, in MiB."""
+        if self.process is None:
+            return 0.0
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+class Stage:
+    """Starts processes on their cores and ends them."""
+
+    def __init__(self, realtime: bool) -> None:
+        self.realtime = realtime
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def start(self, core: int, command: list[str], **options: Any) -> "subprocess.Popen[bytes]":
+        """Starts a command on one core."""
+        prefix = ["taskset", "-c", str(core), *(["chrt", "-r", "1"] if self.realtime else [])]
+        process = subprocess.Popen([*prefix, *command], **options)
+        self.processes.append(process)
+        return process
+
+    def close(self) -> None:
+        """Ends them all."""
+        for process in reversed(self.processes):
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+            process.kill()
+            process.wait()
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def wait_for(port: int, timeout_s: float = 120.0) -> None:
+    """Returns when chat completions on the port are answered with 200."""
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError):
+            seen = http_load.run_load(port, http_load.request_bytes(port, SHORT), 1, 60.0, limit=1)
+            if seen.latencies_s and not seen.errors:
+                return
+        time.sleep(0.2)
+    raise SystemExit(f"nothing answers on port {port}")
+
+
+def ours(stage: Stage, upstream: int) -> Contender:
+    """Tokenmill's gateway, as its parent runs it."""
+    with socket.create_server(("127.0.0.1", 0), backlog=4096) as listener:
+        fd = listener.fileno()
+        command = [sys.executable, "-m", "tokenmill.engine.gateway.worker", "--fd", str(fd)]
+        process = stage.start(0, command, stdin=subprocess.PIPE, pass_fds=[fd])
+        port = int(listener.getsockname()[1])
+    assert process.stdin is not None
+    with process.stdin as stdin:
+        stdin.write(Document((Backend("upstream", f"http://127.0.0.1:{upstream}", "utility"),)).to_json())
+    return Contender("tokenmill", port, process)
+
+
+def vllm_router(stage: Stage, upstream: int, program: str) -> Contender:
+    """vLLM's own router, in Rust."""
+    port = free_port()
+    urls = ["--worker-urls", f"http://127.0.0.1:{upstream}", "--policy", "round_robin"]
+    command = [program, "--host", "127.0.0.1", "--port", str(port), *urls, "--prometheus-port", str(free_port())]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return Contender("vllm-router", port, stage.start(0, [*command, "--log-level", "error"], **quiet))
+
+
+def litellm(stage: Stage, upstream: int, program: str, folder: str) -> Contender:
+    """LiteLLM's proxy with a master key and no database."""
+    port = free_port()
+    config = Path(folder) / "litellm.yaml"
+    config.write_text(
+        "model_list:\n  - model_name: tiny\n    litellm_params:\n      model: openai/tiny\n"
+        f"      api_base: http://127.0.0.1:{upstream}/v1\n      api_key: none\n"
+        "general_settings:\n  master_key: sk-bench\n"
+    )
+    environment = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR", "NO_DOCS": "True"}
+    command = [program, "--config", str(config), "--host", "127.0.0.1", "--port", str(port), "--num_workers", "1"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return Contender("litellm", port, stage.start(0, command, env=environment, **quiet))
+
+
+@contextlib.contextmanager
+def disturbed(stage: Stage, scenario: Scenario, contender: Contender) -> Iterator[None]:
+    """Another client does what the scenario says meanwhile; never at real-time priority."""
+    if scenario.disturb is None:
+        yield
+        return
+    command = [sys.executable, "-m", "tokenmill.bench.http_load", "disturb", "--port", str(contender.port)]
+    normal = Stage(realtime=False)
+    normal.start(1, [*(["chrt", "-o", "0"] if stage.realtime else []), *command, "--size", str(scenario.disturb)])
+    time.sleep(0.7)
+    try:
+        yield
+    finally:
+        normal.close()
+
+
+def measure(stage: Stage, scenario: Scenario, contender: Contender, seconds: float) -> dict[str, float]:
+    """One run of one scenario against one contender."""
+    request = http_load.request_bytes(contender.port, scenario.body)
+    with disturbed(stage, scenario, contender):
+        before = contender.cpu_s()
+        limit, seconds = (1, 600.0) if scenario.once else (sys.maxsize, seconds)
+        seen = http_load.run_load(contender.port, request, scenario.clients, seconds, limit)
+        spent = contender.cpu_s() - before
+    latencies, first = sorted(seen.latencies_s), sorted(seen.first_s)
+    count = len(latencies)
+    return {
+        "requests_per_s": seen.per_second,
+        "p50_ms": latencies[count // 2] * 1e3,
+        "p99_ms": latencies[int(count * 0.99)] * 1e3,
+        "max_ms": latencies[-1] * 1e3,
+        "first_byte_p50_ms": first[count // 2] * 1e3,
+        "elapsed_s": seen.elapsed_s,
+        "cpu_us_per_request": spent / count * 1e6,
+        "errors": seen.errors,
+        "resident_mb": contender.resident_mb(),
+    }
+
+
+def rows(runs: dict[str, list[dict[str, float]]], scenario: Scenario, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Medians over the rounds, with what each contender adds to direct."""
+    medians = {
+        name: {key: statistics.median(run[key] for run in rounds) for key in rounds[0]} for name, rounds in runs.items()
+    }
+    direct = medians["direct"]
+    made = []
+    for name, median in medians.items():
+        row = {"bench": "gateway", "scenario": scenario.name, "clients": scenario.clients, "gateway": name}
+        row.update((key, round(value, 3)) for key, value in median.items())
+        for key in ("p50_ms", "p99_ms", "first_byte_p50_ms"):
+            row[f"added_{key}"] = round(median[key] - direct[key], 3)
+        row["share_of_direct"] = round(median["requests_per_s"] / direct["requests_per_s"], 4)
+        made.append({**row, **facts})
+    return made
+
+
+def facts(options: argparse.Namespace) -> dict[str, Any]:
+    """What a reader needs to judge a row."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "device": model,
+        "cores": os.cpu_count(),
+        "realtime": options.realtime,
+        "rounds": options.rounds,
+        "seconds": options.seconds,
+        "commit": commit.stdout.strip(),
+        "python": sys.version.split()[0],
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the comparison, prints a table and appends the rows to a file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="JSON lines are appended here")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=1.0, help="length of one run")
+    parser.add_argument("--realtime", action="store_true", help="real-time priority for everything")
+    parser.add_argument("--vllm-router", help="its program, in an environment of its own")
+    parser.add_argument("--litellm", help="its program, in an environment of its own")
+    parser.add_argument("--only", help="run only scenarios whose name holds this")
+    options = parser.parse_args(arguments)
+
+    stage = Stage(options.realtime)
+    os.sched_setaffinity(0, {1})
+    if options.realtime:
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+    known = facts(options)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.callback(stage.close)
+        upstream = free_port()
+        stage.start(1, [sys.executable, "-m", "tokenmill.bench.http_load", "upstream", "--port", str(upstream)])
+        wait_for(upstream)
+        starters: list[Callable[[], Contender]] = [lambda: Contender("direct", upstream), lambda: ours(stage, upstream)]
+        if options.vllm_router:
+            starters.append(lambda: vllm_router(stage, upstream, options.vllm_router))
+        if options.litellm:
+            starters.append(lambda: litellm(stage, upstream, options.litellm, folder))
+        contenders = [start() for start in starters]
+        for contender in contenders:
+            wait_for(contender.port)
+        for scenario in SCENARIOS:
+            if options.only and options.only not in scenario.name:
+                continue
+            runs: dict[str, list[dict[str, float]]] = {contender.name: [] for contender in contenders}
+            for _ in range(options.rounds):
+                for contender in contenders:
+                    runs[contender.name].append(measure(stage, scenario, contender, options.seconds))
+            report(rows(runs, scenario, known), options.out)
+    return 0
+
+
+def report(made: list[dict[str, Any]], out: Path | None) -> None:
+    """Prints the rows and appends them to the file."""
+    for row in made:
+        print(
+            f"{row['scenario']:<30} {row['clients']:>4} {row['gateway']:<11} {row['requests_per_s']:>7.0f}/s "
+            f"p50 {row['p50_ms']:>8.3f} (+{row['added_p50_ms']:.3f}) p99 {row['p99_ms']:>8.3f} "
+            f"max {row['max_ms']:>8.3f} ms cpu {row['cpu_us_per_request']:>6.0f} us {row['resident_mb']:>4.0f} MiB "
+            f"{row['elapsed_s']:>6.2f} s errors {row['errors']:.0f}",
+            flush=True,
+        )
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in made)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
