@@ -91,8 +91,14 @@ def linears(block: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
 
 
-def _groups_by_input(block: nn.Module, run: BlockForward, hidden: torch.Tensor) -> list[tuple[str, ...]]:
-    """Names of the linears that read the same tensor, set by set in the order in which they run."""
+def groups_by_input(block: nn.Module, run: BlockForward, hidden: torch.Tensor) -> list[tuple[str, ...]]:
+    """Names of the linears that read the same tensor, set by set in the order in which they run.
+
+    Args:
+        block: The decoder block.
+        run: Its function.
+        hidden: Any input of it, [batch, tokens, hidden]; only the first of the batch is run.
+    """
     sets: list[tuple[torch.Tensor, list[str]]] = []  # keeps the tensors alive, so that identity means sameness
 
     def note(name: str) -> object:
@@ -113,8 +119,17 @@ def _groups_by_input(block: nn.Module, run: BlockForward, hidden: torch.Tensor) 
     return [tuple(names) for _, names in sets]
 
 
-def _hessian(module: nn.Linear, run: BlockForward, batches: Iterable[torch.Tensor]) -> torch.Tensor:
-    """[K, K] float32: the mean of x x' over all inputs x of the linear; the pass ends as soon as it is reached."""
+def input_hessian(module: nn.Linear, run: BlockForward, batches: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The mean of x x' over all inputs x of a linear; each forward pass ends as soon as it is reached.
+
+    Args:
+        module: The linear, a part of the block that `run` runs.
+        run: The block's function.
+        batches: Hidden states that reach the block.
+
+    Returns:
+        [K, K] float32.
+    """
     total = torch.zeros(module.in_features, module.in_features, device=module.weight.device)
     count = 0
 
@@ -137,10 +152,15 @@ def _hessian(module: nn.Linear, run: BlockForward, batches: Iterable[torch.Tenso
     return total / max(count, 1)
 
 
-def _scale_inputs(
-    block: nn.Module, run: BlockForward, batches: Sequence[torch.Tensor], settings: BlockSettings
-) -> None:
-    """Applies AWQ's scales to the block in place; its function stays the same."""
+def scale_inputs(block: nn.Module, run: BlockForward, batches: Sequence[torch.Tensor], settings: BlockSettings) -> None:
+    """Applies AWQ's scales to a block in place; its function stays the same.
+
+    Args:
+        block: A decoder block of one of `SCALABLE_MODELS`.
+        run: Its function.
+        batches: Hidden states that reach it.
+        settings: How its linears will be rounded.
+    """
     modules = dict(block.named_modules())
     for source_name, names in _SCALING_PAIRS:
         source, readers = modules[source_name], [modules[name] for name in names]
@@ -149,7 +169,7 @@ def _scale_inputs(
             continue  # grouped-query attention: one value feature feeds several inputs of o_proj
         weight = torch.cat([reader.weight.T for reader in readers], dim=1)
         group_size = K if settings.group_size == -1 else settings.group_size
-        hessian = _hessian(readers[0], run, batches)
+        hessian = input_hessian(readers[0], run, batches)
         scales = awq.search_scales(weight, hessian, group_size, settings.symmetric, settings.scale_dtype)
         for reader in readers:
             reader.weight.mul_(scales)
@@ -190,11 +210,11 @@ def quantize_block(
             layers[name] = round_to_nearest(weight, group_size, settings.symmetric, settings.scale_dtype)
             module.weight.copy_(dequantize(layers[name], module.weight.dtype).T)
     else:
-        sets = _groups_by_input(block, run, batches[0])
+        sets = groups_by_input(block, run, batches[0])
         if settings.scales_inputs:
-            _scale_inputs(block, run, batches, settings)
+            scale_inputs(block, run, batches, settings)
         for names in sets:
-            hessian = _hessian(found[names[0]], run, batches)
+            hessian = input_hessian(found[names[0]], run, batches)
             weights = [found[name].weight.T.float() for name in names]
             together = _quantize_linear(torch.cat(weights, dim=1), hessian, settings)
             column = 0

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tokenmill.errors import CheckpointError, ConfigurationError, InputError, UnsupportedError
-from tokenmill.quant.block import BlockSettings
+from tokenmill.quant.block import BlockSettings, scale_inputs
 from tokenmill.quant.checkpoint import Checkpoint
 from tokenmill.quant.evaluate import perplexity
 from tokenmill.quant.format import Scheme
@@ -85,8 +85,6 @@ def test_sizes_that_are_no_multiple_of_64_and_biases(odd_model: Path, text: str,
 
 def test_scaling_inputs_leaves_the_function_alone(dense_model: Path, text: str, tmp_path: Path) -> None:
     """AWQ moves factors between layers; what it writes must still approximate every layer's product."""
-    from tokenmill.quant.block import _scale_inputs
-
     model = StreamedModel(Checkpoint(dense_model))
     tokens = torch.tensor(model.tokenizer()(text, verbose=False)["input_ids"][:512]).view(4, 128)
     hidden = model.embed(tokens)
@@ -94,7 +92,7 @@ def test_scaling_inputs_leaves_the_function_alone(dense_model: Path, text: str, 
     run = model.forward(0, block)
     expected = run(hidden)
     norm = block.input_layernorm.weight.clone()
-    _scale_inputs(block, run, [hidden], settings("awq"))
+    scale_inputs(block, run, [hidden], settings("awq"))
     assert not torch.allclose(block.input_layernorm.weight, norm, rtol=0.01)
     assert torch.allclose(run(hidden), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
@@ -107,10 +105,8 @@ def test_nf4_is_converted(tmp_path: Path, text: str) -> None:
     assert max(report.errors.values()) < 0.05
 
 
-@pytest.mark.parametrize("model_name", ["dense-with-transformers"])
-def test_streaming_is_the_model(dense_model: Path, text: str, model_name: str) -> None:
-    import transformers
-
+def test_streaming_is_the_model(dense_model: Path, text: str) -> None:
+    transformers = pytest.importorskip("transformers")
     streamed = StreamedModel(Checkpoint(dense_model))
     tokens = torch.tensor(streamed.tokenizer()(text, verbose=False)["input_ids"][:256]).view(2, 128)
     logits = streamed.head()(streamed.hidden_states([tokens])[0])

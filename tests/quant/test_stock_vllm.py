@@ -25,6 +25,7 @@ pytestmark = pytest.mark.slow
 SCRIPT = """
 import json, sys
 import torch
+import vllm._custom_ops
 from vllm import LLM, SamplingParams
 if not hasattr(torch.ops._C, "cpu_gemm_wna16") and not torch.cuda.is_available():
     print("RESULT", json.dumps("absent"))
