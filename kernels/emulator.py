@@ -21,7 +21,6 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,13 +38,23 @@ ASYNC_MODES = ("early", "late", "random")
 
 # The emulator computes what the device would; it must not depend on what this processor could do beyond that.
 _COMMON = (
-    *("-std=c++20", "-g", "-gdwarf-4", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
+    *("-O2", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
     *("-mavx2", "-mfma", "-mf16c", "-DTOKENMILL_EMULATED"),
 )
-_RUNTIME = (*_COMMON, "-O2", "-ffp-contract=off")
+_RUNTIME = (*_COMMON, "-std=c++17", "-ffp-contract=off")
 # -fsanitize=thread makes every load and store a call, which the emulator answers. Nothing may move or share the
-# variables that stand for registers, and accesses must stay one per element.
-_KERNEL = (*_COMMON, "-O2", "-fsanitize=thread", "-fno-tree-vectorize")
+# variables that stand for registers, accesses must stay one per element, and a call must return to its source line.
+_KERNEL = (
+    *_COMMON,
+    "-std=c++20",
+    "-g",
+    "-gdwarf-4",
+    "-fsanitize=thread",
+    "-fno-tree-vectorize",
+    "-fno-optimize-sibling-calls",
+)
+# Copies that the compiler expands itself would go unseen.
+_MEMORY_CALLS = ("-fno-builtin-memcpy", "-fno-builtin-memmove", "-fno-builtin-memset")
 _KERNEL_GCC = (
     "-Wno-psabi",
     "-fstack-reuse=none",
@@ -120,7 +129,7 @@ def _only_one(directory: Path) -> Iterator[None]:
 
 
 def build_runtime() -> Path:
-    """The emulator itself as a static library in the cache; compiled when its sources or the compiler have changed.
+    """The emulator itself as an object file in the cache; compiled when its sources or the compiler have changed.
 
     Raises:
         UnsupportedError: No C++ compiler.
@@ -131,26 +140,19 @@ def build_runtime() -> Path:
     flags = (*_RUNTIME, *(() if _is_clang(cxx) else ("-Wno-psabi",)))
     key = _digest(_compiler_identity(cxx), " ".join(flags).encode(), *(path.read_bytes() for path in files))
     cache = env.CACHE.get() / "emulator"
-    archive = cache / f"runtime-{key}.a"
-    if archive.exists():
-        return archive
+    runtime = cache / f"runtime-{key}.o"
+    if runtime.exists():
+        return runtime
     with _only_one(cache), tempfile.TemporaryDirectory(dir=cache) as work:
-        if archive.exists():
-            return archive
-        logger.info("compiling the CUDA emulator (once, about half a minute)")
-        sources = [path for path in files if path.suffix == ".cpp"]
-        objects = [Path(work) / f"{path.stem}.o" for path in sources]
-        with ThreadPoolExecutor(platform.physical_cores()) as pool:
-            jobs = [
-                pool.submit(_compile, [cxx, *flags, "-c", str(source), "-o", str(target)], source.name)
-                for source, target in zip(sources, objects, strict=True)
-            ]
-            for job in jobs:
-                job.result()
-        fresh = Path(work) / archive.name
-        _compile(["ar", "rcs", str(fresh), *map(str, objects)], "the emulator")
-        fresh.replace(archive)
-    return archive
+        if not runtime.exists():
+            logger.info("compiling the CUDA emulator (once, some seconds)")
+            # as one translation unit: the standard library's headers cost more than the code
+            everything = Path(work) / "runtime.cpp"
+            everything.write_text("".join(f'#include "{path}"\n' for path in files if path.suffix == ".cpp"))
+            fresh = Path(work) / runtime.name
+            _compile([cxx, *flags, "-c", str(everything), "-o", str(fresh)], "the emulator")
+            fresh.replace(runtime)
+    return runtime
 
 
 def build(source: Path, include: Sequence[Path] = (), defines: Sequence[str] = (), output: Path | None = None) -> Path:
@@ -171,7 +173,7 @@ def build(source: Path, include: Sequence[Path] = (), defines: Sequence[str] = (
     if not source.is_file():
         raise InputError(f"{source} is not a file")
     cxx, runtime = compiler(), build_runtime()
-    flags = (*_KERNEL, *(_KERNEL_CLANG if _is_clang(cxx) else _KERNEL_GCC))
+    flags = (*_KERNEL, *_MEMORY_CALLS, *(_KERNEL_CLANG if _is_clang(cxx) else _KERNEL_GCC))
     paths = [f"-I{path.resolve()}" for path in (*include, source.parent, CSRC)]
     command = [cxx, *flags, *paths, *(f"-D{define}" for define in defines), "-x", "c++", str(source.resolve())]
     if output is not None:
@@ -200,9 +202,9 @@ def _link(command: Sequence[str], runtime: Path, work: Path, output: Path, what:
     """Compiles and links; the source and everything outside the system that it includes, sorted."""
     target, depends = work / "kernel.o", work / "kernel.d"
     _compile([*command, "-MMD", "-MF", str(depends), "-c", "-o", str(target)], what)
-    whole = ["-Wl,--whole-archive", str(runtime), "-Wl,--no-whole-archive"]
-    # symbolic: each library has an emulated device of its own
-    _compile([command[0], "-shared", "-Wl,-Bsymbolic", str(target), *whole, "-ldl", "-o", str(output)], what)
+    # symbolic: each library has an emulated device of its own; no-undefined: what the emulator lacks fails here
+    flags = ["-shared", "-Wl,-Bsymbolic", "-Wl,--no-undefined"]
+    _compile([command[0], *flags, str(target), str(runtime), "-ldl", "-o", str(output)], what)
     text = depends.read_text(encoding="utf-8").partition(":")[2].replace("\\\n", " ")
     return sorted(Path(part) for part in text.split())
 

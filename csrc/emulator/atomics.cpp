@@ -24,7 +24,7 @@ Published everything(Scope scope, u32 pc) { return {current->knows.snapshot(), s
 void acquire(const std::vector<Published>& published, Scope scope, u32 pc) {
     for (const Published& p : published) {
         if (inclusive(p.scope, scope, p.cta, *current->cta)) current->knows.join(p.what);
-        else current->narrow_scope_pc = p.scope < Scope::gpu ? p.pc : pc;
+        else current->cta->narrow_scope_pc = p.scope < Scope::gpu ? p.pc : pc;
     }
 }
 
@@ -33,7 +33,7 @@ void touch(void* p, size_t bytes, bool write, u32 pc) {
     if (!in_arena(p)) {
         if (on_fiber_stack(p)) return;
         report(Problem::wild, pc, 0, format("WILD POINTER: atomic access at %p, at %s", p, source_line(pc).c_str()),
-               {"by      " + thread_name(current->cta->number, current->number)});
+               {by_line(*current)});
         abort_launch();
     }
     if ((uintptr_t)p % bytes) {

@@ -43,7 +43,7 @@ void warp_arrives(Warp& warp) {
                "DIVERGENT: lanes of one warp are at different barriers",
                {format("lane %-2d at %-24s %s", first, source_line(request.pc).c_str(), barrier_name(request).c_str()),
                 format("lane %-2d at %-24s %s", l, source_line(other.pc).c_str(), barrier_name(other).c_str()),
-                "by      " + thread_name(t.cta->number, t.number),
+                by_line(t),
                 "needed  bar.sync and bar.arrive are executed by all threads of a warp together"});
     });
     Cta& cta = *warp.cta;
@@ -124,7 +124,6 @@ struct RegisterRequest {
     int count;
     bool increase;
 };
-constexpr int setmaxnreg_operation = 100;
 
 // Warps that wait get their registers as soon as others have given back enough.
 void serve_waiting(Cta& cta) {
@@ -146,7 +145,7 @@ void serve_waiting(Cta& cta) {
 void set_max_registers(int count, bool increase) {
     const u32 pc = EMULATOR_PC;
     RegisterRequest request{count, increase};
-    collective(setmaxnreg_operation, "setmaxnreg", ~0u, &request, [](Warp& warp, Rendezvous& r) {
+    collective(setmaxnreg_operation * 16, "setmaxnreg", ~0u, &request, [](Warp& warp, Rendezvous& r) {
         const RegisterRequest& wanted = *static_cast<RegisterRequest*>(r.arguments[0]);
         const u32 target = (u32)wanted.count;
         same_in_warpgroup(warp, (u64)target << 1 | (wanted.increase ? 1 : 0), "setmaxnreg", r.pc);
@@ -204,7 +203,7 @@ void cluster_arrive() {
     Cluster& cluster = *t.cta->cluster;
     if (t.cluster_arrivals > cluster.phase)
         report(Problem::cluster, pc, 2, format("CLUSTER: a second cluster_arrive() without cluster_wait(), at %s", source_line(pc).c_str()),
-               {"by      " + thread_name(t.cta->number, t.number)});
+               {by_line(t)});
     Knowledge all;
     all.cta = ~0u;  // nobody's: keeps every CTA as a snapshot
     all.foreign = cluster.pending;
@@ -222,7 +221,7 @@ void cluster_wait() {
     Cluster& cluster = *t.cta->cluster;
     if (!t.cluster_arrivals) {
         report(Problem::cluster, pc, 3, format("CLUSTER: cluster_wait() without cluster_arrive(), at %s", source_line(pc).c_str()),
-               {"by      " + thread_name(t.cta->number, t.number)});
+               {by_line(t)});
         return;
     }
     while (cluster.phase < t.cluster_arrivals) block(State::cluster, "cluster_wait, phase", cluster.phase, 0, pc);
@@ -233,7 +232,7 @@ u32 mapa(u32 address, u32 rank) {
     const u32 pc = EMULATOR_PC;
     if (rank >= cluster_size()) {
         report(Problem::cluster, pc, 4, format("CLUSTER: mapa to rank %u of a cluster of %u, at %s", rank, cluster_size(), source_line(pc).c_str()),
-               {"by      " + thread_name(current->cta->number, current->number)});
+               {by_line(*current)});
         return address;
     }
     return (address & 0xffffff) | (rank + 1) << 24;

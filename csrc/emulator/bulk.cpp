@@ -11,8 +11,6 @@ namespace emulator {
 namespace {
 constexpr u32 all_bytes = ~0u;
 
-std::string current_thread() { return "by      " + thread_name(current->cta->number, current->number); }
-
 Swizzle swizzle_of(const CUtensorMap& map) { return (Swizzle)map.swizzle; }
 u32 box_bytes(const CUtensorMap& map) {
     u32 bytes = map.element_bytes;
@@ -33,7 +31,7 @@ bool usable(const CUtensorMap* map, int rank, u32 pc) {
     report(Problem::tensor_map, pc, 0,
            format("TENSOR MAP: %s, at %s", map->valid != tensor_map_magic ? "not made by make_tensor_map" : "of another rank than the instruction",
                   source_line(pc).c_str()),
-           {current_thread()});
+           {by_line(*current)});
     return false;
 }
 
@@ -106,7 +104,7 @@ void issue_load(BulkLoad load) {
         report(Problem::mbarrier, load.pc, m->pc,
                format("MBARRIER: the load at %s uses an mbarrier whose mbar_init at %s it may not see", source_line(load.pc).c_str(),
                       source_line(m->pc).c_str()),
-               {current_thread(), "needed  fence_mbar_init() by the initialising thread, then a barrier (of the cluster, for another CTA's)"});
+               {by_line(*current), "needed  fence_mbar_init() by the initialising thread, then a barrier (of the cluster, for another CTA's)"});
     load.phase = m->phase;
     const Epoch by{m->phase + 1, cta.number << 12 | (u32)actors.load(m->slot)};
     for (const Chunk& c : load.chunks) {
@@ -117,7 +115,7 @@ void issue_load(BulkLoad load) {
         const u32 end = c.valid == all_bytes ? c.bytes : 32 - (u32)__builtin_clz(c.valid);
         if (!in_arena(c.from + first)) {
             report(Problem::wild, load.pc, 3, format("WILD POINTER: a bulk load from %p, at %s", static_cast<const void*>(c.from), source_line(load.pc).c_str()),
-                   {current_thread()});
+                   {by_line(*current)});
             abort_launch();
         }
         access(c.from + first, end - first, is_async, *current, by, load.pc);
@@ -132,7 +130,7 @@ std::vector<Cta*> targets(u32 dst, u32 bar, bool multicast, u32 mask, u32 pc) {
     const Place place = resolve(dst);
     if (resolve(bar).cta != place.cta)
         report(Problem::mbarrier, pc, 5, format("MBARRIER: the load at %s goes to one CTA and completes on another's mbarrier", source_line(pc).c_str()),
-               {current_thread(), "needed  mapa of both addresses, with the same rank"});
+               {by_line(*current), "needed  mapa of both addresses, with the same rank"});
     if (!multicast) return {place.cta};
     std::vector<Cta*> all;
     const Cluster& cluster = *current->cta->cluster;
@@ -140,7 +138,7 @@ std::vector<Cta*> targets(u32 dst, u32 bar, bool multicast, u32 mask, u32 pc) {
         if (!(mask >> rank & 1)) continue;
         if (rank < cluster.ctas.size()) all.push_back(cluster.ctas[rank]);
         else report(Problem::cluster, pc, 5, format("CLUSTER: multicast to rank %u of a cluster of %zu, at %s", rank, cluster.ctas.size(), source_line(pc).c_str()),
-                    {current_thread()});
+                    {by_line(*current)});
     }
     return all;
 }
@@ -168,7 +166,7 @@ void check_store(const Chunk& c, const StoreSteps& steps, bool adds, u32 pc) {
     const u32 first = c.valid == all_bytes ? 0 : (u32)__builtin_ctz(c.valid);
     const u32 end = c.valid == all_bytes ? c.bytes : 32 - (u32)__builtin_clz(c.valid);
     if (!in_arena(c.to + first)) {
-        report(Problem::wild, pc, 4, format("WILD POINTER: a bulk store to %p, at %s", static_cast<void*>(c.to), source_line(pc).c_str()), {current_thread()});
+        report(Problem::wild, pc, 4, format("WILD POINTER: a bulk store to %p, at %s", static_cast<void*>(c.to), source_line(pc).c_str()), {by_line(*current)});
         abort_launch();
     }
     access(c.to + first, end - first, is_write | is_async | (adds ? is_atomic : 0), *current, steps.written, pc);
@@ -200,7 +198,7 @@ void bulk_load(u32 dst, const void* src, u32 bytes, u32 bar, bool multicast, u32
     if (!shared_pointer(dst, bytes, 16, "cp.async.bulk", pc)) return;
     if (bytes % 16 || (uintptr_t)src % 16) {
         report(Problem::misaligned, pc, 2, format("MISALIGNED: cp.async.bulk of %u bytes from %p, at %s", bytes, src, source_line(pc).c_str()),
-               {current_thread(), "needed  multiples of 16"});
+               {by_line(*current), "needed  multiples of 16"});
         return;
     }
     const u32 offset = resolve(dst).offset, bar_offset = resolve(bar).offset;
@@ -245,7 +243,7 @@ void bulk_store(void* dst, u32 src, u32 bytes, bool add_f32) {
     if (!from) return;
     if (bytes % 16 || (uintptr_t)dst % 16) {
         report(Problem::misaligned, pc, 3, format("MISALIGNED: cp.async.bulk of %u bytes to %p, at %s", bytes, dst, source_line(pc).c_str()),
-               {current_thread(), "needed  multiples of 16"});
+               {by_line(*current), "needed  multiples of 16"});
         return;
     }
     const Chunk chunk{static_cast<char*>(dst), from, bytes, all_bytes};

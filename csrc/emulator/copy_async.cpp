@@ -22,14 +22,14 @@ void cp_async(u32 dst, const void* src, u32 size, u32 bytes) {
         report(Problem::misaligned, pc, 1,
                format("MISALIGNED: cp.async of %u bytes from %s, at %s", bytes, describe(static_cast<const char*>(src)).c_str(),
                       source_line(pc).c_str()),
-               {"by      " + thread_name(t.cta->number, t.number), format("needed  a source at a multiple of %u, at most %u bytes", size, size)});
+               {by_line(t), format("needed  a source at a multiple of %u, at most %u bytes", size, size)});
         return;
     }
     const Epoch by{t.copy_clock + 1, t.cta->number << 12 | (u32)actors.cp_async(t.number)};
     if (bytes) {
         if (!in_arena(src)) {
             report(Problem::wild, pc, 2, format("WILD POINTER: cp.async from %p, at %s", src, source_line(pc).c_str()),
-                   {"by      " + thread_name(t.cta->number, t.number)});
+                   {by_line(t)});
             abort_launch();
         }
         access(static_cast<const char*>(src), bytes, plain_read, t, by, pc);

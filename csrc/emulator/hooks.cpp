@@ -33,7 +33,7 @@ void stack_access(const char* p, size_t bytes, bool is_write, u32 pc) {
                    format("REGISTERS IN USE: %s of %s at %s while the wgmma issued at %s is in flight",
                           is_write ? "write" : "read", r.accumulator ? "an accumulator" : "an A fragment",
                           source_line(pc).c_str(), source_line(r.pc).c_str()),
-                   {"by      " + thread_name(current->cta->number, current->number),
+                   {by_line(*current),
                     "needed  wgmma_commit() and a wgmma_wait that covers this wgmma"});
     if (is_write && current->wgmma_fences && current->written_since_fence.size() < 65536)
         current->written_since_fence.push_back({p, (u32)bytes});
@@ -46,7 +46,7 @@ void elsewhere(const char* p, size_t bytes, bool is_write, u32 pc) {
     report(Problem::wild, pc, 0,
            format("WILD POINTER: %s of %zu bytes at %p, at %s", is_write ? "write" : "read", bytes,
                   static_cast<const void*>(p), source_line(pc).c_str()),
-           {"by      " + thread_name(current->cta->number, current->number),
+           {by_line(*current),
             "needed  device memory: a host pointer means nothing to a kernel"});
     abort_launch();
 }

@@ -108,7 +108,6 @@ struct Thread {
     const void* last_poll;
     u64 last_poll_value, poll_event;
     u32 polls;
-    u32 narrow_scope_pc;  // a release or acquire that did not synchronise because its scope was too narrow
     u32 cluster_arrivals;
 
     Epoch epoch() const;
@@ -179,6 +178,8 @@ struct Cta {
     std::map<const void*, StaticSmem> statics;
     int store_slots, loads_in_flight;
     u32 register_pool;
+    u32 narrow_scope_pc;  // a release or acquire that did not synchronise because its scope was too narrow
+    Knowledge at_exit;    // of all threads that have exited, in a cluster
     int predicates;  // of a __syncthreads_count under way
 };
 struct Cluster {
@@ -213,6 +214,12 @@ void abort_launch();  // from a fiber: never returns to the kernel
 void warp_shrank(Warp& warp);  // a lane has exited: barriers and rendezvous may be complete now
 void cluster_check(Cluster& cluster);
 
+// What lanes meet for; times 16, plus a variant, as `operation` below: lanes at different ones do not meet.
+enum Operation {
+    shuffle_operation, vote_operation, reduce_operation, elect_operation, syncwarp_operation, load_operation,
+    store_operation, mma_operation, wgmma_operation, fence_operation, commit_operation, wait_operation,
+    setmaxnreg_operation
+};
 // warps.cpp: the last lane of `mask` to arrive executes `action` for all.
 void collective(int operation, const char* name, u32 mask, void* argument, void (*action)(Warp&, Rendezvous&), u32 pc);
 

@@ -6,8 +6,6 @@
 
 namespace emulator {
 namespace {
-std::string current_thread() { return "by      " + thread_name(current->cta->number, current->number); }
-
 // The mbarrier at a shared::cluster address, whose initialisation must come before this use.
 Mbarrier* use(u32 address, Cta** owner, const char* what, u32 pc) {
     const Place place = resolve(address);
@@ -18,7 +16,7 @@ Mbarrier* use(u32 address, Cta** owner, const char* what, u32 pc) {
         report(Problem::mbarrier, pc, m->pc,
                format("MBARRIER: %s at %s is not ordered after its mbar_init at %s", what, source_line(pc).c_str(),
                       source_line(m->pc).c_str()),
-               {current_thread(), cta == current->cta ? "needed  fence_mbar_init(), then a barrier, before others use it"
+               {by_line(*current), cta == current->cta ? "needed  fence_mbar_init(), then a barrier, before others use it"
                                                       : "needed  fence_mbar_init(), then cluster_sync(), before other CTAs use it"});
     return m;
 }
@@ -34,7 +32,7 @@ void arrive(u32 address, int64_t bytes, u32 pc) {
     if (!m->pending) {
         report(Problem::mbarrier, pc, 0,
                format("MBARRIER: an arrival more than the count of %u in phase %u, at %s", m->count, m->phase, source_line(pc).c_str()),
-               {current_thread(), format("at      mbarrier 0x%x, initialised at %s", m->address, source_line(m->pc).c_str())});
+               {by_line(*current), format("at      mbarrier 0x%x, initialised at %s", m->address, source_line(m->pc).c_str())});
         return;
     }
     m->pending--;
@@ -47,7 +45,7 @@ bool wait(u32 address, u32 parity, bool until_complete, u32 pc) {
     if (!m) abort_launch();
     if (cta != current->cta) {
         report(Problem::mbarrier, pc, 1, format("MBARRIER: a wait on another CTA's mbarrier, at %s", source_line(pc).c_str()),
-               {current_thread(), "limit   mbarrier.try_wait takes shared::cta addresses"});
+               {by_line(*current), "limit   mbarrier.try_wait takes shared::cta addresses"});
         abort_launch();
     }
     const size_t index = (size_t)(m - cta->mbarriers.data());  // others may be initialised meanwhile
@@ -77,11 +75,17 @@ Mbarrier* find_mbarrier(Cta& cta, u32 offset, const char* what, u32 pc) {
         if (m.live && m.address == offset) return &m;
     report(Problem::mbarrier, pc, 2,
            format("MBARRIER: %s at %s on shared address 0x%x, which holds no initialised mbarrier", what, source_line(pc).c_str(), offset),
-           {current_thread()});
+           {by_line(*current), "needed  mbar_init, fence_mbar_init() and a barrier first; cluster_sync() for another CTA's"});
     return nullptr;
 }
 
 void complete_phase_if_done(Cta& cta, Mbarrier& m) {
+    if (!m.pending && m.outstanding < 0)
+        report(Problem::transactions, m.pc, 1,
+               format("TRANSACTIONS: %lld bytes more than expected have arrived in phase %u of mbarrier 0x%x", -(long long)m.outstanding,
+                      m.phase, m.address),
+               {"at      the mbarrier initialised at " + source_line(m.pc),
+                "needed  mbar_arrive_tx with all bytes of the phase, before its last arrival"});
     if (m.pending || m.outstanding) return;
     m.phase++;
     m.pending = m.count;
@@ -109,7 +113,7 @@ void mbar_init(u32 bar, u32 count) {
         if (m.live && m.address == bar) {
             report(Problem::mbarrier, pc, m.pc,
                    format("MBARRIER: mbar_init at %s of a live mbarrier, initialised at %s", source_line(pc).c_str(), source_line(m.pc).c_str()),
-                   {current_thread(), "needed  mbar_inval before it is initialised again"});
+                   {by_line(*current), "needed  mbar_inval before it is initialised again"});
             return;
         }
         if (!m.live && m.address == bar) free_slot = &m;  // its clocks go on from its last life

@@ -118,7 +118,7 @@ char* shared_pointer(u32 address, u32 bytes, u32 alignment, const char* what, u3
         report(Problem::bounds, pc, 0,
                format("OUT OF BOUNDS: %s of %u bytes at shared address 0x%x, at %s", what, bytes, address,
                       source_line(pc).c_str()),
-               {"by      " + thread_name(current->cta->number, current->number),
+               {by_line(*current),
                 place.cta ? format("limit   dynamic shared memory is 0x%x..0x%x (LaunchConfig::dynamic_smem = %zu)",
                                    shared_base, place.cta->dynamic_end, grid.dynamic_smem)
                           : "limit   the cluster has no CTA of this rank"});
@@ -127,7 +127,7 @@ char* shared_pointer(u32 address, u32 bytes, u32 alignment, const char* what, u3
     if (place.offset % alignment) {
         report(Problem::misaligned, pc, 0,
                format("MISALIGNED: %s at shared address 0x%x, at %s", what, address, source_line(pc).c_str()),
-               {"by      " + thread_name(current->cta->number, current->number),
+               {by_line(*current),
                 format("needed  a multiple of %u", alignment)});
         return nullptr;
     }

@@ -114,8 +114,8 @@ void report_race(const char* p, size_t bytes, bool is_write, bool is_atomic, con
     const bool shared = shared_owner(p) != nullptr;
     const bool only_proxy = before.is_write && view != generic && observer.knows.covers(before.epoch, generic);
     std::string needed = advice(before.epoch, before.is_write, only_proxy, now, shared);
-    if (observer.narrow_scope_pc)
-        needed += format("; the flag access at %s has too narrow a scope", source_line(observer.narrow_scope_pc).c_str());
+    if (const u32 narrow = observer.cta->narrow_scope_pc)
+        needed += format("; the flag access at %s has too narrow a scope", source_line(narrow).c_str());
     const std::string now_line = source_line(pc), before_line = source_line(before.pc);
     std::vector<std::string> details = {
         "at      " + describe(p),
@@ -128,8 +128,6 @@ void report_race(const char* p, size_t bytes, bool is_write, bool is_atomic, con
                   now_line.c_str(), before.is_write ? "write" : "read", before_line.c_str()),
            details);
 }
-
-std::string by_line(const Thread& thread) { return "by      " + thread_name(thread.cta->number, thread.number); }
 
 bool in_shared_bounds(const char* p, size_t bytes, bool is_write, const Thread& observer, u32 pc) {
     const Cta& own = *observer.cta;
@@ -303,6 +301,23 @@ void mark_mbarrier(const char* p, bool live) {
 LastWrite last_write(const char* p) {
     const Cell& cell = cell_of(p);
     return {cell.write, cell.write_pc};
+}
+
+void check_peers_done(const Cta& cta) {
+    const Cell* begin = &cell_of(cta.smem);
+    const auto done = [&](Epoch by, u32 pc) {
+        if (!by.clock || by.cta() == cta.number || cta.at_exit.covers(by, generic)) return;
+        report(Problem::cluster, pc, 6,
+               format("CLUSTER: CTA rank %u may have exited when its shared memory is accessed at %s", cta.rank,
+                      source_line(pc).c_str()),
+               {"by      " + actor_name(by), "needed  cluster_sync() after the last access and before that CTA exits"});
+    };
+    for (const Cell* cell = begin; cell != begin + slot_bytes / 4; cell++) {
+        done(cell->write, cell->write_pc);
+        done(cell->read, cell->read_pc);
+        if (cell->older)
+            for (const Older& o : pool[cell->older]) done(o.epoch, o.pc);
+    }
 }
 
 void clear_slot_shadow(u32 slot) {

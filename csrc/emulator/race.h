@@ -15,6 +15,8 @@ struct LastWrite {
     u32 pc;
 };
 LastWrite last_write(const char* p);
+// When a CTA of a cluster has exited: every access of its peers to its shared memory must come before.
+void check_peers_done(const Cta& cta);
 void clear_slot_shadow(u32 slot);
 void clear_heap_shadow();
 // All recorded accesses become the predecessor grid's.

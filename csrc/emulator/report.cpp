@@ -62,6 +62,8 @@ std::string thread_name(u32 cta, int thread) {
                   cta / grid.grid.x / grid.grid.y, thread, thread / 32, thread % 32);
 }
 
+std::string by_line(const Thread& thread) { return "by      " + thread_name(thread.cta->number, thread.number); }
+
 std::string actor_name(Epoch epoch) {
     if (epoch.cta() == predecessor_cta) return "the grid before this one";
     const u32 cta = epoch.cta();

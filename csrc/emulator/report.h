@@ -17,6 +17,8 @@ std::string source_line(u32 pc);
 // "CTA (1,0,0) thread 37" and the like, for an actor's epoch.
 std::string actor_name(Epoch epoch);
 std::string thread_name(u32 cta, int thread);
+struct Thread;
+std::string by_line(const Thread& thread);  // the "by" line of a report
 
 // Adds a report unless the same problem at the same two places was reported before. `details` are its further lines.
 void report(Problem problem, u32 pc, u32 other_pc, const std::string& title, const std::vector<std::string>& details = {});

@@ -44,7 +44,7 @@ void start_random(u64 seed) {
 
 // ---- the life of a thread ------------------------------------------------------------------------------------------------
 void check_exit(const Thread& t) {
-    const std::string by = "by      " + thread_name(t.cta->number, t.number);
+    const std::string by = by_line(t);
     if (t.copy_issued > t.copy_guaranteed)
         report(Problem::exit, 1, 0, "EXIT: a thread ends with cp.asyncs that it has not waited for",
                {by, "needed  cp_async_commit() and cp_async_wait<0>() before the end"});
@@ -64,6 +64,10 @@ void thread_main() {
     Thread& t = *current;
     check_exit(t);
     t.cta->present--;
+    if (t.cta->cluster->ctas.size() > 1) {
+        t.cta->at_exit.join(t.knows);
+        if (!t.cta->present) check_peers_done(*t.cta);
+    }
     t.warp->present &= ~(1u << t.lane);
     warp_shrank(*t.warp);
     cluster_check(*t.cta->cluster);
@@ -97,6 +101,7 @@ Cta* start_cta(Cluster& cluster, u32 rank, uint3 index) {
     cta->number = index.x + grid.grid.x * (index.y + grid.grid.y * index.z);
     cta->rank = rank;
     cta->cluster = &cluster;
+    cta->at_exit.cta = cta->number;
     cta->slot = free_slots.back();
     free_slots.pop_back();
     cta->smem = slot_memory(cta->slot);

@@ -21,8 +21,6 @@ struct MatrixArgument {
     bool transposed;
     u32 address;
 };
-enum Operation { load_operation = 32, store_operation, mma_operation };
-
 // Row `row` of matrix q lies at lane 8q + row's address; element (i, j) in half j % 2 of lane 4i + j / 2's register q.
 void move_matrices(Warp& warp, Rendezvous& r, bool is_store) {
     const MatrixArgument& first = *static_cast<MatrixArgument*>(r.arguments[0]);

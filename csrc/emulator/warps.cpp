@@ -3,10 +3,6 @@
 #include "report.h"
 
 namespace emulator {
-namespace {
-enum Operation { shuffle_operation = 1, vote_operation, reduce_operation, elect_operation, syncwarp_operation };
-}
-
 void collective(int operation, const char* name, u32 mask, void* argument, void (*action)(Warp&, Rendezvous&), u32 pc) {
     Warp& warp = *current->warp;
     const u32 me = 1u << current->lane;
@@ -14,7 +10,7 @@ void collective(int operation, const char* name, u32 mask, void* argument, void 
     if (!(mask & me)) {
         report(Problem::collective, pc, 0,
                format("MASK: %s at %s is executed by a lane that its mask 0x%x leaves out", name, source_line(pc).c_str(), mask),
-               {"by      " + thread_name(current->cta->number, current->number)});
+               {by_line(*current)});
         abort_launch();
     }
     Rendezvous* here = nullptr;
@@ -199,7 +195,7 @@ namespace emulator {
 void trap() {
     const u32 pc = EMULATOR_PC;
     report(Problem::exit, pc, 0, format("TRAP: __trap() at %s", source_line(pc).c_str()),
-           {"by      " + thread_name(current->cta->number, current->number)});
+           {by_line(*current)});
     abort_launch();
     __builtin_unreachable();
 }

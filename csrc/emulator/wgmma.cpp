@@ -10,8 +10,6 @@
 
 namespace emulator {
 namespace {
-enum Operation { wgmma_operation = 48, fence_operation, commit_operation, wait_operation };
-
 // ---- matrix descriptors -----------------------------------------------------------------------------------------------------
 struct Matrix {
     u32 start, leading, stride, pitch;  // pitch: bytes of a swizzle row, 16 without swizzle
@@ -130,7 +128,7 @@ bool overlaps(const std::pair<const char*, u32>& written, const void* begin, siz
 
 // The registers must have been written before the last wgmma.fence.
 void check_fenced(const WgmmaArgument& a, u32 pc) {
-    const std::string by = "by      " + thread_name(current->cta->number, current->number);
+    const std::string by = by_line(*current);
     if (!current->wgmma_fences)
         report(Problem::wgmma, pc, 0, format("FENCE: the wgmma at %s has no wgmma_fence() before it", source_line(pc).c_str()),
                {by, "needed  wgmma_fence() before the first wgmma and whenever registers have changed"});
