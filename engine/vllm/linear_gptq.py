@@ -6,21 +6,23 @@ are no multiple of 32. Checkpoints that stock takes stay with stock's method (an
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from vllm.distributed import get_tensor_model_parallel_rank
-from vllm.model_executor.layers.linear import LinearMethodBase
+from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.quantization.utils.gptq_utils import get_linear_quant_method
+from vllm.model_executor.models.utils import WeightsMapper
 from vllm.model_executor.parameter import (
     ChannelQuantScaleParameter,
     PackedColumnParameter,
     PackedvLLMParameter,
     RowvLLMParameter,
 )
+from vllm.scalar_type import scalar_types
 
 from tokenmill.engine.vllm import linear_kernel
 from tokenmill.errors import CheckpointError
@@ -57,6 +59,9 @@ def _sizes(hf_config: Any) -> tuple[int, ...]:
 class WideGPTQConfig(AutoGPTQConfig):  # type: ignore[misc]
     """vLLM's GPTQ configuration without its refusals."""
 
+    #: Read by vLLM's per-layer rules, which refuse what is not in it.
+    TYPE_MAP: ClassVar = {(4, True): scalar_types.uint4b8, (4, False): scalar_types.uint4}
+
     def __init__(self, config: Mapping[str, Any]) -> None:
         QuantizationConfig.__init__(self)
         self.full_config = dict(config)
@@ -84,6 +89,11 @@ class WideGPTQConfig(AutoGPTQConfig):  # type: ignore[misc]
     def get_min_capability(cls) -> int:
         return -1
 
+    @staticmethod
+    def get_checkpoint_weight_mapper() -> WeightsMapper:
+        """Keeps every tensor; vLLM's own drops g_idx on the way, which turns act-order into noise."""
+        return WeightsMapper()
+
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "WideGPTQConfig":
         return cls(config)
@@ -101,6 +111,25 @@ class WideGPTQConfig(AutoGPTQConfig):  # type: ignore[misc]
         return get_linear_quant_method(self, layer, prefix, WideGPTQMethod)
 
 
+class SharedGroupIndex(RowvLLMParameter):  # type: ignore[misc]
+    """The g_idx [K] of a layer; merged layers (q, k, v) see the same inputs and must group them alike."""
+
+    def load_merged_column_weight(self, loaded_weight: torch.Tensor, **shard: Any) -> None:
+        self._load_shared(loaded_weight)
+
+    def load_qkv_weight(self, loaded_weight: torch.Tensor, **shard: Any) -> None:
+        self._load_shared(loaded_weight)
+
+    def _load_shared(self, loaded_weight: torch.Tensor) -> None:
+        if getattr(self, "loaded", False) and not bool((self.data == loaded_weight).all()):
+            raise CheckpointError(
+                "layers that vLLM merges (q/k/v or gate/up) have different g_idx; quantize them in one order"
+            )
+        self.loaded = True
+        self._assert_and_load(loaded_weight)
+
+
+@register_weight_loader_v2_supported_method
 class WideGPTQMethod(LinearMethodBase):  # type: ignore[misc]
     """Loads one GPTQ layer of any four-bit kind and runs it with `int4_gemm`.
 
@@ -158,7 +187,7 @@ class WideGPTQMethod(LinearMethodBase):  # type: ignore[misc]
         # Some checkpoints leave g_idx out where it says nothing; then this default stays.
         first = get_tensor_model_parallel_rank() * K if input_size != K else 0
         natural = (torch.arange(first, first + K) // size).to(torch.int32)
-        layer.register_parameter("g_idx", RowvLLMParameter(data=natural, input_dim=0, weight_loader=loader))
+        layer.register_parameter("g_idx", SharedGroupIndex(data=natural, input_dim=0, weight_loader=loader))
         layer.tokenmill_shape = (K, size)
 
     def process_weights_after_loading(self, layer: Any) -> None:

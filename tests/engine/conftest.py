@@ -46,8 +46,8 @@ def environment(**variables: str) -> Iterator[None]:
         os.environ.update(before)
 
 
-def start(**arguments: Any) -> Any:
-    """A `vllm.LLM` of the bundled target in this process."""
+def start(model: str = "", **arguments: Any) -> Any:
+    """A `vllm.LLM` in this process, of the bundled target or of another model."""
     quiet = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -60,7 +60,9 @@ def start(**arguments: Any) -> Any:
 
         target, _ = tiny_pair()
         shape = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "max_num_seqs": 128}
-        return LLM(str(target), **shape, **arguments)  # statistics are off unless asked for: they are one a process
+        return LLM(
+            model or str(target), **{**shape, **arguments}
+        )  # statistics are off unless asked for: they are one a process
 
 
 @pytest.fixture(scope="session")

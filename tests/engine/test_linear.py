@@ -1,0 +1,120 @@
+"""INT4 checkpoints of every format through vLLM on our kernel give the tokens of their exact values.
+
+The exact values are the same checkpoint dequantized, run by transformers in float32. Two right implementations may
+still differ where two tokens are nearly as likely, so tokens are compared up to the first such place.
+"""
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine import conftest
+from tests.engine.int4_models import VARIANTS, Variant, quantization_config, write_pair
+from tokenmill import env
+
+pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
+
+PROMPTS = (
+    "def read(self, size=-1):\n    ",
+    "import os\nimport sys\n\n",
+    "class Queue:\n    def __init__(self",
+    "for key, value in ",
+    "    def __repr__(self):\n        return",
+    "try:\n    import",
+)
+LENGTH = 24
+#: Margins, in nats, below which the best two tokens may change places: float16 sums, and int8 activations.
+CLOSE = {16: 0.05, 8: 0.5}
+
+
+def continuation(model: Any, prompt: list[int]) -> tuple[list[int], list[float]]:
+    """Greedy tokens of a transformers model and by how much each was ahead of the second."""
+    ids = torch.tensor([prompt])
+    tokens, margins = [], []
+    with torch.no_grad():
+        for _ in range(LENGTH):
+            best = model(ids).logits[0, -1].float().log_softmax(-1).topk(2)
+            tokens.append(int(best.indices[0]))
+            margins.append(float(best.values[0] - best.values[1]))
+            ids = torch.cat([ids, best.indices[:1].view(1, 1)], dim=1)
+    return tokens, margins
+
+
+def compare(variant: Variant, folder: Path, bits: int = 16) -> None:
+    """vLLM's greedy tokens of the quantized checkpoint against the exact ones."""
+    from transformers import AutoModelForCausalLM
+    from vllm import SamplingParams
+
+    from tokenmill.engine.vllm import hooks
+
+    quantized, exact = write_pair(variant, folder)
+    engine = conftest.start(model=str(quantized), dtype="float16", max_num_seqs=8)
+    answers = engine.generate(
+        list(PROMPTS), SamplingParams(max_tokens=LENGTH, temperature=0, ignore_eos=True), use_tqdm=False
+    )
+    status = {status.hook: status for status in hooks.statuses()}["linear"]
+    del engine
+    gc.collect()
+    assert status.state == "active"
+    assert "cpu" in status.detail
+    assert f"{bits}-bit" in status.detail
+    model = AutoModelForCausalLM.from_pretrained(exact, dtype=torch.float32)
+    compared = 0
+    for answer in answers:
+        tokens, margins = continuation(model, answer.prompt_token_ids)
+        sure = next((i for i, margin in enumerate(margins) if margin < CLOSE[bits]), LENGTH)
+        assert list(answer.outputs[0].token_ids)[:sure] == tokens[:sure]
+        compared += sure
+    assert compared >= 20, "the prompts leave too little to compare; choose surer ones"
+
+
+#: One of each way through vLLM; the layouts of the others are held by tests/kernels and tests/quant.
+COVERED = ("gptq-g32", "awq-g64", "ct-asym-g64", "gptq-asym-g128", "gptq-act-order-g128", "gptq-ragged-g96")
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.name in COVERED], ids=lambda variant: variant.name)
+def test_tokens_equal_the_dequantized_checkpoint(variant: Variant, tmp_path: Path) -> None:
+    compare(variant, tmp_path)
+
+
+def test_eight_bit_activations_are_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tokenmill import platform
+
+    if platform.isa() == "plain":
+        pytest.skip("there is no 8-bit kernel in plain C++")
+    monkeypatch.setenv(env.INT4_ACTIVATION_BITS.name, "8")
+    compare(VARIANTS[0], tmp_path, bits=8)
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Iterator[Path]:
+    """An act-order checkpoint whose merged layers disagree about the order."""
+    from safetensors.torch import load_file, save_file
+
+    variant = next(v for v in VARIANTS if v.name == "gptq-act-order-g128")
+    quantized, _ = write_pair(variant, tmp_path)
+    tensors = load_file(quantized / "model.safetensors")
+    name = "model.layers.0.self_attn.k_proj.g_idx"
+    tensors[name] = tensors[name].flip(0).contiguous()
+    save_file(tensors, quantized / "model.safetensors", metadata={"format": "pt"})
+    yield quantized
+
+
+def test_layers_that_disagree_are_refused(damaged: Path) -> None:
+    with pytest.raises(Exception, match="different g_idx"):
+        conftest.start(model=str(damaged), dtype="float16")
+
+
+def test_only_what_stock_refuses_is_claimed() -> None:
+    from tokenmill.engine.vllm.linear_gptq import WideGPTQConfig
+
+    for variant in VARIANTS:
+        if variant.scheme.format == "gptq":
+            config = quantization_config(variant.scheme)
+            sizes = type("Config", (), {"hidden_size": 256, "intermediate_size": 768})()
+            claimed = WideGPTQConfig.override_quantization_method(config, None, hf_config=sizes)
+            assert (claimed is None) == variant.stock, variant.name
