@@ -62,6 +62,18 @@ def write_mutated_tree(mutant: Mutant, root: Path, target: Path) -> None:
     changed.write_text(mutated_text(mutant, (root / mutant.file).read_text(encoding="utf-8")), encoding="utf-8")
 
 
+_KIND = re.compile(r"^([A-Z][A-Z ]{2,}):", flags=re.MULTILINE)
+
+
 def report_kinds(reports: str) -> tuple[str, ...]:
     """The kinds of report in an emulator's text, in order of appearance: the capitals before the colon."""
-    return tuple(dict.fromkeys(re.findall(r"^\W*([A-Z][A-Z ]{2,}):", reports, flags=re.MULTILINE)))
+    return tuple(dict.fromkeys(_KIND.findall(reports)))
+
+
+def naming_report(mutant: Mutant, reports: str) -> str | None:
+    """The first report of a kind that names the mutant's bug, with its details; None when there is none."""
+    starts = [match.start() for match in _KIND.finditer(reports)]
+    for start, end in zip(starts, [*starts[1:], len(reports)], strict=True):
+        if any(reports.startswith(kind, start) for kind in mutant.reports):
+            return reports[start:end].rstrip()
+    return None

@@ -40,7 +40,7 @@ from tokenmill.errors import InputError
 from tokenmill.kernels import emulator
 from tokenmill.kernels.emulator import ASYNC_MODES, EmulatedLibrary
 from tokenmill.kernels.gates import Gate
-from tokenmill.kernels.mutation import WRONG_RESULT, Mutant, report_kinds, write_mutated_tree
+from tokenmill.kernels.mutation import WRONG_RESULT, Mutant, naming_report, write_mutated_tree
 
 #: Every kernel of this repository: name to where its `Proof` is. A new kernel adds one line and brings its mutants.
 PROOFS: dict[str, str] = {
@@ -107,8 +107,8 @@ class Launch:
         return not self.reports and self.wrong is None
 
     def finding(self) -> str:
-        """What went wrong, first line first; empty when nothing did."""
-        return self.reports or (f"{WRONG_RESULT}: {self.wrong}" if self.wrong else "")
+        """The reports and what is wrong with the numbers; empty when nothing is."""
+        return "\n".join(filter(None, (self.reports.rstrip(), f"{WRONG_RESULT}: {self.wrong}" if self.wrong else "")))
 
     def __str__(self) -> str:
         case = " ".join(f"{name}={value}" for name, value in self.case.items())
@@ -262,24 +262,18 @@ def _try_mutant(reference: str, mutant: Mutant, seeds: int, stop_when_caught: bo
         )
         for launch in _in_process(reference, library, launches):
             done.append(launch)
-            if stop_when_caught and _names(mutant, launch):
+            if stop_when_caught and naming_report(mutant, launch.finding()) is not None:
                 break
-    named = [launch for launch in done if _names(mutant, launch)]
+    named = [finding for launch in done if (finding := naming_report(mutant, launch.finding())) is not None]
     noticed = [launch for launch in done if not launch.clean]
     made, found = Counter(launch.mode for launch in done), Counter(launch.mode for launch in noticed)
     return MutantResult(
         mutant=mutant,
         launches=len(done),
         caught=tuple((mode, found[mode], made[mode]) for mode in ASYNC_MODES if made[mode]),
-        finding=(named or noticed)[0].finding() if noticed else "",
+        finding=(named or [launch.finding() for launch in noticed] or [""])[0],
         named=bool(named),
     )
-
-
-def _names(mutant: Mutant, launch: Launch) -> bool:
-    """Whether the launch gave a report (or a wrong result) of a kind that names this bug."""
-    kinds = (*report_kinds(launch.reports), *((WRONG_RESULT,) if launch.wrong else ()))
-    return any(kind.startswith(expected) for kind in kinds for expected in mutant.reports)
 
 
 def _in_process(reference: str, library: Path, launches: Sequence[Launch]) -> Iterator[Launch]:

@@ -1,4 +1,5 @@
-// The instances of the portable INT4 GEMM and its launcher.
+// build: arch=80,90a,100a,120a
+// The instances of the portable INT4 GEMM and its launcher. Code for sm_80 runs on sm_86 and sm_89 too.
 #include "mma_sync.cuh"
 
 extern "C" int tokenmill_int4_gemm_mma_sync(const Int4GemmArguments* arguments, void* stream) {

@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(384, 1)
         wgmma_wait<0>(sum);
         griddep_launch();
 
-        griddep_wait();  // before the first plain access to memory that the grid before may still use
+        // No griddep_wait from here on: what was multiplied arrived after the producer's.
         if (gridDim.z > 1) {
             const int output_tile = blockIdx.y * gridDim.x + blockIdx.x;
             float* partials = workspace + (size_t)output_tile * gridDim.z * (TOKENS / 2) * COMPUTE_THREADS;

@@ -140,7 +140,7 @@ SM90_MUTANTS: tuple[Mutant, ...] = (
         _SM90,
         "tokens + k * 2);",
         "tokens + k * 4);",
-        (WRONG_RESULT, "RACE", "UNWRITTEN"),
+        ("DESCRIPTOR", WRONG_RESULT),
     ),
     Mutant(
         "the consumers take more registers than the multiprocessor has",
@@ -245,13 +245,6 @@ SM90_MUTANTS: tuple[Mutant, ...] = (
         "            for",
         ("RACE",),
     ),
-    Mutant(
-        "the last sum is stored before the grid before has ended",
-        _SM90,
-        "        griddep_wait();  // before the first plain access to memory that the grid before may still use\n",
-        "",
-        ("RACE",),
-    ),
     # ---- arithmetic
     Mutant(
         "both groups of a tile get the first one's scale",
@@ -337,7 +330,7 @@ MMA_SYNC_MUTANTS: tuple[Mutant, ...] = (
         _MMA,
         "                ldsm_x4(b, tokens",
         "                if (lane < 16) ldsm_x4(b, tokens",
-        ("DIVERGENT",),
+        ("DIVERGENT", "DEADLOCK"),
     ),
     Mutant(
         "the k16 steps of a pair are exchanged",

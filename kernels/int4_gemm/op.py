@@ -24,7 +24,11 @@ from tokenmill.kernels.spec import OpSpec, Problem, TensorSpec
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 #: Implementation name to the module whose `prepare` packs for it.
-_PREPARE = {"cpu": "tokenmill.kernels.int4_gemm.cpu_impl"}
+_PREPARE = {
+    "cuda": "tokenmill.kernels.int4_gemm.cuda_impl",
+    "cpu": "tokenmill.kernels.int4_gemm.cpu_impl",
+    "cuda-emulated": "tokenmill.kernels.int4_gemm.cuda_emulated_impl",
+}
 
 
 def _make_inputs(problem: Problem, generator: torch.Generator) -> dict[str, Any]:
@@ -89,7 +93,11 @@ INT4_GEMM = OpSpec(
     flops=lambda problem: 2 * problem["M"] * problem["N"] * problem["K"],
     bytes_moved=_bytes_moved,
     tolerance=Tolerance(factor=2.0),
-    implementations={"cpu": "tokenmill.kernels.int4_gemm.cpu_impl:CPU"},
+    implementations={
+        "cuda": "tokenmill.kernels.int4_gemm.cuda_impl:CUDA",
+        "cpu": "tokenmill.kernels.int4_gemm.cpu_impl:CPU",
+        "cuda-emulated": "tokenmill.kernels.int4_gemm.cuda_emulated_impl:EMULATED",
+    },
     examples=(
         {"M": 1, "K": 4096, "N": 4096, "G": 32, "R": 512},
         {"M": 0, "K": 256, "N": 96, "G": 2, "R": 32},
