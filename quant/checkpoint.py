@@ -57,7 +57,10 @@ class Checkpoint:
         self._check_layers()
 
     def close(self) -> None:
-        """Unmaps the files."""
+        """Unmaps the files, which count as memory of the process while pages of them are in use.
+
+        What is read afterwards maps them again.
+        """
         self._handles.clear()
         self._open_files.close()
 

@@ -68,12 +68,16 @@ def _order(diagonal: torch.Tensor, group_size: int, act_order: ActOrder) -> torc
 def _inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     """Upper triangular U with U'U = inverse of the damped H; damps ten times more until H is positive definite."""
     mean = hessian.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    identity = torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
     while damping <= 100:
-        lower, failed = torch.linalg.cholesky_ex(hessian + damping * mean * identity)
+        damped = hessian.clone()
+        damped.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped  # K = 28672 makes each of these 3.3 GB
         if not bool(failed):
+            inverse = torch.cholesky_inverse(lower)
+            del lower
             upper: torch.Tensor
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not bool(failed):
                 return upper
         damping = max(damping * 10, 1e-4)
@@ -125,7 +129,7 @@ def gptq(
     groups: list[int] = group_of.tolist()
 
     rest = original.view(K, N)[order]  # consumed: row i holds what is still to be rounded
-    U = _inverse_factor(hessian[order][:, order], options.damping)
+    U = _inverse_factor(hessian[order.unsqueeze(1), order], options.damping)
     step: list[float] = U.diagonal().tolist()
     codes = torch.empty(K, N, dtype=torch.uint8, device=weight.device)
     divides = options.block % group_size == 0 or group_size % options.block == 0

@@ -168,6 +168,7 @@ def quantize_checkpoint(
             run = model.forward(index, model.block(index, written))
             calibration = [run(hidden) for hidden in calibration]
             after = [run(hidden) for hidden in after]
+        checkpoint.close()
         if progress is not None:
             progress(index + 1, model.num_blocks, sum(found.values()) / len(found) if found else None)
     if not output.is_written(model.num_blocks):
