@@ -7,6 +7,7 @@ exactly once, so that a mutant cannot silently stop being one when the kernel is
 import re
 import shutil
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from tokenmill.errors import InputError
@@ -72,8 +73,8 @@ def report_kinds(reports: str) -> tuple[str, ...]:
 
 def naming_report(mutant: Mutant, reports: str) -> str | None:
     """The first report of a kind that names the mutant's bug, with its details; None when there is none."""
-    starts = [match.start() for match in _KIND.finditer(reports)]
-    for start, end in zip(starts, [*starts[1:], len(reports)], strict=True):
+    bounds = [*(match.start() for match in _KIND.finditer(reports)), len(reports)]
+    for start, end in pairwise(bounds):
         if any(reports.startswith(kind, start) for kind in mutant.reports):
             return reports[start:end].rstrip()
     return None

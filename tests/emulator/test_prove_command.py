@@ -72,7 +72,7 @@ def test_a_kernel_from_elsewhere_is_proven(description: Path, capsys: pytest.Cap
 def test_a_wrong_kernel_fails_with_its_report(description: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = description.with_name("reverse.cu")
     source.write_text(SOURCE.replace("    __syncthreads();\n", ""), encoding="utf-8")
-    arguments = ["kernels", "prove", str(description), "--launches", "2", "--jobs", "1", "--only", "emulated"]
+    arguments = ["kernels", "prove", str(description), "--launches", "6", "--jobs", "1", "--only", "emulated"]
     assert main(arguments) == 1
     printed = capsys.readouterr().out
     assert "RACE" in printed
@@ -88,7 +88,7 @@ def test_a_check_that_crashes_is_a_finding(description: Path, capsys: pytest.Cap
 
 
 def test_a_mutant_that_nothing_notices_fails(description: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    harmless = DESCRIPTION.replace('"    __syncthreads();\\\\n", ""', '"__syncthreads();", "__syncthreads(); "')
+    harmless = DESCRIPTION.replace('"    __syncthreads();\\n", ""', '"__syncthreads();", "__syncthreads(); "')
     assert harmless != DESCRIPTION
     description.write_text(harmless, encoding="utf-8")
     arguments = ["kernels", "prove", str(description), "--jobs", "1", "--only", "mutants"]
