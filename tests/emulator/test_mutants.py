@@ -90,3 +90,4 @@ def test_kinds_of_reports() -> None:
     mutant = Mutant("m", "a.cuh", "x", "y", ("DEADLOCK", "RACE"))
     assert naming_report(mutant, text) == "RACE: write at a.cuh:3\n    by      CTA (0,0,0)"
     assert naming_report(mutant, "WRONG RESULT: nan") is None
+    assert naming_report(mutant, "") is None
