@@ -31,12 +31,6 @@ _PACKAGES: tuple[tuple[tuple[str, ...], str], ...] = (
 )
 #: Loading the plug-in imports vLLM, which takes seconds; a machine that needs longer has another problem.
 _HOOK_SECONDS = 120
-_ASK_HOOKS = """
-import dataclasses, json, sys
-from tokenmill.engine.vllm import hooks, register
-register()
-json.dump([dataclasses.asdict(status) for status in hooks.statuses()], sys.stdout)
-"""
 
 
 @dataclass(frozen=True)
@@ -152,12 +146,16 @@ def _ops(gpus: list[str]) -> Iterator[OpReport]:
 def _hooks(problems: list[str]) -> tuple[dict[str, str], ...]:
     try:
         answer = subprocess.run(
-            [sys.executable, "-c", _ASK_HOOKS], capture_output=True, text=True, timeout=_HOOK_SECONDS, check=False
+            [sys.executable, "-m", "tokenmill.engine.vllm.status", "--json"],
+            capture_output=True,
+            text=True,
+            timeout=_HOOK_SECONDS,
+            check=False,
         )
-        return tuple(json.loads(answer.stdout.splitlines()[-1]))
+        return tuple(json.loads(answer.stdout)["hooks"])
     except subprocess.TimeoutExpired:
         problems.append(f"the vLLM plug-in did not load within {_HOOK_SECONDS} s")
-    except (ValueError, LookupError):
+    except (ValueError, LookupError):  # it printed no report
         last = answer.stderr.strip().splitlines()
         problems.append(f"the vLLM plug-in does not load: {last[-1] if last else 'it said nothing'}")
     return ()

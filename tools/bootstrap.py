@@ -69,10 +69,9 @@ class Setup:
     def run(self) -> None:
         self.stage("environment", self.base_key(), self.make_environment)
         self.stage("torch", self.packages_key(), self.install_torch)
-        # The development set contains the other, so a plain setup after it has nothing to do.
-        name = "packages-dev" if self.dev or self.fresh("packages-dev", self.packages_key()) else "packages"
-        self.stage(name, self.packages_key(), self.install_packages)
-        self.stage("tokenmill", self.packages_key() + source_key(), self.install_tokenmill)
+        self.stage(self.variant("packages", self.packages_key()), self.packages_key(), self.install_packages)
+        native = self.packages_key() + source_key()
+        self.stage(self.variant("tokenmill", native), native, self.install_tokenmill)
         if self.lock:
             self.write_lock()
 
@@ -136,6 +135,10 @@ class Setup:
         (self.venv / f".stage-{name}").write_text(digest(key), encoding="utf-8")
         print(f"  ✓ {name} ({time.monotonic() - started:.0f} s)", flush=True)
 
+    def variant(self, name: str, key: str) -> str:
+        """The stage's development form where that is wanted or already done: it contains the plain one."""
+        return f"{name}-dev" if self.dev or self.fresh(f"{name}-dev", key) else name
+
     def fresh(self, name: str, key: str) -> bool:
         """Whether a stage was finished from just these inputs."""
         stamp = self.venv / f".stage-{name}"
@@ -177,6 +180,9 @@ class Setup:
             environment["PIP_CONSTRAINT"] = str(self.constraints)
         elif not self.gpu:
             environment["PIP_CONSTRAINT"] = str(ROOT / "constraints" / "cpu-roots.txt")
+        if not self.gpu and not self.dev:
+            # To serve on a CPU, CUDA kernels would be compiled for nothing; to develop, they are checked.
+            environment.setdefault("TOKENMILL_BUILD", "cpu")
         return environment
 
     def pip(self, *arguments: str) -> None:
