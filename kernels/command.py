@@ -110,6 +110,8 @@ def _prove(arguments: argparse.Namespace) -> int:
                 _mutate(verdict, arguments, progress)
             if "gates" in parts and verdict.proof.gates:
                 _gate(verdict, arguments.write, progress)
+            if not console.is_terminal:  # a log has no bars
+                console.print(f"{verdict.proof.name}: done after {time.monotonic() - started:.0f} s")
     if arguments.write:
         _write(verdicts)
     for verdict in verdicts:
