@@ -68,7 +68,9 @@ def main(argv: list[str]) -> int:
         "--write", action="store_true", help="rewrite docs/mutants.md and kernels/gates.jsonl (a source checkout)"
     )
     commands.add_parser("list", help="the kernels that can be proven")
-    commands.add_parser("micro", help="compare the primitives with their golden file: on a GPU, or emulated")
+    commands.add_parser(
+        "micro", add_help=False, help="compare the primitives with their golden file: on a GPU, or emulated"
+    )
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "micro":
         module = import_module("tokenmill.kernels.micro")
