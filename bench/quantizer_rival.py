@@ -5,7 +5,6 @@ version, seconds (loading, quantizing, saving) and the most memory the process h
 """
 
 import json
-import resource
 import sys
 import time
 from importlib.metadata import version
@@ -62,7 +61,9 @@ def main() -> None:
     producer = {"gptqmodel": gptqmodel, "llmcompressor": llmcompressor}[sys.argv[1]]
     release = producer(job)
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage: that would count what the parent process held when it forked.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
     print("RESULT " + json.dumps({"version": release, "seconds": seconds, "peak_bytes": peak}))
 
 

@@ -39,27 +39,28 @@ RUNS: tuple[tuple[str, str, str, bool, int], ...] = (
     ("gptqmodel", "gptq", "group-aware", True, 128),
     ("gptqmodel", "gptq", "dynamic", True, 128),
     ("llmcompressor", "gptq", "static", True, 128),
+    ("tokenmill", "gptq", "static", False, 64),
     ("tokenmill", "gptq", "group-aware", False, 64),
     ("gptqmodel", "gptq", "group-aware", False, 64),
     ("llmcompressor", "gptq", "static", False, 64),
 )
 
 _OURS = """
-import json, resource, sys, time
+import json, sys, time
 start = time.perf_counter()
 from pathlib import Path
 import torch
 from tokenmill import __version__
 from tokenmill.quant.block import BlockSettings
 from tokenmill.quant.gptq import GptqOptions
-from tokenmill.quant.quantizer import Request, quantize_checkpoint
+from tokenmill.quant.quantizer import Request, peak_bytes, quantize_checkpoint
 job = json.loads(Path(sys.argv[1]).read_text())
 options = GptqOptions(act_order=job["act_order"])
 block = BlockSettings(job["method"], job["group_size"], job["symmetric"], torch.bfloat16, options)
 request = Request(block, "gptq", job["text"], None, len(job["tokens"]), len(job["tokens"][0]), job["device"])
 quantize_checkpoint(Path(job["model"]), Path(job["out"]), request)
 result = {"version": __version__, "seconds": time.perf_counter() - start}
-result["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+result["peak_bytes"] = peak_bytes(torch.device("cpu"))
 print("RESULT " + json.dumps(result))
 """
 

@@ -188,7 +188,7 @@ def quantize_checkpoint(
         after=measured[1],
         errors=errors,
         seconds=time.perf_counter() - started,
-        peak_bytes=_peak_bytes(model.device),
+        peak_bytes=peak_bytes(model.device),
     )
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     config["quantization_config"] = write_config(request.scheme)
@@ -249,8 +249,13 @@ def _other_tensors(model: StreamedModel) -> dict[str, torch.Tensor]:
     return {name: model.checkpoint.parameter(name, _stored_dtype(model, name)) for name in names}
 
 
-def _peak_bytes(device: torch.device) -> int:
+def peak_bytes(device: torch.device) -> int:
+    """Most memory held so far: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count what the parent process held when it forked
+        fields = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines())
+        return int(fields["VmHWM"].split()[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
