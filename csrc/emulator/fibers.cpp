@@ -18,6 +18,7 @@
 #endif
 #ifdef EMULATOR_ASAN
 #include <pthread.h>
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -76,6 +77,10 @@ bool on_fiber_stack(const void* address) { return (size_t)(static_cast<const cha
 void prepare(Fiber& fiber, size_t index, void (*entry)()) {
     char* stack = stacks + index * fiber_stack_bytes;
     fiber.stack_bottom = stack + page;
+#ifdef EMULATOR_ASAN
+    // frames of a fiber that never returned are still marked as out of scope
+    ASAN_UNPOISON_MEMORY_REGION(fiber.stack_bottom, fiber_stack_bytes - page);
+#endif
     // stacks are a power of two apart: a different start for each keeps them out of each other's cache sets
     char* top = stack + fiber_stack_bytes - index % 16 * 192;
     void** word = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(top) & ~uintptr_t{63});

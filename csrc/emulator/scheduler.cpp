@@ -63,6 +63,8 @@ void thread_main() {
     kernel_thread(&argument_buffer);
     Thread& t = *current;
     check_exit(t);
+    t.warp->wgmmas.clear();  // reported above; the registers that they would use are gone
+    t.warp->wgmma_groups.clear();
     t.cta->present--;
     if (t.cta->cluster->ctas.size() > 1) {
         t.cta->at_exit.join(t.knows);
