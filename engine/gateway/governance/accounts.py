@@ -1,0 +1,191 @@
+"""Organisations, teams, apps and keys as a tree of accounts: each may have a budget and rate limits of its own.
+
+A request is charged to its key and to every account above it, and must be within the limits of all of them.
+"""
+
+import re
+import sqlite3
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from tokenmill.engine.gateway.governance import audit
+from tokenmill.engine.gateway.store import now_ms
+from tokenmill.errors import InputError
+
+Kind = Literal["organisation", "team", "app", "key"]
+#: Which kinds may stand above each.
+PARENTS: dict[Kind, tuple[Kind, ...]] = {
+    "organisation": (),
+    "team": ("organisation",),
+    "app": ("team", "organisation"),
+    "key": ("app", "team", "organisation"),
+}
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+#: Largest value of a 64-bit column that is still added to.
+_MOST = 2**53
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an account may use; None: no limit.
+
+    Attributes:
+        hard_limit: Micro-cents per period; requests that could exceed it are refused.
+        soft_limit: Micro-cents per period; reaching it is recorded.
+        period_ms: Length of the budget's period in milliseconds; None: the budget is for good.
+        requests_per_minute: Requests in any 60 seconds.
+        tokens_per_minute: Tokens, prompt and completion, in any 60 seconds.
+    """
+
+    hard_limit: int | None = None
+    soft_limit: int | None = None
+    period_ms: int | None = None
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            lowest = 1 if name == "period_ms" else 0
+            if value is not None and not lowest <= value <= _MOST:
+                raise InputError(f"{name}={value} is outside {lowest} to {_MOST}; give a value within, or none")
+
+
+@dataclass(frozen=True)
+class Account:
+    """One account as it stands.
+
+    Attributes:
+        spent, reserved: Micro-cents of this period: settled, and held by requests under way.
+        period_start: When the period began, in milliseconds.
+        soft_reached_at: When the soft limit was reached in this period.
+    """
+
+    id: str
+    kind: Kind
+    parent: str | None
+    name: str
+    limits: Limits
+    period_start: int
+    spent: int
+    reserved: int
+    soft_reached_at: int | None
+
+    def renewed(self, now: int) -> bool:
+        """Whether its period is over and a new one has begun."""
+        return self.limits.period_ms is not None and now >= self.period_start + self.limits.period_ms
+
+    @property
+    def period_end(self) -> int | None:
+        """When its budget starts anew, in milliseconds; None: never."""
+        return None if self.limits.period_ms is None else self.period_start + self.limits.period_ms
+
+
+_COLUMNS = (
+    "id, kind, parent, name, hard_limit, soft_limit, period_ms, requests_per_minute, tokens_per_minute, "
+    "period_start, spent, reserved, soft_reached_at"
+)
+
+
+def _account(row: Sequence[Any]) -> Account:
+    identity, kind, parent, name = row[:4]
+    start, spent, reserved, soft_reached_at = row[9:]
+    return Account(identity, kind, parent, name, Limits(*row[4:9]), start, spent, reserved, soft_reached_at)
+
+
+def find(connection: sqlite3.Connection, account: str) -> Account:
+    """One account.
+
+    Raises:
+        InputError: There is none with this id.
+    """
+    row = connection.execute(f"SELECT {_COLUMNS} FROM accounts WHERE id = ?", (account,)).fetchone()  # noqa: S608
+    if row is None:
+        raise InputError(f"there is no account {account[:80]!r}; create it first")
+    return _account(row)
+
+
+def every(connection: sqlite3.Connection) -> list[Account]:
+    """All accounts but keys, by kind and id."""
+    query = f"SELECT {_COLUMNS} FROM accounts WHERE kind <> 'key' ORDER BY kind, id"  # noqa: S608
+    return [_account(row) for row in connection.execute(query)]
+
+
+def chain(connection: sqlite3.Connection, account: str) -> list[Account]:
+    """The account and all above it, the account first."""
+    found = [find(connection, account)]
+    while (parent := found[-1].parent) is not None:
+        found.append(find(connection, parent))
+    return found
+
+
+def create(
+    connection: sqlite3.Connection,
+    kind: Kind,
+    name: str,
+    parent: str | None,
+    limits: Limits,
+    actor: str,
+    account: str | None = None,
+) -> str:
+    """Adds an account and returns its id.
+
+    Args:
+        connection: The writer's.
+        kind: What it is.
+        name: For people.
+        parent: The account above it, if any.
+        limits: Its limits.
+        actor: For the audit trail.
+        account: Its id; None: a new one.
+
+    Raises:
+        InputError: The id is taken or no id, the parent does not exist or cannot stand above this kind.
+    """
+    account = account if account is not None else f"{kind}-{uuid.uuid4().hex[:12]}"
+    if not _ID.fullmatch(account):
+        raise InputError(f"{account[:80]!r} is no id; use letters, digits, '.', '_' and '-', at most 63")
+    if connection.execute("SELECT 1 FROM accounts WHERE id = ?", (account,)).fetchone():
+        raise InputError(f"the account {account!r} exists; choose another id")
+    if parent is not None and (above := find(connection, parent).kind) not in PARENTS[kind]:
+        allowed = " or ".join(PARENTS[kind]) or "nothing"
+        raise InputError(f"{parent!r} is a {above}; above a {kind} stands {allowed}")
+    now = now_ms()
+    connection.execute(
+        "INSERT INTO accounts (id, kind, parent, name, hard_limit, soft_limit, period_ms, requests_per_minute, "
+        "tokens_per_minute, period_start, created_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (account, kind, parent, name, *asdict(limits).values(), now, now),
+    )
+    audit.append(connection, actor, f"{kind}.create", account, {"parent": parent, "name": name, **asdict(limits)})
+    return account
+
+
+def set_limits(connection: sqlite3.Connection, account: str, limits: Limits, actor: str) -> None:
+    """Replaces an account's limits; what it has spent stays.
+
+    Raises:
+        InputError: There is no such account.
+    """
+    before = find(connection, account).limits
+    connection.execute(
+        "UPDATE accounts SET hard_limit = ?, soft_limit = ?, period_ms = ?, requests_per_minute = ?, "
+        "tokens_per_minute = ?, soft_reached_at = NULL WHERE id = ?",
+        (*asdict(limits).values(), account),
+    )
+    audit.append(connection, actor, "limits.set", account, {"before": asdict(before), "after": asdict(limits)})
+
+
+def renew(connection: sqlite3.Connection, account: Account, now: int) -> Account:
+    """The account at `now`: where its period is over, a new one begins with nothing spent.
+
+    What requests under way have reserved stays reserved, and is spent in the period in which they end.
+    """
+    length = account.limits.period_ms
+    if length is None or not account.renewed(now):
+        return account
+    start = account.period_start + (now - account.period_start) // length * length
+    connection.execute(
+        "UPDATE accounts SET period_start = ?, spent = 0, soft_reached_at = NULL WHERE id = ?", (start, account.id)
+    )
+    return find(connection, account.id)

@@ -1,0 +1,108 @@
+"""The tables of governance; see `store` for units."""
+
+#: Who spends: organisations, teams, apps and keys form a tree; each is an account with its own limits.
+ACCOUNTS = """
+CREATE TABLE accounts (
+    id TEXT PRIMARY KEY,
+    kind TEXT NOT NULL CHECK (kind IN ('organisation', 'team', 'app', 'key')),
+    parent TEXT REFERENCES accounts (id),
+    name TEXT NOT NULL,
+    hard_limit BIGINT CHECK (hard_limit >= 0),
+    soft_limit BIGINT CHECK (soft_limit >= 0),
+    period_ms BIGINT CHECK (period_ms > 0),
+    period_start BIGINT NOT NULL,
+    spent BIGINT NOT NULL DEFAULT 0 CHECK (spent >= 0),
+    reserved BIGINT NOT NULL DEFAULT 0 CHECK (reserved >= 0),
+    soft_reached_at BIGINT,
+    requests_per_minute BIGINT CHECK (requests_per_minute >= 0),
+    tokens_per_minute BIGINT CHECK (tokens_per_minute >= 0),
+    created_at BIGINT NOT NULL
+)"""
+#: `hash` is SHA-256 of the key in hexadecimal; the key itself is nowhere.
+KEYS = """
+CREATE TABLE keys (
+    id TEXT PRIMARY KEY REFERENCES accounts (id),
+    hash TEXT NOT NULL UNIQUE,
+    models TEXT,
+    metadata TEXT NOT NULL,
+    expires_at BIGINT,
+    revoked_at BIGINT
+)"""
+#: One row per gateway process that may hold reservations.
+WORKERS = "CREATE TABLE workers (id TEXT PRIMARY KEY, started_at BIGINT NOT NULL)"
+#: One row per request under way, with what is charged should its process die.
+RESERVATIONS = """
+CREATE TABLE reservations (
+    call TEXT PRIMARY KEY,
+    worker TEXT NOT NULL,
+    amount BIGINT NOT NULL,
+    prompt_bound BIGINT NOT NULL,
+    completion_bound BIGINT NOT NULL,
+    chain TEXT NOT NULL,
+    request_id TEXT NOT NULL,
+    model TEXT NOT NULL,
+    tier TEXT NOT NULL,
+    started_at BIGINT NOT NULL
+)"""
+#: What an account used in one second, for sliding windows; tokens are reserved ones until the request ended.
+WINDOWS = """
+CREATE TABLE windows (
+    account TEXT NOT NULL,
+    second BIGINT NOT NULL,
+    requests BIGINT NOT NULL,
+    tokens BIGINT NOT NULL,
+    PRIMARY KEY (account, second)
+)"""
+#: One row per request that has ended. `exact`: the backend counted the tokens; otherwise they are bounds.
+LEDGER = """
+CREATE TABLE ledger (
+    call TEXT PRIMARY KEY,
+    request_id TEXT NOT NULL,
+    key_id TEXT NOT NULL,
+    app TEXT,
+    team TEXT,
+    organisation TEXT,
+    tier TEXT NOT NULL,
+    backend TEXT NOT NULL,
+    model TEXT NOT NULL,
+    prompt_tokens BIGINT NOT NULL,
+    cached_tokens BIGINT NOT NULL,
+    completion_tokens BIGINT NOT NULL,
+    exact INTEGER NOT NULL,
+    cost BIGINT NOT NULL,
+    outcome TEXT NOT NULL,
+    status INTEGER NOT NULL,
+    attempts INTEGER NOT NULL,
+    started_at BIGINT NOT NULL,
+    ended_at BIGINT NOT NULL
+)"""
+#: Every change by an administrator and every rule that took effect; each row's hash covers the row before it.
+AUDIT = """
+CREATE TABLE audit (
+    sequence BIGINT PRIMARY KEY,
+    at BIGINT NOT NULL,
+    actor TEXT NOT NULL,
+    action TEXT NOT NULL,
+    subject TEXT NOT NULL,
+    details TEXT NOT NULL,
+    hash TEXT NOT NULL
+)"""
+#: The last row of the trail, so that rows cut off its end are missed.
+AUDIT_HEAD = (
+    "CREATE TABLE audit_head (id INTEGER PRIMARY KEY CHECK (id = 1), sequence BIGINT NOT NULL, hash TEXT NOT NULL)"
+)
+
+SCHEMA = (
+    ACCOUNTS,
+    "CREATE INDEX accounts_by_parent ON accounts (parent)",
+    KEYS,
+    WORKERS,
+    RESERVATIONS,
+    "CREATE INDEX reservations_by_worker ON reservations (worker)",
+    WINDOWS,
+    LEDGER,
+    "CREATE INDEX ledger_by_end ON ledger (ended_at)",
+    "CREATE INDEX ledger_by_key ON ledger (key_id, ended_at)",
+    AUDIT,
+    AUDIT_HEAD,
+)

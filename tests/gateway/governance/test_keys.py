@@ -1,0 +1,75 @@
+"""Keys and accounts: shown once, kept as hashes, refused when expired or revoked; wrong input is one line."""
+
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tokenmill.engine.gateway.governance import accounts, keys
+from tokenmill.engine.gateway.governance.accounts import Limits
+from tokenmill.engine.gateway.governance.schema import SCHEMA
+from tokenmill.engine.gateway.store import Store, now_ms
+from tokenmill.errors import ConfigurationError, InputError
+
+
+def test_key_is_found_by_its_hash_and_kept_nowhere(store: Store) -> None:
+    made = [store.write_now(lambda connection: keys.create(connection, "test", models=["tiny"])) for _ in range(3)]
+    assert len({key for _, key in made}) == 3
+    for identity, key in made:
+        assert key.startswith("sk-") and len(key) > 40
+        found = keys.by_hash(store.reader, keys.digest(key))
+        assert found is not None and found.id == identity and found.models == ("tiny",)
+    assert keys.by_hash(store.reader, keys.digest("sk-guessed")) is None
+    folder = store.path.parent
+    content = b"".join(path.read_bytes() for path in folder.iterdir())
+    for identity, key in made:
+        assert identity.encode() in content
+        assert key.removeprefix("sk-")[:12].encode() not in content
+    assert stat.S_IMODE(store.path.stat().st_mode) == 0o600
+
+
+def test_expired_and_revoked_keys_are_refused(store: Store) -> None:
+    identity, _ = store.write_now(lambda connection: keys.create(connection, "test", lifetime_ms=50_000))
+    assert keys.by_id(store.reader, identity).refusal(now_ms()) is None
+    assert keys.by_id(store.reader, identity).refusal(now_ms() + 50_000) == "has expired"
+    store.write_now(lambda connection: keys.revoke(connection, identity, "test"))
+    first = keys.by_id(store.reader, identity)
+    assert first.refusal(now_ms()) == "was revoked"
+    store.write_now(lambda connection: keys.revoke(connection, identity, "test"))
+    assert keys.by_id(store.reader, identity) == first
+
+
+def test_accounts_form_a_tree(store: Store) -> None:
+    def grow(connection: object) -> str:
+        accounts.create(connection, "organisation", "Acme", None, Limits(), "test", "acme")  # type: ignore[arg-type]
+        accounts.create(connection, "team", "Search", "acme", Limits(hard_limit=5), "test", "search")  # type: ignore[arg-type]
+        return keys.create(connection, "test", parent="search")[0]  # type: ignore[arg-type]
+
+    key = store.write_now(grow)
+    assert [account.id for account in accounts.chain(store.reader, key)] == [key, "search", "acme"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (lambda connection: keys.create(connection, "test", parent="nobody"), "no account 'nobody'"),
+        (lambda connection: keys.create(connection, "test", lifetime_ms=0), "lifetime of 0"),
+        (lambda connection: keys.revoke(connection, "key-none", "test"), "no key 'key-none'"),
+        (lambda connection: accounts.create(connection, "team", "x", None, Limits(), "test", "a b"), "is no id"),
+        (lambda _: Limits(hard_limit=-1), "hard_limit=-1"),
+    ],
+)
+def test_wrong_input_is_one_line_and_leaves_no_trace(store: Store, wrong: Callable[..., object], says: str) -> None:
+    with pytest.raises(InputError, match=says) as raised:
+        store.write_now(wrong)
+    assert "\n" not in str(raised.value)
+    assert store.reader.execute("SELECT count(*) FROM accounts").fetchone() == (0,)
+    assert store.write_now(lambda connection: keys.create(connection, "test"))[1].startswith("sk-")
+
+
+def test_file_that_is_no_database_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "x.db"
+    path.write_text("no database at all, but long enough to be looked at" * 10, encoding="utf-8")
+    with pytest.raises(ConfigurationError, match="cannot be used"):
+        Store(path, SCHEMA)
