@@ -65,19 +65,22 @@ struct Bf16 {
   static void pack_row(const float* row, const Weight& w, int part, uint8_t* out, int64_t stride, float* sums,
                        float*, int sum_stride) {
     for (int64_t g = 0; g < w.groups; ++g) {
-      float sum = 0.0f;
+      __m256 sum = _mm256_setzero_ps();
       for (int32_t u = w.group_units[g]; u < w.group_units[g + 1]; ++u) {
-        uint16_t unit[kUnit];
-        for (int i = 0; i < kUnit; ++i) {
-          uint16_t value = float_to_bf16(row[u * kUnit + i]);
-          if (part == 1) value = float_to_bf16(row[u * kUnit + i] - bf16_to_float(value));
-          unit[i % 4 * 2 + i / 4] = value;
-          sum += bf16_to_float(value);
-        }
-        std::memcpy(out + u * stride, unit, sizeof unit);
+        const __m256 exact = _mm256_loadu_ps(row + int64_t(u) * kUnit);
+        __m128i value = (__m128i)_mm256_cvtneps_pbh(exact);
+        if (part == 1) value = (__m128i)_mm256_cvtneps_pbh(_mm256_sub_ps(exact, widened(value)));
+        sum = _mm256_add_ps(sum, widened(value));
+        // Values i and i + 4 side by side.
+        const __m128i pairs = _mm_unpacklo_epi16(value, _mm_unpackhi_epi64(value, value));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + u * stride), pairs);
       }
-      sums[g * sum_stride] = sum;
+      sums[g * sum_stride] = sum_of(sum);
     }
+  }
+
+  TM_INLINE static __m256 widened(__m128i values) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(values), 16));
   }
 };
 

@@ -68,17 +68,15 @@ struct Float32 {
 
   static void pack_row(const float* row, const Weight& w, int, uint8_t* out, int64_t stride, float* sums, float*,
                        int sum_stride) {
+    const __m256 powers = _mm256_setr_ps(1.0f, 0x1p-4f, 0x1p-8f, 0x1p-12f, 0x1p-16f, 0x1p-20f, 0x1p-24f, 1.0f);
     for (int64_t g = 0; g < w.groups; ++g) {
-      float sum = 0.0f;
+      __m256 sum = _mm256_setzero_ps();
       for (int32_t u = w.group_units[g]; u < w.group_units[g + 1]; ++u) {
-        float unit[kUnit];
-        float power = 1.0f;
-        for (int i = 0; i < kUnit - 1; ++i, power *= 0.0625f) unit[i] = row[u * kUnit + i] * power;
-        unit[kUnit - 1] = row[u * kUnit + kUnit - 1];
-        for (int i = 0; i < kUnit; ++i) sum += row[u * kUnit + i];
-        std::memcpy(out + u * stride, unit, sizeof unit);
+        const __m256 unit = _mm256_loadu_ps(row + int64_t(u) * kUnit);
+        sum = _mm256_add_ps(sum, unit);
+        _mm256_storeu_ps(reinterpret_cast<float*>(out + u * stride), _mm256_mul_ps(unit, powers));
       }
-      sums[g * sum_stride] = sum;
+      sums[g * sum_stride] = sum_of(sum);
     }
   }
 };

@@ -99,6 +99,16 @@ void read_row(const Problem& p, int64_t m, float* row) {
   }
 }
 
+// One row of a tile; the type is known here, so that the compiler makes vectors of the loop.
+template <Type kType>
+void store_row(const Problem& p, int64_t m, int64_t n0, int64_t width, const float* coarse, const float* fine) {
+  for (int64_t n = 0; n < width; ++n) {
+    float value = fine ? coarse[n] + fine[n] : coarse[n];
+    if (p.bias) value += load_as_float(p.bias, kType, n0 + n);
+    store_from_float(p.y, kType, m * p.N + n0 + n, value);
+  }
+}
+
 // Adds the parts of a row, adds the bias, rounds once, and writes the columns that exist.
 // `tile` is [rows][columns] of packed rows first_row.. and of the blocks from `block` on.
 void store_tile(const Problem& p, const Rows& rows, int64_t first_row, int64_t block, int columns, const float* tile) {
@@ -108,11 +118,13 @@ void store_tile(const Problem& p, const Rows& rows, int64_t first_row, int64_t b
     const int64_t m = (first_row + r) / rows.split;
     if (m >= p.M) return;
     const float* coarse = tile + int64_t(r) * columns;
-    const float* fine = coarse + columns;
-    for (int64_t n = 0; n < width; ++n) {
-      float value = rows.split == 2 ? coarse[n] + fine[n] : coarse[n];
-      if (p.bias) value += load_as_float(p.bias, p.type, n0 + n);
-      store_from_float(p.y, p.type, m * p.N + n0 + n, value);
+    const float* fine = rows.split == 2 ? coarse + columns : nullptr;
+    if (p.type == Type::kFloat32) {
+      store_row<Type::kFloat32>(p, m, n0, width, coarse, fine);
+    } else if (p.type == Type::kFloat16) {
+      store_row<Type::kFloat16>(p, m, n0, width, coarse, fine);
+    } else {
+      store_row<Type::kBFloat16>(p, m, n0, width, coarse, fine);
     }
   }
 }

@@ -47,23 +47,31 @@ TM_INLINE int best_height(int64_t rows, int tallest) {
 }
 
 template <class A, int MB, int NB>
-void run_tiles(const Problem& p, const Rows& rows, int64_t block) {
+void run_tile(const Problem& p, const Rows& rows, int64_t t, int64_t block) {
   alignas(64) float out[MB * NB * kBlock];
   const int64_t groups = p.weight.groups;
-  const int64_t tile_bytes = p.weight.units * MB * A::kUnitBytes;
-  for (int64_t t = 0; t < rows.tiles; ++t) {
-    A::template tile<MB, NB>(p.weight, rows.values + t * tile_bytes, rows.sums + t * groups * MB,
-                             rows.scales ? rows.scales + t * groups * MB : nullptr, block, out);
-    store_tile(p, rows, t * MB, block, NB * kBlock, out);
-  }
+  A::template tile<MB, NB>(p.weight, rows.values + t * p.weight.units * MB * A::kUnitBytes,
+                           rows.sums + t * groups * MB, rows.scales ? rows.scales + t * groups * MB : nullptr, block,
+                           out);
+  store_tile(p, rows, t * MB, block, NB * kBlock, out);
 }
+
+// Blocks that a tile of activations meets before the next tile does: their codes and the tile stay in the second-level
+// cache together, so that neither comes from further away than once a strip.
+constexpr int64_t kStrip = 8;
 
 template <class A, int MB>
 void run_height(const Problem& p, const Rows& rows, int64_t first, int64_t last) {
   constexpr int kWide = A::width(MB);
-  int64_t block = first;
-  for (; block + kWide <= last; block += kWide) run_tiles<A, MB, kWide>(p, rows, block);
-  for (; block < last; ++block) run_tiles<A, MB, 1>(p, rows, block);
+  static_assert(kStrip % kWide == 0);
+  for (int64_t strip = first; strip < last; strip += kStrip) {
+    const int64_t end = strip + kStrip < last ? strip + kStrip : last;
+    for (int64_t t = 0; t < rows.tiles; ++t) {
+      int64_t block = strip;
+      for (; block + kWide <= end; block += kWide) run_tile<A, MB, kWide>(p, rows, t, block);
+      for (; block < end; ++block) run_tile<A, MB, 1>(p, rows, t, block);
+    }
+  }
 }
 
 template <class A>

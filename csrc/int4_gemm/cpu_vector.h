@@ -85,6 +85,12 @@ struct Vector {
 
 #endif
 
+TM_INLINE float sum_of(__m256 v) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
 constexpr int kLanes = kBlock / Vector::kParts;  // columns of a register
 
 // Scales and zero points of the columns of one register; `index` counts from the start of the array.
