@@ -1,0 +1,130 @@
+"""Budgets hold under concurrency and kill -9; every reservation is settled once; rates slide."""
+
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tokenmill.engine.gateway.governance import accounts, audit, budgets, keys
+from tokenmill.engine.gateway.governance.accounts import Limits
+from tokenmill.engine.gateway.governance.budgets import Refusal, Reservation, Spending, WorkerLock
+from tokenmill.engine.gateway.store import Store
+
+SPENDER = Path(__file__).with_name("spender.py")
+NOW = 1_800_000_000_000
+
+
+def key_with(store: Store, limits: Limits) -> str:
+    """A key without limits in a team that has them."""
+    store.write_now(lambda connection: accounts.create(connection, "team", "T", None, limits, "test", "team"))
+    return store.write_now(lambda connection: keys.create(connection, "test", parent="team"))[0]
+
+
+def ask(store: Store, key: str, call: str, amount: int = 1, tokens: int = 1, at: int = NOW) -> Refusal | None:
+    """Reserves."""
+    wanted = Reservation(call, "w", key, "r", "m", "t", amount, tokens, 0, at)
+    return store.write_now(lambda connection: budgets.reserve(connection, wanted))
+
+
+def end(store: Store, call: str, cost: int, tokens: int = 0) -> bool:
+    """Settles."""
+    spending = Spending("b", tokens, 0, 0, True, cost, "ok", 200, 1)
+    return store.write_now(lambda connection: budgets.settle(connection, call, spending))
+
+
+def test_reserved_counts_and_settling_twice_charges_once(store: Store) -> None:
+    key = key_with(store, Limits(hard_limit=100, soft_limit=50))
+    assert ask(store, key, "a", 60) is None
+    refusal = ask(store, key, "b", 41)
+    assert refusal is not None
+    assert (refusal.limit, refusal.account.id, refusal.used, refusal.allowed) == ("budget", "team", 60, 100)
+    assert end(store, "a", 50)
+    assert not end(store, "a", 50)
+    assert not end(store, "b", 41)
+    assert ask(store, key, "c", 50) is None
+    assert ask(store, key, "d", 1) is not None
+    for account in accounts.chain(store.reader, key):
+        assert (account.spent, account.reserved) == (50, 50)
+    actions = [row[0] for row in store.reader.execute("SELECT action FROM audit ORDER BY sequence")]
+    assert actions == ["team.create", "key.create", "budget.soft_limit"]
+
+
+def test_budget_starts_anew_with_its_period(store: Store) -> None:
+    key = key_with(store, Limits(hard_limit=10, period_ms=1000))
+    start = accounts.find(store.reader, "team").period_start
+    assert ask(store, key, "a", 10, at=start) is None
+    refusal = ask(store, key, "b", 1, at=start + 400)
+    assert refusal is not None
+    assert refusal.retry_ms == 600
+    # What is under way is not forgotten.
+    assert ask(store, key, "c", 1, at=start + 3500) is not None
+    end(store, "a", 4)
+    renewed = accounts.find(store.reader, "team")
+    assert (renewed.spent, renewed.reserved) == (4, 0)
+    assert renewed.period_start >= start + 3000
+
+
+def test_rates_slide_and_count_what_was_used(store: Store) -> None:
+    key = key_with(store, Limits(requests_per_minute=3, tokens_per_minute=100))
+    assert ask(store, key, "a", tokens=80) is None
+    refusal = ask(store, key, "b", tokens=30, at=NOW + 1000)
+    assert refusal is not None
+    assert refusal.limit == "tokens"
+    end(store, "a", 1, tokens=10)
+    assert ask(store, key, "b", tokens=30, at=NOW + 1000) is None
+    assert ask(store, key, "c", tokens=30, at=NOW + 2000) is None
+    refusal = ask(store, key, "d", at=NOW + 3000)
+    assert refusal is not None
+    assert (refusal.limit, refusal.retry_ms) == ("requests", 58_000)
+    assert ask(store, key, "d", at=NOW + 60_999) is not None
+    assert ask(store, key, "d", at=NOW + 61_000) is None
+    too_much = ask(store, key, "e", tokens=101, at=NOW + 200_000)
+    assert too_much is not None
+    assert too_much.retry_ms is None
+
+
+@pytest.mark.parametrize("trial", range(3))
+def test_two_processes_and_kill_9_never_overspend(store: Store, tmp_path: Path, trial: int) -> None:
+    """One of two spending processes is killed somewhere in the middle; a third takes over its books."""
+    budget = 400_000
+    key = key_with(store, Limits(hard_limit=budget))
+    journal = tmp_path / "journal"
+    spenders = [
+        subprocess.Popen(
+            [sys.executable, str(SPENDER), str(store.path), key, f"{journal}-{index}", str(trial * 2 + index)],
+            stdout=subprocess.PIPE,
+        )
+        for index in range(2)
+    ]
+    for spender in spenders:
+        assert spender.stdout is not None
+        assert spender.stdout.readline() == b"ready\n"
+    time.sleep(random.Random(trial).uniform(0.01, 0.15))
+    spenders[0].kill()
+    survivor = WorkerLock(store)
+    assert spenders[0].wait(timeout=30) == -9
+    budgets.recover(store)
+    assert spenders[1].wait(timeout=60) == 0
+    budgets.recover(store)
+    for spender in spenders:
+        assert spender.stdout is not None
+        spender.stdout.close()
+    sent = dict(line.split() for path in tmp_path.glob("journal-*") for line in path.read_text("ascii").splitlines())
+    rows = {
+        call: (cost, outcome) for call, cost, outcome in store.reader.execute("SELECT call, cost, outcome FROM ledger")
+    }
+    # Nothing that was sent is missing; what was settled equals the other side's books, what was lost is above them.
+    assert sent.keys() <= rows.keys()
+    assert all(cost == int(sent[call]) for call, (cost, outcome) in rows.items() if outcome == "ok")
+    assert all(cost >= int(sent.get(call, 0)) for call, (cost, outcome) in rows.items() if outcome == "lost")
+    total = sum(cost for cost, _ in rows.values())
+    assert sum(map(int, sent.values())) <= total <= budget
+    for account in accounts.chain(store.reader, key):
+        assert (account.spent, account.reserved) == (total, 0)
+    assert store.reader.execute("SELECT count(*) FROM reservations").fetchone() == (0,)
+    assert [row[0] for row in store.reader.execute("SELECT id FROM workers")] == [survivor.id]
+    audit.verify(store.reader)
+    survivor.close()
