@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 ARGS ?=
 
-.PHONY: serve test check format setup setup-dev lock clean
+.PHONY: serve test test-avx2 check format setup setup-dev lock clean
 
 serve: setup
 	@$(VENV)/bin/tokenmill serve $(ARGS)
@@ -13,6 +13,10 @@ serve: setup
 test: setup-dev check
 	-@$(VENV)/bin/python tools/gpu_build_site.py  # offline, the tests that need it say so and are skipped
 	@$(VENV)/bin/python -m pytest $(ARGS)
+
+# What chooses by instruction set, once more as on a processor without AVX-512.
+test-avx2: setup-dev
+	@TOKENMILL_ISA=avx2 $(VENV)/bin/python -m pytest -q tests/engine tests/kernels/spec_verify tests/kernels/int4_gemm/test_cpu.py
 
 setup:
 	@$(PYTHON) tools/bootstrap.py --venv $(VENV)

@@ -21,6 +21,7 @@ tiers:
   text:
     backends:
       - model: bundled:target
+        served_as: [tiny-target, tiny-pair]
         speculation: {{method: draft_model, model: bundled:draft, tokens: 3}}
         flags: {{enforce-eager: true, dtype: float32, seed: 0}}
         env: {{VLLM_CPU_KVCACHE_SPACE: 1}}

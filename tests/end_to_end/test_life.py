@@ -37,7 +37,7 @@ def test_greedy_tokens_equal_stock_vllm_without_speculation(first_start: FirstSt
 
 
 def test_the_panel_says_what_runs(server: Running) -> None:
-    assert "tiny-target  tier text; tiny-draft drafts up to 3 tokens a step" in server.text
+    assert "tiny-target, tiny-pair  tier text; tiny-draft drafts up to 3 tokens a step" in server.text
     assert "verification  vLLM's acceptance" in server.text
 
 

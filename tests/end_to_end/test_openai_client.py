@@ -22,7 +22,7 @@ def client(server: Running) -> Iterator[openai.OpenAI]:
 
 
 def test_models(client: openai.OpenAI) -> None:
-    assert {model.id for model in client.models.list()} == {"tiny-target", "embedder"}
+    assert {model.id for model in client.models.list()} == {"tiny-target", "tiny-pair", "embedder"}
     assert client.models.retrieve("tiny-target").id == "tiny-target"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("nothing")
