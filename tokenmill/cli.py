@@ -38,6 +38,8 @@ COMMANDS: tuple[Command, ...] = (
         "Train a tiny draft/target pair from Python's own library.",
     ),
     Command("quantize", "tokenmill.quant.command:quantize", "Quantize a model to INT4 for Tokenmill and stock vLLM."),
+    Command("bench", "tokenmill.bench.command:bench", "Measure against rivals, row by row; continues after a kill."),
+    Command("report", "tokenmill.bench.command:report", "Tables, plots and a page from measured rows."),
     Command("memory", "tokenmill.quant.command:memory", "Plan a model's memory from its config.json."),
 )
 

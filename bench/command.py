@@ -1,0 +1,95 @@
+"""`tokenmill bench` and `tokenmill report`."""
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from tokenmill import platform
+from tokenmill.bench import shapes, timing
+from tokenmill.errors import ConfigurationError
+
+
+def bench(argv: list[str]) -> int:
+    """Measures one subject, named by the first argument."""
+    subjects = {"int4": _int4}
+    parser = argparse.ArgumentParser(prog="tokenmill bench", description="Measures one subject against its rivals.")
+    parser.add_argument("subject", choices=sorted(subjects), help="int4: INT4 linear layers")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="`tokenmill bench SUBJECT --help` explains them")
+    chosen = parser.parse_args(argv)
+    return subjects[chosen.subject](chosen.arguments)
+
+
+def _int4_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tokenmill bench int4", description="INT4 linear layers against their rivals."
+    )
+    parser.add_argument("--cpu", action="store_true", help="measure this CPU (TOKENMILL_ISA narrows it)")
+    parser.add_argument("--shapes", default="square,wide", help=f"KxN or {', '.join(shapes.NAMED)}; commas between")
+    parser.add_argument("--m", default="1,4,16,64,128,512", help="rows of activations, commas between")
+    parser.add_argument("--group-size", type=int, default=128, help="rows of K that share a scale (default 128)")
+    parser.add_argument("--threads", type=int, default=0, help="OpenMP threads (default: all cores)")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each contestant (default 7)")
+    parser.add_argument("--out", type=Path, default=Path("rows.jsonl"), help="rows; what is there is not repeated")
+    return parser
+
+
+def _int4(argv: list[str]) -> int:
+    arguments = _int4_parser().parse_args(argv)
+    if not arguments.cpu:
+        raise ConfigurationError("bench int4 measures CPUs so far; pass --cpu")
+    layers, rows = shapes.parse(arguments.shapes), shapes.parse_rows(arguments.m)
+    if arguments.rounds < 1 or arguments.group_size < 1:
+        raise ConfigurationError(
+            f"--rounds {arguments.rounds} --group-size {arguments.group_size}: both have to be positive"
+        )
+    timing.pinned(arguments.threads or platform.physical_cores(), ["bench", "int4", *argv])
+
+    from tokenmill.engine.vllm import isa
+
+    isa.narrow()
+
+    from tokenmill.bench import kernels
+    from tokenmill.bench.rivals import all_contestants
+    from tokenmill.bench.rows import RowFile
+
+    narrowed = os.environ.get("TOKENMILL_ISA")
+    command = shlex.join(["tokenmill", "bench", "int4", *_portable(argv)])
+    plan = kernels.Plan(
+        layers,
+        rows,
+        arguments.group_size,
+        arguments.rounds,
+        f"TOKENMILL_ISA={narrowed} {command}" if narrowed else command,
+    )
+    kernels.measure(plan, all_contestants(), RowFile(arguments.out), lambda line: print(line, flush=True))
+    return 0
+
+
+def _portable(argv: list[str]) -> list[str]:
+    """The arguments without folders of this machine."""
+    return [Path(word).name if "/" in word else word for word in argv]
+
+
+def report(argv: list[str]) -> int:
+    """Writes tables, plots and one self-contained page from rows; or brings README.md up to date."""
+    parser = argparse.ArgumentParser(prog="tokenmill report", description="Tables, plots and a page from rows.")
+    parser.add_argument("rows", nargs="+", type=Path, metavar="ROWS", help="files of JSON lines from `tokenmill bench`")
+    parser.add_argument("--out", type=Path, help="folder for report.html, tables.md and the plots")
+    parser.add_argument("--readme", type=Path, help="file whose marked performance section is generated anew")
+    arguments = parser.parse_args(argv)
+    if arguments.out is None and arguments.readme is None:
+        raise ConfigurationError("report writes nothing; pass --out DIR, --readme README.md or both")
+
+    from tokenmill.bench import report as pages
+    from tokenmill.bench.rows import read_rows
+
+    rows = read_rows(arguments.rows)
+    if arguments.out is not None:
+        for path in pages.write(rows, arguments.out):
+            print(path)
+    if arguments.readme is not None:
+        changed = pages.update_readme(arguments.readme, rows)
+        print(f"{arguments.readme} {'brought up to date' if changed else 'was up to date'}", file=sys.stderr)
+    return 0

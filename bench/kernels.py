@@ -1,0 +1,237 @@
+"""INT4 linear layers on this CPU: ours, torch and the rivals, in turns, checked before they are timed.
+
+One group of rows is one shape and one number of rows of activations. It is measured as a whole, so that its ratios
+come from the same minutes, and written as a whole; a run that was ended continues with the next group.
+"""
+
+import itertools
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tokenmill import platform
+from tokenmill.bench import timing
+from tokenmill.bench.rivals import Contestant, Layer, int4_bytes
+from tokenmill.bench.roofline import Roofs, measure_cpu
+from tokenmill.bench.rows import GROUP, Row, RowFile, identity, source_commit
+from tokenmill.bench.shapes import Shape
+from tokenmill.kernels.int4_gemm.weight import Int4Weight, dequantize, pack_codes
+from tokenmill.kernels.numerics import Tolerance, max_error
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be measured.
+
+    Attributes:
+        shapes: (K, N) of the layers.
+        rows: Numbers of rows of activations.
+        group_size: Of the weights; symmetric, bfloat16 scales.
+        rounds: Turns of each contestant.
+        command: As the user can repeat it.
+    """
+
+    shapes: tuple[Shape, ...]
+    rows: tuple[int, ...]
+    group_size: int
+    rounds: int
+    command: str
+
+
+def device_name() -> str:
+    """The processor and the cores this process may use, e.g. `AMD EPYC, 2 cores`."""
+    return f"{platform.cpu_model()}, {os.cpu_count()} cores"
+
+
+def measure(
+    plan: Plan,
+    contestants: Sequence[Contestant],
+    out: RowFile,
+    say: Callable[[str], None],
+) -> None:
+    """Measures every group that `out` lacks and appends it.
+
+    Args:
+        plan: Shapes and sizes.
+        contestants: Who takes part; one that cannot gets a row with the reason.
+        out: Where rows go.
+        say: Told about each group in one line.
+    """
+    facts = _facts(plan)
+    done = {identity(row, GROUP) for row in out.rows}
+    roofs: Roofs | None = None
+    for K, N in plan.shapes:
+        sizes = {"K": K, "N": N, "group_size": min(plan.group_size, K)}
+        groups: list[Row] = [{"op": "int4_gemm", **facts, **sizes, "M": M} for M in plan.rows]
+        missing = [group for group in groups if identity(group, GROUP) not in done]
+        if len(missing) < len(groups):
+            say(f"{K}x{N}: {len(groups) - len(missing)} of {len(groups)} groups are in {out.path.name} already")
+        if not missing:
+            continue
+        roofs = roofs or measure_cpu()
+        for rows in _measure_shape(missing, contestants, roofs, plan.rounds):
+            out.append(rows)
+            say(_summary(rows))
+
+
+def _facts(plan: Plan) -> Row:
+    """What all rows of a run share."""
+    return {
+        "device": device_name(),
+        "isa": platform.isa(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": source_commit(),
+        "command": plan.command,
+    }
+
+
+def random_weight(K: int, N: int, group_size: int) -> Int4Weight:
+    """A seeded symmetric weight with bfloat16 scales."""
+    generator = torch.Generator().manual_seed(K * 31 + N)
+    codes = torch.randint(16, (K, N), generator=generator, dtype=torch.uint8)
+    scales = torch.rand(-(-K // group_size), N, generator=generator) * 0.02 + 0.001
+    return Int4Weight(pack_codes(codes), scales.bfloat16(), group_size, K)
+
+
+@dataclass
+class _Ring:
+    """Copies of one contestant's weight, used one after the other so that each call finds its weight in memory."""
+
+    contestant: Contestant
+    layers: list[Layer]
+
+    def calls(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """A call without arguments that takes the next copy each time."""
+        turn = itertools.cycle(self.layers)
+        return lambda: next(turn).call(x)
+
+
+def _measure_shape(
+    groups: Sequence[Row], contestants: Sequence[Contestant], roofs: Roofs, rounds: int
+) -> Iterator[list[Row]]:
+    """The rows of each group of one shape."""
+    K, N, group_size = (groups[0][name] for name in ("K", "N", "group_size"))
+    refusals = {one.name: one.why_not(K, N, group_size) for one in contestants}
+    weight = random_weight(K, N, group_size)
+    cache = timing.last_level_cache_bytes()
+    rings = []
+    for contestant in contestants:
+        if refusals[contestant.name] is None:
+            first = contestant.prepare(weight)
+            rest = [contestant.prepare(weight) for _ in range(timing.copies(first.nbytes, cache) - 1)]
+            rings.append(_Ring(contestant, [first, *rest]))
+    exact_weight = dequantize(weight, torch.float64)
+    for group in groups:
+        x = torch.randn(group["M"], K, generator=torch.Generator().manual_seed(group["M"])).bfloat16()
+        inputs = {dtype: x.to(dtype) for dtype in {ring.contestant.dtype for ring in rings}}
+        limits = _limits(x, weight, exact_weight)
+        errors = {ring.contestant.name: _worst(ring, inputs, limits) for ring in rings}
+        right = [ring for ring in rings if errors[ring.contestant.name] <= limits.of(ring.contestant)]
+        load, started = os.getloadavg()[0], time.time()
+        samples = timing.take_turns(
+            {ring.contestant.name: ring.calls(inputs[ring.contestant.dtype]) for ring in right}, rounds
+        )
+        shared: Row = {
+            **group,
+            "load_average": round(max(load, os.getloadavg()[0]), 2),
+            "time": int(started),
+            "read_bytes_per_second": roofs.read_bytes_per_second,
+            "flops_per_second": roofs.flops_per_second,
+            "flops_dtype": roofs.flops_dtype,
+        }
+        by_name = {ring.contestant.name: ring for ring in rings}
+        yield [
+            {
+                **shared,
+                "implementation": one.name,
+                "role": one.role,
+                "version": one.version(),
+                "dtype": str(one.dtype).removeprefix("torch."),
+                "activation_bits": one.activation_bits,
+                **_result(one, by_name.get(one.name), refusals, errors, limits, samples, shared, roofs, weight),
+            }
+            for one in contestants
+        ]
+
+
+def _result(
+    one: Contestant,
+    ring: _Ring | None,
+    refusals: Mapping[str, str | None],
+    errors: Mapping[str, float],
+    limits: "_Limits",
+    samples: Mapping[str, timing.Sample],
+    shared: Row,
+    roofs: Roofs,
+    weight: Int4Weight,
+) -> Row:
+    """The figures of one contestant, or why there are none."""
+    if ring is None:
+        return {"skipped": refusals[one.name]}
+    checked = {"max_error": errors[one.name], "error_limit": limits.of(one)}
+    if one.name not in samples:
+        return {**checked, "skipped": f"wrong: error {errors[one.name]:.3g} where {limits.of(one):.3g} is allowed"}
+    sample, M = samples[one.name], shared["M"]
+    activations = one.dtype.itemsize * M * (weight.K + weight.N)
+    nbytes, flops = ring.layers[0].nbytes + activations, 2 * M * weight.K * weight.N
+    return {
+        **checked,
+        "p20": sample.p20,
+        "p50": sample.p50,
+        "p80": sample.p80,
+        "calls": sample.count,
+        "bytes": nbytes,
+        "flops": flops,
+        "floor_seconds": roofs.floor_seconds(int4_bytes(weight) + 2 * M * (weight.K + weight.N), flops),
+        "share_of_read_roof": nbytes / sample.p50 / roofs.read_bytes_per_second,
+    }
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """The exact result of a group, and the error that each kind of arithmetic may make."""
+
+    exact: torch.Tensor
+    sixteen: float
+    eight: float
+
+    def of(self, contestant: Contestant) -> float:
+        """The allowed largest error."""
+        return self.eight if contestant.activation_bits == 8 else self.sixteen
+
+
+def _limits(x: torch.Tensor, weight: Int4Weight, exact_weight: torch.Tensor) -> _Limits:
+    """Limits for bfloat16 activations.
+
+    Sixteen bits: twice the error of plain torch with weight and result rounded to bfloat16. Eight bits: that, and six
+    standard deviations of the noise of rounding each activation to 127 steps of its group's largest.
+    """
+    exact = x.double() @ exact_weight
+    plain = (x.float() @ exact_weight.bfloat16().float()).bfloat16()
+    sixteen = Tolerance(factor=2.0).bound(exact, plain)
+    padded = torch.nn.functional.pad(x.float(), (0, -weight.K % weight.group_size))
+    groups = padded.view(x.shape[0], -1, weight.group_size)
+    step = groups.abs().amax(2).repeat_interleave(weight.group_size, 1)[:, : weight.K] / 127
+    noise = ((step.square() / 12) @ exact_weight.float().square()).sqrt()
+    return _Limits(exact, sixteen, sixteen + 6 * float(noise.max()))
+
+
+def _worst(ring: _Ring, inputs: Mapping[torch.dtype, torch.Tensor], limits: _Limits) -> float:
+    """The largest error over all copies; infinite where a result has NaN."""
+    x = inputs[ring.contestant.dtype]
+    worst = max(max_error(layer.call(x), limits.exact) for layer in ring.layers[:2])
+    return math.inf if math.isnan(worst) else worst
+
+
+def _summary(rows: Sequence[Row]) -> str:
+    """One line about a group: everybody's median, and ours against torch's best."""
+    first = rows[0]
+    times = {row["implementation"]: row["p50"] for row in rows if "p50" in row}
+    torch_best = min((row["p50"] for row in rows if row["role"] == "baseline" and "p50" in row), default=math.nan)
+    parts = [f"{name} {seconds * 1e3:.3f} ms ({torch_best / seconds:.2f}x)" for name, seconds in times.items()]
+    return f"{first['K']}x{first['N']} M={first['M']} load {first['load_average']}: {', '.join(parts)}"

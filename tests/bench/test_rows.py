@@ -1,0 +1,119 @@
+"""Rows survive kills; reports and the README show what is in them and nothing else."""
+
+from pathlib import Path
+
+import pytest
+
+from tokenmill.bench import report, shapes, timing
+from tokenmill.bench.rows import KEY, RowFile, latest, read_rows
+from tokenmill.errors import ConfigurationError, InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def row(M: int, implementation: str, role: str, p50: float | None) -> dict[str, object]:
+    found = {
+        "op": "int4_gemm",
+        "device": "some processor",
+        "isa": "avx2",
+        "threads": 2,
+        "K": 64,
+        "N": 32,
+        "group_size": 32,
+        "M": M,
+        "implementation": implementation,
+        "role": role,
+        "load_average": 0.5,
+        "flops_per_second": 1e11,
+        "read_bytes_per_second": 1e10,
+        "flops_dtype": "float32",
+        "flops": 4096 * M,
+        "bytes": 1024,
+    }
+    return {**found, "skipped": "not <installed>"} if p50 is None else {**found, "p50": p50}
+
+
+ROWS = [
+    row(1, "tokenmill-a16", "ours", 1e-3),
+    row(1, "torch-bf16", "baseline", 4e-3),
+    row(1, "torch-fp32", "baseline", 3e-3),
+    row(1, "some-rival", "rival", None),
+]
+
+
+def test_a_killed_write_is_cut_off_and_continued(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "rows.jsonl"
+    RowFile(path).append(ROWS[:2])
+    with path.open("a") as file:
+        file.write('{"op": "int4_g')
+    again = RowFile(path)
+    assert again.rows == ROWS[:2]
+    again.append(ROWS[2:])
+    assert read_rows([path]) == ROWS
+
+
+def test_the_last_measurement_counts() -> None:
+    newer = {**ROWS[0], "p50": 2e-3}
+    assert latest([*ROWS, newer], KEY) == [newer, *ROWS[1:]]
+
+
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"op": "int4_gemm"}\nnonsense\n')
+    with pytest.raises(InputError, match=r"rows\.jsonl:2 is not JSON"):
+        read_rows([path])
+
+
+def test_speed_is_against_the_best_of_torch() -> None:
+    assert report.baseline(ROWS, 1) == 3e-3
+    assert report.speedup(ROWS[0], ROWS) == pytest.approx(3.0)
+    assert report.speedup(ROWS[3], ROWS) is None
+    text = report.markdown(ROWS)
+    assert "| tokenmill-a16 | 1 (3.00x) |" in text
+    assert "| some-rival" not in text
+    assert "Not measured: some-rival: not <installed>." in text
+
+
+def test_no_rows_no_report() -> None:
+    with pytest.raises(InputError, match="hold no rows"):
+        report.markdown([])
+
+
+def test_report_is_one_page_with_its_pictures(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    written = report.write(ROWS, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "not &lt;installed&gt;" in page
+    assert {path.suffix for path in written} == {".md", ".png", ".html"}
+
+
+def test_readme_is_generated_from_the_committed_rows() -> None:
+    rows = read_rows(sorted((ROOT / "bench" / "results").glob("*/int4-*.jsonl")))
+    section = (ROOT / "README.md").read_text().partition(report.BEGIN)[2].partition(report.END)[0]
+    assert section.strip() == report.markdown(rows).strip()
+
+
+def test_shapes_and_sizes() -> None:
+    assert shapes.parse("64x32,square,64x32") == ((64, 32), (4096, 4096))
+    with pytest.raises(ConfigurationError, match="--shapes 64x"):
+        shapes.parse("64x")
+    with pytest.raises(ConfigurationError, match="names none"):
+        shapes.parse(",")
+    with pytest.raises(ConfigurationError, match="--m 1,0"):
+        shapes.parse_rows("1,0")
+
+
+def test_a_ring_outgrows_the_cache() -> None:
+    assert timing.copies(8 << 20, 32 << 20) == 12
+    assert timing.copies(1 << 40, 32 << 20) == 2
+
+
+def test_everybody_takes_turns() -> None:
+    order: list[str] = []
+    samples = timing.take_turns(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2, burst_seconds=0, pause_seconds=0
+    )
+    assert "".join(order) == "aabbaabb"
+    assert samples["a"].count == 2
+    assert samples["a"].p20 <= samples["a"].p50 <= samples["a"].p80
