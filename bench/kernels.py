@@ -136,6 +136,11 @@ def _measure_shape(
         samples = timing.take_turns(
             {ring.contestant.name: ring.calls(inputs[ring.contestant.dtype]) for ring in right}, rounds
         )
+        kept = [(ring, samples[ring.contestant.name].least) for ring in right]
+        roofs = roofs.raised(
+            (_moved(ring, weight, group["M"]) / seconds for ring, seconds in kept),
+            (2 * group["M"] * K * N / seconds for ring, seconds in kept if ring.contestant.activation_bits == 16),
+        )
         shared: Row = {
             **group,
             "load_average": round(max(load, os.getloadavg()[0]), 2),
@@ -177,8 +182,7 @@ def _result(
     if one.name not in samples:
         return {**checked, "skipped": f"wrong: error {errors[one.name]:.3g} where {limits.of(one):.3g} is allowed"}
     sample, M = samples[one.name], shared["M"]
-    activations = one.dtype.itemsize * M * (weight.K + weight.N)
-    nbytes, flops = ring.layers[0].nbytes + activations, 2 * M * weight.K * weight.N
+    nbytes, flops = _moved(ring, weight, M), 2 * M * weight.K * weight.N
     return {
         **checked,
         "p20": sample.p20,
@@ -190,6 +194,11 @@ def _result(
         "floor_seconds": roofs.floor_seconds(int4_bytes(weight) + 2 * M * (weight.K + weight.N), flops),
         "share_of_read_roof": nbytes / sample.p50 / roofs.read_bytes_per_second,
     }
+
+
+def _moved(ring: _Ring, weight: Int4Weight, M: int) -> int:
+    """Bytes that one call has to move: the weight in the contestant's format, activations and results."""
+    return ring.layers[0].nbytes + ring.contestant.dtype.itemsize * M * (weight.K + weight.N)
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,9 @@ def _plot(shapes: Sequence[list[Row]], path: Path) -> None:
             intensity = [row["flops"] / row["bytes"] for row in measured]
             roof.plot(intensity, [row["flops"] / row["p50"] / 1e9 for row in measured], **style)
         _dress(ratio, roof, rows)
-    figure.tight_layout()
+    names, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(names, labels, loc="lower center", ncols=len(labels), fontsize=10, frameon=False)
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
     figure.savefig(path, dpi=110, facecolor="white")
     pyplot.close(figure)
 
@@ -173,7 +175,8 @@ def _dress(ratio: Any, roof: Any, rows: Sequence[Row]) -> None:
     points = [row["flops"] / row["bytes"] for row in rows if "p50" in row]
     if points:
         low, high = min(points), max(points)
-        bandwidth, peak = rows[0]["read_bytes_per_second"] / 1e9, rows[0]["flops_per_second"] / 1e9
+        bandwidth = max(row["read_bytes_per_second"] for row in rows) / 1e9
+        peak = max(row["flops_per_second"] for row in rows) / 1e9
         bend = peak / bandwidth
         roof.plot(
             [low, bend, max(high, bend)],
@@ -184,11 +187,12 @@ def _dress(ratio: Any, roof: Any, rows: Sequence[Row]) -> None:
         )
     roof.set_xscale("log", base=2)
     roof.set_yscale("log", base=10)
+    roof.set_title("A8 rows compute in int8, which the arithmetic roof does not bound", fontsize=10)
     roof.set_xlabel("FLOP per byte that has to move")
     roof.set_ylabel("GFLOP/s")
     for axis in (ratio, roof):
         axis.grid(True, which="major", color="#dddddd")
-        axis.legend(fontsize=9, loc="best")
+    roof.legend(handles=roof.lines[-1:], fontsize=9, loc="lower right")
 
 
 def _page(text: str, images: Sequence[Path]) -> str:

@@ -44,10 +44,12 @@ class Sample:
     """Quantiles of the seconds that one call took.
 
     Attributes:
+        least: The shortest, in seconds.
         p20, p50, p80: Quantiles in seconds.
         count: Calls timed.
     """
 
+    least: float
     p20: float
     p50: float
     p80: float
@@ -61,7 +63,7 @@ def quantiles(seconds: Sequence[float]) -> Sample:
     def at(share: float) -> float:
         return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
 
-    return Sample(at(0.2), at(0.5), at(0.8), len(ordered))
+    return Sample(ordered[0], at(0.2), at(0.5), at(0.8), len(ordered))
 
 
 def take_turns(
