@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenmill.bench.rows import KEY, Row, latest
+from tokenmill.bench.rows import Row, least_disturbed
 from tokenmill.errors import InputError, MissingDependencyError
 
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
@@ -22,9 +22,9 @@ _MARKERS = "osD^vP*X"
 
 
 def tables(rows: Sequence[Row]) -> dict[tuple[Any, ...], list[Row]]:
-    """The latest row of every measurement, one list a device, instruction set and shape."""
+    """The least disturbed measurement of every group, one list a device, instruction set and shape."""
     found: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
-    for row in latest((row for row in rows if row.get("op") == "int4_gemm"), KEY):
+    for row in least_disturbed(row for row in rows if row.get("op") == "int4_gemm"):
         found[tuple(row[name] for name in _TABLE)].append(row)
     if not found:
         raise InputError("the files hold no rows of int4_gemm; measure with `tokenmill bench int4 --cpu` first")
@@ -61,7 +61,7 @@ def markdown(rows: Sequence[Row]) -> str:
         sizes = _sizes(found)
         loads = [row["load_average"] for row in found]
         parts.append(
-            f"**{device}, {isa}, {threads} threads; K={K}, N={N}, groups of {group}** "
+            f"**{device}, {isa}{_narrowed(found)}, {threads} threads; K={K}, N={N}, groups of {group}** "
             f"(load average {min(loads):.1f} to {max(loads):.1f} while measured)\n"
         )
         parts.append("| median ms (times torch's best) | " + " | ".join(f"M={M}" for M in sizes) + " |")
@@ -74,6 +74,11 @@ def markdown(rows: Sequence[Row]) -> str:
         parts += [f"\nNot measured: {name}: {reason}." for name, reason in skipped.items()]
         parts.append("")
     return "\n".join(parts)
+
+
+def _narrowed(rows: Sequence[Row]) -> str:
+    """Says so where the processor has more than the instruction set that was used."""
+    return " (narrowed by TOKENMILL_ISA)" if "TOKENMILL_ISA=" in rows[0].get("command", "") else ""
 
 
 def _cell(row: Row | None, rows: Sequence[Row]) -> str:
@@ -175,8 +180,11 @@ def _dress(ratio: Any, roof: Any, rows: Sequence[Row]) -> None:
     points = [row["flops"] / row["bytes"] for row in rows if "p50" in row]
     if points:
         low, high = min(points), max(points)
-        bandwidth = max(row["read_bytes_per_second"] for row in rows) / 1e9
-        peak = max(row["flops_per_second"] for row in rows) / 1e9
+        measured = [row for row in rows if "p50" in row]
+        wide = [row for row in measured if row["activation_bits"] == 16]
+        # A roof is no lower than what a kernel showed, whichever run its row comes from.
+        bandwidth = max(max(row["read_bytes_per_second"], row["bytes"] / row["p20"]) for row in measured) / 1e9
+        peak = max(max(row["flops_per_second"], row["flops"] / row["p20"]) for row in wide) / 1e9
         bend = peak / bandwidth
         roof.plot(
             [low, bend, max(high, bend)],

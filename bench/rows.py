@@ -1,7 +1,7 @@
 """Measurements as JSON lines: written as they come, whole or not at all, and continued after a kill.
 
-A row is a flat dictionary. The first line that was cut by a kill is dropped when the file is opened again; of rows
-with the same key the last one counts, so a group that was measured twice has one answer.
+A row is a flat dictionary. The first line that was cut by a kill is dropped when the file is opened again; of
+groups that were measured more than once the least disturbed measurement counts.
 """
 
 import json
@@ -45,17 +45,26 @@ def _rows_of(path: Path) -> Iterator[Row]:
         yield row
 
 
-def latest(rows: Iterable[Row], key: Sequence[str]) -> list[Row]:
-    """The last row of every key, in the order in which keys first appear.
+def least_disturbed(rows: Iterable[Row]) -> list[Row]:
+    """Of several measurements of one group, the one whose contestants took the least time together.
+
+    A neighbour's load only ever adds time. The rule looks at the sum over all contestants, not at any ratio between
+    them, so it favours nobody; the other measurements stay in the file.
 
     Args:
-        rows: Any rows.
-        key: Fields that identify a measurement; a missing field counts as None.
+        rows: Rows with the fields of `KEY` and the `time` at which their group was measured.
+
+    Returns:
+        The rows of the chosen measurements, groups in the order in which they first appear.
     """
-    found: dict[tuple[Any, ...], Row] = {}
+    runs: dict[tuple[Any, ...], dict[Any, list[Row]]] = {}
     for row in rows:
-        found[identity(row, key)] = row
-    return list(found.values())
+        runs.setdefault(identity(row, GROUP), {}).setdefault(row.get("time"), []).append(row)
+    return [row for found in runs.values() for row in min(found.values(), key=_seconds)]
+
+
+def _seconds(rows: Sequence[Row]) -> float:
+    return float(sum(row["p50"] for row in rows if "p50" in row))
 
 
 def identity(row: Mapping[str, Any], key: Sequence[str]) -> tuple[Any, ...]:
