@@ -46,6 +46,7 @@ from tokenmill.kernels.mutation import WRONG_RESULT, Mutant, naming_report, writ
 PROOFS: dict[str, str] = {
     "int4_gemm_sm90": "tokenmill.kernels.int4_gemm.proof:SM90",
     "int4_gemm_mma_sync": "tokenmill.kernels.int4_gemm.proof:MMA_SYNC",
+    "spec_verify_greedy": "tokenmill.kernels.spec_verify.proof:GREEDY",
 }
 #: CTAs that the emulator keeps in flight: alone, as usual, and more than most cases have.
 _RESIDENT = (1, 4, 16)

@@ -1,8 +1,8 @@
 // Greedy acceptance: one CTA a request walks its drafts in order and stops at the first that the target disagrees
 // with, so rows behind a mismatch are never read. Needs no tensor cores: the same code for every family.
 
-#include "launch.cuh"
-#include "spec_verify/greedy.h"
+#include "../launch.cuh"
+#include "greedy.h"
 
 namespace {
 

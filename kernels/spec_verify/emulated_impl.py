@@ -1,6 +1,7 @@
 """The CUDA kernel of greedy acceptance executed on the CPU by the emulator, to prove it; by name only, and slow."""
 
 import ctypes
+from typing import Any
 
 import torch
 
@@ -41,34 +42,43 @@ def _why_not(problem: Problem) -> str | None:
     return None
 
 
-def _run(
-    draft_token_ids: torch.Tensor,
-    cu_num_draft_tokens: torch.Tensor,
-    target_logits: torch.Tensor,
-    bonus_token_ids: torch.Tensor,
-    max_spec_len: int,
-    out: torch.Tensor,
-) -> torch.Tensor:
-    library = emulator.load(SOURCE)
+def launch(library: emulator.EmulatedLibrary, out: torch.Tensor, **arguments: Any) -> int:
+    """Runs the launcher on copies of the tensors.
+
+    Args:
+        library: Built from `SOURCE`.
+        out: Its values go in, so that what the kernel leaves out shows; gets the result unless the launcher refuses.
+        arguments: Those of the public function.
+
+    Returns:
+        0, the number of the emulator's reports, or the launcher's negative error.
+    """
     library.reset()
-    T, V = target_logits.shape
+    logits = arguments["target_logits"]
     problem = _GreedyProblem(
-        draft_token_ids=library.upload(draft_token_ids),
-        cu_num_draft_tokens=library.upload(cu_num_draft_tokens),
-        target_logits=library.upload(target_logits),
-        bonus_token_ids=library.upload(bonus_token_ids),
-        output_token_ids=library.allocate(out.nbytes),
-        row_bytes=V * target_logits.element_size(),
-        drafts=T,
-        requests=cu_num_draft_tokens.shape[0],
-        vocabulary=V,
-        max_spec_len=max_spec_len,
-        type=_TYPES[target_logits.dtype],
+        draft_token_ids=library.upload(arguments["draft_token_ids"]),
+        cu_num_draft_tokens=library.upload(arguments["cu_num_draft_tokens"]),
+        target_logits=library.upload(logits),
+        bonus_token_ids=library.upload(arguments["bonus_token_ids"]),
+        output_token_ids=library.upload(out),
+        row_bytes=logits.shape[1] * logits.element_size(),
+        drafts=logits.shape[0],
+        requests=out.shape[0],
+        vocabulary=logits.shape[1],
+        max_spec_len=arguments["max_spec_len"],
+        type=_TYPES[logits.dtype],
     )
     status = library.call("tokenmill_spec_verify_greedy", ctypes.byref(problem), None)
-    if status:
+    if status >= 0:
+        out.copy_(library.download(problem.output_token_ids, out.shape, out.dtype))
+    return status
+
+
+def _run(out: torch.Tensor, **arguments: Any) -> torch.Tensor:
+    library = emulator.load(SOURCE)
+    if status := launch(library, out, **arguments):
         raise emulator.EmulatorError(f"greedy acceptance returned {status}\n{library.reports()}".rstrip())
-    return out.copy_(library.download(problem.output_token_ids, out.shape, out.dtype))
+    return out
 
 
 GREEDY = Implementation("cuda-emulated", _run, _why_not)
