@@ -253,7 +253,7 @@ def _demangled(mangled: str) -> tuple[str, str]:
     if program is None:
         return mangled, ""
     text = subprocess.run([program, mangled], capture_output=True, text=True, check=True).stdout.strip()
-    text = text.removeprefix("void ")
+    text = text.removeprefix("void ").replace("(anonymous namespace)::", "")
     end = _matching_end(text)
     name, _, arguments = text[:end].partition("<")
     return name, arguments.removesuffix(">").replace("(bool)0", "false").replace("(bool)1", "true")

@@ -39,7 +39,7 @@ DEV u32 argmax_row(const Bits* row, u32 vocabulary, u64* partial) {
 }
 
 template <typename Bits, u32 INFINITY_BITS>
-__global__ void __launch_bounds__(THREADS) greedy(const GreedyProblem p) {
+__global__ void __launch_bounds__(THREADS) spec_verify_greedy(const GreedyProblem p) {
     STATIC_SMEM(u64, partial, [WARPS]);
     const i64 request = blockIdx.x, width = p.max_spec_len + 1, drafts = p.drafts;
     // The sums are data that nobody has checked on a GPU: whatever they say, reads and writes stay inside.
@@ -73,10 +73,10 @@ extern "C" int tokenmill_spec_verify_greedy(const GreedyProblem* problem, void* 
     config.stream = (Stream)stream;
     switch (problem->type) {
         case LOGITS_FLOAT32:
-            return launch(greedy<uint32_t, 0x7f800000>, config, *problem);
+            return launch(spec_verify_greedy<uint32_t, 0x7f800000>, config, *problem);
         case LOGITS_FLOAT16:
-            return launch(greedy<uint16_t, 0x7c00>, config, *problem);
+            return launch(spec_verify_greedy<uint16_t, 0x7c00>, config, *problem);
         default:
-            return launch(greedy<uint16_t, 0x7f80>, config, *problem);
+            return launch(spec_verify_greedy<uint16_t, 0x7f80>, config, *problem);
     }
 }
