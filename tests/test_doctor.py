@@ -40,6 +40,8 @@ def test_a_missing_native_library_is_a_problem(
 ) -> None:
     from tokenmill.kernels import extension
 
+    # Uncached, so that what is only pretended here is not remembered for the tests that follow.
+    monkeypatch.setattr(extension, "why_not", extension.why_not.__wrapped__)
     monkeypatch.setattr(extension, "why_not_loaded", lambda: "the native library is not built; run `tokenmill build`")
     status, report = report_of(capsys)
     assert status == 1
