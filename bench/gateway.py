@@ -3,7 +3,7 @@
 One process of each gateway stands on one core; load and a backend that answers at once share another. Every scenario
 runs in rounds, each gateway after the other within a round; a row holds medians over the rounds.
 
-    python -m tokenmill.bench.gateway --out bench/results/cpu/gateway.jsonl \\
+    python -m tokenmill.bench.gateway --out bench/results/DEVICE/gateway.jsonl \\
         --vllm-router /path/to/vllm-router --litellm /path/to/litellm
 
 `added` latencies are the gateway's minus direct's in the same rounds. With `--realtime` (needs the privilege) all
