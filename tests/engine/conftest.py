@@ -57,7 +57,11 @@ def start(model: str = "", **arguments: Any) -> Any:
     with environment(**quiet), one_thread(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from vllm import LLM
+        from vllm.v1.engine import core
 
+        # The engines here share one process: the end of one, also when it is merely collected, must not tear down
+        # the process groups that the others still use.
+        core.cleanup_dist_env_and_memory = lambda *arguments, **options: None
         target, _ = tiny_pair()
         shape = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "max_num_seqs": 128}
         return LLM(

@@ -57,6 +57,7 @@ def compare(variant: Variant, folder: Path, bits: int = 16) -> None:
         list(PROMPTS), SamplingParams(max_tokens=LENGTH, temperature=0, ignore_eos=True), use_tqdm=False
     )
     status = {status.hook: status for status in hooks.statuses()}["linear"]
+    engine.llm_engine.engine_core.shutdown()  # now, not whenever it is collected
     del engine
     gc.collect()
     assert status.state == "active"
