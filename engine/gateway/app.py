@@ -7,6 +7,7 @@ through the pipeline (`pipeline.py`); the few other paths are answered here.
 import asyncio
 import contextlib
 import logging
+import os
 import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -217,11 +218,12 @@ class Gateway:
         return _json({"status": "ok"})
 
     async def _ready(self) -> Reply:
-        unready = self.portfolio.unready_tiers()
+        # Workers share a port and each sees the backends with its own eyes; who asks must be able to tell them apart.
+        unready, worker = self.portfolio.unready_tiers(), os.getpid()
         if not unready:
-            return _json({"status": "ready"})
+            return _json({"status": "ready", "worker": worker})
         wait = (b"retry-after", str(self.settings.retry_after_s).encode())
-        return _json({"status": "not ready", "tiers": unready}, 503, [wait])
+        return _json({"status": "not ready", "tiers": unready, "worker": worker}, 503, [wait])
 
     async def _metrics(self) -> Reply:
         return Reply(200, [(b"content-type", metrics.CONTENT_TYPE)], await self.metrics.render())

@@ -112,13 +112,21 @@ class Supervisor:
         host, port = self._address()
         with suppress(TimeoutError):
             async with asyncio.timeout(SETTLE_SECONDS):
-                while (answer := await probe.get(host, port, "/ready")) is None or answer[0] != 200:
-                    await asyncio.sleep(0.1)
+                await self._all_workers_see(host, port)
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         remotes, engines = self._plan.remotes, self._plan.engines
         shown = facts.panel_facts(url, engines, remotes, [self._status_file(engine) for engine in engines], self._logs)
         title = f"Tokenmill is ready after {self._display.seconds:.1f} s"
         self._display.panel(title, shown, facts.example_command(url, self._first_model(), chat=not self._pools()))
+
+    async def _all_workers_see(self, host: str, port: int) -> None:
+        """Waits until every gateway worker says that every tier is up; the kernel chooses which one answers."""
+        seeing: set[int] = set()
+        while not {worker.child.pid for worker in self._workers if worker.child} <= seeing:
+            answer = await probe.get_json(host, port, "/ready")
+            if answer is not None:
+                seeing.add(answer["worker"])
+            await asyncio.sleep(0.02)
 
     def _first_model(self) -> str:
         names = [name for engine in self._plan.engines for name in engine.backend.public_names]

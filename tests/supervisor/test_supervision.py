@@ -69,7 +69,8 @@ def test_progress_and_panel_are_plain_without_a_terminal(server: Running) -> Non
     command = re.search(r"try: (curl .*)", panel)
     assert command
     assert '"model": "first"' in command[1]
-    assert call(server.url + "/ready")[0] == 200
+    # Each worker judges for itself, and the kernel chooses which of the two answers.
+    assert [call(server.url + "/ready")[0] for _ in range(20)] == [200] * 20
 
 
 def test_a_killed_engine_is_replaced_and_nothing_else(server: Running) -> None:
