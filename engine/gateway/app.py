@@ -1,7 +1,8 @@
 """The gateway as an ASGI application.
 
-`create_app` holds everything it needs itself: no globals, so several can live in one process. Requests to models go
-through the pipeline (`pipeline.py`); the few other paths are answered here.
+A `Gateway` holds everything it needs itself: no globals, so several can live in one process. Requests to models go
+through the pipeline (`pipeline.py`); the few other paths are answered here, or by the sites that are mounted.
+`assembly.create_app` puts one together.
 """
 
 import asyncio
@@ -10,8 +11,8 @@ import logging
 import os
 import re
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Protocol
 from urllib.parse import unquote
 
 import orjson
@@ -24,13 +25,12 @@ from tokenmill.engine.gateway.health import Prober
 from tokenmill.engine.gateway.pipeline import Exchange, Outcome, Reply, Stage, compose
 from tokenmill.engine.gateway.portfolio import Portfolio
 from tokenmill.engine.gateway.request import ClientGoneError, Receive, Scope, Send, exchange_of, read_body, request_id
-from tokenmill.engine.gateway.routing import ResolveModel
-from tokenmill.engine.gateway.settings import Document
 from tokenmill.engine.gateway.upstream import Upstream
 
 log = logging.getLogger("tokenmill.gateway")
 
 Endpoint = Callable[[], Awaitable[Reply]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 #: How long after a request's body has come its client's hang-up is first looked for.
 HANGUP_GRACE_S = 0.005
@@ -43,23 +43,44 @@ _MODEL_PREFIX = "/v1/models/"
 _POST_ONLY = frozenset({*BARE_PATHS, *(path for path in openapi.INFERENCE_PATHS)})
 
 
+class Service(Protocol):
+    """What runs beside the requests, from the server's start to its end."""
+
+    async def start(self) -> None:
+        """Begins; an exception keeps the server from starting."""
+        ...
+
+    async def stop(self) -> None:
+        """Ends; the requests have ended before."""
+        ...
+
+
 class Gateway:
     """The application; call it with (scope, receive, send).
 
     Args:
-        document: Backends and settings.
-        stages: Stages between counting and routing, outermost first: what identifies, limits, caches.
-        routers: Stages below the lookup of the model, which narrow or reorder `exchange.routes`.
+        portfolio: The backends.
+        stages: What a request goes through between being counted and being sent, outermost first.
+        services: What runs beside the requests.
+        sites: Applications of their own under a path prefix, e.g. `/admin`; paths of the gateway itself go first.
     """
 
-    def __init__(self, document: Document, stages: Sequence[Stage] = (), routers: Sequence[Stage] = ()) -> None:
-        self.settings = document.settings
-        self.portfolio = Portfolio(document.backends, self.settings)
+    def __init__(
+        self,
+        portfolio: Portfolio,
+        stages: Sequence[Stage],
+        services: Sequence[Service] = (),
+        sites: Mapping[str, Application] | None = None,
+    ) -> None:
+        self.settings = portfolio.settings
+        self.portfolio = portfolio
         self.metrics = metrics.Metrics(self.portfolio)
+        self._services = services
+        self._sites = dict(sites or {})
         self._upstream: Upstream | None = None
         self.prober = Prober(self.portfolio, self.upstream, self.settings)
         self._handle = compose(
-            [metrics.MetricsStage(self.metrics), *stages, ResolveModel(self.portfolio), *routers],
+            [metrics.MetricsStage(self.metrics), *stages],
             Forwarder(self.upstream, self.settings).handle,
         )
         self._endpoints: dict[str, Endpoint] = {
@@ -77,21 +98,32 @@ class Gateway:
         return self._upstream
 
     async def start(self) -> None:
-        """Opens the HTTP client and starts probing."""
+        """Opens the HTTP client, starts probing and the services."""
         self._upstream = Upstream(self.settings)
         self.prober.start()
+        for service in self._services:
+            await service.start()
 
     async def stop(self) -> None:
-        """Ends probing and closes the HTTP client."""
+        """Ends the services and probing, and closes the HTTP client."""
+        for service in reversed(self._services):
+            await service.stop()
         await self.prober.stop()
         await self.upstream().close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""
         if scope["type"] == "http":
-            await self._http(scope, receive, send)
+            site = self._site(scope["path"]) if self._sites else None
+            await (self._http if site is None else site)(scope, receive, send)
         elif scope["type"] == "lifespan":
             await self._lifespan(receive, send)
+
+    def _site(self, path: str) -> Application | None:
+        """The application under whose prefix a path lies."""
+        return next(
+            (site for prefix, site in self._sites.items() if path == prefix or path.startswith(prefix + "/")), None
+        )
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         while True:
@@ -242,15 +274,6 @@ class Gateway:
 
     async def _docs(self) -> Reply:
         return Reply(200, [(b"content-type", b"text/html; charset=utf-8")], openapi.page())
-
-
-def create_app(document: Document) -> Gateway:
-    """The gateway with all of its stages.
-
-    Args:
-        document: Backends and settings.
-    """
-    return Gateway(document)
 
 
 class _Hangup:

@@ -5,7 +5,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import urlsplit
 
+from tokenmill.engine.gateway.money import Prices
 from tokenmill.errors import ConfigurationError
+
+#: What a request may need beyond plain text.
+Capability = Literal["tools", "vision", "audio", "json", "logprobs", "embeddings", "rerank"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,10 @@ class Backend:
         zone: `on-premises`, `edge` or `cloud`; residency policies read it.
         region: Free text, e.g. `eu-central`.
         version: Free text that names the model's version; shown in metrics and response headers.
+        prices: What its tokens cost.
+        context_window: Most tokens of a prompt and its answer together; None: not known.
+        capabilities: What its models can do beyond text in and text out.
+        quality: Share of requests that it is expected to answer well, 0 to 1; None: not stated.
     """
 
     name: str
@@ -44,6 +52,10 @@ class Backend:
     zone: Literal["on-premises", "edge", "cloud"] = "on-premises"
     region: str | None = None
     version: str | None = None
+    prices: Prices = field(default_factory=Prices)
+    context_window: int | None = None
+    capabilities: tuple[Capability, ...] = ()
+    quality: float | None = None
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.base_url)

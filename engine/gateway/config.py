@@ -3,19 +3,20 @@
 `docs/configuration.md` is made from the descriptions below by `tokenmill.engine.gateway.config_reference`.
 """
 
-import difflib
 import math
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from tokenmill.engine.gateway import yaml_file
+from tokenmill.engine.gateway.backends import Capability
+from tokenmill.engine.gateway.sections import Section
 from tokenmill.errors import ConfigurationError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -31,25 +32,6 @@ RESERVED_FLAGS: dict[str, str] = {
     "ssl-ca-certs": "let a reverse proxy in front end TLS",
     "grpc": "serve over HTTP",
 }
-
-
-class Section(BaseModel):
-    """A part of the file: no unknown fields, no silent conversion between types."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-    #: Fields of an alternative to this section; a misspelt one is recognised, too.
-    hinted_fields: ClassVar[tuple[str, ...]] = ()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _only_known_fields(cls, value: Any) -> Any:
-        if isinstance(value, dict):
-            unknown = [key for key in value if key not in cls.model_fields]
-            if unknown:
-                known = [*cls.model_fields, *cls.hinted_fields]
-                hints = {key: _nearest(str(key), known) for key in unknown}
-                raise PydanticCustomError("unknown_fields", "unknown fields", {"hints": hints})
-        return value
 
 
 class Server(Section):
@@ -91,6 +73,16 @@ class Speculation(Section):
         return self
 
 
+class Price(Section):
+    """What tokens cost, in dollars per million. Own hardware has a price, too: what an hour costs by what it makes."""
+
+    input: float = Field(0.0, description="Prompt tokens.", ge=0, le=1_000_000)
+    cached: float | None = Field(
+        None, description="Prompt tokens that the backend had cached; default: like `input`.", ge=0, le=1_000_000
+    )
+    output: float = Field(0.0, description="Generated tokens.", ge=0, le=1_000_000)
+
+
 class Backend(Section):
     """What both kinds of backend have in common."""
 
@@ -107,6 +99,13 @@ class Backend(Section):
     zone: Literal["on-premises", "edge", "cloud"] = Field("on-premises", description="Where it stands, for policies.")
     region: str | None = Field(None, description="Free text, e.g. `eu-central`.")
     version: str | None = Field(None, description="Version of the model, free text.")
+    price: Price = Field(default_factory=Price, description="What its tokens cost.")
+    context_window: int | None = Field(
+        None, description="Most tokens of a prompt and its answer together; longer requests are not routed here.", ge=1
+    )
+    capabilities: list[Capability] = Field(
+        default_factory=list, description="What it can do beyond text in, text out; requests that need more avoid it."
+    )
 
     @field_validator("name")
     @classmethod
@@ -235,6 +234,13 @@ AnyBackend = Annotated[
 class Tier(Section):
     """Servers that can stand in for each other; clients may use the tier's name as the model name."""
 
+    quality: float | None = Field(
+        None,
+        description="Share of requests that it answers well enough, as measured or judged; the router compares tiers "
+        "by it.",
+        ge=0,
+        le=1,
+    )
     backends: list[AnyBackend] = Field(
         description="One or more. With `url` it is a server elsewhere, otherwise a local vLLM server.", min_length=1
     )
@@ -291,11 +297,6 @@ def _plain_name(value: str) -> str:
             f"{value[:80]!r} is no name; use letters, digits, '.', '_' and '-', at most 63, a letter or digit first"
         )
     return value
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
 
 
 #: What a value should have been, by pydantic's type of error.

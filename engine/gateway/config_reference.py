@@ -8,12 +8,14 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from tokenmill.engine.gateway import config
+from tokenmill.engine.gateway.sections import Section
 
 #: The sections in the order in which a reader meets them: (class, heading, where it stands in the file).
-SECTIONS: tuple[tuple[type[config.Section], str, str], ...] = (
+SECTIONS: tuple[tuple[type[Section], str, str], ...] = (
     (config.Config, "The file", ""),
     (config.Server, "`server`", ""),
     (config.Tier, "`tiers.NAME`", ""),
+    (config.Price, "`tiers.NAME.backends[].price`", ""),
     (config.LocalBackend, "`tiers.NAME.backends[]`: a local vLLM server", "A backend without `url`."),
     (config.Speculation, "`tiers.NAME.backends[].speculation`", ""),
     (config.RemoteBackend, "`tiers.NAME.backends[]`: a server elsewhere", "A backend with `url`."),
@@ -79,6 +81,7 @@ def _type(field: FieldInfo) -> str:
         ("Tier]", "mapping of tiers"),
         ("Server", "section"),
         ("Speculation", "section"),
+        ("Price", "section"),
         ("dict[str, str]", "mapping of texts"),
         ("dict[str", "mapping"),
         ("list[str]", "list of texts"),

@@ -24,10 +24,11 @@ from tokenmill.engine.gateway.api_error import (
 from tokenmill.engine.gateway.balance import Balancer, refusal
 from tokenmill.engine.gateway.breaker import RetryBudget
 from tokenmill.engine.gateway.connection import ConnectFailedError, CutError, NoAnswerError, SilenceError
-from tokenmill.engine.gateway.pipeline import Exchange, Reply
+from tokenmill.engine.gateway.pipeline import Call, Exchange, Reply
 from tokenmill.engine.gateway.portfolio import Route, Target
 from tokenmill.engine.gateway.settings import Settings
 from tokenmill.engine.gateway.upstream import Answer, Upstream
+from tokenmill.engine.gateway.usage import StreamUsage, read_usage
 
 #: The backend says that it did not take the request.
 _NOT_TAKEN = (429, 503)
@@ -132,10 +133,12 @@ class Forwarder:
         exchange.on_end(lease.close)
         exchange.target = target
         exchange.attempts += 1
+        call = Call(target, route.model)
+        exchange.calls.append(call)
         ask = self._ask_anthropic if target.backend.protocol == "anthropic" else self._ask
         name = target.backend.name
         try:
-            return await ask(exchange, lease, route)
+            reply = await ask(exchange, lease, route)
         except (ConnectFailedError, NoAnswerError):
             lease.failed()
             lease.close()
@@ -149,6 +152,12 @@ class Forwarder:
             raise ApiError(
                 502, f"The backend {name} broke off in the middle of its answer.", code="upstream_cut"
             ) from None
+        call.status = reply.status
+        if reply.chunks is not None:
+            reply.chunks = _relay(reply.chunks, lease, StreamUsage(call.usage))
+        elif reply.status < 400 and reply.body is not None:
+            read_usage(reply.body, call.usage)
+        return reply
 
     async def _ask(self, exchange: Exchange, lease: Lease, route: Route) -> Reply:
         target = lease.target
@@ -164,7 +173,7 @@ class Forwarder:
             headers.append((b"authorization", b"Bearer " + target.backend.api_key.encode()))
         answer = await self._send(lease, exchange.target_path, headers, payload)
         if answer.status < 400 and answer.content_type != b"application/json":
-            return Reply(answer.status, answer.headers, None, _relay(answer.chunks(), lease))
+            return Reply(answer.status, answer.headers, None, answer.chunks())
         body = await answer.read()
         lease.close()
         reply = Reply(answer.status, answer.headers, body)
@@ -185,7 +194,7 @@ class Forwarder:
         kept = [header for header in answer.headers if header[0] != b"content-type"]
         if answer.status < 400 and answer.content_type == b"text/event-stream":
             chunks = anthropic.stream(answer.chunks(), bool(options.get("include_usage")))
-            return Reply(200, [*kept, EVENT_STREAM], None, _relay(chunks, lease))
+            return Reply(200, [*kept, EVENT_STREAM], None, chunks)
         body = await answer.read()
         lease.close()
         if answer.status < 400:
@@ -216,16 +225,18 @@ def _upstream_model(exchange: Exchange, target: Target, route: Route) -> str | N
     return None if public is None else target.backend.upstream_model(public)
 
 
-async def _relay(chunks: AsyncGenerator[bytes, None], lease: Lease) -> AsyncGenerator[bytes, None]:
-    """The stream, with its backend's slot freed at its end, whatever that is."""
+async def _relay(chunks: AsyncGenerator[bytes, None], lease: Lease, usage: StreamUsage) -> AsyncGenerator[bytes, None]:
+    """The stream, with its tokens counted and its backend's slot freed at its end, whatever that is."""
     try:
         async with contextlib.aclosing(chunks):
             async for chunk in chunks:
+                usage.feed(chunk)
                 yield chunk
     except (CutError, SilenceError):
         lease.failed()
         raise
     finally:
+        usage.finish()
         lease.close()
 
 

@@ -13,7 +13,6 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply
 from tokenmill.engine.gateway.portfolio import Portfolio
-from tokenmill.engine.gateway.usage import StreamUsage, read_usage
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST.encode()
 #: Rendering takes milliseconds: answers younger than this are given again.
@@ -131,7 +130,7 @@ class Metrics:
 
 
 class MetricsStage:
-    """Counts every request when it has ended; reads its tokens from the reply as it passes."""
+    """Counts every request when it has ended."""
 
     name = "metrics"
 
@@ -142,12 +141,4 @@ class MetricsStage:
         """See `pipeline.Stage`."""
         self._metrics.open += 1
         exchange.on_end(self._metrics.count)
-        reply = await proceed(exchange)
-        if reply.body is not None:
-            if reply.status < 400:
-                read_usage(reply.body, exchange.usage)
-        else:
-            tap = StreamUsage(exchange.usage)
-            exchange.taps.append(tap.feed)
-            exchange.on_end(lambda _: tap.finish())
-        return reply
+        return await proceed(exchange)

@@ -31,7 +31,9 @@ from tokenmill.engine.gateway.api_error import Headers
 from tokenmill.engine.gateway.body import Body
 
 if TYPE_CHECKING:
+    from tokenmill.engine.gateway.decision import Decision
     from tokenmill.engine.gateway.portfolio import Route, Target
+    from tokenmill.engine.gateway.principal import Principal
 
 #: How a request ended. `refused`: by the gateway itself (an `ApiError`); `failed`: the backend answered with an error
 #: or not at all; `cut`: the backend broke off after its answer began; `gone`: the client hung up.
@@ -53,6 +55,23 @@ class Usage:
     cached: int = 0
     completion: int = 0
     exact: bool = False
+
+
+@dataclass
+class Call:
+    """One request to a backend on behalf of an exchange, and what it used there.
+
+    Attributes:
+        target: The backend.
+        model: The model's public name.
+        usage: Its tokens; filled in while the answer passes.
+        status: Status of the answer; 0: there was none.
+    """
+
+    target: "Target"
+    model: str | None
+    usage: Usage = field(default_factory=Usage)
+    status: int = 0
 
 
 @dataclass
@@ -91,7 +110,11 @@ class Exchange:
         attempts: Requests sent upstream for it.
         status: The reply's HTTP status; 0 until it is known.
         first_chunk_at, last_chunk_at: `time.perf_counter()` of the reply's first and last bytes; 0.0 until then.
-        usage: Its tokens.
+        calls: What was sent upstream for it, in order; the last one's answer is the reply.
+        principal: Whose request it is; None where nobody must identify himself.
+        decision: Why it goes where it goes; None where it asks for a model by name.
+        meter: Have the backend count a stream's tokens even where the client did not ask for it; the client does
+            not see the count.
         outcome: How it ended; `open` until then.
         taps: Called with every chunk of a streamed reply as it is sent.
         notes: What stages keep about this request, by the stage's name.
@@ -101,16 +124,20 @@ class Exchange:
         "_at_end",
         "attempts",
         "body",
+        "calls",
         "client",
+        "decision",
         "endpoint",
         "first_chunk_at",
         "forward",
         "headers",
         "last_chunk_at",
+        "meter",
         "model",
         "notes",
         "outcome",
         "payload",
+        "principal",
         "query",
         "request_id",
         "routes",
@@ -118,7 +145,6 @@ class Exchange:
         "status",
         "taps",
         "target",
-        "usage",
     )
 
     def __init__(
@@ -151,11 +177,27 @@ class Exchange:
         self.status = 0
         self.first_chunk_at = 0.0
         self.last_chunk_at = 0.0
-        self.usage = Usage()
+        self.calls: list[Call] = []
+        self.principal: Principal | None = None
+        self.decision: Decision | None = None
+        self.meter = False
         self.outcome: Outcome = "open"
         self.taps: list[Callable[[bytes], None]] = []
         self.notes: dict[str, Any] = {}
         self._at_end: list[Callable[[Exchange], None]] = []
+
+    @property
+    def usage(self) -> Usage:
+        """The tokens of all its calls together."""
+        if len(self.calls) == 1:
+            return self.calls[0].usage
+        usages = [call.usage for call in self.calls]
+        return Usage(
+            sum(usage.prompt for usage in usages),
+            sum(usage.cached for usage in usages),
+            sum(usage.completion for usage in usages),
+            all(usage.exact for usage in usages),
+        )
 
     @property
     def target_path(self) -> bytes:

@@ -6,7 +6,7 @@ next one at once, where SQLite's own waiting would sleep for milliseconds, and t
 
 The file is in WAL mode with `synchronous=NORMAL`: a process killed at any point loses nothing that was committed and
 leaves nothing half written; a power failure may lose the last moments, but never consistency. Statements keep to what
-PostgreSQL takes, too. Times are UTC in milliseconds, money is in micro-cents (`governance.money`).
+PostgreSQL takes, too. Times are UTC in milliseconds, money is in micro-cents (`money`).
 """
 
 import asyncio

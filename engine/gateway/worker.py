@@ -26,7 +26,7 @@ import prometheus_client
 import uvicorn
 
 from tokenmill import env
-from tokenmill.engine.gateway.app import create_app
+from tokenmill.engine.gateway.assembly import create_app
 from tokenmill.engine.gateway.protocol import protocol_class
 from tokenmill.engine.gateway.settings import Document
 from tokenmill.errors import ConfigurationError

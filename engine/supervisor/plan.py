@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tokenmill.engine.gateway.backends import Backend
-from tokenmill.engine.gateway.config import Config, LocalBackend, RemoteBackend, Server, Speculation
+from tokenmill.engine.gateway.config import Config, LocalBackend, Price, RemoteBackend, Server, Speculation
+from tokenmill.engine.gateway.money import Prices, micro_cents
 from tokenmill.engine.gateway.settings import Settings
 from tokenmill.errors import ConfigurationError
 from tokenmill.models import tiny_pair
@@ -28,6 +29,7 @@ class Engine:
         backend: Its part of the configuration.
         name: Name in logs, progress and metrics; unique.
         tier: The tier it belongs to.
+        quality: The tier's quality.
         command: Program and arguments, all but where to listen.
         environment: Its whole environment, all but what the supervisor adds at each start.
     """
@@ -35,6 +37,7 @@ class Engine:
     backend: LocalBackend
     name: str
     tier: str
+    quality: float | None
     command: tuple[str, ...]
     environment: Mapping[str, str]
 
@@ -45,7 +48,7 @@ class Engine:
             base_url=f"http://127.0.0.1:{port}",
             # Adapters add model names of their own: the engine's list has them all.
             models=() if adapters else tuple(self.backend.public_names),
-            **_common(self.name, self.tier, self.backend),
+            **_common(self.name, self.tier, self.backend, self.quality),
         )
 
 
@@ -85,12 +88,13 @@ def make_plan(config: Config, engine_arguments: Sequence[str] = ()) -> Plan:
     """
     engines, remotes = [], []
     for name, tier, backend in config.named_backends():
+        quality = config.tiers[tier].quality
         if isinstance(backend, RemoteBackend):
-            remotes.append(_remote(name, tier, backend))
+            remotes.append(_remote(name, tier, backend, quality))
         else:
             arguments = [*engine_flags(backend), *engine_arguments]
             command = (*ENGINE_COMMAND, resolve_model(backend.model), *arguments)
-            engines.append(Engine(backend, name, tier, command, _environment(backend)))
+            engines.append(Engine(backend, name, tier, quality, command, _environment(backend)))
     return Plan(config.server, tuple(engines), tuple(remotes))
 
 
@@ -151,7 +155,7 @@ def _environment(backend: LocalBackend) -> dict[str, str]:
     return environment | backend.env
 
 
-def _remote(name: str, tier: str, backend: RemoteBackend) -> Backend:
+def _remote(name: str, tier: str, backend: RemoteBackend, quality: float | None) -> Backend:
     return Backend(
         base_url=backend.url,
         models=tuple(backend.models),
@@ -159,11 +163,17 @@ def _remote(name: str, tier: str, backend: RemoteBackend) -> Backend:
         api_key=backend.api_key(),
         protocol=backend.protocol,
         health_path=backend.health_path,
-        **_common(name, tier, backend),
+        **_common(name, tier, backend, quality),
     )
 
 
-def _common(name: str, tier: str, backend: LocalBackend | RemoteBackend) -> dict[str, Any]:
+def prices(price: Price) -> Prices:
+    """A configured price in the gateway's unit."""
+    cached = price.input if price.cached is None else price.cached
+    return Prices(micro_cents(price.input), micro_cents(cached), micro_cents(price.output))
+
+
+def _common(name: str, tier: str, backend: LocalBackend | RemoteBackend, quality: float | None) -> dict[str, Any]:
     return {
         "name": name,
         "tier": tier,
@@ -173,4 +183,8 @@ def _common(name: str, tier: str, backend: LocalBackend | RemoteBackend) -> dict
         "zone": backend.zone,
         "region": backend.region,
         "version": backend.version,
+        "prices": prices(backend.price),
+        "context_window": backend.context_window,
+        "capabilities": tuple(backend.capabilities),
+        "quality": quality,
     }

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenmill.engine.gateway import config, config_reference, yaml_file
+from tokenmill.engine.gateway.sections import Section
 from tokenmill.errors import ConfigurationError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -153,6 +154,6 @@ def test_documentation_is_current() -> None:
 
 
 @pytest.mark.parametrize("section", [section for section, _, _ in config_reference.SECTIONS])
-def test_every_field_is_documented(section: type[config.Section]) -> None:
+def test_every_field_is_documented(section: type[Section]) -> None:
     for name, field in section.model_fields.items():
         assert field.description, f"{section.__name__}.{name}"

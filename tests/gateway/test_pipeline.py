@@ -9,7 +9,8 @@ from tokenmill.engine.gateway.api_error import ApiError
 from tokenmill.engine.gateway.app import Gateway
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply, Stage, compose
-from tokenmill.engine.gateway.settings import Document
+from tokenmill.engine.gateway.portfolio import Portfolio
+from tokenmill.engine.gateway.settings import Settings
 
 
 class Recorder:
@@ -65,7 +66,7 @@ class Answer:
 
 def run(stages: list[Stage], gone_after: int | None = None) -> list[dict[str, object]]:
     """What the gateway sends for one request; the client hangs up after some messages."""
-    gateway = Gateway(Document((Backend("a", "http://a", "t", ("m",)),)), stages)
+    gateway = Gateway(Portfolio([Backend("a", "http://a", "t", ("m",))], Settings()), stages)
     sent: list[dict[str, object]] = []
 
     async def main() -> None:

@@ -1,0 +1,26 @@
+"""Whose request it is: what the governance stage found out about the key, for every stage below."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Principal:
+    """The owner of a request.
+
+    Attributes:
+        key: The key's public id; `master` for the master key.
+        organisation, team, app: Ids of the accounts above it; None where there is none.
+        models: Model and tier names it may ask for; None: all.
+        metadata: What the key's maker attached.
+        soft_limit_reached: An account of its chain has passed its soft limit: cheaper tiers are preferred.
+    """
+
+    key: str
+    organisation: str | None = None
+    team: str | None = None
+    app: str | None = None
+    models: tuple[str, ...] | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    soft_limit_reached: bool = False
