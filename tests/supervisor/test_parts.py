@@ -182,7 +182,7 @@ def test_anything_else_gets_plain_lines(width: int) -> None:
 
 def test_the_panel_tells_what_runs_and_what_does_not(tmp_path: Path) -> None:
     backend = LocalBackend(model="org/big", speculation=Speculation(method="draft_model", model="org/small", tokens=2))
-    engine = Engine(backend, "t", "t", ("x",), {})
+    engine = Engine(backend, "t", "t", None, ("x",), {})
     status = tmp_path / "hooks.json"
     hooks = [
         {"hook": "linear", "state": "refused", "detail": "too old"},
