@@ -28,6 +28,8 @@ class Backend:
         health_path: Path of the health probe, from the server's root. None: health by outcome only.
         weight: Share of its tier's load relative to the tier's other backends, above 0.
         max_concurrency: Requests it may have open at once; more go elsewhere, or are refused with 429.
+        requests_per_minute: Requests it may be sent in any minute; None: any number.
+        tokens_per_minute: Tokens after which it gets no request until the minute is over; None: any number.
         canary: Share of its tier's requests, 0 to 1, that go to this backend and no others; None: no canary.
         zone: `on-premises`, `edge` or `cloud`; residency policies read it.
         region: Free text, e.g. `eu-central`.
@@ -48,6 +50,8 @@ class Backend:
     health_path: str | None = "/health"
     weight: float = 1.0
     max_concurrency: int | None = None
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
     canary: float | None = None
     zone: Literal["on-premises", "edge", "cloud"] = "on-premises"
     region: str | None = None

@@ -52,6 +52,19 @@ class Server(Section):
     read_timeout_seconds: float = Field(
         600.0, description="Longest silence of a backend, before and during its answer; then 504.", gt=0, le=86_400
     )
+    retries: int | None = Field(
+        None,
+        description="Most times that one request is sent again, to another backend and only where that is safe; "
+        "default: until every backend was asked.",
+        ge=0,
+        le=100,
+    )
+    breaker_failures: int = Field(
+        5, description="Failures in a row after which a backend is not asked for a model for a while.", ge=1, le=100_000
+    )
+    breaker_cooldown_seconds: float = Field(
+        2.0, description="How long that is the first time; it doubles with each failure after it.", gt=0, le=86_400
+    )
 
 
 class Speculation(Section):
@@ -92,6 +105,15 @@ class Backend(Section):
     weight: float = Field(1.0, description="Share of the tier's load, relative to its other backends.", gt=0)
     max_concurrency: int | None = Field(
         None, description="Requests it may have open at once; more go to others or get 429.", ge=1
+    )
+    requests_per_minute: int | None = Field(
+        None, description="Requests it may be sent in any minute; more go to others or get 429.", ge=1, le=10**9
+    )
+    tokens_per_minute: int | None = Field(
+        None,
+        description="Tokens, prompt and answer, after which it gets no request until the minute is over.",
+        ge=1,
+        le=10**12,
     )
     canary: float | None = Field(
         None, description="Share of the tier's requests, 0 to 1, that go here and nowhere else.", ge=0, le=1
@@ -187,6 +209,12 @@ class RemoteBackend(Backend):
         description="Environment variable that holds its API key; default: the client's `Authorization` is passed on.",
         pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
     )
+    api_key: str | None = Field(
+        None,
+        description="Its API key itself; better kept in a variable that `api_key_env` names.",
+        pattern=r"^[\x21-\x7e]+$",
+        repr=False,
+    )
     protocol: Literal["openai", "anthropic"] = Field("openai", description="What it speaks.")
     health_path: str | None = Field(
         "/health", description="Path of its health probe; `null` judges it by its answers alone.", pattern=r"^/"
@@ -206,14 +234,20 @@ class RemoteBackend(Backend):
             raise ValueError("the URL holds a password; put the key into a variable and name it in 'api_key_env'")
         return value
 
-    def api_key(self) -> str | None:
-        """The key from the environment; None when none is configured.
+    @model_validator(mode="after")
+    def _one_key(self) -> "RemoteBackend":
+        if self.api_key is not None and self.api_key_env is not None:
+            raise ValueError("'api_key' and 'api_key_env' both give the key; keep one, best 'api_key_env'")
+        return self
+
+    def secret(self) -> str | None:
+        """The API key, from the file or the environment; None when none is configured.
 
         Raises:
             ConfigurationError: The variable is not set.
         """
         if self.api_key_env is None:
-            return None
+            return self.api_key
         key = os.environ.get(self.api_key_env, "").strip()
         if not key:
             raise ConfigurationError(f"{self.api_key_env} is not set; export it, the backend at {self.url} needs it")
@@ -241,6 +275,10 @@ class Tier(Section):
         ge=0,
         le=1,
     )
+    fallbacks: list[str] = Field(
+        default_factory=list,
+        description="Tiers that take over, in this order, when none of this one's backends can serve a request.",
+    )
     backends: list[AnyBackend] = Field(
         description="One or more. With `url` it is a server elsewhere, otherwise a local vLLM server.", min_length=1
     )
@@ -267,6 +305,14 @@ class Config(Section):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two backends are named {name!r}; give one of them another 'name'")
+        return self
+
+    @model_validator(mode="after")
+    def _fallbacks_exist(self) -> "Config":
+        for name, tier in self.tiers.items():
+            for other in tier.fallbacks:
+                if other == name or other not in self.tiers:
+                    raise ValueError(f"tier {name!r} falls back to {other!r}; name another tier of this file")
         return self
 
     def named_backends(self) -> Iterator[tuple[str, str, LocalBackend | RemoteBackend]]:

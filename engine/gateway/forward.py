@@ -49,6 +49,7 @@ class Lease:
         self._open = True
         self._answer: Answer | None = None
         target.outstanding += 1
+        target.pace.sent()
         target.breaker(model).begin()
 
     def holds(self, answer: Answer) -> None:
@@ -93,7 +94,10 @@ class Forwarder:
         tried: list[Target] = []
         refused: Reply | ApiError | None = None
         repeated = False
+        most = self._settings.most_retries
         while (choice := self._next(exchange, tried)) is not None:
+            if tried and most is not None and len(tried) > most:
+                break
             if repeated and not self._retries.spend():
                 break
             route, target = choice
@@ -135,6 +139,8 @@ class Forwarder:
         exchange.attempts += 1
         call = Call(target, route.model)
         exchange.calls.append(call)
+        if target.backend.tokens_per_minute is not None:
+            exchange.on_end(lambda _: target.pace.used(call.usage.prompt + call.usage.completion))
         ask = self._ask_anthropic if target.backend.protocol == "anthropic" else self._ask
         name = target.backend.name
         try:

@@ -1,13 +1,14 @@
 """The backends as they are now: who serves which model, who is up, how busy each is."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tokenmill.engine.gateway.api_error import ApiError, model_not_found, unavailable
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.breaker import Breaker
+from tokenmill.engine.gateway.pace import Pace, share
 from tokenmill.engine.gateway.settings import Settings
 from tokenmill.engine.gateway.upstream import Origin
 
@@ -21,6 +22,7 @@ class Target:
         up: What the last probe or outcome said; None before the first.
         catalog: Model objects of its `/v1/models` by id; None until it was asked with success.
         canary: The share of its tier's requests that it gets alone; may be changed at any time.
+        pace: What it was sent in the last minute.
         origin: Where its connections go.
         reason: Why it is down, for people.
     """
@@ -31,6 +33,9 @@ class Target:
         self.up: bool | None = None
         self.catalog: dict[str, dict[str, Any]] | None = None
         self.canary = backend.canary
+        self.pace = Pace(
+            share(backend.requests_per_minute, settings.workers), share(backend.tokens_per_minute, settings.workers)
+        )
         self.origin = Origin.of(backend.root)
         self.reason = "not probed yet"
         self._settings = settings
@@ -50,9 +55,9 @@ class Target:
         return found
 
     def has_room(self) -> bool:
-        """Whether its concurrency limit admits one more request."""
+        """Whether its limits on concurrency and per minute admit one more request."""
         limit = self.backend.max_concurrency
-        return limit is None or self.outstanding < limit
+        return (limit is None or self.outstanding < limit) and self.pace.allows()
 
     def mark_up(self) -> None:
         """It answered."""
@@ -146,12 +151,22 @@ class Portfolio:
             raise ApiError(400, "`model` is missing; GET /v1/models lists the choices.", code="missing", param="model")
         route = self._routes.get(wanted)
         if route is not None:
-            return (route,)
+            return (route, *self._fallbacks(route))
         unknown = [target for target in self.targets if not target.backend.models and target.catalog is None]
         if unknown:
             names = ", ".join(target.backend.name for target in unknown)
             raise unavailable(f"The models of {names} are not known yet; try again soon.", self.settings.retry_after_s)
         raise model_not_found(wanted)
+
+    def _fallbacks(self, route: Route) -> Iterator[Route]:
+        """Where a request goes when none of the route's backends can serve it."""
+        configured = self.settings.fallbacks
+        if configured:
+            tiers = dict.fromkeys(target.backend.tier for target in route.targets)
+            others = dict.fromkeys(other for tier in tiers for other in configured.get(tier, ()))
+            for other in others:
+                if other in self.tiers and other not in tiers:
+                    yield Route(self.tiers[other], None, "fallback")
 
     def models(self) -> list[dict[str, Any]]:
         """The merged model list in the order of the configuration; a backend's own objects stay as they are."""

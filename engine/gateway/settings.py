@@ -1,5 +1,6 @@
 """The gateway's own settings and the document a worker process is started with."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import msgspec
@@ -28,6 +29,9 @@ class Settings:
         breaker_cooldown_s: How long it stays open the first time; doubles up to 16 times that.
         retry_ratio: Upstream requests that may be repeated, per request made: bounds retry storms.
         retry_after_s: What `Retry-After` says when no backend can serve and none said anything itself.
+        most_retries: Most times one request is sent again; None: until every backend was asked.
+        fallbacks: Tier to the tiers that take over, in this order, when none of its backends can serve.
+        workers: Gateway processes that share what a backend may be sent in a minute.
         default_model: What a request without `model` means. None: the sole tier's model, if there is one tier.
     """
 
@@ -45,6 +49,9 @@ class Settings:
     breaker_cooldown_s: float = 2.0
     retry_ratio: float = 0.1
     retry_after_s: int = 2
+    most_retries: int | None = None
+    fallbacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    workers: int = 1
     default_model: str | None = None
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +60,13 @@ class Plan:
         server: Where clients connect.
         engines: The vLLM servers to start.
         remotes: The servers elsewhere, as the gateway sees them.
+        fallbacks: Tier to the tiers that take over from it.
     """
 
     server: Server
     engines: tuple[Engine, ...]
     remotes: tuple[Backend, ...]
+    fallbacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def settings(self) -> Settings:
         """The gateway's settings."""
@@ -72,6 +74,11 @@ class Plan:
             drain_s=self.server.drain_seconds,
             max_body_bytes=int(self.server.max_body_mb * (1 << 20)),
             read_timeout_s=self.server.read_timeout_seconds,
+            breaker_failures=self.server.breaker_failures,
+            breaker_cooldown_s=self.server.breaker_cooldown_seconds,
+            most_retries=self.server.retries,
+            fallbacks=self.fallbacks,
+            workers=self.server.workers,
             default_model=self.server.default_model,
         )
 
@@ -95,7 +102,8 @@ def make_plan(config: Config, engine_arguments: Sequence[str] = ()) -> Plan:
             arguments = [*engine_flags(backend), *engine_arguments]
             command = (*ENGINE_COMMAND, resolve_model(backend.model), *arguments)
             engines.append(Engine(backend, name, tier, quality, command, _environment(backend)))
-    return Plan(config.server, tuple(engines), tuple(remotes))
+    fallbacks = {name: tuple(tier.fallbacks) for name, tier in config.tiers.items() if tier.fallbacks}
+    return Plan(config.server, tuple(engines), tuple(remotes), fallbacks)
 
 
 def gateway_command(descriptor: int) -> tuple[str, ...]:
@@ -160,7 +168,7 @@ def _remote(name: str, tier: str, backend: RemoteBackend, quality: float | None)
         base_url=backend.url,
         models=tuple(backend.models),
         model_names=backend.models,
-        api_key=backend.api_key(),
+        api_key=backend.secret(),
         protocol=backend.protocol,
         health_path=backend.health_path,
         **_common(name, tier, backend, quality),
@@ -179,6 +187,8 @@ def _common(name: str, tier: str, backend: LocalBackend | RemoteBackend, quality
         "tier": tier,
         "weight": backend.weight,
         "max_concurrency": backend.max_concurrency,
+        "requests_per_minute": backend.requests_per_minute,
+        "tokens_per_minute": backend.tokens_per_minute,
         "canary": backend.canary,
         "zone": backend.zone,
         "region": backend.region,

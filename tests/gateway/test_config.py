@@ -63,6 +63,8 @@ MISTAKES = [
     ("tiers: {u: {backends: [{url: 'http://[x'}]}}\n", 1, "not http(s)://"),
     ("tiers: {u: {backends: [{url: 'http://me:secret@x'}]}}\n", 1, "api_key_env"),
     ("tiers: {u: {backends: [{url: 'http://x', api_key_env: sk-123}]}}\n", 1, "match pattern"),
+    ("tiers: {u: {backends: [{url: 'http://x', api_key: k, api_key_env: K}]}}\n", 1, "keep one"),
+    ("tiers: {u: {fallbacks: [v], backends: [{model: m}]}}\n", 1, "falls back to 'v'"),
     ("tiers: {u: {backends: [{model: m, flags: {port: 1}}]}}\n", 1, "set 'server.port'"),
     ("tiers: {u: {backends: [{model: m, flags: {served_model_name: x}}]}}\n", 1, "served_as"),
     ("tiers: {u: {backends: [{model: m, flags: {enforce-eager: null}}]}}\n", 1, "has no value"),
@@ -138,9 +140,9 @@ def test_keys_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None
     backend = config.RemoteBackend(url="http://x", api_key_env="TOKENMILL_TEST_KEY")
     monkeypatch.delenv("TOKENMILL_TEST_KEY", raising=False)
     with pytest.raises(ConfigurationError, match="TOKENMILL_TEST_KEY is not set"):
-        backend.api_key()
+        backend.secret()
     monkeypatch.setenv("TOKENMILL_TEST_KEY", "sk-1")
-    assert backend.api_key() == "sk-1"
+    assert backend.secret() == "sk-1"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)

@@ -1,0 +1,57 @@
+"""Requests and tokens per minute of one backend: a sliding window, shared between processes in equal parts."""
+
+import pytest
+
+from tests.gateway.running import RunningGateway
+from tests.gateway.upstream import FakeUpstream
+from tokenmill.engine.gateway.backends import Backend
+from tokenmill.engine.gateway.pace import Pace, share
+from tokenmill.engine.gateway.settings import Settings
+
+CHAT = "/v1/chat/completions"
+
+
+def test_requests_slide_out_of_the_window_one_by_one() -> None:
+    now = 0.0
+    pace = Pace(2, None, lambda: now)
+    assert pace.allows()
+    pace.sent()
+    now = 30.0
+    assert pace.allows()
+    pace.sent()
+    assert not pace.allows()
+    now = 59.9
+    assert not pace.allows()
+    now = 60.0
+    assert pace.allows()
+    pace.sent()
+    assert not pace.allows()
+
+
+def test_tokens_count_when_they_are_known() -> None:
+    now = 0.0
+    pace = Pace(None, 100, lambda: now)
+    pace.used(99)
+    assert pace.allows()
+    pace.used(50)
+    assert not pace.allows()
+    now = 61.0
+    assert pace.allows()
+
+
+@pytest.mark.parametrize(("limit", "workers", "part"), [(None, 4, None), (9, 4, 2), (3, 4, 1)])
+def test_workers_share_a_limit(limit: int | None, workers: int, part: int | None) -> None:
+    assert share(limit, workers) == part
+
+
+def test_a_request_beyond_the_pace_goes_to_the_fallback_and_then_to_nobody(shared_upstream: FakeUpstream) -> None:
+    settings = Settings(probe_interval_s=0.1, fallbacks={"first": ("second",)})
+    backends = (
+        Backend("a", shared_upstream.url, "first", models=("tiny",), requests_per_minute=1),
+        Backend("b", shared_upstream.url, "second", models=("spare",), tokens_per_minute=1),
+    )
+    with RunningGateway(*backends, settings=settings) as gateway:
+        answers = [gateway.post(CHAT, {"model": "tiny", "messages": []}) for _ in range(3)]
+        assert [status for status, _, _ in answers] == [200, 200, 429]
+        assert b'"model": "spare"' in answers[1][2]
+        assert b'tokenmill_upstream_requests_total{backend="b",tier="second"} 1.0' in gateway.get("/metrics")[2]
