@@ -13,12 +13,20 @@ from tokenmill.errors import ConfigurationError
 
 def bench(argv: list[str]) -> int:
     """Measures one subject, named by the first argument."""
-    subjects = {"int4": _int4}
+    subjects = {"int4": _int4, "serve": _serve}
     parser = argparse.ArgumentParser(prog="tokenmill bench", description="Measures one subject against its rivals.")
-    parser.add_argument("subject", choices=sorted(subjects), help="int4: INT4 linear layers")
+    parser.add_argument(
+        "subject", choices=sorted(subjects), help="int4: INT4 linear layers; serve: vLLM with our hooks"
+    )
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="`tokenmill bench SUBJECT --help` explains them")
     chosen = parser.parse_args(argv)
     return subjects[chosen.subject](chosen.arguments)
+
+
+def _serve(argv: list[str]) -> int:
+    from tokenmill.bench.serving import command
+
+    return command.main(argv)
 
 
 def _int4_parser() -> argparse.ArgumentParser:

@@ -13,7 +13,6 @@ processes get a real-time priority, so that other work on the machine disturbs l
 
 import argparse
 import contextlib
-import json
 import os
 import socket
 import statistics
@@ -21,12 +20,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenmill.bench import http_load
+from tokenmill.bench import http_load, rows
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.settings import Document
 
@@ -209,7 +208,9 @@ def measure(stage: Stage, scenario: Scenario, contender: Contender, seconds: flo
     }
 
 
-def rows(runs: dict[str, list[dict[str, float]]], scenario: Scenario, facts: dict[str, Any]) -> list[dict[str, Any]]:
+def summarise(
+    runs: dict[str, list[dict[str, float]]], scenario: Scenario, facts: dict[str, Any]
+) -> list[dict[str, Any]]:
     """Medians over the rounds, with what each contender adds to direct."""
     medians = {
         name: {key: statistics.median(run[key] for run in rounds) for key in rounds[0]} for name, rounds in runs.items()
@@ -217,7 +218,7 @@ def rows(runs: dict[str, list[dict[str, float]]], scenario: Scenario, facts: dic
     direct = medians["direct"]
     made = []
     for name, median in medians.items():
-        row = {"bench": "gateway", "scenario": scenario.name, "clients": scenario.clients, "gateway": name}
+        row = {"op": "gateway", "scenario": scenario.name, "clients": scenario.clients, "implementation": name}
         row.update((key, round(value, 3)) for key, value in median.items())
         for key in ("p50_ms", "p99_ms", "first_byte_p50_ms"):
             row[f"added_{key}"] = round(median[key] - direct[key], 3)
@@ -226,20 +227,21 @@ def rows(runs: dict[str, list[dict[str, float]]], scenario: Scenario, facts: dic
     return made
 
 
-def facts(options: argparse.Namespace) -> dict[str, Any]:
-    """What a reader needs to judge a row."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "device": model,
-        "cores": os.cpu_count(),
-        "realtime": options.realtime,
-        "rounds": options.rounds,
-        "seconds": options.seconds,
-        "commit": commit.stdout.strip(),
-        "python": sys.version.split()[0],
-    }
+def facts(options: argparse.Namespace, arguments: Sequence[str]) -> rows.Row:
+    """What a reader needs to judge a row, the rivals' versions included."""
+    command = ["python", "-m", "tokenmill.bench.gateway", *arguments]
+    about = rows.facts(command, sources=("engine/gateway", "bench", "tokenmill"))
+    programs = {"vllm-router": options.vllm_router, "litellm": options.litellm}
+    about["versions"] |= {name: version_beside(path, name) for name, path in programs.items() if path}
+    return {**about, "realtime": options.realtime, "rounds": options.rounds, "seconds": options.seconds}
+
+
+def version_beside(program: str, distribution: str) -> str:
+    """The version of a distribution in the environment that a program of it lies in."""
+    ask = f"from importlib.metadata import version; print(version({distribution!r}))"
+    interpreter = Path(program).absolute().with_name("python")
+    answer = subprocess.run([str(interpreter), "-c", ask], capture_output=True, text=True, check=False)
+    return answer.stdout.strip() or "unknown"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -258,7 +260,8 @@ def main(arguments: list[str] | None = None) -> int:
     os.sched_setaffinity(0, {1})
     if options.realtime:
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
-    known = facts(options)
+    known = facts(options, sys.argv[1:] if arguments is None else arguments)
+    out = None if options.out is None else rows.RowFile(options.out)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         stack.callback(stage.close)
@@ -280,24 +283,22 @@ def main(arguments: list[str] | None = None) -> int:
             for _ in range(options.rounds):
                 for contender in contenders:
                     runs[contender.name].append(measure(stage, scenario, contender, options.seconds))
-            report(rows(runs, scenario, known), options.out)
+            report(summarise(runs, scenario, known), out)
     return 0
 
 
-def report(made: list[dict[str, Any]], out: Path | None) -> None:
+def report(made: list[dict[str, Any]], out: rows.RowFile | None) -> None:
     """Prints the rows and appends them to the file."""
     for row in made:
         print(
-            f"{row['scenario']:<30} {row['clients']:>4} {row['gateway']:<11} {row['requests_per_s']:>7.0f}/s "
+            f"{row['scenario']:<30} {row['clients']:>4} {row['implementation']:<11} {row['requests_per_s']:>7.0f}/s "
             f"p50 {row['p50_ms']:>8.3f} (+{row['added_p50_ms']:.3f}) p99 {row['p99_ms']:>8.3f} "
             f"max {row['max_ms']:>8.3f} ms cpu {row['cpu_us_per_request']:>6.0f} us {row['resident_mb']:>4.0f} MiB "
             f"{row['elapsed_s']:>6.2f} s errors {row['errors']:.0f}",
             flush=True,
         )
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in made)
+        out.append(made)
 
 
 if __name__ == "__main__":

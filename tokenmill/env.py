@@ -122,6 +122,13 @@ PARENT_FD: Variable[int | None] = Variable(
     "Read end of a pipe that the supervisor holds open; when it closes, the server ends itself and its children.",
 )
 
+COMMIT = Variable(
+    "TOKENMILL_COMMIT",
+    "unknown",
+    str,
+    "The commit that measured rows name where there is no git, as on a machine that got a copy of the tree.",
+)
+
 #: The table that `tokenmill doctor` prints; a new variable is added here.
 VARIABLES: tuple[Variable[object], ...] = (  # type: ignore[assignment]
     ISA,
@@ -132,4 +139,5 @@ VARIABLES: tuple[Variable[object], ...] = (  # type: ignore[assignment]
     LOG_LEVEL,
     STATUS_FILE,
     PARENT_FD,
+    COMMIT,
 )
