@@ -329,7 +329,11 @@ def load(path: Path) -> Config:
     Raises:
         ConfigurationError: One line `file:line: field: problem; remedy` for each thing that is wrong.
     """
-    file = yaml_file.read(path)
+    return check(yaml_file.read(path))
+
+
+def check(file: yaml_file.YamlFile) -> Config:
+    """Checks a file that was read; raises like `load`."""
     try:
         return Config.model_validate(file.value)
     except ValidationError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from tokenmill.engine.gateway import config as configuration
+from tokenmill.engine.gateway import litellm, yaml_file
 from tokenmill.engine.gateway.config import Config, LocalBackend, Server, Speculation, Tier
 from tokenmill.errors import ConfigurationError
 
@@ -29,7 +30,8 @@ Serves models over the OpenAI API. Three ways to say which:
   tokenmill serve                     the small draft and target pair that comes with Tokenmill
   tokenmill serve MODEL [FLAGS]       any folder or hub name; every flag that is not listed below goes to vLLM
                                       unchanged (--tensor-parallel-size 2, --quantization awq, --headless, ...)
-  tokenmill serve CONFIG.yaml         several tiers, local and remote; docs/configuration.md describes the file
+  tokenmill serve CONFIG.yaml         several tiers, local and remote; docs/configuration.md describes the file;
+                                      a LiteLLM proxy's file is understood, too
 """
 EPILOG = """\
 `tokenmill serve --help=all` lists vLLM's flags. Engines write their logs to files that the start names.
@@ -48,6 +50,7 @@ class Request:
         check_only: Stop after checking.
         verbose: Show the engines' output.
         headless: The engine takes no requests: it is one node of several, and needs no gateway.
+        left_out: What was not understood of a file made for another program, one line each.
     """
 
     config: Config
@@ -56,6 +59,7 @@ class Request:
     check_only: bool
     verbose: bool
     headless: bool
+    left_out: tuple[str, ...] = ()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -129,12 +133,15 @@ def _from_file(path: Path, own: argparse.Namespace, engine_arguments: list[str])
             f"{engine_arguments[0]} does not go with a file; write it under 'flags' of a backend in {path}, "
             "without the dashes"
         )
-    loaded = configuration.load(path)
+    file = yaml_file.read(path)
+    imported = litellm.convert(file) if litellm.is_litellm(file.value) else None
+    loaded = imported.config if imported is not None else configuration.check(file)
     try:
         config = loaded.model_copy(update={"server": _server(own, loaded.server)})
     except ValidationError as error:
         raise ConfigurationError(_first_problem(error)) from None
-    return Request(config, (), path, own.check, own.verbose, False)
+    left_out = imported.left_out if imported is not None else ()
+    return Request(config, (), path, own.check, own.verbose, False, left_out)
 
 
 def _server(own: argparse.Namespace, base: Server) -> Server:

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from tokenmill import env
+from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.supervisor import arguments
 from tokenmill.engine.supervisor.display import Display
 from tokenmill.engine.supervisor.keeper import StartError
@@ -28,6 +29,8 @@ def main(argv: list[str]) -> int:
     request = arguments.parse(argv)
     plan = make_plan(request.config, request.engine_arguments)
     console = Console()
+    for line in request.left_out:
+        Console(stderr=True).out(line, highlight=False)
     if request.check_only:
         console.out(_summary(plan, request.source), highlight=False)
         return 0
@@ -64,8 +67,25 @@ def _log_folder(port: int) -> Path:
         return Path(tempfile.mkdtemp(prefix="tokenmill-"))
 
 
+def _remote(backend: Backend) -> str:
+    """A server elsewhere with what limits it, in one line."""
+    names = ", ".join(public if public == own else f"{public} ({own})" for public, own in backend.model_names.items())
+    limits = [
+        f"{value} {what}"
+        for value, what in (
+            (backend.requests_per_minute, "requests/min"),
+            (backend.tokens_per_minute, "tokens/min"),
+            (backend.max_concurrency, "at once"),
+        )
+        if value is not None
+    ]
+    parts = [backend.root, names or "all that it lists", backend.zone, f"weight {backend.weight:g}", *limits]
+    return "; ".join(parts)
+
+
 def _summary(plan: Plan, source: Path | None) -> str:
     lines = [f"{source or 'the command line'}: good"]
     lines += [f"  tier {engine.tier}: {' '.join(engine.command[4:])}" for engine in plan.engines]
-    lines += [f"  tier {remote.tier}: {remote.root}" for remote in plan.remotes]
+    lines += [f"  tier {remote.tier}: {_remote(remote)}" for remote in plan.remotes]
+    lines += [f"  tier {tier} falls back to {', '.join(others)}" for tier, others in plan.fallbacks.items()]
     return "\n".join(lines)

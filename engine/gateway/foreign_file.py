@@ -1,0 +1,184 @@
+"""Reads a configuration file in somebody else's format: typed values, and a list of what nobody asked for.
+
+Unlike our own files, whose unknown fields are errors, a file made for another program is read as far as it is
+understood. What was not read is known at the end, with its line.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+from tokenmill.engine.gateway.yaml_file import Place, YamlFile
+from tokenmill.errors import ConfigurationError
+
+T = TypeVar("T")
+
+ENVIRONMENT = "os.environ/"
+#: YAML 1.1, which other programs read, has these words for true and false.
+_FLAGS = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
+#: Longest text of a value in a message.
+_SHOWN = 60
+
+
+class ForeignFile:
+    """A file and what was read of it so far.
+
+    Args:
+        file: The parsed file.
+        environment: Where `os.environ/NAME` looks first; the process's own environment comes second.
+    """
+
+    def __init__(self, file: YamlFile) -> None:
+        self.file = file
+        self.problems: list[str] = []
+        self.environment: Mapping[str, str] = {}
+        self._read: set[Place] = set()
+        self._reasons: dict[Place, str] = {}
+
+    def problem(self, place: Place, text: str) -> None:
+        """Something is wrong at a place; `check` raises it."""
+        self.problems.append(f"{self.file.where(place)}: {dotted(place)}: {text}")
+
+    def check(self) -> None:
+        """Raises `ConfigurationError` with one line for each problem found so far."""
+        if self.problems:
+            raise ConfigurationError("\n".join(dict.fromkeys(self.problems)))
+
+    def leave(self, place: Place, reason: str) -> None:
+        """Says why what stands at a place is not used."""
+        self._reasons[place] = reason
+
+    def raw(self, place: Place) -> Any:
+        """What stands at a place, None where nothing does; counts as read with all that is inside."""
+        value = self.peek(place)
+        if value is not None:
+            self._read.add(place)
+        return value
+
+    def peek(self, place: Place) -> Any:
+        """What stands at a place, without reading it."""
+        value = self.file.value
+        for step in place:
+            inside = isinstance(value, (dict, list)) and (
+                step in value if isinstance(value, dict) else isinstance(step, int) and step < len(value)
+            )
+            if not inside:
+                return None
+            value = value[step]
+        return value
+
+    def keys(self, place: Place) -> list[Any]:
+        """The keys of a mapping, or the positions of a list; none where there is neither."""
+        value = self.peek(place)
+        if isinstance(value, list):
+            return list(range(len(value)))
+        return list(value) if isinstance(value, dict) else []
+
+    def text(self, place: Place) -> str | None:
+        """A text; `os.environ/NAME` becomes that variable's value."""
+        value = self.raw(place)
+        if value is None:
+            return None
+        if not isinstance(value, str):
+            self.problem(place, f"{_shown(value)} is not text; put it in quotes")
+            return None
+        return self._resolved(place, value)
+
+    def variable(self, place: Place) -> str | None:
+        """The name in `os.environ/NAME`, if that is what stands there; the variable is not looked up."""
+        value = self.peek(place)
+        if not isinstance(value, str) or not value.startswith(ENVIRONMENT):
+            return None
+        return value.removeprefix(ENVIRONMENT)
+
+    def number(self, place: Place, low: float, high: float) -> float | None:
+        """A number within limits."""
+        value = self.raw(place)
+        if isinstance(value, str) and value.startswith(ENVIRONMENT):
+            value = self._resolved(place, value)
+        if isinstance(value, str):
+            try:
+                value = float(value)
+            except ValueError:
+                self.problem(place, f"{_shown(value)} is not a number")
+                return None
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            self.problem(place, f"{_shown(value)} is not a number")
+            return None
+        if not low <= value <= high:
+            self.problem(place, f"{value:g} is outside {low:g} to {high:g}")
+            return None
+        return value
+
+    def whole(self, place: Place, low: int, high: int) -> int | None:
+        """A whole number within limits."""
+        value = self.number(place, low, high)
+        if value is not None and value != int(value):
+            self.problem(place, f"{value:g} is not a whole number")
+            return None
+        return None if value is None else int(value)
+
+    def flag(self, place: Place) -> bool:
+        """True or false; false where nothing stands."""
+        value = self.raw(place)
+        if isinstance(value, str) and value.lower() in _FLAGS:
+            return _FLAGS[value.lower()]
+        if value is not None and not isinstance(value, bool):
+            self.problem(place, f"{_shown(value)} is not true or false")
+        return value is True
+
+    def kind(self, place: Place, expected: type[T], what: str) -> T | None:
+        """The value at a place if it is of this type; anything else but nothing is a problem. It is not read by it."""
+        value = self.peek(place)
+        if value is None:
+            self._read.add(place)
+            return None
+        if not isinstance(value, expected):
+            self.problem(place, f"{_shown(value)} is not {what}")
+            self._read.add(place)
+            return None
+        return value
+
+    def left_over(self) -> Iterator[tuple[Place, str]]:
+        """Everything that was not read, outermost places only, with the reason where one was given."""
+        known = {place[:length] for place in (*self._read, *self._reasons) for length in range(len(place) + 1)}
+        yield from self._unread((), known)
+
+    def _unread(self, place: Place, known: set[Place]) -> Iterator[tuple[Place, str]]:
+        if place in self._reasons:
+            yield place, self._reasons[place]
+        elif place in self._read:
+            return
+        elif place and place not in known:
+            if self.peek(place) not in ({}, [], None):
+                yield place, ""
+        else:
+            for key in self.keys(place):
+                yield from self._unread((*place, key), known)
+
+    def _resolved(self, place: Place, value: str) -> str | None:
+        if not value.startswith(ENVIRONMENT):
+            return value
+        name = value.removeprefix(ENVIRONMENT)
+        found = self.environment.get(name) or os.environ.get(name, "").strip()
+        if not found:
+            self.problem(place, f"the variable {name[:_SHOWN]} is not set; export it")
+            return None
+        return found
+
+
+def dotted(place: Place) -> str:
+    """A place as people write it: `model_list[0].litellm_params`."""
+    text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place)
+    return "".join(letter if letter.isprintable() else "?" for letter in text.lstrip(".")[:200]) or "the file"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, (dict, list)):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = repr(value)
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."

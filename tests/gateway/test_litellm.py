@@ -1,0 +1,218 @@
+"""LiteLLM's files: what they say is what is served, what is not understood is listed, what is wrong is one line."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokenmill.engine.gateway import litellm, yaml_file
+from tokenmill.engine.gateway.config import Config, RemoteBackend
+from tokenmill.engine.supervisor import arguments
+from tokenmill.engine.supervisor.main import main
+from tokenmill.engine.supervisor.plan import make_plan
+from tokenmill.errors import ConfigurationError
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "litellm.yaml"
+MASTER = "sk-0123456789abcdef0123456789"
+
+
+def convert(folder: Path, text: str) -> litellm.Imported:
+    path = folder / "proxy.yaml"
+    path.write_text(text, encoding="utf-8")
+    return litellm.convert(yaml_file.read(path))
+
+
+def model(name: str, parameters: str, more: str = "") -> str:
+    return f"  - {{model_name: {name!r}, litellm_params: {{{parameters}}}{more}}}\n"
+
+
+def backends(config: Config, tier: str) -> list[RemoteBackend]:
+    found = config.tiers[tier].backends
+    assert all(isinstance(backend, RemoteBackend) for backend in found)
+    return found  # type: ignore[return-value]
+
+
+def test_example_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY"):
+        monkeypatch.setenv(name, "key")
+    monkeypatch.setenv("LITELLM_MASTER_KEY", MASTER)
+    request = arguments.parse([str(EXAMPLE)])
+    left_out = [line.partition(": ")[2] for line in request.left_out]
+    assert "litellm_settings.drop_params: not understood; every field passes to the backend untouched" in left_out
+    config = request.config
+    assert list(config.tiers) == ["chat", "gpt-4o", "claude"]
+    assert config.tiers["chat"].fallbacks == ["gpt-4o", "claude"]
+    first, second = backends(config, "chat")
+    assert first.models == {"chat": "Qwen/Qwen3-8B-AWQ", "gpt-3.5-turbo": "Qwen/Qwen3-8B-AWQ"}
+    assert (first.weight, second.weight, first.zone) == (2, 1, "on-premises")
+    (cloud,) = backends(config, "gpt-4o")
+    assert (cloud.requests_per_minute, cloud.tokens_per_minute, cloud.zone) == (480, 200_000, "cloud")
+    assert (cloud.price.input, cloud.price.output, cloud.context_window) == (2.5, 10, 128_000)
+    assert cloud.capabilities == ["tools", "vision"]
+    (claude,) = backends(config, "claude")
+    assert (claude.protocol, claude.url) == ("anthropic", "https://api.anthropic.com")
+    settings_ = make_plan(config).settings()
+    assert (settings_.most_retries, settings_.read_timeout_s) == (2, 120)
+    assert (settings_.breaker_failures, settings_.breaker_cooldown_s) == (3, 30)
+
+
+def test_check_says_what_became_of_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY"):
+        monkeypatch.setenv(name, "key")
+    monkeypatch.setenv("LITELLM_MASTER_KEY", MASTER)
+    assert main(["--check", str(EXAMPLE)]) == 0
+    shown = capsys.readouterr()
+    assert (
+        "tier gpt-4o: https://api.openai.com; gpt-4o; cloud; weight 1; 480 requests/min; 200000 tokens/min" in shown.out
+    )
+    assert "tier chat falls back to gpt-4o, claude" in shown.out
+    assert f"{EXAMPLE}:45: litellm_settings.drop_params" in shown.err
+
+
+def test_what_is_not_understood_is_listed_and_nothing_else(tmp_path: Path) -> None:
+    text = (
+        "model_list:\n"
+        + model("a", "model: openai/a, api_key: k, temperature: 0.1, tags: [x]", ", model_info: {id: one, mode: chat}")
+        + model("b", "model: azure/b, api_base: 'https://x.openai.azure.com', api_version: v")
+        + model("c/*", "model: openai/*")
+        + "router_settings:\n  routing_strategy: latency-based-routing\n  retry_policy: {TimeoutErrorRetries: 3}\n"
+        + "litellm_settings: {success_callback: [langfuse], json_logs: true}\ngeneral_settings: {}\n"
+        + "guardrails:\n  - guardrail_name: pii\n"
+    )
+    left = [line.removeprefix(f"{tmp_path}/proxy.yaml:") for line in convert(tmp_path, text).left_out]
+    assert [line.partition(": not understood")[0] for line in left] == [
+        "2: model_list[0].litellm_params.temperature",
+        "2: model_list[0].litellm_params.tags",
+        "2: model_list[0].model_info.id",
+        "3: model_list[1]",
+        "4: model_list[2]",
+        "6: router_settings.routing_strategy",
+        "7: router_settings.retry_policy",
+        "8: litellm_settings.success_callback",
+        "8: litellm_settings.json_logs",
+        "10: guardrails",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("said", "url", "own"),
+    [
+        ("openai/gpt-4o", "https://api.openai.com/v1", "gpt-4o"),
+        ("gpt-4o", "https://api.openai.com/v1", "gpt-4o"),
+        ("claude-3-haiku-20240307", "https://api.anthropic.com", "claude-3-haiku-20240307"),
+        ("groq/llama-3.1-8b", "https://api.groq.com/openai/v1", "llama-3.1-8b"),
+        ("openrouter/meta/llama-3", "https://openrouter.ai/api/v1", "meta/llama-3"),
+    ],
+)
+def test_providers(tmp_path: Path, said: str, url: str, own: str) -> None:
+    config = convert(tmp_path, "model_list:\n" + model("m", f"model: {said}, api_key: k")).config
+    (backend,) = backends(config, "m")
+    assert (backend.url, backend.models) == (url, {"m": own})
+
+
+def test_keys_come_from_the_environment_or_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TM_BASE", "http://10.0.0.1:8000/v1")
+    text = "environment_variables: {INNER: sk-inner}\nmodel_list:\n" + "".join(
+        model(name, f"model: openai/x, {rest}")
+        for name, rest in (
+            ("env", "api_key: os.environ/TM_OUTER"),
+            ("inner", "api_key: os.environ/INNER"),
+            ("literal", "api_key: sk-l, api_base: os.environ/TM_BASE"),
+            ("usual", "rpm: 1"),
+            ("own", "api_base: http://h/v1"),
+        )
+    )
+    config = convert(tmp_path, text).config
+    found = {name: (tier.backends[0].api_key_env, tier.backends[0].api_key) for name, tier in config.tiers.items()}  # type: ignore[union-attr]
+    assert found == {
+        "env": ("TM_OUTER", None),
+        "inner": (None, "sk-inner"),
+        "literal": (None, "sk-l"),
+        "usual": ("OPENAI_API_KEY", None),
+        "own": (None, None),
+    }
+    assert backends(config, "literal")[0].zone == "on-premises"
+    assert "sk-l" not in repr(config)
+
+
+def test_one_server_may_serve_all_that_it_lists(tmp_path: Path) -> None:
+    config = convert(tmp_path, "model_list:\n" + model("*", "model: 'openai/*', api_base: http://h/v1")).config
+    assert backends(config, "all")[0].models == {}
+
+
+def test_weights_come_from_weight_then_rpm_where_all_state_it(tmp_path: Path) -> None:
+    text = "model_list:\n" + "".join(
+        model(name, f"model: openai/x, api_key: k, {rest}")
+        for name, rest in (("a", "rpm: 10, tpm: 5"), ("a", "rpm: 30"), ("b", "weight: 2, rpm: 9"), ("b", "rpm: 3"))
+    )
+    config = convert(tmp_path, text).config
+    assert [backend.weight for backend in config.tiers["a"].backends] == [10, 30]
+    assert [backend.weight for backend in config.tiers["b"].backends] == [9, 3]
+
+
+#: (file, line of the complaint, words that it must contain)
+MISTAKES: list[tuple[str, int, str]] = [
+    ("model_list: []\n", 1, "no deployment can be served"),
+    ("model_list: 3\n", 1, "not a list of deployments"),
+    ("model_list: [3]\n", 1, "not a deployment"),
+    ("model_list:\n  - model_name: a\n", 2, "litellm_params is missing"),
+    ("model_list:\n  - litellm_params: {model: openai/a}\n", 2, "model_name is missing"),
+    ("model_list:\n" + model("a", "api_key: k"), 2, "model is missing"),
+    ("model_list:\n" + model("a", "model: hosted_vllm/a"), 2, "add api_base"),
+    ("model_list:\n" + model("a", "model: openai/a, rpm: -1"), 2, "outside 1"),
+    ("model_list:\n" + model("a", "model: openai/a, rpm: many"), 2, "'many' is not a number"),
+    ("model_list:\n" + model("a", "model: openai/a, rpm: .nan"), 2, "nan is outside"),
+    ("model_list:\n" + model("a", "model: openai/a, rpm: 1e400"), 2, "outside"),
+    ("model_list:\n" + model("a", "model: openai/a, api_base: 'file:///etc/passwd'"), 2, "not http(s)://"),
+    ("model_list:\n" + model("a", "model: openai/a, api_base: 'http://u:p@h'"), 2, "holds a password"),
+    ("model_list:\n" + model("a", "model: openai/a, api_base: 'http://[h'"), 2, "not http(s)://"),
+    ("model_list:\n" + model("a", 'model: openai/a, api_key: "k\\r\\nx: y"'), 2, "api_key"),
+    ("model_list:\n" + model("a", "model: openai/a, api_base: os.environ/TM_UNSET"), 2, "TM_UNSET is not set"),
+    ("model_list:\n" + model("a", "model: [1]"), 2, "a list is not text"),
+    ("model_list:\n" + model("a", "model: azure/a"), 1, "no deployment can be served"),
+    ("model_list:\n" + model("a", "model: openai/a") + "router_settings: 3\n", 3, "not a mapping of settings"),
+    (
+        "model_list:\n" + model("a", "model: openai/a") + "router_settings: {fallbacks: [{a: [z]}]}\n",
+        3,
+        "'z' is no model_name",
+    ),
+    ("model_list:\n" + model("a", "model: openai/a") + "router_settings: {num_retries: 1.5}\n", 3, "whole number"),
+    ("model_list: !!python/object/apply:os.system [ls]\n", 1, "tag"),
+]
+
+
+@pytest.mark.parametrize(("text", "line", "words"), MISTAKES, ids=[words[:24] for _, _, words in MISTAKES])
+def test_a_mistake_is_one_line_with_its_place(tmp_path: Path, text: str, line: int, words: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        convert(tmp_path, text)
+    message = str(caught.value)
+    assert "\n" not in message, message
+    assert message.startswith(f"{tmp_path}/proxy.yaml:{line}: "), message
+    assert words in message
+
+
+_SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8))
+_VALUES = st.recursive(
+    _SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+_PARAMETERS = st.fixed_dictionaries(
+    {"model": st.sampled_from(["openai/a", "claude", "azure/x", "*", "a/b/c"]) | _VALUES},
+    optional=dict.fromkeys(("api_base", "api_key", "rpm", "weight", "input_cost_per_token"), _VALUES),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.fixed_dictionaries({"model_name": _VALUES, "litellm_params": _PARAMETERS | _VALUES}), max_size=3),
+    st.dictionaries(st.sampled_from(["fallbacks", "num_retries", "model_group_alias", "timeout", "x"]), _VALUES),
+)
+def test_no_value_raises_anything_else(deployments: list[Any], router: dict[str, Any]) -> None:
+    file = yaml_file.YamlFile(Path("c.yaml"), {"model_list": deployments, "router_settings": router})
+    try:
+        litellm.convert(file)
+    except ConfigurationError as error:
+        assert all(line.startswith("c.yaml:") for line in str(error).splitlines())
