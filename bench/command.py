@@ -1,8 +1,6 @@
 """`tokenmill bench` and `tokenmill report`."""
 
 import argparse
-import os
-import shlex
 import sys
 from pathlib import Path
 
@@ -33,7 +31,9 @@ def _int4_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tokenmill bench int4", description="INT4 linear layers against their rivals."
     )
-    parser.add_argument("--cpu", action="store_true", help="measure this CPU (TOKENMILL_ISA narrows it)")
+    parser.add_argument(
+        "--cpu", action="store_true", help="measure this CPU instead of the GPU (TOKENMILL_ISA narrows it)"
+    )
     parser.add_argument("--shapes", default="square,wide", help=f"KxN or {', '.join(shapes.NAMED)}; commas between")
     parser.add_argument("--m", default="1,4,16,64,128,512", help="rows of activations, commas between")
     parser.add_argument("--group-size", type=int, default=128, help="rows of K that share a scale (default 128)")
@@ -45,39 +45,30 @@ def _int4_parser() -> argparse.ArgumentParser:
 
 def _int4(argv: list[str]) -> int:
     arguments = _int4_parser().parse_args(argv)
-    if not arguments.cpu:
-        raise ConfigurationError("bench int4 measures CPUs so far; pass --cpu")
     layers, rows = shapes.parse(arguments.shapes), shapes.parse_rows(arguments.m)
     if arguments.rounds < 1 or arguments.group_size < 1:
         raise ConfigurationError(
             f"--rounds {arguments.rounds} --group-size {arguments.group_size}: both have to be positive"
         )
-    timing.pinned(arguments.threads or platform.physical_cores(), ["bench", "int4", *argv])
+    if arguments.cpu:
+        timing.pinned(arguments.threads or platform.physical_cores(), ["bench", "int4", *argv])
+    elif not platform.gpus():
+        raise ConfigurationError("torch sees no CUDA device; pass --cpu to measure this processor")
 
     from tokenmill.engine.vllm import isa
 
     isa.narrow()
 
     from tokenmill.bench import kernels
+    from tokenmill.bench.machines import machine
     from tokenmill.bench.rivals import all_contestants
     from tokenmill.bench.rows import RowFile
 
-    narrowed = os.environ.get("TOKENMILL_ISA")
-    command = shlex.join(["tokenmill", "bench", "int4", *_portable(argv)])
-    plan = kernels.Plan(
-        layers,
-        rows,
-        arguments.group_size,
-        arguments.rounds,
-        f"TOKENMILL_ISA={narrowed} {command}" if narrowed else command,
-    )
-    kernels.measure(plan, all_contestants(), RowFile(arguments.out), lambda line: print(line, flush=True))
+    command = ("tokenmill", "bench", "int4", *argv)
+    plan = kernels.Plan(layers, rows, arguments.group_size, arguments.rounds, command)
+    contestants, out = all_contestants(cpu=arguments.cpu), RowFile(arguments.out)
+    kernels.measure(plan, contestants, machine(cpu=arguments.cpu), out, lambda line: print(line, flush=True))
     return 0
-
-
-def _portable(argv: list[str]) -> list[str]:
-    """The arguments without folders of this machine."""
-    return [Path(word).name if "/" in word else word for word in argv]
 
 
 def report(argv: list[str]) -> int:

@@ -1,25 +1,23 @@
-"""INT4 linear layers on this CPU: ours, torch and the rivals, in turns, checked before they are timed.
+"""INT4 linear layers: ours, torch and the rivals, in turns, checked before they are timed, on a CPU or a GPU.
 
 One group of rows is one shape and one number of rows of activations. It is measured as a whole, so that its ratios
 come from the same minutes, and written as a whole; a run that was ended continues with the next group.
 """
 
-import itertools
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from tokenmill import platform
-from tokenmill.bench import timing
+from tokenmill.bench.cuda_timing import Call, Timed
+from tokenmill.bench.machines import Machine
 from tokenmill.bench.rivals import Contestant, Layer, int4_bytes
-from tokenmill.bench.roofline import Roofs, measure_cpu
-from tokenmill.bench.rows import GROUP, Row, RowFile, identity, source_commit
+from tokenmill.bench.roofline import Roofs
+from tokenmill.bench.rows import GROUP, Row, RowFile, facts, identity
 from tokenmill.bench.shapes import Shape
-from tokenmill.kernels.int4_gemm.weight import Int4Weight, dequantize, pack_codes
+from tokenmill.kernels.int4_gemm.weight import CODES_PER_WORD, Int4Weight, dequantize
 from tokenmill.kernels.numerics import Tolerance, max_error
 
 
@@ -32,24 +30,20 @@ class Plan:
         rows: Numbers of rows of activations.
         group_size: Of the weights; symmetric, bfloat16 scales.
         rounds: Turns of each contestant.
-        command: As the user can repeat it.
+        command: The words by which the user can repeat it.
     """
 
     shapes: tuple[Shape, ...]
     rows: tuple[int, ...]
     group_size: int
     rounds: int
-    command: str
-
-
-def device_name() -> str:
-    """The processor and the cores this process may use, e.g. `AMD EPYC, 2 cores`."""
-    return f"{platform.cpu_model()}, {os.cpu_count()} cores"
+    command: tuple[str, ...]
 
 
 def measure(
     plan: Plan,
     contestants: Sequence[Contestant],
+    machine: Machine,
     out: RowFile,
     say: Callable[[str], None],
 ) -> None:
@@ -58,44 +52,34 @@ def measure(
     Args:
         plan: Shapes and sizes.
         contestants: Who takes part; one that cannot gets a row with the reason.
+        machine: Where.
         out: Where rows go.
         say: Told about each group in one line.
     """
-    facts = _facts(plan)
+    about = {**facts(plan.command, machine.name), "isa": machine.kind, "threads": machine.threads}
     done = {identity(row, GROUP) for row in out.rows}
-    roofs: Roofs | None = None
     for K, N in plan.shapes:
         sizes = {"K": K, "N": N, "group_size": min(plan.group_size, K)}
-        groups: list[Row] = [{"op": "int4_gemm", **facts, **sizes, "M": M} for M in plan.rows]
+        groups: list[Row] = [{"op": "int4_gemm", **about, **sizes, "M": M} for M in plan.rows]
         missing = [group for group in groups if identity(group, GROUP) not in done]
         if len(missing) < len(groups):
             say(f"{K}x{N}: {len(groups) - len(missing)} of {len(groups)} groups are in {out.path.name} already")
         if not missing:
             continue
-        roofs = roofs or measure_cpu()
-        for rows in _measure_shape(missing, contestants, roofs, plan.rounds):
+        for rows in measure_shape(missing, contestants, machine, plan.rounds):
             out.append(rows)
-            say(_summary(rows))
+            say(summary(rows))
 
 
-def _facts(plan: Plan) -> Row:
-    """What all rows of a run share."""
-    return {
-        "device": device_name(),
-        "isa": platform.isa(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": source_commit(),
-        "command": plan.command,
-    }
-
-
-def random_weight(K: int, N: int, group_size: int) -> Int4Weight:
+def random_weight(K: int, N: int, group_size: int, device: torch.device) -> Int4Weight:
     """A seeded symmetric weight with bfloat16 scales."""
-    generator = torch.Generator().manual_seed(K * 31 + N)
-    codes = torch.randint(16, (K, N), generator=generator, dtype=torch.uint8)
-    scales = torch.rand(-(-K // group_size), N, generator=generator) * 0.02 + 0.001
-    return Int4Weight(pack_codes(codes), scales.bfloat16(), group_size, K)
+    generator = torch.Generator(device).manual_seed(K * 31 + N)
+    words = -(-K // CODES_PER_WORD)
+    codes = torch.randint(-(2**31), 2**31, (words, N), generator=generator, dtype=torch.int64, device=device).int()
+    if K % CODES_PER_WORD:
+        codes[-1] &= (1 << (4 * (K % CODES_PER_WORD))) - 1
+    scales = torch.rand(-(-K // group_size), N, generator=generator, device=device) * 0.02 + 0.001
+    return Int4Weight(codes, scales.bfloat16(), group_size, K)
 
 
 @dataclass
@@ -105,45 +89,55 @@ class _Ring:
     contestant: Contestant
     layers: list[Layer]
 
-    def calls(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """A call without arguments that takes the next copy each time."""
-        turn = itertools.cycle(self.layers)
-        return lambda: next(turn).call(x)
+    def calls(self, x: torch.Tensor) -> list[Call]:
+        """One call without arguments a copy."""
+        return [lambda layer=layer: layer.call(x) for layer in self.layers]  # type: ignore[misc]
 
 
-def _measure_shape(
-    groups: Sequence[Row], contestants: Sequence[Contestant], roofs: Roofs, rounds: int
+def measure_shape(
+    groups: Sequence[Row], contestants: Sequence[Contestant], machine: Machine, rounds: int
 ) -> Iterator[list[Row]]:
-    """The rows of each group of one shape."""
+    """The rows of each group of one shape, group by group.
+
+    Args:
+        groups: Fields that the rows of a group share; `K`, `N`, `group_size` and `M` say what is measured.
+        contestants: Who takes part.
+        machine: Where.
+        rounds: Turns of each contestant.
+    """
     K, N, group_size = (groups[0][name] for name in ("K", "N", "group_size"))
     refusals = {one.name: one.why_not(K, N, group_size) for one in contestants}
-    weight = random_weight(K, N, group_size)
-    cache = timing.last_level_cache_bytes()
+    weight = random_weight(K, N, group_size, machine.device)
+    roofs = machine.roofs()
     rings = []
     for contestant in contestants:
         if refusals[contestant.name] is None:
             first = contestant.prepare(weight)
-            rest = [contestant.prepare(weight) for _ in range(timing.copies(first.nbytes, cache) - 1)]
+            rest = [contestant.prepare(weight) for _ in range(machine.copies(first.nbytes) - 1)]
             rings.append(_Ring(contestant, [first, *rest]))
     exact_weight = dequantize(weight, torch.float64)
     for group in groups:
-        x = torch.randn(group["M"], K, generator=torch.Generator().manual_seed(group["M"])).bfloat16()
+        x = (
+            torch.randn(group["M"], K, generator=torch.Generator().manual_seed(group["M"]))
+            .bfloat16()
+            .to(machine.device)
+        )
         inputs = {dtype: x.to(dtype) for dtype in {ring.contestant.dtype for ring in rings}}
         limits = _limits(x, weight, exact_weight)
         errors = {ring.contestant.name: _worst(ring, inputs, limits) for ring in rings}
         right = [ring for ring in rings if errors[ring.contestant.name] <= limits.of(ring.contestant)]
-        load, started = os.getloadavg()[0], time.time()
-        samples = timing.take_turns(
+        before, started = machine.state(), time.time()
+        timed = machine.take_turns(
             {ring.contestant.name: ring.calls(inputs[ring.contestant.dtype]) for ring in right}, rounds
         )
-        kept = [(ring, samples[ring.contestant.name].least) for ring in right]
+        kept = [(ring, timed[ring.contestant.name].sample.least) for ring in right]
         roofs = roofs.raised(
             (_moved(ring, weight, group["M"]) / seconds for ring, seconds in kept),
             (2 * group["M"] * K * N / seconds for ring, seconds in kept if ring.contestant.activation_bits == 16),
         )
         shared: Row = {
             **group,
-            "load_average": round(max(load, os.getloadavg()[0]), 2),
+            **_busiest(before, machine.state()),
             "time": int(started),
             "read_bytes_per_second": roofs.read_bytes_per_second,
             "flops_per_second": roofs.flops_per_second,
@@ -158,7 +152,7 @@ def _measure_shape(
                 "version": one.version(),
                 "dtype": str(one.dtype).removeprefix("torch."),
                 "activation_bits": one.activation_bits,
-                **_result(one, by_name.get(one.name), refusals, errors, limits, samples, shared, roofs, weight),
+                **_result(one, by_name.get(one.name), refusals, errors, limits, timed, shared, roofs, weight),
             }
             for one in contestants
         ]
@@ -170,7 +164,7 @@ def _result(
     refusals: Mapping[str, str | None],
     errors: Mapping[str, float],
     limits: "_Limits",
-    samples: Mapping[str, timing.Sample],
+    timed: Mapping[str, Timed],
     shared: Row,
     roofs: Roofs,
     weight: Int4Weight,
@@ -179,9 +173,9 @@ def _result(
     if ring is None:
         return {"skipped": refusals[one.name]}
     checked = {"max_error": errors[one.name], "error_limit": limits.of(one)}
-    if one.name not in samples:
+    if one.name not in timed:
         return {**checked, "skipped": f"wrong: error {errors[one.name]:.3g} where {limits.of(one):.3g} is allowed"}
-    sample, M = samples[one.name], shared["M"]
+    sample, M = timed[one.name].sample, shared["M"]
     nbytes, flops = _moved(ring, weight, M), 2 * M * weight.K * weight.N
     return {
         **checked,
@@ -189,11 +183,18 @@ def _result(
         "p50": sample.p50,
         "p80": sample.p80,
         "calls": sample.count,
+        "timing": timed[one.name].method,
+        "do_bench_seconds": timed[one.name].do_bench_seconds,
         "bytes": nbytes,
         "flops": flops,
         "floor_seconds": roofs.floor_seconds(int4_bytes(weight) + 2 * M * (weight.K + weight.N), flops),
         "share_of_read_roof": nbytes / sample.p50 / roofs.read_bytes_per_second,
     }
+
+
+def _busiest(before: Row, after: Row) -> Row:
+    """The machine's state after a group, with the higher of two load averages."""
+    return {**after, **{name: max(before[name], after[name]) for name in ("load_average",) if name in after}}
 
 
 def _moved(ring: _Ring, weight: Int4Weight, M: int) -> int:
@@ -237,10 +238,11 @@ def _worst(ring: _Ring, inputs: Mapping[torch.dtype, torch.Tensor], limits: _Lim
     return math.inf if math.isnan(worst) else worst
 
 
-def _summary(rows: Sequence[Row]) -> str:
+def summary(rows: Sequence[Row]) -> str:
     """One line about a group: everybody's median, and ours against torch's best."""
     first = rows[0]
     times = {row["implementation"]: row["p50"] for row in rows if "p50" in row}
     torch_best = min((row["p50"] for row in rows if row["role"] == "baseline" and "p50" in row), default=math.nan)
     parts = [f"{name} {seconds * 1e3:.3f} ms ({torch_best / seconds:.2f}x)" for name, seconds in times.items()]
-    return f"{first['K']}x{first['N']} M={first['M']} load {first['load_average']}: {', '.join(parts)}"
+    load = f" load {first['load_average']}" if "load_average" in first else ""
+    return f"{first['K']}x{first['N']} M={first['M']}{load}: {', '.join(parts)}"

@@ -1,4 +1,4 @@
-"""Who multiplies by an INT4 weight on this CPU: our kernels, torch, and every rival that is installed.
+"""Who multiplies by an INT4 weight: our kernels, torch, and every rival that is installed.
 
 A contestant is asked `why_not()` first; what it answers is written where its figures would stand. Each prepares the
 same canonical weight in its own format and takes activations in the dtype that suits it.
@@ -69,29 +69,44 @@ class Contestant(Protocol):
 
 @dataclass(frozen=True)
 class Ours:
-    """Our CPU kernel with 16- or 8-bit activations."""
+    """One of our implementations, with 16- or 8-bit activations."""
 
     activation_bits: int
+    implementation: str = "cpu"
     role: Literal["ours"] = "ours"
     dtype: torch.dtype = torch.bfloat16
 
     @property
     def name(self) -> str:
-        return f"tokenmill-a{self.activation_bits}"
+        if self.implementation == "cpu":
+            return f"tokenmill-a{self.activation_bits}"
+        return f"tokenmill-{self.implementation}"
+
+    @property
+    def _device(self) -> torch.device:
+        return torch.device("cpu" if self.implementation == "cpu" else "cuda")
 
     def version(self) -> str:
-        """With the instruction set of the kernel that runs."""
-        return f"tokenmill {tokenmill.__version__} ({level(self.activation_bits, self.dtype)})"
+        """On the CPU with the instruction set of the kernel that runs."""
+        kind = f" ({level(self.activation_bits, self.dtype)})" if self.implementation == "cpu" else ""
+        return f"tokenmill {tokenmill.__version__}{kind}"
 
     def why_not(self, K: int, N: int, group_size: int) -> str | None:
         """Whatever the registry says."""
         axes = {"M": 1, "K": K, "N": N, "G": -(-K // group_size), "R": -(-K // 8)}
-        problem = op.INT4_GEMM.problem(axes, self.dtype, group_size=group_size, activation_bits=self.activation_bits)
-        return registry.explain(op.INT4_GEMM, problem).refusals.get("cpu")
+        options = {"group_size": group_size, "activation_bits": self.activation_bits}
+        problem = op.INT4_GEMM.problem(axes, self.dtype, self._device, **options)
+        return registry.explain(op.INT4_GEMM, problem).refusals.get(self.implementation)
 
     def prepare(self, weight: Int4Weight) -> Layer:
         """One packed copy."""
-        layer = op.prepare(weight, self.dtype, activation_bits=self.activation_bits, implementation="cpu")
+        layer = op.prepare(
+            weight,
+            self.dtype,
+            device=weight.device,
+            activation_bits=self.activation_bits,
+            implementation=self.implementation,
+        )
         return Layer(layer, int4_bytes(weight))
 
 
@@ -100,12 +115,14 @@ class TorchLinear:
     """F.linear on the dequantised weight: the baseline is the best of its dtypes."""
 
     dtype: torch.dtype
+    library: str = "torch"
     role: Literal["baseline"] = "baseline"
     activation_bits: int = 16
 
     @property
     def name(self) -> str:
-        return {torch.bfloat16: "torch-bf16", torch.float16: "torch-fp16", torch.float32: "torch-fp32"}[self.dtype]
+        short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[self.dtype]
+        return f"{self.library}-{short}"
 
     def version(self) -> str:
         return f"torch {torch.__version__}"
@@ -172,8 +189,12 @@ def narrowed() -> str | None:
     return f"it chooses its instruction set itself and cannot be held to {limit}" if limit else None
 
 
-def all_contestants() -> tuple[Contestant, ...]:
-    """Everyone, in the order of the tables."""
+def all_contestants(*, cpu: bool) -> tuple[Contestant, ...]:
+    """Everyone who may take part on a CPU or on a GPU, in the order of the tables."""
+    return _on_cpu() if cpu else _on_gpu()
+
+
+def _on_cpu() -> tuple[Contestant, ...]:
     from tokenmill.bench.rivals_onnxruntime import OnnxRuntimeInt4
     from tokenmill.bench.rivals_vllm import VllmInt4
 
@@ -186,4 +207,19 @@ def all_contestants() -> tuple[Contestant, ...]:
         AtenInt4(),
         VllmInt4(),
         OnnxRuntimeInt4(),
+    )
+
+
+def _on_gpu() -> tuple[Contestant, ...]:
+    from tokenmill.bench.rivals_gpu import AtenTinygemm, VllmLinear
+
+    others = ("cpu", "reference", *registry.BY_NAME_ONLY)
+    return (
+        *(Ours(16, name) for name in registry.names(op.INT4_GEMM) if name not in others),
+        TorchLinear(torch.bfloat16, "cublas"),
+        VllmLinear("humming", "HummingLinearKernel"),
+        VllmLinear("marlin", "MarlinLinearKernel"),
+        VllmLinear("machete", "MacheteLinearKernel"),
+        VllmLinear("vllm-triton", "TritonW4A16LinearKernel"),
+        AtenTinygemm(),
     )

@@ -110,5 +110,5 @@ def last_level_cache_bytes() -> int:
 
 
 def copies(nbytes: int, cache_bytes: int) -> int:
-    """How many copies of a buffer make a ring that no cache holds: three times the cache, and two at least."""
-    return max(2, -(-3 * cache_bytes // max(nbytes, 1)))
+    """How many copies of a buffer fill so many bytes of cache; two at least."""
+    return max(2, -(-cache_bytes // max(nbytes, 1)))
