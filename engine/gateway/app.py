@@ -63,6 +63,7 @@ class Gateway:
         stages: What a request goes through between being counted and being sent, outermost first.
         services: What runs beside the requests.
         sites: Applications of their own under a path prefix, e.g. `/admin`; paths of the gateway itself go first.
+        counted: The metrics; None: with the default bounds, and of this process alone.
     """
 
     def __init__(
@@ -71,11 +72,12 @@ class Gateway:
         stages: Sequence[Stage],
         services: Sequence[Service] = (),
         sites: Mapping[str, Application] | None = None,
+        counted: metrics.Metrics | None = None,
     ) -> None:
         self.settings = portfolio.settings
         self.portfolio = portfolio
-        self.metrics = metrics.Metrics(self.portfolio)
-        self._services = services
+        self.metrics = counted or metrics.Metrics(self.portfolio)
+        self._services = [self.metrics, *services]
         self._sites = dict(sites or {})
         self._upstream: Upstream | None = None
         self.prober = Prober(self.portfolio, self.upstream, self.settings)

@@ -1,18 +1,28 @@
 """Prometheus metrics of the gateway, and the stage that counts.
 
 Labels are bounded: endpoints are those of the API (others are `other`), tiers and backends those of the
-configuration. Counters are kept children, so that counting costs well under a microsecond each.
+configuration, teams and apps the first ones met (others are `other`). Counters are kept children, so that counting
+costs well under a microsecond each. With several workers, `/metrics` has the sums of all of them.
 """
 
 import asyncio
 import functools
+import os
 import time
+from pathlib import Path
+from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from tokenmill.engine.gateway.money import MICRO_CENTS_PER_DOLLAR
+from tokenmill.engine.gateway.observability import snapshot
+from tokenmill.engine.gateway.observability.bounded import Bounded
+from tokenmill.engine.gateway.observability.decisions import Decisions, was_escalated
+from tokenmill.engine.gateway.observability.options import Options
+from tokenmill.engine.gateway.observability.shared import Board, Report
 from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply
-from tokenmill.engine.gateway.portfolio import Portfolio
+from tokenmill.engine.gateway.portfolio import Portfolio, Target
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST.encode()
 #: Rendering takes milliseconds: answers younger than this are given again.
@@ -26,14 +36,23 @@ _ENDPOINTS = frozenset(
 
 
 class Metrics:
-    """All metrics of one gateway process.
+    """All metrics of one gateway process; a service, which exchanges them with the other workers.
+
+    Args:
+        portfolio: The backends.
+        options: Bounds, and where the workers meet.
 
     Attributes:
         open: Requests that have not ended.
+        board: The figures of all workers.
     """
 
-    def __init__(self, portfolio: Portfolio) -> None:
+    def __init__(self, portfolio: Portfolio, options: Options | None = None) -> None:
+        options = options or Options()
         self._portfolio = portfolio
+        self._teams, self._apps = Bounded(options.accounts), Bounded(options.accounts)
+        self._decisions = Decisions()
+        self.board = Board(Path(options.shared) if options.shared else None, self.report)
         self.registry = CollectorRegistry()
         where = ("tier", "backend")
         self._requests = Counter(
@@ -64,6 +83,22 @@ class Metrics:
             registry=self.registry,
         )
         self._tokens = Counter("tokenmill_tokens", "Tokens by kind.", (*where, "kind"), registry=self.registry)
+        whose = ("team", "app", "tier")
+        self._owned_requests = Counter(
+            "tokenmill_account_requests", "Requests to models by who asked.", whose, registry=self.registry
+        )
+        self._owned_tokens = Counter(
+            "tokenmill_account_tokens", "Tokens by who asked.", (*whose, "kind"), registry=self.registry
+        )
+        self._cost = Counter(
+            "tokenmill_cost_dollars", "What the tokens cost, by who asked.", whose, registry=self.registry
+        )
+        self._escalations = Counter(
+            "tokenmill_escalations",
+            "Answers that were not confident enough and were asked of another tier.",
+            ("tier", "to"),
+            registry=self.registry,
+        )
         self._attempts = Counter(
             "tokenmill_upstream_requests",
             "Requests sent to backends, repeated ones included.",
@@ -106,19 +141,60 @@ class Metrics:
             if usage.completion > 1:
                 span = exchange.last_chunk_at - exchange.first_chunk_at
                 child(self._per_token, tier, backend).observe(span / (usage.completion - 1))
+        self._count_owner(exchange, tier)
+        if exchange.decision is not None:
+            if was_escalated(exchange):
+                child(self._escalations, exchange.decision.tier, tier).inc()
+            self._decisions.note(exchange)
+
+    def _count_owner(self, exchange: Exchange, tier: str) -> None:
+        """Counts what a request used for its team and app."""
+        principal = exchange.principal
+        team = self._teams.name(principal.team) if principal else ""
+        app = self._apps.name(principal.app) if principal else ""
+        child = self._child
+        child(self._owned_requests, team, app, tier).inc()
+        cost = 0
+        for call in exchange.calls:
+            usage, prices = call.usage, call.target.backend.prices
+            cost += prices.cost(usage.prompt, usage.cached, usage.completion)
+            if usage.prompt:
+                child(self._owned_tokens, team, app, tier, "prompt").inc(usage.prompt)
+            if usage.completion:
+                child(self._owned_tokens, team, app, tier, "completion").inc(usage.completion)
+        if cost:
+            child(self._cost, team, app, tier).inc(cost / MICRO_CENTS_PER_DOLLAR)
+
+    async def start(self) -> None:
+        """Begins to tell the other workers."""
+        await self.board.start()
+
+    async def stop(self) -> None:
+        """Tells them the last."""
+        await self.board.stop()
+
+    def report(self) -> Report:
+        """What this worker has to tell; may be called in a thread."""
+        self._open.set(self.open)
+        targets = self._portfolio.targets
+        for target in targets:
+            labels = (target.backend.tier, target.backend.name)
+            self._child(self._outstanding, *labels).set(target.outstanding)
+            self._child(self._up, *labels).set(1 if target.ready else 0)
+        families = snapshot.take(self.registry)
+        return Report(os.getpid(), families, self._decisions.latest(), [_state(target) for target in targets])
+
+    def _everybodys(self) -> bytes:
+        seen = self.board.everybody()
+        return snapshot.text(snapshot.total([one.report.families for one in seen], [one.lives for one in seen]))
 
     async def render(self) -> bytes:
         """The text for a scrape, made in a thread; scrapes at the same time share one rendering."""
         if time.monotonic() - self._rendered_at < RENDERING_KEPT_S:
             return self._rendered
         if self._rendering is None:
-            self._open.set(self.open)
-            for target in self._portfolio.targets:
-                labels = (target.backend.tier, target.backend.name)
-                self._child(self._outstanding, *labels).set(target.outstanding)
-                self._child(self._up, *labels).set(1 if target.ready else 0)
             loop = asyncio.get_running_loop()
-            self._rendering = loop.run_in_executor(None, generate_latest, self.registry)
+            self._rendering = loop.run_in_executor(None, self._everybodys)
             self._rendering.add_done_callback(self._keep)
         return await asyncio.shield(self._rendering)
 
@@ -127,6 +203,25 @@ class Metrics:
         if not rendering.cancelled() and rendering.exception() is None:
             self._rendered = rendering.result()
             self._rendered_at = time.monotonic()
+
+
+def _state(target: Target) -> dict[str, Any]:
+    """A backend as this worker sees it."""
+    backend = target.backend
+    return {
+        "name": backend.name,
+        "tier": backend.tier,
+        "up": target.ready,
+        "reason": target.reason,
+        "zone": backend.zone,
+        "region": backend.region or "",
+        "version": backend.version or "",
+        "protocol": backend.protocol,
+        "outstanding": target.outstanding,
+        "canary": target.canary,
+        "models": list(target.models)[:20],
+        "open_circuits": target.open_circuits(),
+    }
 
 
 class MetricsStage:

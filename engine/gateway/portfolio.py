@@ -54,6 +54,10 @@ class Target:
             self._breakers[model] = found
         return found
 
+    def open_circuits(self) -> list[str]:
+        """Models that are not asked of it at the moment, because it failed them."""
+        return [model or "any" for model, breaker in list(self._breakers.items()) if breaker.wait_s() > 0]
+
     def has_room(self) -> bool:
         """Whether its limits on concurrency and per minute admit one more request."""
         limit = self.backend.max_concurrency

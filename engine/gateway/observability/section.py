@@ -1,0 +1,50 @@
+"""The configuration's `observability` section."""
+
+import re
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator
+
+from tokenmill.engine.gateway.observability.options import Options
+from tokenmill.engine.gateway.sections import Section
+
+
+class Observability(Section):
+    """What the gateway tells about its work besides `/metrics`."""
+
+    request_log: bool = Field(
+        False, description="One line of JSON on standard error for each request: who, what, where, how long, how much."
+    )
+    log_bodies: bool = Field(
+        False, description="Put request bodies, with the prompts in them, into `request_log`. Mind your policies."
+    )
+    traces: str | None = Field(
+        None,
+        description="Address of an OpenTelemetry collector that takes OTLP over HTTP, e.g. "
+        "`http://127.0.0.1:4318/v1/traces`; needs the extra `tokenmill[otel]`.",
+    )
+    trace_share: float = Field(
+        1.0, description="Share of the requests without a `traceparent` of their own that are traced.", ge=0, le=1
+    )
+    accounts: int = Field(
+        50,
+        description="Most teams, and apps, that metrics name; those met later are counted as `other`.",
+        ge=0,
+        le=1000,
+    )
+
+    @field_validator("traces")
+    @classmethod
+    def _traces_go_over_http(cls, value: str | None) -> str | None:
+        try:
+            parts = urlsplit(value or "http://unset")
+            usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        except ValueError:
+            usable = False
+        if not usable or parts.username is not None or re.search(r"\s", value or ""):
+            raise ValueError(f"{value!r} is not http(s)://host[:port]/path")
+        return value
+
+    def options(self) -> Options:
+        """What the gateway processes are told."""
+        return Options(self.request_log, self.log_bodies, self.traces, self.trace_share, self.accounts)
