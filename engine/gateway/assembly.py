@@ -1,6 +1,7 @@
 """Puts the gateway together from a worker's document: which stages a request goes through, and in which order."""
 
 from tokenmill.engine.gateway.app import Gateway, Service
+from tokenmill.engine.gateway.governance.service import Governance
 from tokenmill.engine.gateway.pipeline import Stage
 from tokenmill.engine.gateway.portfolio import Portfolio
 from tokenmill.engine.gateway.routing import ResolveModel
@@ -16,6 +17,9 @@ def create_app(document: Document) -> Gateway:
     portfolio = Portfolio(document.backends, document.settings)
     stages: list[Stage] = []
     services: list[Service] = []
+    if document.governance is not None:
+        governance = Governance(document.governance)
+        services.append(governance)
     # Who asks comes first, then what the request may see, then where it may go; money is reserved for the dearest
     # of the routes that are left, below the router and above everything that may ask a backend twice.
     stages.append(ResolveModel(portfolio))

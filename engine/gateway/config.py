@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails
 
 from tokenmill.engine.gateway import yaml_file
 from tokenmill.engine.gateway.backends import Capability
+from tokenmill.engine.gateway.governance.section import Governance
 from tokenmill.engine.gateway.sections import Section
 from tokenmill.errors import ConfigurationError
 
@@ -290,6 +291,9 @@ class Config(Section):
     server: Server = Field(default_factory=Server, description="Where clients connect.")
     tiers: dict[str, Tier] = Field(
         description="Tier name (letters, digits, `.`, `_`, `-`) to its backends.", min_length=1
+    )
+    governance: Governance | None = Field(
+        None, description="Keys, budgets, rate limits, ledger; default: none of them."
     )
 
     @field_validator("tiers")

@@ -8,6 +8,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from tokenmill.engine.gateway import config
+from tokenmill.engine.gateway.governance.section import Governance
 from tokenmill.engine.gateway.sections import Section
 
 #: The sections in the order in which a reader meets them: (class, heading, where it stands in the file).
@@ -19,6 +20,7 @@ SECTIONS: tuple[tuple[type[Section], str, str], ...] = (
     (config.LocalBackend, "`tiers.NAME.backends[]`: a local vLLM server", "A backend without `url`."),
     (config.Speculation, "`tiers.NAME.backends[].speculation`", ""),
     (config.RemoteBackend, "`tiers.NAME.backends[]`: a server elsewhere", "A backend with `url`."),
+    (Governance, "`governance`", ""),
 )
 INTRODUCTION = """\
 # Configuration of `tokenmill serve`
@@ -82,6 +84,7 @@ def _type(field: FieldInfo) -> str:
         ("Server", "section"),
         ("Speculation", "section"),
         ("Price", "section"),
+        ("Governance", "section"),
         ("dict[str, str]", "mapping of texts"),
         ("dict[str", "mapping"),
         ("list[str]", "list of texts"),

@@ -7,6 +7,7 @@ import msgspec
 import orjson
 
 from tokenmill.engine.gateway.backends import Backend
+from tokenmill.engine.gateway.governance.options import Options
 from tokenmill.errors import ConfigurationError
 
 
@@ -63,11 +64,13 @@ class Document:
         backends: The portfolio; at least one.
         settings: The gateway's settings.
         parent_pid: The process whose death ends the worker; None: whoever started it.
+        governance: Who may ask for what; None: everybody for everything.
     """
 
     backends: tuple[Backend, ...]
     settings: Settings = field(default_factory=Settings)
     parent_pid: int | None = None
+    governance: Options | None = None
 
     def to_json(self) -> bytes:
         """The document as the worker reads it. Holds API keys: pass it through a pipe, never on a command line."""

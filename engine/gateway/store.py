@@ -1,34 +1,31 @@
-"""What several gateway processes must agree on, in one SQLite file: keys, budgets, ledger, audit trail.
+"""What several gateway processes must agree on, in one database: keys, budgets, ledger, audit trail.
 
 All writes of a process go through one thread, in the order in which they were asked for; what has gathered by the time
-the thread is free is committed in one transaction. Between processes a file lock orders the transactions: it wakes the
-next one at once, where SQLite's own waiting would sleep for milliseconds, and the kernel frees it when a process dies.
-
-The file is in WAL mode with `synchronous=NORMAL`: a process killed at any point loses nothing that was committed and
-leaves nothing half written; a power failure may lose the last moments, but never consistency. Statements keep to what
-PostgreSQL takes, too. Times are UTC in milliseconds, money is in micro-cents (`money`).
+the thread is free is committed in one transaction. The database itself is a `sqlite.Sqlite` file or, for gateways on
+several machines, a `postgres.Postgres` server; statements keep to what both take, with `?` for parameters. Times are
+UTC in milliseconds, money is in micro-cents (`money`).
 """
 
 import asyncio
-import fcntl
-import os
+import logging
 import queue
-import sqlite3
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from tokenmill.errors import ConfigurationError
 
 T = TypeVar("T")
-Operation = Callable[[sqlite3.Connection], T]
+
+log = logging.getLogger("tokenmill.gateway.store")
 
 #: Most operations in one transaction: bounds how long the other processes wait.
 MOST_IN_A_BATCH = 256
-#: Version of the schema in `PRAGMA user_version`.
+#: Version of the tables; a database made by a newer Tokenmill is refused.
 SCHEMA_VERSION = 1
 
 
@@ -37,43 +34,116 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
+class Cursor(Protocol):
+    """What a statement answered."""
+
+    def fetchone(self) -> Any:
+        """The next row as a tuple; None at the end."""
+        ...
+
+    def fetchall(self) -> list[Any]:
+        """All rows that are left."""
+        ...
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+class Connection(Protocol):
+    """A connection to the database."""
+
+    def execute(self, statement: str, parameters: Sequence[Any] = (), /) -> Cursor:
+        """Runs one statement."""
+        ...
+
+    def close(self) -> None:
+        """Closes it."""
+        ...
+
+
+class Claim(Protocol):
+    """A name that this process holds; whoever holds it is freed of it when his process dies."""
+
+    def release(self) -> None:
+        """Lets go of the name."""
+        ...
+
+
+class Database(Protocol):
+    """A kind of database."""
+
+    @property
+    def shown(self) -> str:
+        """Its place, for messages."""
+        ...
+
+    def connect(self) -> Connection:
+        """A new connection; each statement outside of a transaction is one of its own.
+
+        Raises:
+            ConfigurationError: The database cannot be reached, or is none.
+        """
+        ...
+
+    def transaction(self, connection: Connection) -> AbstractContextManager[None]:
+        """All or nothing, and no other process writes meanwhile."""
+        ...
+
+    def claim(self, name: str) -> Claim | None:
+        """Takes a name; None while another process holds it."""
+        ...
+
+    def close(self) -> None:
+        """Frees what is not a connection."""
+        ...
+
+
+Operation = Callable[[Connection], T]
+
+
+class _Job:
+    """An operation and who wants its result: nobody, a program that waits (`Future`), or a coroutine."""
+
+    __slots__ = ("loop", "operation", "waiter")
+
+    def __init__(
+        self,
+        operation: Operation[Any],
+        waiter: "Future[Any] | asyncio.Future[Any] | None",
+        loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        self.operation = operation
+        self.waiter = waiter
+        self.loop = loop
+
+
 class Store:
-    """One process's hold on the file. Close it at the end.
+    """One process's hold on the database. Close it at the end.
 
     Args:
-        path: The file; it and its folder are made where they are missing, readable for their owner alone.
-        schema: Statements that make the tables in an empty file.
+        place: Path of an SQLite file, made with its folder where it is missing, readable for its owner alone; or
+            `postgresql://...`.
+        schema: Statements that make the tables in an empty database.
 
     Raises:
-        ConfigurationError: The file cannot be opened, is no database, or was made by a newer version.
+        ConfigurationError: The database cannot be opened, is none, or was made by a newer version.
+        MissingDependencyError: PostgreSQL is asked for and its client library is absent.
     """
 
-    def __init__(self, path: Path, schema: Sequence[str]) -> None:
-        self.path = path
-        self._queue: queue.SimpleQueue[tuple[Operation[Any], Future[Any]] | None] = queue.SimpleQueue()
+    def __init__(self, place: Path | str, schema: Sequence[str]) -> None:
+        self.place = place
+        self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._database = _database(place)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-            self._writer = self._connect()
-            self._transact(lambda connection: _make_tables(connection, schema, path))
-            #: For reading, in the thread that made the store; sees everything that is committed.
-            self.reader = self._connect()
-        except OSError as error:
-            raise ConfigurationError(
-                f"{path} cannot be opened: {(error.strerror or str(error)).lower()}; name another file"
-            ) from None
-        except sqlite3.Error as error:
-            raise ConfigurationError(f"{path} cannot be used: {error}; name another file") from None
+            self._writer = self._database.connect()
+            with self._database.transaction(self._writer):
+                _make_tables(self._writer, schema, self._database.shown)
+        except BaseException:
+            self._database.close()
+            raise
+        #: For reading, in the thread that made the store; sees everything that is committed.
+        self.reader = self._database.connect()
         self._thread = threading.Thread(target=self._run, name="store-writer", daemon=True)
         self._thread.start()
-
-    def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=30.0)
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=NORMAL")
-        connection.execute("PRAGMA foreign_keys=ON")
-        return connection
 
     def submit(self, operation: Operation[T]) -> "Future[T]":
         """Has `operation(connection)` run in the writer's next transaction; the result is there once it is committed.
@@ -81,76 +151,124 @@ class Store:
         Operations run in the order of their submission. One that raises leaves no trace of itself.
         """
         future: Future[T] = Future()
-        self._queue.put((operation, future))
+        self._queue.put(_Job(operation, future))
         return future
 
+    def post(self, operation: Operation[object]) -> None:
+        """`submit` for who does not wait; a failure goes to the log."""
+        self._queue.put(_Job(operation, None))
+
     async def write(self, operation: Operation[T]) -> T:
-        """`submit` for a coroutine."""
-        return await asyncio.wrap_future(self.submit(operation))
+        """`submit` for a coroutine; cancelled before its turn, the operation does not run."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+        self._queue.put(_Job(operation, future, loop))
+        return await future
 
     def write_now(self, operation: Operation[T]) -> T:
         """`submit` for a program that may wait."""
         return self.submit(operation).result()
 
+    def claim(self, name: str) -> Claim | None:
+        """Takes a name until it is released or this process dies; None while another process holds it."""
+        return self._database.claim(name)
+
     def close(self) -> None:
-        """Commits what was submitted and closes the file."""
+        """Commits what was submitted and closes the database."""
         self._queue.put(None)
         self._thread.join()
         self._writer.close()
         self.reader.close()
-        os.close(self._lock)
+        self._database.close()
 
     def _run(self) -> None:
         while (first := self._queue.get()) is not None:
             batch = [first]
             last = False
             while len(batch) < MOST_IN_A_BATCH and not self._queue.empty():
-                item = self._queue.get()
-                if item is None:
+                job = self._queue.get()
+                if job is None:
                     last = True
                     break
-                batch.append(item)
-            self._commit([(run, future) for run, future in batch if future.set_running_or_notify_cancel()])
+                batch.append(job)
+            self._commit([job for job in batch if _wanted(job)])
             if last:
                 return
 
-    def _commit(self, batch: list[tuple[Operation[Any], Future[Any]]]) -> None:
+    def _commit(self, batch: list[_Job]) -> None:
         """Runs a batch in one transaction; where one operation fails, each runs in a transaction of its own."""
         try:
-            results = self._transact(lambda connection: [run(connection) for run, _ in batch])
+            with self._database.transaction(self._writer):
+                results = [job.operation(self._writer) for job in batch]
         except Exception as error:  # noqa: BLE001 - it goes to whoever waits for the operation
             if len(batch) == 1:
-                batch[0][1].set_exception(error)
+                _deliver_failure(batch[0], error)
                 return
-            for item in batch:
-                self._commit([item])
+            for job in batch:
+                self._commit([job])
             return
-        for (_, future), result in zip(batch, results, strict=True):
+        _deliver(batch, results)
+
+
+def _wanted(job: _Job) -> bool:
+    if isinstance(job.waiter, Future):
+        return job.waiter.set_running_or_notify_cancel()
+    return job.waiter is None or not job.waiter.cancelled()
+
+
+def _deliver(batch: list[_Job], results: list[Any]) -> None:
+    """Hands out results; waking an event loop costs as much as a statement, so it is woken once for all."""
+    woken: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[Any], Any]]] = {}
+    for job, result in zip(batch, results, strict=True):
+        if isinstance(job.waiter, Future):
+            job.waiter.set_result(result)
+        elif job.waiter is not None and job.loop is not None:
+            woken.setdefault(job.loop, []).append((job.waiter, result))
+    for loop, pairs in woken.items():
+        _wake(loop, _set_results, pairs)
+
+
+def _set_results(pairs: "list[tuple[asyncio.Future[Any], Any]]") -> None:
+    for future, result in pairs:
+        if not future.done():
             future.set_result(result)
 
-    def _transact(self, operation: Operation[T]) -> T:
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
-        try:
-            self._writer.execute("BEGIN IMMEDIATE")
-            try:
-                result = operation(self._writer)
-                self._writer.execute("COMMIT")
-            except BaseException:
-                if self._writer.in_transaction:
-                    self._writer.execute("ROLLBACK")
-                raise
-            return result
-        finally:
-            fcntl.flock(self._lock, fcntl.LOCK_UN)
+
+def _deliver_failure(job: _Job, error: Exception) -> None:
+    if isinstance(job.waiter, Future):
+        job.waiter.set_exception(error)
+    elif job.waiter is None or job.loop is None:
+        log.error("a write failed: %s", error, exc_info=error)
+    else:
+        waiter = job.waiter
+        _wake(job.loop, lambda failure: None if waiter.done() else waiter.set_exception(failure), error)
 
 
-def _make_tables(connection: sqlite3.Connection, schema: Sequence[str], path: Path) -> None:
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if version > SCHEMA_VERSION:
-        raise ConfigurationError(
-            f"{path} has schema version {version}, this Tokenmill knows {SCHEMA_VERSION}; upgrade Tokenmill"
-        )
-    if version == 0:
+def _wake(loop: asyncio.AbstractEventLoop, action: Callable[[Any], object], argument: Any) -> None:
+    try:
+        loop.call_soon_threadsafe(action, argument)
+    except RuntimeError:  # the loop has ended, and its coroutines with it
+        log.debug("nobody waits any more for a write")
+
+
+def _database(place: Path | str) -> Database:
+    if isinstance(place, str) and "://" in place:
+        from tokenmill.engine.gateway.postgres import Postgres
+
+        return Postgres(place)
+    from tokenmill.engine.gateway.sqlite import Sqlite
+
+    return Sqlite(Path(place))
+
+
+def _make_tables(connection: Connection, schema: Sequence[str], shown: str) -> None:
+    connection.execute("CREATE TABLE IF NOT EXISTS schema_version (version INTEGER NOT NULL)")
+    row = connection.execute("SELECT version FROM schema_version").fetchone()
+    if row is None:
         for statement in schema:
             connection.execute(statement)
-        connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+        connection.execute("INSERT INTO schema_version (version) VALUES (?)", (SCHEMA_VERSION,))
+    elif row[0] > SCHEMA_VERSION:
+        raise ConfigurationError(
+            f"{shown} has schema version {row[0]}, this Tokenmill knows {SCHEMA_VERSION}; upgrade Tokenmill"
+        )

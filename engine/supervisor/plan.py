@@ -10,6 +10,7 @@ from typing import Any
 
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.config import Config, LocalBackend, Price, RemoteBackend, Server, Speculation
+from tokenmill.engine.gateway.governance.options import Options
 from tokenmill.engine.gateway.money import Prices, micro_cents
 from tokenmill.engine.gateway.settings import Settings
 from tokenmill.errors import ConfigurationError
@@ -61,12 +62,14 @@ class Plan:
         engines: The vLLM servers to start.
         remotes: The servers elsewhere, as the gateway sees them.
         fallbacks: Tier to the tiers that take over from it.
+        governance: Who may ask for what; None: everybody for everything.
     """
 
     server: Server
     engines: tuple[Engine, ...]
     remotes: tuple[Backend, ...]
     fallbacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    governance: Options | None = None
 
     def settings(self) -> Settings:
         """The gateway's settings."""
@@ -91,7 +94,7 @@ def make_plan(config: Config, engine_arguments: Sequence[str] = ()) -> Plan:
         engine_arguments: vLLM flags from the command line, appended unchanged to every local server.
 
     Raises:
-        ConfigurationError: An API key is missing, or `bundled:` names no bundled model.
+        ConfigurationError: An API key or the master key is missing, or `bundled:` names no bundled model.
     """
     engines, remotes = [], []
     for name, tier, backend in config.named_backends():
@@ -103,7 +106,8 @@ def make_plan(config: Config, engine_arguments: Sequence[str] = ()) -> Plan:
             command = (*ENGINE_COMMAND, resolve_model(backend.model), *arguments)
             engines.append(Engine(backend, name, tier, quality, command, _environment(backend)))
     fallbacks = {name: tuple(tier.fallbacks) for name, tier in config.tiers.items() if tier.fallbacks}
-    return Plan(config.server, tuple(engines), tuple(remotes), fallbacks)
+    governance = None if config.governance is None else config.governance.options()
+    return Plan(config.server, tuple(engines), tuple(remotes), fallbacks, governance)
 
 
 def gateway_command(descriptor: int) -> tuple[str, ...]:

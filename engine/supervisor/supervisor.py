@@ -194,7 +194,7 @@ class Supervisor:
 
     def _document(self) -> Document:
         local = [engine.gateway_backend(self._ports[engine.name].number) for engine in self._plan.engines]
-        return Document((*local, *self._plan.remotes), self._plan.settings(), parent_pid=os.getpid())
+        return Document((*local, *self._plan.remotes), self._plan.settings(), os.getpid(), self._plan.governance)
 
     def _status_file(self, engine: Engine) -> Path:
         return self._logs / f"engine-{engine.name}.hooks.json"

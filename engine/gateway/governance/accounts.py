@@ -3,15 +3,15 @@
 A request is charged to its key and to every account above it, and must be within the limits of all of them.
 """
 
+import functools
 import re
-import sqlite3
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from tokenmill.engine.gateway.governance import audit
-from tokenmill.engine.gateway.store import now_ms
+from tokenmill.engine.gateway.store import Connection, now_ms
 from tokenmill.errors import InputError
 
 Kind = Literal["organisation", "team", "app", "key"]
@@ -33,7 +33,7 @@ class Limits:
 
     Attributes:
         hard_limit: Micro-cents per period; requests that could exceed it are refused.
-        soft_limit: Micro-cents per period; reaching it is recorded.
+        soft_limit: Micro-cents per period; reaching it is recorded, and cheaper tiers are preferred from then on.
         period_ms: Length of the budget's period in milliseconds; None: the budget is for good.
         requests_per_minute: Requests in any 60 seconds.
         tokens_per_minute: Tokens, prompt and completion, in any 60 seconds.
@@ -94,7 +94,7 @@ def _account(row: Sequence[Any]) -> Account:
     return Account(identity, kind, parent, name, Limits(*row[4:9]), start, spent, reserved, soft_reached_at)
 
 
-def find(connection: sqlite3.Connection, account: str) -> Account:
+def find(connection: Connection, account: str) -> Account:
     """One account.
 
     Raises:
@@ -106,13 +106,13 @@ def find(connection: sqlite3.Connection, account: str) -> Account:
     return _account(row)
 
 
-def every(connection: sqlite3.Connection) -> list[Account]:
+def every(connection: Connection) -> list[Account]:
     """All accounts but keys, by kind and id."""
     query = f"SELECT {_COLUMNS} FROM accounts WHERE kind <> 'key' ORDER BY kind, id"  # noqa: S608
     return [_account(row) for row in connection.execute(query)]
 
 
-def chain(connection: sqlite3.Connection, account: str) -> list[Account]:
+def chain(connection: Connection, account: str) -> list[Account]:
     """The account and all above it, the account first."""
     found = [find(connection, account)]
     while (parent := found[-1].parent) is not None:
@@ -121,7 +121,7 @@ def chain(connection: sqlite3.Connection, account: str) -> list[Account]:
 
 
 def create(
-    connection: sqlite3.Connection,
+    connection: Connection,
     kind: Kind,
     name: str,
     parent: str | None,
@@ -161,7 +161,7 @@ def create(
     return account
 
 
-def set_limits(connection: sqlite3.Connection, account: str, limits: Limits, actor: str) -> None:
+def set_limits(connection: Connection, account: str, limits: Limits, actor: str) -> None:
     """Replaces an account's limits; what it has spent stays.
 
     Raises:
@@ -176,7 +176,27 @@ def set_limits(connection: sqlite3.Connection, account: str, limits: Limits, act
     audit.append(connection, actor, "limits.set", account, {"before": asdict(before), "after": asdict(limits)})
 
 
-def renew(connection: sqlite3.Connection, account: Account, now: int) -> Account:
+def several(connection: Connection, identities: Sequence[str]) -> list[Account]:
+    """These accounts, in this order; one statement.
+
+    Raises:
+        InputError: There is none with one of these ids.
+    """
+    query = f"SELECT {_COLUMNS} FROM accounts WHERE id IN {placeholders(len(identities))}"  # noqa: S608
+    found = {row[0]: _account(row) for row in connection.execute(query, identities)}
+    if len(found) != len(identities):
+        missing = next(identity for identity in identities if identity not in found)
+        raise InputError(f"there is no account {missing[:80]!r}; create it first")
+    return [found[identity] for identity in identities]
+
+
+@functools.lru_cache(maxsize=16)
+def placeholders(count: int) -> str:
+    """`(?, ?, ...)` for so many values."""
+    return "(" + ", ".join("?" * count) + ")"
+
+
+def renew(connection: Connection, account: Account, now: int) -> Account:
     """The account at `now`: where its period is over, a new one begins with nothing spent.
 
     What requests under way have reserved stays reserved, and is spent in the period in which they end.

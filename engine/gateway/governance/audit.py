@@ -6,13 +6,12 @@ that `tokenmill admin audit verify` prints in another place, and hand it to a la
 """
 
 import hashlib
-import sqlite3
 from dataclasses import dataclass
 from typing import Any
 
 import orjson
 
-from tokenmill.engine.gateway.store import now_ms
+from tokenmill.engine.gateway.store import Connection, now_ms
 from tokenmill.errors import CheckpointError
 
 #: What stands before the first row.
@@ -27,7 +26,7 @@ class Head:
     hash: str
 
 
-def append(connection: sqlite3.Connection, actor: str, action: str, subject: str, details: dict[str, Any]) -> None:
+def append(connection: Connection, actor: str, action: str, subject: str, details: dict[str, Any]) -> None:
     """Adds a row in the transaction of what it records.
 
     Args:
@@ -51,7 +50,7 @@ def append(connection: sqlite3.Connection, actor: str, action: str, subject: str
     )
 
 
-def verify(connection: sqlite3.Connection, expected: str | None = None) -> Head:
+def verify(connection: Connection, expected: str | None = None) -> Head:
     """Checks the whole trail and returns its head.
 
     Args:
@@ -82,7 +81,7 @@ def verify(connection: sqlite3.Connection, expected: str | None = None) -> Head:
     return head
 
 
-def _head(connection: sqlite3.Connection) -> Head:
+def _head(connection: Connection) -> Head:
     row = connection.execute("SELECT sequence, hash FROM audit_head").fetchone()
     return Head(*row) if row is not None else Head(0, ORIGIN)
 

@@ -2,26 +2,20 @@
 
 A reservation holds the most that a request can cost on every account of its key's chain, in the transaction that
 checks the limits, so requests at the same time, in whichever process, cannot pass a limit together. Settling removes
-the reservation, charges the true cost and writes the ledger's row in one transaction: once or not at all. The
-reservations of a process that died are settled at their full amount: nobody knows how far their requests came.
+the reservation, charges the true cost and writes the ledger's row in one transaction: once or not at all. Nobody is
+charged more than was reserved. The reservations of a process that died are settled at their full amount: nobody knows
+how far their requests came.
 """
 
-import fcntl
-import os
-import sqlite3
-import uuid
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import orjson
 
 from tokenmill.engine.gateway.governance import accounts, audit
-from tokenmill.engine.gateway.governance.accounts import Account
-from tokenmill.engine.gateway.store import Store, now_ms
+from tokenmill.engine.gateway.governance.accounts import Account, placeholders
+from tokenmill.engine.gateway.store import Connection, now_ms
 
 #: Length of the sliding window of rate limits, in seconds.
 WINDOW_S = 60
@@ -34,7 +28,7 @@ class Reservation:
     Attributes:
         call: Unique id of the request.
         worker: The process that serves it.
-        key: The key's account.
+        chain: Ids of the key's account and of all above it, the key's first.
         request_id: The client's name for it, for people.
         model, tier: What it asks for.
         amount: Micro-cents.
@@ -44,7 +38,7 @@ class Reservation:
 
     call: str
     worker: str
-    key: str
+    chain: tuple[str, ...]
     request_id: str
     model: str
     tier: str
@@ -56,9 +50,16 @@ class Reservation:
 
 @dataclass(frozen=True)
 class Spending:
-    """What one request used in the end; tokens, micro-cents."""
+    """What one request used in the end; tokens, micro-cents.
+
+    Attributes:
+        backend, tier: Who answered; empty: nobody, or nobody knows.
+        exact: The backend counted the tokens.
+        cost: What it cost; charged up to the amount reserved.
+    """
 
     backend: str
+    tier: str
     prompt: int
     cached: int
     completion: int
@@ -67,6 +68,28 @@ class Spending:
     outcome: str
     status: int
     attempts: int
+
+
+@dataclass(frozen=True)
+class Rate:
+    """The tightest limit per minute of a chain, with the request just reserved counted."""
+
+    limit: int
+    remaining: int
+
+
+@dataclass(frozen=True)
+class Granted:
+    """A reservation that was made.
+
+    Attributes:
+        spent: Micro-cents of the key's period so far.
+        requests, tokens: Where the chain stands; None: no limit.
+    """
+
+    spent: int
+    requests: Rate | None
+    tokens: Rate | None
 
 
 @dataclass(frozen=True)
@@ -90,24 +113,29 @@ class Refusal:
     retry_ms: int | None
 
 
-def reserve(connection: sqlite3.Connection, wanted: Reservation) -> Refusal | None:
+def reserve(connection: Connection, wanted: Reservation) -> Granted | Refusal:
     """Reserves on every account of the chain, or on none and says why. Run it in the store's writer."""
-    chain = [accounts.renew(connection, account, wanted.at) for account in accounts.chain(connection, wanted.key)]
+    chain = [accounts.renew(connection, one, wanted.at) for one in accounts.several(connection, wanted.chain)]
+    asked = wanted.prompt + wanted.completion
+    requests: Rate | None = None
+    tokens: Rate | None = None
     for account in chain:
-        refusal = _refusal(connection, account, wanted)
+        limits = account.limits
+        refusal = _over_budget(account, wanted)
+        if refusal is None and _has_rates(account):
+            window = _window(connection, account, wanted)
+            refusal = window.refusal(account, asked)
+            requests = _tighter(requests, limits.requests_per_minute, window.requests + 1)
+            tokens = _tighter(tokens, limits.tokens_per_minute, window.tokens + asked)
         if refusal is not None:
             return refusal
-    second = wanted.at // 1000
+    connection.execute(
+        f"UPDATE accounts SET reserved = reserved + ? WHERE id IN {placeholders(len(chain))}",  # noqa: S608
+        (wanted.amount, *wanted.chain),
+    )
     for account in chain:
-        connection.execute("UPDATE accounts SET reserved = reserved + ? WHERE id = ?", (wanted.amount, account.id))
         if _has_rates(account):
-            connection.execute("DELETE FROM windows WHERE account = ? AND second < ?", (account.id, second - WINDOW_S))
-            connection.execute(
-                "INSERT INTO windows (account, second, requests, tokens) VALUES (?, ?, 1, ?) ON CONFLICT "
-                "(account, second) DO UPDATE SET requests = windows.requests + 1, "
-                "tokens = windows.tokens + excluded.tokens",
-                (account.id, second, wanted.prompt + wanted.completion),
-            )
+            _count(connection, account, wanted.at // 1000, asked)
     connection.execute(
         "INSERT INTO reservations (call, worker, amount, prompt_bound, completion_bound, chain, request_id, model, "
         "tier, started_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -124,39 +152,42 @@ def reserve(connection: sqlite3.Connection, wanted: Reservation) -> Refusal | No
             wanted.at,
         ),
     )
-    return None
+    return Granted(chain[0].spent, requests, tokens)
 
 
-def settle(connection: sqlite3.Connection, call: str, spending: Spending) -> bool:
+def settle(connection: Connection, call: str, spending: Spending) -> bool:
     """Charges a request that has ended and frees its reservation; False when that was done before."""
-    row = connection.execute(
-        "SELECT amount, prompt_bound, completion_bound, chain, request_id, model, tier, started_at "
-        "FROM reservations WHERE call = ?",
+    rows = connection.execute(
+        "DELETE FROM reservations WHERE call = ? "
+        "RETURNING amount, prompt_bound, completion_bound, chain, request_id, model, tier, started_at",
         (call,),
-    ).fetchone()
-    if row is None:
+    ).fetchall()
+    if not rows:
         return False
-    amount, prompt_bound, completion_bound, chain_text, request_id, model, tier, started_at = row
-    connection.execute("DELETE FROM reservations WHERE call = ?", (call,))
+    amount, prompt_bound, completion_bound, chain_text, request_id, model, tier, started_at = rows[0]
     chain: Sequence[tuple[str, str]] = orjson.loads(chain_text)
     now = now_ms()
+    charged = min(spending.cost, amount)
+    identities = [identity for identity, _ in chain]
+    before = [accounts.renew(connection, one, now) for one in accounts.several(connection, identities)]
+    connection.execute(
+        "UPDATE accounts SET reserved = reserved - ?, spent = spent + ? "  # noqa: S608
+        f"WHERE id IN {placeholders(len(identities))}",
+        (amount, charged, *identities),
+    )
     surplus = prompt_bound + completion_bound - spending.prompt - spending.completion
-    for identity, _ in chain:
-        accounts.renew(connection, accounts.find(connection, identity), now)
-        connection.execute(
-            "UPDATE accounts SET reserved = reserved - ?, spent = spent + ? WHERE id = ?",
-            (amount, spending.cost, identity),
-        )
-        connection.execute(
-            "UPDATE windows SET tokens = tokens - ? WHERE account = ? AND second = ?",
-            (surplus, identity, started_at // 1000),
-        )
-        _note_soft_limit(connection, accounts.find(connection, identity), now)
+    for account in before:
+        if surplus and _has_rates(account):
+            connection.execute(
+                "UPDATE windows SET tokens = tokens - ? WHERE account = ? AND second = ?",
+                (surplus, account.id, started_at // 1000),
+            )
+        _note_soft_limit(connection, account, account.spent + charged, now)
     by_kind = {kind: identity for identity, kind in chain}
     connection.execute(
         "INSERT INTO ledger (call, request_id, key_id, app, team, organisation, tier, backend, model, prompt_tokens, "
-        "cached_tokens, completion_tokens, exact, cost, outcome, status, attempts, started_at, ended_at) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "cached_tokens, completion_tokens, exact, cost, excess, outcome, status, attempts, started_at, ended_at) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             call,
             request_id,
@@ -164,14 +195,15 @@ def settle(connection: sqlite3.Connection, call: str, spending: Spending) -> boo
             by_kind.get("app"),
             by_kind.get("team"),
             by_kind.get("organisation"),
-            tier,
+            spending.tier or tier,
             spending.backend,
             model,
             spending.prompt,
             spending.cached,
             spending.completion,
             int(spending.exact),
-            spending.cost,
+            charged,
+            spending.cost - charged,
             spending.outcome,
             spending.status,
             spending.attempts,
@@ -182,70 +214,52 @@ def settle(connection: sqlite3.Connection, call: str, spending: Spending) -> boo
     return True
 
 
-class WorkerLock:
-    """Proof that this process lives: a lock on a file of its own, which the kernel frees when the process dies.
+@dataclass(frozen=True)
+class _Window:
+    """What an account used in the last minute, and when some of that is forgotten, in milliseconds from now."""
 
-    Args:
-        store: The store.
-    """
+    requests: int
+    tokens: int
+    wait_ms: int
 
-    def __init__(self, store: Store) -> None:
-        self.id = uuid.uuid4().hex
-        self._store = store
-        folder = _lock_folder(store)
-        folder.mkdir(mode=0o700, exist_ok=True)
-        self._path = folder / self.id
-        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        # Locked before anybody can read of it.
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
-        store.write_now(
-            lambda connection: connection.execute(
-                "INSERT INTO workers (id, started_at) VALUES (?, ?)", (self.id, now_ms())
-            )
-        )
-
-    def close(self) -> None:
-        """Leaves; what is still reserved is settled by whoever comes next."""
-        os.close(self._descriptor)
+    def refusal(self, account: Account, asked: int) -> Refusal | None:
+        """Why one more request of so many tokens is too much; None when it is not."""
+        limits = account.limits
+        most = limits.requests_per_minute
+        if most is not None and self.requests + 1 > most:
+            return Refusal("requests", account, most, self.requests, 1, self.wait_ms)
+        most = limits.tokens_per_minute
+        if most is not None and self.tokens + asked > most:
+            wait = self.wait_ms if asked <= most else None
+            return Refusal("tokens", account, most, self.tokens, asked, wait)
+        return None
 
 
-def recover(store: Store) -> int:
-    """Settles what dead processes had reserved, at its full amount; returns for how many requests."""
-    settled = 0
-    for (worker,) in store.reader.execute("SELECT id FROM workers").fetchall():
-        path = _lock_folder(store) / worker
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            descriptor = -1  # another process is at it, and may die before it is done
-        else:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(descriptor)
-                continue
-        settled += store.write_now(partial(_bury, worker=worker))
-        with suppress(FileNotFoundError):
-            path.unlink()
-        if descriptor >= 0:
-            os.close(descriptor)
-    return settled
+def _window(connection: Connection, account: Account, wanted: Reservation) -> _Window:
+    # Whole seconds: the oldest is counted until all of it is outside of the window.
+    since = wanted.at // 1000 - WINDOW_S
+    oldest, requests, tokens = connection.execute(
+        "SELECT min(second), CAST(coalesce(sum(requests), 0) AS BIGINT), CAST(coalesce(sum(tokens), 0) AS BIGINT) "
+        "FROM windows WHERE account = ? AND second >= ?",
+        (account.id, since),
+    ).fetchone()
+    wait = WINDOW_S * 1000 if oldest is None else (oldest + WINDOW_S + 1) * 1000 - wanted.at
+    return _Window(requests, tokens, wait)
 
 
-def _bury(connection: sqlite3.Connection, worker: str) -> int:
-    rows: list[Any] = connection.execute(
-        "SELECT call, prompt_bound, completion_bound, amount FROM reservations WHERE worker = ?", (worker,)
-    ).fetchall()
-    for call, prompt, completion, amount in rows:
-        settle(connection, call, Spending("", prompt, 0, completion, False, amount, "lost", 0, 0))
-    connection.execute("DELETE FROM workers WHERE id = ?", (worker,))
-    if rows:
-        audit.append(connection, "gateway", "worker.lost", worker, {"requests": len(rows)})
-    return len(rows)
+def _count(connection: Connection, account: Account, second: int, tokens: int) -> None:
+    connection.execute("DELETE FROM windows WHERE account = ? AND second < ?", (account.id, second - WINDOW_S))
+    connection.execute(
+        "INSERT INTO windows (account, second, requests, tokens) VALUES (?, ?, 1, ?) ON CONFLICT (account, second) "
+        "DO UPDATE SET requests = windows.requests + 1, tokens = windows.tokens + excluded.tokens",
+        (account.id, second, tokens),
+    )
 
 
-def _lock_folder(store: Store) -> Path:
-    return store.path.with_name(store.path.name + ".workers")
+def _tighter(known: Rate | None, limit: int | None, used: int) -> Rate | None:
+    if limit is None or (known is not None and known.remaining <= limit - used):
+        return known
+    return Rate(limit, limit - used)
 
 
 def _has_rates(account: Account) -> bool:
@@ -253,35 +267,17 @@ def _has_rates(account: Account) -> bool:
     return limits.requests_per_minute is not None or limits.tokens_per_minute is not None
 
 
-def _refusal(connection: sqlite3.Connection, account: Account, wanted: Reservation) -> Refusal | None:
-    limits = account.limits
-    if limits.hard_limit is not None and account.spent + account.reserved + wanted.amount > limits.hard_limit:
-        end = account.period_end
-        wait = None if end is None else end - wanted.at
-        return Refusal("budget", account, limits.hard_limit, account.spent + account.reserved, wanted.amount, wait)
-    if not _has_rates(account):
+def _over_budget(account: Account, wanted: Reservation) -> Refusal | None:
+    most = account.limits.hard_limit
+    if most is None or account.spent + account.reserved + wanted.amount <= most:
         return None
-    # Whole seconds: the oldest is counted until all of it is outside of the window.
-    since = wanted.at // 1000 - WINDOW_S
-    oldest, requests, tokens = connection.execute(
-        "SELECT min(second), coalesce(sum(requests), 0), coalesce(sum(tokens), 0) FROM windows "
-        "WHERE account = ? AND second >= ?",
-        (account.id, since),
-    ).fetchone()
-    wait = WINDOW_S * 1000 if oldest is None else (oldest + WINDOW_S + 1) * 1000 - wanted.at
-    if limits.requests_per_minute is not None and requests + 1 > limits.requests_per_minute:
-        return Refusal("requests", account, limits.requests_per_minute, requests, 1, wait)
-    asked = wanted.prompt + wanted.completion
-    if limits.tokens_per_minute is not None and tokens + asked > limits.tokens_per_minute:
-        possible = asked <= limits.tokens_per_minute
-        return Refusal("tokens", account, limits.tokens_per_minute, tokens, asked, wait if possible else None)
-    return None
+    end = account.period_end
+    wait = None if end is None else end - wanted.at
+    return Refusal("budget", account, most, account.spent + account.reserved, wanted.amount, wait)
 
 
-def _note_soft_limit(connection: sqlite3.Connection, account: Account, now: int) -> None:
+def _note_soft_limit(connection: Connection, account: Account, spent: int, now: int) -> None:
     soft = account.limits.soft_limit
-    if soft is not None and account.soft_reached_at is None and account.spent >= soft:
+    if soft is not None and account.soft_reached_at is None and spent >= soft:
         connection.execute("UPDATE accounts SET soft_reached_at = ? WHERE id = ?", (now, account.id))
-        audit.append(
-            connection, "gateway", "budget.soft_limit", account.id, {"spent": account.spent, "soft_limit": soft}
-        )
+        audit.append(connection, "gateway", "budget.soft_limit", account.id, {"spent": spent, "soft_limit": soft})

@@ -4,9 +4,7 @@ A key is 256 random bits, so a plain SHA-256 is enough to keep it; a slow passwo
 and every flood of wrong keys, expensive.
 """
 
-import hashlib
 import secrets
-import sqlite3
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +13,8 @@ import orjson
 
 from tokenmill.engine.gateway.governance import accounts, audit
 from tokenmill.engine.gateway.governance.accounts import Limits
-from tokenmill.engine.gateway.store import now_ms
+from tokenmill.engine.gateway.governance.options import digest
+from tokenmill.engine.gateway.store import Connection, now_ms
 from tokenmill.errors import InputError
 
 PREFIX = "sk-"
@@ -47,13 +46,8 @@ class Key:
         return None
 
 
-def digest(key: str) -> str:
-    """The hash under which a key is kept."""
-    return hashlib.sha256(key.encode()).hexdigest()
-
-
 def create(
-    connection: sqlite3.Connection,
+    connection: Connection,
     actor: str,
     *,
     name: str = "",
@@ -103,13 +97,13 @@ def _key(row: Sequence[Any]) -> Key:
     return Key(row[0], models, orjson.loads(row[2]), row[3], row[4])
 
 
-def by_hash(connection: sqlite3.Connection, hashed: str) -> Key | None:
+def by_hash(connection: Connection, hashed: str) -> Key | None:
     """The key with this hash, valid or not."""
     row = connection.execute(f"SELECT {_COLUMNS} FROM keys WHERE hash = ?", (hashed,)).fetchone()  # noqa: S608
     return None if row is None else _key(row)
 
 
-def by_id(connection: sqlite3.Connection, key: str) -> Key:
+def by_id(connection: Connection, key: str) -> Key:
     """The key with this public id.
 
     Raises:
@@ -121,13 +115,13 @@ def by_id(connection: sqlite3.Connection, key: str) -> Key:
     return _key(row)
 
 
-def every(connection: sqlite3.Connection) -> list[Key]:
+def every(connection: Connection) -> list[Key]:
     """All keys, the oldest first."""
     query = f"SELECT {', '.join('keys.' + name for name in _COLUMNS.split(', '))} FROM keys "  # noqa: S608
     return [_key(row) for row in connection.execute(query + "JOIN accounts USING (id) ORDER BY created_at, keys.id")]
 
 
-def revoke(connection: sqlite3.Connection, key: str, actor: str) -> None:
+def revoke(connection: Connection, key: str, actor: str) -> None:
     """Makes a key invalid for good, from the next request on, in every process. Revoking twice changes nothing.
 
     Raises:

@@ -53,7 +53,8 @@ CREATE TABLE windows (
     tokens BIGINT NOT NULL,
     PRIMARY KEY (account, second)
 )"""
-#: One row per request that has ended. `exact`: the backend counted the tokens; otherwise they are bounds.
+#: One row per request that has ended. `exact`: the backend counted the tokens; otherwise they are what was seen or
+#: bounds. `cost` is what was charged, `excess` what the request cost above its reservation: nobody is charged for it.
 LEDGER = """
 CREATE TABLE ledger (
     call TEXT PRIMARY KEY,
@@ -70,6 +71,7 @@ CREATE TABLE ledger (
     completion_tokens BIGINT NOT NULL,
     exact INTEGER NOT NULL,
     cost BIGINT NOT NULL,
+    excess BIGINT NOT NULL,
     outcome TEXT NOT NULL,
     status INTEGER NOT NULL,
     attempts INTEGER NOT NULL,

@@ -10,26 +10,29 @@ import threading
 import uuid
 from pathlib import Path
 
-from tokenmill.engine.gateway.governance import budgets
-from tokenmill.engine.gateway.governance.budgets import Reservation, Spending, WorkerLock
+from tokenmill.engine.gateway.governance import accounts, budgets
+from tokenmill.engine.gateway.governance.budgets import Refusal, Reservation, Spending
 from tokenmill.engine.gateway.governance.schema import SCHEMA
+from tokenmill.engine.gateway.governance.workers import WorkerLock
 from tokenmill.engine.gateway.store import Store, now_ms
 
 
 def spend(store: Store, worker: str, key: str, journal: Path, seed: int) -> None:
     """Requests one after the other until the budget refuses even the smallest."""
     generator = random.Random(seed)
+    chain = store.write_now(lambda connection: tuple(one.id for one in accounts.chain(connection, key)))
     with journal.open("a", encoding="ascii", buffering=1) as book:
         while True:
             bound = generator.randint(1, 900)
-            wanted = Reservation(uuid.uuid4().hex, worker, key, "r", "m", "t", bound, bound, 0, now_ms())
-            if store.write_now(lambda connection, wanted=wanted: budgets.reserve(connection, wanted)) is not None:
+            wanted = Reservation(uuid.uuid4().hex, worker, chain, "r", "m", "t", bound, bound, 0, now_ms())
+            answer = store.write_now(lambda connection, wanted=wanted: budgets.reserve(connection, wanted))
+            if isinstance(answer, Refusal):
                 if bound == 1:
                     return
                 continue
             cost = generator.randint(0, bound)
             book.write(f"{wanted.call} {cost}\n")
-            spending = Spending("b", cost, 0, 0, True, cost, "ok", 200, 1)
+            spending = Spending("b", "t", cost, 0, 0, True, cost, "ok", 200, 1)
             store.submit(
                 lambda connection, wanted=wanted, spending=spending: budgets.settle(connection, wanted.call, spending)
             )
@@ -38,7 +41,7 @@ def spend(store: Store, worker: str, key: str, journal: Path, seed: int) -> None
 def main() -> None:
     """Eight clients at once."""
     database, key, journal, seed = sys.argv[1:]
-    store = Store(Path(database), SCHEMA)
+    store = Store(database, SCHEMA)
     worker = WorkerLock(store)
     print("ready", flush=True)
     clients = [

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tokenmill.engine.gateway.governance import accounts, audit, budgets, keys
+from tokenmill.engine.gateway.governance import accounts, audit, budgets, keys, workers
 from tokenmill.engine.gateway.governance.accounts import Limits
-from tokenmill.engine.gateway.governance.budgets import Refusal, Reservation, Spending, WorkerLock
+from tokenmill.engine.gateway.governance.budgets import Granted, Refusal, Reservation, Spending
+from tokenmill.engine.gateway.governance.workers import WorkerLock
 from tokenmill.engine.gateway.store import Store
 
 SPENDER = Path(__file__).with_name("spender.py")
@@ -25,13 +26,15 @@ def key_with(store: Store, limits: Limits) -> str:
 
 def ask(store: Store, key: str, call: str, amount: int = 1, tokens: int = 1, at: int = NOW) -> Refusal | None:
     """Reserves."""
-    wanted = Reservation(call, "w", key, "r", "m", "t", amount, tokens, 0, at)
-    return store.write_now(lambda connection: budgets.reserve(connection, wanted))
+    chain = tuple(account.id for account in accounts.chain(store.reader, key))
+    wanted = Reservation(call, "w", chain, "r", "m", "t", amount, tokens, 0, at)
+    answer = store.write_now(lambda connection: budgets.reserve(connection, wanted))
+    return None if isinstance(answer, Granted) else answer
 
 
 def end(store: Store, call: str, cost: int, tokens: int = 0) -> bool:
     """Settles."""
-    spending = Spending("b", tokens, 0, 0, True, cost, "ok", 200, 1)
+    spending = Spending("b", "t", tokens, 0, 0, True, cost, "ok", 200, 1)
     return store.write_now(lambda connection: budgets.settle(connection, call, spending))
 
 
@@ -94,7 +97,7 @@ def test_two_processes_and_kill_9_never_overspend(store: Store, tmp_path: Path, 
     journal = tmp_path / "journal"
     spenders = [
         subprocess.Popen(
-            [sys.executable, str(SPENDER), str(store.path), key, f"{journal}-{index}", str(trial * 2 + index)],
+            [sys.executable, str(SPENDER), str(store.place), key, f"{journal}-{index}", str(trial * 2 + index)],
             stdout=subprocess.PIPE,
         )
         for index in range(2)
@@ -106,9 +109,9 @@ def test_two_processes_and_kill_9_never_overspend(store: Store, tmp_path: Path, 
     spenders[0].kill()
     survivor = WorkerLock(store)
     assert spenders[0].wait(timeout=30) == -9
-    budgets.recover(store)
+    workers.recover(store)
     assert spenders[1].wait(timeout=60) == 0
-    budgets.recover(store)
+    workers.recover(store)
     for spender in spenders:
         assert spender.stdout is not None
         spender.stdout.close()

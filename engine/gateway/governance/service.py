@@ -1,0 +1,87 @@
+"""Governance of one gateway process: its store, its claim to be alive, and what has to be done now and then."""
+
+import asyncio
+import contextlib
+import logging
+
+from tokenmill.engine.gateway.governance import accounts, retention, workers
+from tokenmill.engine.gateway.governance.accounts import Limits
+from tokenmill.engine.gateway.governance.options import Options
+from tokenmill.engine.gateway.governance.schema import SCHEMA
+from tokenmill.engine.gateway.governance.workers import WorkerLock
+from tokenmill.engine.gateway.store import Connection, Store, now_ms
+
+log = logging.getLogger("tokenmill.gateway.governance")
+
+#: The account that requests with the master key are charged to.
+MASTER = "master"
+#: Seconds between two looks for processes that died.
+RECOVER_EVERY_S = 1.0
+#: Seconds between two looks for ledger rows that are too old.
+PURGE_EVERY_S = 3600.0
+
+
+class Governance:
+    """A service of the gateway; stages and sites share it.
+
+    In a coroutine, read with `governance.store.reader` and write with `await governance.store.write(operation)`.
+
+    Args:
+        options: What was configured.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self._store: Store | None = None
+        self._worker: WorkerLock | None = None
+        self._housekeeping: asyncio.Task[None] | None = None
+
+    @property
+    def store(self) -> Store:
+        """The store; open from the service's start to its end."""
+        assert self._store is not None, "governance has not been started"
+        return self._store
+
+    @property
+    def worker(self) -> WorkerLock:
+        """This process, as reservations name it."""
+        assert self._worker is not None, "governance has not been started"
+        return self._worker
+
+    async def start(self) -> None:
+        """Opens the store, settles what dead processes left, and begins to look after it."""
+        self._store = Store(self.options.store, SCHEMA)
+        self._worker = WorkerLock(self._store)
+        await self._store.write(_ensure_master)
+        await asyncio.to_thread(workers.recover, self._store)
+        self._housekeeping = asyncio.create_task(self._keep_house())
+
+    async def stop(self) -> None:
+        """Commits everything and closes."""
+        if self._housekeeping is not None:
+            self._housekeeping.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._housekeeping
+        if self._store is not None:
+            if self._worker is not None:
+                await asyncio.to_thread(self._worker.leave)
+            await asyncio.to_thread(self._store.close)
+
+    async def _keep_house(self) -> None:
+        purge_at = 0.0
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                await asyncio.to_thread(workers.recover, self.store)
+                if self.options.retention_days is not None and loop.time() >= purge_at:
+                    purge_at = loop.time() + PURGE_EVERY_S
+                    await asyncio.to_thread(retention.purge, self.store, self.options.retention_days, now_ms())
+            except Exception:
+                # The store may be busy or full for a while; the requests say so themselves.
+                log.exception("looking after the store failed; trying again")
+            await asyncio.sleep(RECOVER_EVERY_S)
+
+
+def _ensure_master(connection: Connection) -> None:
+    if connection.execute("SELECT 1 FROM accounts WHERE id = ?", (MASTER,)).fetchone() is None:
+        accounts.create(connection, "key", "master key", None, Limits(), "gateway", MASTER)

@@ -1,0 +1,162 @@
+"""The store in a PostgreSQL database, for gateways on several machines.
+
+An advisory lock orders the writers' transactions, so that the same operations are right here as on SQLite; each holds
+a whole batch, so the lock costs one round trip for many requests. Names are claimed with advisory locks of a session
+of their own: the server frees them when the process or its connection dies.
+"""
+
+import contextlib
+import functools
+import hashlib
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from tokenmill.engine.gateway.store import Claim, Connection, Cursor
+from tokenmill.errors import ConfigurationError, MissingDependencyError
+
+try:
+    import psycopg
+except ImportError as problem:
+    raise MissingDependencyError("psycopg", "postgres", "a store in PostgreSQL") from problem
+
+#: Seconds to wait for the server when connecting.
+CONNECT_TIMEOUT_S = 10
+#: The advisory lock that orders writers.
+_WRITERS = 0x746F6B656E6D696C
+
+
+class PostgresConnection:
+    """A connection that takes statements as the store writes them, and is made anew when it broke.
+
+    Args:
+        url: `postgresql://...`.
+
+    Raises:
+        ConfigurationError: The server does not let us in.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._raw = self._connect()
+
+    @property
+    def raw(self) -> "psycopg.Connection[Any]":
+        """psycopg's own connection, unbroken as far as is known."""
+        if self._raw.closed:
+            self._raw = self._connect()
+        return self._raw
+
+    @property
+    def broken(self) -> bool:
+        """Whether the connection was lost."""
+        return bool(self._raw.closed)
+
+    def execute(self, statement: str, parameters: Sequence[Any] = (), /) -> Cursor:
+        """See `store.Connection`."""
+        return self.raw.execute(_translated(statement), parameters)
+
+    def close(self) -> None:
+        """See `store.Connection`."""
+        self._raw.close()
+
+    def _connect(self) -> "psycopg.Connection[Any]":
+        try:
+            return psycopg.connect(
+                self._url, autocommit=True, connect_timeout=CONNECT_TIMEOUT_S, application_name="tokenmill"
+            )
+        except psycopg.Error as error:
+            reason = " ".join(str(error).split())
+            raise ConfigurationError(f"{shown(self._url)} cannot be used: {reason}; see governance.store") from None
+
+
+class Postgres:
+    """One database.
+
+    Args:
+        url: `postgresql://user@host/database`; libpq's variables and files give what it leaves out.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._session: PostgresConnection | None = None
+        self._held: set[str] = set()
+        self._guard = threading.Lock()
+
+    @property
+    def shown(self) -> str:
+        """Its URL without anything secret."""
+        return shown(self._url)
+
+    def connect(self) -> PostgresConnection:
+        """See `store.Database`."""
+        return PostgresConnection(self._url)
+
+    @contextlib.contextmanager
+    def transaction(self, connection: Connection) -> Iterator[None]:
+        """See `store.Database`."""
+        assert isinstance(connection, PostgresConnection)
+        raw = connection.raw
+        with raw.transaction():
+            raw.execute("SELECT pg_advisory_xact_lock(%s)", (_WRITERS,))
+            yield
+
+    def claim(self, name: str) -> Claim | None:
+        """See `store.Database`."""
+        with self._guard:
+            # A session may take its own lock again and again: what this process holds is known here.
+            if name in self._held:
+                return None
+            if not self._take(name):
+                return None
+            self._held.add(name)
+        return _Held(self, name)
+
+    def release(self, name: str) -> None:
+        """Frees a name that this process holds."""
+        with self._guard:
+            self._held.discard(name)
+            if self._session is not None:
+                self._session.execute("SELECT pg_advisory_unlock(?)", (_lock_number(name),))
+
+    def close(self) -> None:
+        """See `store.Database`."""
+        if self._session is not None:
+            self._session.close()
+
+    def _take(self, name: str) -> bool:
+        if self._session is None:
+            self._session = self.connect()
+        elif self._session.broken:
+            # The server has freed our names with the old session; nobody else can have a use for them but to bury us.
+            self._session.close()
+            self._session = self.connect()
+            for held in self._held:
+                self._session.execute("SELECT pg_advisory_lock(?)", (_lock_number(held),))
+        return bool(self._session.execute("SELECT pg_try_advisory_lock(?)", (_lock_number(name),)).fetchone()[0])
+
+
+class _Held:
+    def __init__(self, database: Postgres, name: str) -> None:
+        self._database = database
+        self._name = name
+
+    def release(self) -> None:
+        """See `store.Claim`."""
+        self._database.release(self._name)
+
+
+def shown(url: str) -> str:
+    """A URL fit for messages."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def _lock_number(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
+
+
+@functools.lru_cache(maxsize=256)
+def _translated(statement: str) -> str:
+    return statement.replace("%", "%%").replace("?", "%s")
