@@ -64,6 +64,10 @@ class Body:
     def __contains__(self, name: str) -> bool:
         return name in self._fields
 
+    def names(self) -> tuple[str, ...]:
+        """The names of the fields, in their order."""
+        return tuple(self._fields)
+
     def raw_field(self, name: str) -> bytes | None:
         """A field's JSON text as the client wrote it; None where it is absent."""
         field = self._fields.get(name)

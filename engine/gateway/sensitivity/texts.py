@@ -1,0 +1,159 @@
+"""The texts of a request as a model will read them: JSON decoded, keys beside values, parts joined where they meet.
+
+Nothing is left out but the model's name: a field that no one knows yet may carry text, too.
+"""
+
+import asyncio
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from tokenmill.engine.gateway.body import SLICE_BYTES, Body
+
+#: Strings up to this length are searched together, in one text.
+SHORT = 512
+#: Numbers below this are no one's.
+_LONG_NUMBER = 10**6
+#: Stands between short strings: nothing that is looked for reaches across it.
+_WALL = "\n\0\0\0\n"
+#: How much of neighbouring parts of a message is also read without the seam.
+_SEAM = 64
+#: Members that hold what cannot be read as text.
+_MEDIA = frozenset(
+    {"image_url", "input_image", "input_audio", "audio_url", "video_url", "image", "audio", "video", "file", "file_data"}
+)
+_CONTENT_FIELDS = frozenset({"messages", "input", "prompt", "documents", "query", "text_1", "text_2"})
+_TOKEN_IDS = re.compile(rb"\s*(\[\s*)+-?[0-9]")
+_DATA_URL = re.compile(r"data:[^,]{0,200};base64,")
+
+
+class UnreadableError(Exception):
+    """The body's JSON breaks inside a field."""
+
+
+class Texts:
+    """What there is to search.
+
+    Attributes:
+        long: Long strings, one by one.
+        unreadable: What cannot be searched, in a word; empty: nothing.
+    """
+
+    def __init__(self) -> None:
+        self.long: list[str] = []
+        self.unreadable = ""
+        self._short: list[str] = []
+        self._joined: str | None = None
+
+    def all(self) -> Iterator[str]:
+        """Every text; the short ones together as the last."""
+        yield from self.long
+        if self._short:
+            yield "".join(self._short)
+
+    def add(self, key: str, text: str) -> None:
+        """One string and the name it stands under."""
+        if key == "text":
+            # Where one part of a message ends and the next begins: templates join them without a seam.
+            if self._joined:
+                self._short.append(self._joined + text[:_SEAM] + _WALL)
+            self._joined = ((self._joined or "") + text[-_SEAM:])[-_SEAM:]
+        if len(text) <= SHORT:
+            self._short.append(f"{key}: {text}{_WALL}" if key else text + _WALL)
+        elif _DATA_URL.match(text):
+            self.unreadable = "a file"
+        else:
+            self.long.append(text)
+
+    def new_list(self) -> None:
+        """What follows does not join what was before."""
+        self._joined = None
+
+    def walk(self, value: Any, key: str = "", *, content: bool = True) -> None:
+        """Collects the strings of a decoded value, in the order in which they stand."""
+        if isinstance(value, str):
+            self.add(key, value)
+        elif isinstance(value, dict):
+            for name, member in value.items():
+                if content and name in _MEDIA and member is not None:
+                    self.unreadable = "a picture, sound or file"
+                self.walk(member, name, content=content)
+            if not value and key:
+                self.add("", key)
+        elif isinstance(value, list):
+            self.new_list()
+            for item in value:
+                self.walk(item, key, content=content)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) >= _LONG_NUMBER:
+            self.add(key, str(value))
+        elif key:
+            self._short.append(key + _WALL)
+
+
+async def texts_of(body: Body, query: str = "") -> Texts:
+    """Everything to search in a request; long bodies are decoded in slices with the event loop running between.
+
+    Raises:
+        UnreadableError: A field holds broken JSON.
+    """
+    texts = Texts()
+    if query:
+        texts.add("", query)
+    for name in body.names():
+        raw = body.raw_field(name)
+        if raw is None or name == "model":
+            continue
+        try:
+            await _collect(texts, raw, name, content=name in _CONTENT_FIELDS)
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+            raise UnreadableError(f"the field {name} cannot be decoded") from None
+    return texts
+
+
+async def _collect(texts: Texts, raw: bytes, key: str, *, content: bool) -> None:
+    if content and key in ("prompt", "input") and _TOKEN_IDS.match(raw):
+        texts.unreadable = "token ids"
+    elif len(raw) <= SLICE_BYTES:
+        texts.walk(msgspec.json.decode(raw), key, content=content)
+    elif raw[:1] == b'"':
+        texts.add(key, await _long_string(raw))
+    elif raw[:1] == b"{":
+        for name, member in msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).items():
+            if content and name in _MEDIA:
+                texts.unreadable = "a picture, sound or file"
+            await _collect(texts, bytes(member), name, content=content)
+    elif raw[:1] == b"[":
+        done = 0
+        texts.new_list()
+        for item in msgspec.json.decode(raw, type=list[msgspec.Raw]):
+            member = bytes(item)
+            await _collect(texts, member, key, content=content)
+            done += len(member) + 64
+            if done > SLICE_BYTES:
+                done = 0
+                await asyncio.sleep(0)
+    else:
+        texts.add(key, raw.decode())
+
+
+async def _long_string(raw: bytes) -> str:
+    """Decodes a JSON string piece by piece."""
+    parts = []
+    start, last = 1, len(raw) - 1
+    while start < last:
+        stop = min(start + SLICE_BYTES, last)
+        while stop < last and stop > start + 12 and _inside(raw, stop):
+            stop -= 1
+        if stop <= start + 12:
+            stop = last  # nothing but escapes: in one go
+        parts.append(msgspec.json.decode(b'"' + raw[start:stop] + b'"', type=str))
+        start = stop
+        await asyncio.sleep(0)
+    return "".join(parts)
+
+
+def _inside(raw: bytes, place: int) -> bool:
+    """Whether a cut here could fall inside an escape (a surrogate pair has 12 bytes) or a character."""
+    return b"\\" in raw[place - 12 : place] or 0x80 <= raw[place] < 0xC0
