@@ -13,7 +13,7 @@ import torch
 
 from tokenmill.bench.cuda_timing import Call, Timed
 from tokenmill.bench.machines import Machine
-from tokenmill.bench.rivals import Contestant, Layer, int4_bytes
+from tokenmill.bench.rivals import Contestant, Layer, broken, int4_bytes
 from tokenmill.bench.roofline import Roofs
 from tokenmill.bench.rows import GROUP, Row, RowFile, facts, identity
 from tokenmill.bench.shapes import Shape
@@ -112,9 +112,15 @@ def measure_shape(
     rings = []
     for contestant in contestants:
         if refusals[contestant.name] is None:
-            first = contestant.prepare(weight)
-            rest = [contestant.prepare(weight) for _ in range(machine.copies(first.nbytes) - 1)]
-            rings.append(_Ring(contestant, [first, *rest]))
+            try:
+                first = contestant.prepare(weight)
+                first.call(torch.zeros(1, K, dtype=contestant.dtype, device=machine.device))
+                rest = [contestant.prepare(weight) for _ in range(machine.copies(first.nbytes) - 1)]
+                rings.append(_Ring(contestant, [first, *rest]))
+            except Exception as error:
+                if contestant.role == "ours":
+                    raise
+                refusals[contestant.name] = broken(error)
     exact_weight = dequantize(weight, torch.float64)
     for group in groups:
         x = (

@@ -115,8 +115,9 @@ class Gpu:
         return {} if self._nvml is None else {**self._nvml.state(), "driver": self._nvml.driver()}
 
 
+@functools.cache
 def machine(*, cpu: bool) -> Machine:
-    """The first GPU, or this CPU where that is asked for or there is no GPU."""
+    """The first GPU, or this CPU where that is asked for or there is no GPU; one object a process."""
     gpu = None if cpu else next(iter(platform.gpus()), None)
     return Cpu() if gpu is None else Gpu(gpu)
 

@@ -183,6 +183,12 @@ def package_version(package: str) -> str:
         return package
 
 
+def broken(error: Exception) -> str:
+    """What stands in the row of a rival that raised: it must not end the measurement of the others."""
+    words = " ".join(str(error).split())
+    return f"it raised {type(error).__name__}: {words[:200]}"
+
+
 def narrowed() -> str | None:
     """Why a rival that asks the processor itself cannot take part, when `TOKENMILL_ISA` allows less than that."""
     limit = env.ISA.get()

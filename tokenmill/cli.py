@@ -39,6 +39,7 @@ COMMANDS: tuple[Command, ...] = (
     ),
     Command("quantize", "tokenmill.quant.command:quantize", "Quantize a model to INT4 for Tokenmill and stock vLLM."),
     Command("bench", "tokenmill.bench.command:bench", "Measure against rivals, row by row; continues after a kill."),
+    Command("gpu-suite", "tokenmill.bench.suite.command:main", "Prove and measure every kernel on this machine's GPU."),
     Command("report", "tokenmill.bench.command:report", "Tables, plots and a page from measured rows."),
     Command("memory", "tokenmill.quant.command:memory", "Plan a model's memory from its config.json."),
 )

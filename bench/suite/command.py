@@ -1,0 +1,140 @@
+"""`tokenmill gpu-suite`: proves the kernels on this machine's GPU and measures them against their rivals."""
+
+import argparse
+import platform as host
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tokenmill import platform
+from tokenmill.bench import regressions
+from tokenmill.bench.rows import Row, cpu_device, facts, read_rows
+from tokenmill.bench.suite.items import Item, Outcome
+from tokenmill.bench.suite.runner import results_file, run
+from tokenmill.bench.suite.steps import STEPS, items
+from tokenmill.errors import ConfigurationError
+
+_COLOURS = {"proven": "green", "measured": "cyan", "failed": "bold red", "skipped": "yellow"}
+#: Characters of a reason in the summary; the rows have it whole.
+_WIDEST = 160
+#: Rows that are committed, beside this file's folder; absent from an installed wheel.
+COMMITTED = Path(__file__).resolve().parent.parent / "results"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    found = argparse.ArgumentParser(
+        prog="tokenmill gpu-suite",
+        description="Proves every kernel on this machine's GPU and measures it against its rivals, in the order of "
+        "value, until the time is up. Installs nothing; what is missing is skipped with the reason. A second run "
+        "with the same --out goes on where the first ended. Exit status: 0 nothing failed, 1 something did or fell "
+        "behind, 2 bad arguments.",
+    )
+    found.add_argument("--minutes", type=float, default=15.0, help="time limit (default %(default)g)")
+    found.add_argument("--out", type=Path, default=Path("gpu-suite"), help="folder of rows.jsonl (default %(default)s)")
+    found.add_argument("--cpu", action="store_true", help="the reduced form for a machine without a GPU")
+    found.add_argument("--steps", help=f"only these, commas between: {', '.join(STEPS)}")
+    found.add_argument(
+        "--against", type=Path, default=COMMITTED, help="folder of earlier rows (default: those committed)"
+    )
+    return found
+
+
+def main(argv: list[str]) -> int:
+    """Runs the suite and prints what was found; see the parser's description for the status."""
+    arguments = parser().parse_args(argv)
+    if not arguments.minutes > 0:
+        raise ConfigurationError(f"--minutes {arguments.minutes:g} is not positive; 10 is enough for the first figures")
+    chosen = _steps(arguments.steps)
+    console = Console(highlight=False, soft_wrap=True)
+    gpu = None if arguments.cpu else next(iter(platform.gpus()), None)
+    if gpu is None and not arguments.cpu:
+        console.print("torch sees no CUDA device: running the reduced form on this CPU, as --cpu does", style="yellow")
+    about = facts(["tokenmill", "gpu-suite", *argv], gpu.name if gpu else cpu_device())
+    console.print(f"{about['device']}, commit {about['commit']}, {_versions()}")
+    out = results_file(arguments.out)
+    deadline = time.monotonic() + 60 * arguments.minutes
+
+    def say(item: Item, outcome: Outcome, known: bool) -> None:
+        word = Text(f"{outcome.verdict:<9}", style=_COLOURS[outcome.verdict])
+        again = " (from an earlier run)" if known else ""
+        console.print(word, Text(f"{item.step:<12} {item.name}: {outcome.detail}{again}"), soft_wrap=True)
+
+    todo = [item for item in items(gpu=gpu is not None) if item.step in chosen]
+    verdicts = run(todo, about, out, deadline, say)
+    console.print(summary(verdicts), soft_wrap=False)
+    fallen = _compare(out.rows, about, arguments.against, console)
+    failed = sum(row["verdict"] == "failed" for row in verdicts)
+    console.print(f"rows: {out.path}; a page from them: tokenmill report {out.path} --html report.html")
+    console.print(
+        verdict_line(failed, len(fallen), gpu is not None), style="bold red" if failed or fallen else "bold green"
+    )
+    return 1 if failed or fallen else 0
+
+
+def _steps(text: str | None) -> tuple[str, ...]:
+    chosen = tuple(STEPS) if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
+    unknown = sorted(set(chosen) - set(STEPS))
+    if unknown or not chosen:
+        raise ConfigurationError(f"--steps {text}: give some of {', '.join(STEPS)}")
+    return chosen
+
+
+def _versions() -> str:
+    found = [f"Python {host.python_version()}"]
+    for name in ("torch", "triton"):
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            found.append(f"no {name}")
+    return ", ".join(found)
+
+
+def summary(verdicts: Sequence[Row]) -> Table:
+    """One line a step: how many items got which verdict, and the first reason of those that were skipped or failed."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("step", "proven", "measured", "failed", "skipped"):
+        table.add_column(column, justify="left" if column == "step" else "right")
+    table.add_column("why", overflow="fold")
+    for step in STEPS:
+        rows = [row for row in verdicts if row["step"] == step]
+        if not rows:
+            continue
+        counts = [sum(row["verdict"] == verdict for row in rows) for verdict in _COLOURS]
+        failed = [f"{row['item']}: {row['detail']}" for row in rows if row["verdict"] == "failed"]
+        skipped = list(dict.fromkeys(row["detail"] for row in rows if row["verdict"] == "skipped"))
+        numbers = (
+            Text(str(count) if count else "-", style=_COLOURS[v] if count else "dim")
+            for v, count in zip(_COLOURS, counts, strict=True)
+        )
+        table.add_row(step, *numbers, Text("\n".join(line[:_WIDEST] for line in [*failed, *skipped])))
+    return table
+
+
+def _compare(rows: Sequence[Row], about: Row, folder: Path, console: Console) -> list[regressions.Fall]:
+    """Names every ratio of this source that fell below the committed rows of the device."""
+    now = [row for row in rows if row.get("source") == about["source"] and row.get("device") == about["device"]]
+    before = [row for row in read_rows(sorted(folder.glob("*/*.jsonl"))) if row.get("source") != about["source"]]
+    fallen = regressions.falls(now, before)
+    count = regressions.compared(now, before)
+    if not count:
+        console.print(f"no earlier ratios of {about['device']} to compare with")
+    else:
+        console.print(f"{count} ratios to rivals compared with earlier rows; {len(fallen)} fell by more than 5%")
+    for fall in fallen:
+        console.print(f"FELL  {fall}", style="red", soft_wrap=True)
+    return fallen
+
+
+def verdict_line(failed: int, fallen: int, on_gpu: bool) -> str:
+    """The last line."""
+    if failed or fallen:
+        return f"NOT PROVEN: {failed} items failed, {fallen} ratios fell"
+    if on_gpu:
+        return "everything that could run here is proven on this GPU; what was skipped is not"
+    return "nothing failed; on a CPU this proves implementations, emulated and interpreted kernels, not the GPU"

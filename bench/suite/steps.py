@@ -1,0 +1,126 @@
+"""The steps of the suite in the order of value, and what each consists of on a GPU or, reduced, on a CPU.
+
+Ops and implementations come from the registry: what is registered is checked and measured.
+"""
+
+from collections.abc import Iterator
+
+from tokenmill.bench.suite.correctness import SANITIZERS
+from tokenmill.bench.suite.items import Item
+from tokenmill.bench.suite.subjects import subject
+from tokenmill.kernels import registry
+from tokenmill.kernels.spec import OpSpec, short_dtype
+
+STEPS = {
+    "machine": "what is here",
+    "build": "the native library",
+    "roofs": "what the device can do at most",
+    "primitives": "hardware primitives against the emulator's golden file",
+    "correctness": "every op and implementation against the reference",
+    "sanitizer": "CUDA and Triton kernels under compute-sanitizer",
+    "speed": "ours against torch and the rivals",
+}
+_8B = ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096))
+_70B = ((8192, 10240), (8192, 8192), (8192, 57344), (28672, 8192))
+#: (shapes, rows of activations): decoding first, then the batch sizes where others fall off, then prefill.
+_INT4 = (
+    (_8B, (1, 16)),
+    (_8B, (64, 256)),
+    (_70B, (1, 16)),
+    (_8B, (1024, 4096)),
+    (_70B, (64, 256)),
+    (_8B, (2, 4, 8, 32, 128, 512)),
+    (_70B, (1024, 4096)),
+    (((10944, 2048), (29568, 8192), (192, 576)), (1, 64)),
+)
+_VOCABULARY = 128_256
+
+
+def items(*, gpu: bool) -> Iterator[Item]:
+    """Everything, in order."""
+    yield Item("machine", "facts", "hardware:facts")
+    yield Item("build", "native library", "hardware:build", {"cuda": gpu}, seconds=600)
+    yield Item("roofs", "roofs", "hardware:roofs")
+    yield Item("primitives", "micro-tests", "hardware:primitives", seconds=300)
+    yield from _correctness(gpu)
+    if gpu:
+        yield from _sanitizers()
+        yield from _speed_on_gpu()
+    else:
+        yield from _speed_on_cpu()
+
+
+def _correctness(gpu: bool) -> Iterator[Item]:
+    """On a GPU what runs there first; emulated kernels are for machines without one."""
+    for name in registry.OPS:
+        spec = subject(name).spec
+        for implementation in registry.names(spec):
+            if implementation == "reference" or (gpu and implementation in registry.BY_NAME_ONLY):
+                continue
+            on_gpu = gpu and implementation in ("cuda", "triton")
+            slow = not on_gpu and implementation in ("cuda-emulated", "triton")
+            for dtype in _dtypes(spec, gpu):
+                arguments = {
+                    "op": name,
+                    "implementation": implementation,
+                    "dtype": dtype,
+                    "device": "cuda" if on_gpu else "cpu",
+                    "cases": 40 if gpu else 6,
+                    "seconds": 15.0 if gpu else 2.0,
+                    "small": slow,
+                }
+                environment = {"TRITON_INTERPRET": "1"} if implementation == "triton" and not on_gpu else {}
+                title = f"{name} {implementation} {dtype}"
+                yield Item("correctness", title, "correctness:check", arguments, 240, environment)
+
+
+def _dtypes(spec: OpSpec, gpu: bool) -> tuple[str, ...]:
+    """All on a GPU; the first alone in the reduced form."""
+    found = tuple(short_dtype(dtype) for dtype in spec.dtypes())
+    return found if gpu else found[:1]
+
+
+def _sanitizers() -> Iterator[Item]:
+    for tool in SANITIZERS:
+        for name in registry.OPS:
+            spec = subject(name).spec
+            for implementation in ("cuda", "triton"):
+                if implementation in registry.names(spec):
+                    arguments = {"tool": tool, "op": name, "implementation": implementation, "dtype": "bfloat16"}
+                    yield Item("sanitizer", f"{tool} {name} {implementation}", "correctness:sanitize", arguments, 180)
+
+
+def _speed_on_gpu() -> Iterator[Item]:
+    for index, (shapes, rows) in enumerate(_INT4):
+        for K, N in shapes:
+            arguments = {"K": K, "N": N, "group_size": min(128, K), "rows": rows, "cpu": False, "rounds": 15}
+            title = f"int4_gemm {K}x{N} M={','.join(map(str, rows))}"
+            yield Item("speed", title, "speed:int4", {**arguments, "quick": False}, 240)
+        if index == 0:
+            yield from _other_ops()
+
+
+def _other_ops() -> Iterator[Item]:
+    """Greedy acceptance at serving sizes; an op without sizes of its own at its typical one."""
+    for name in registry.OPS:
+        if name == "int4_gemm":
+            continue
+        spec = subject(name).spec
+        sizes: list[dict[str, int]] = [dict(spec.examples[0])]
+        if name == "spec_verify_greedy":
+            sizes = [{"T": 5 * B, "B": B, "V": _VOCABULARY, "max_spec_len": 5} for B in (1, 8, 64, 256)]
+        for axes in sizes:
+            title = f"{name} " + " ".join(f"{axis}={size}" for axis, size in axes.items())
+            arguments = {"name": name, "axes": axes, "dtype": "bfloat16", "cpu": False, "rounds": 15}
+            yield Item("speed", title, "speed:op", arguments, 120)
+
+
+def _speed_on_cpu() -> Iterator[Item]:
+    """Tiny, to show that measuring works; figures of use come from `tokenmill bench int4 --cpu`."""
+    arguments = {"K": 512, "N": 512, "group_size": 128, "rows": (1, 8), "cpu": True, "rounds": 1, "quick": True}
+    yield Item("speed", "int4_gemm 512x512 M=1,8", "speed:int4", arguments)
+    for name in registry.OPS:
+        if name != "int4_gemm":
+            axes = dict(subject(name).spec.examples[0])
+            arguments = {"name": name, "axes": axes, "dtype": "float32", "cpu": True, "rounds": 1}
+            yield Item("speed", f"{name} typical", "speed:op", arguments)
