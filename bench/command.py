@@ -72,23 +72,36 @@ def _int4(argv: list[str]) -> int:
 
 
 def report(argv: list[str]) -> int:
-    """Writes tables, plots and one self-contained page from rows; or brings README.md up to date."""
-    parser = argparse.ArgumentParser(prog="tokenmill report", description="Tables, plots and a page from rows.")
-    parser.add_argument("rows", nargs="+", type=Path, metavar="ROWS", help="files of JSON lines from `tokenmill bench`")
-    parser.add_argument("--out", type=Path, help="folder for report.html, tables.md and the plots")
-    parser.add_argument("--readme", type=Path, help="file whose marked performance section is generated anew")
+    """Writes one self-contained page from rows, or brings README.md up to date; 1 where a ratio fell."""
+    parser = argparse.ArgumentParser(prog="tokenmill report", description="A page, and README's tables, from rows.")
+    parser.add_argument("rows", nargs="+", type=Path, metavar="ROWS", help="files of JSON lines")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="one self-contained page with tables and plots")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="file whose marked section is generated anew")
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        type=Path,
+        metavar="ROWS",
+        help="earlier rows: names ratios to rivals that fell by over 5%%",
+    )
     arguments = parser.parse_args(argv)
-    if arguments.out is None and arguments.readme is None:
-        raise ConfigurationError("report writes nothing; pass --out DIR, --readme README.md or both")
+    if not (arguments.html or arguments.readme or arguments.against):
+        raise ConfigurationError("report writes nothing; pass --html FILE, --readme FILE or --against ROWS")
 
-    from tokenmill.bench import report as pages
+    from tokenmill.bench import page, regressions
+    from tokenmill.bench import report as tables
     from tokenmill.bench.rows import read_rows
 
     rows = read_rows(arguments.rows)
-    if arguments.out is not None:
-        for path in pages.write(rows, arguments.out):
-            print(path)
+    fallen = regressions.falls(rows, read_rows(arguments.against)) if arguments.against else []
+    for fall in fallen:
+        print(f"FELL  {fall}")
+    if arguments.html is not None:
+        text = page.page(rows, fallen)
+        arguments.html.parent.mkdir(parents=True, exist_ok=True)
+        arguments.html.write_text(text, encoding="utf-8")
+        print(arguments.html)
     if arguments.readme is not None:
-        changed = pages.update_readme(arguments.readme, rows)
+        changed = tables.update_readme(arguments.readme, rows)
         print(f"{arguments.readme} {'brought up to date' if changed else 'was up to date'}", file=sys.stderr)
-    return 0
+    return 1 if fallen else 0

@@ -4,7 +4,9 @@ In every round each server gets the same prompts; a ratio is taken within a roun
 stands in the row. Idle servers wait for requests and use neither the GPU nor the cores.
 """
 
+import os
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,6 +166,8 @@ def _measure(
     return [
         {
             **group,
+            "load_average": round(os.getloadavg()[0], 2),
+            "time": int(time.time()),
             "variant": variant.name,
             "hooks": servers[variant.name].hooks(),
             "variant_flags": " ".join(variant.flags),
