@@ -4,7 +4,8 @@
 Needs nothing but Python's standard library. `make serve` and `make test` call it; nobody else has to.
 
 Stages: find a Python, make the virtual environment, install torch (the CPU build unless there is a GPU),
-install vLLM and the rest, build the native code, remove what does not work beside a CPU torch.
+install vLLM and the rest, remove what does not work beside a CPU
+torch, stand in for libnuma where it is missing, build the native code.
 Each finished stage leaves a stamp with a hash of what it was made from, so that a second run skips it and
 a run after a kill goes on where the first one stopped.
 
@@ -14,6 +15,7 @@ Environment:
 """
 
 import argparse
+import ctypes
 import hashlib
 import json
 import os
@@ -26,6 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+LIBNUMA = ROOT / "tools" / "libnuma"
 OLDEST, NEWEST = (3, 11), (3, 13)
 #: Built for CUDA or for another torch; beside a CPU torch they break every import of transformers.
 BROKEN_BESIDE_CPU_TORCH = ("torchvision", "torchaudio", "torchcodec")
@@ -70,6 +73,9 @@ class Setup:
         self.stage("environment", self.base_key(), self.make_environment)
         self.stage("torch", self.packages_key(), self.install_torch)
         self.stage(self.variant("packages", self.packages_key()), self.packages_key(), self.install_packages)
+        if not self.gpu and not has_libnuma():
+            stand_in = "".join(path.read_text(encoding="utf-8") for path in sorted(LIBNUMA.iterdir()) if path.is_file())
+            self.stage("libnuma", stand_in, self.make_libnuma)
         native = self.packages_key() + source_key()
         self.stage(self.variant("tokenmill", native), native, self.install_tokenmill)
         if self.lock:
@@ -112,6 +118,21 @@ class Setup:
         if shutil.which("c++") is None and shutil.which("g++") is None:
             print("      no C++ compiler: the CPU kernels are left out (apt-get install g++)")
         self.pip("install", "--no-build-isolation", "--no-deps", "--editable", str(ROOT))
+
+    def make_libnuma(self) -> None:
+        """vLLM's CPU build does not load without libnuma; a stand-in that finds no NUMA is enough for it."""
+        library = self.venv / "lib" / "libnuma.so.1"
+        compiler = shutil.which("c++") or shutil.which("g++")
+        if compiler is None:
+            raise SetupError("vLLM needs libnuma, and there is no C++ compiler to do without: apt-get install libnuma1")
+        made = subprocess.run(libnuma_command(compiler, library), capture_output=True, text=True, check=False)
+        if made.returncode != 0:
+            raise SetupError(f"the stand-in for libnuma failed to compile: {last_line(made.stderr)}")
+        where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+        site = subprocess.run([self.python, "-c", where], capture_output=True, text=True, check=True).stdout.strip()
+        shutil.copy(LIBNUMA / "tokenmill_libnuma.py", site)
+        Path(site, "tokenmill_libnuma.pth").write_text("import tokenmill_libnuma\n", encoding="utf-8")
+        print("      libnuma is not installed: memory is not bound to NUMA nodes (apt-get install libnuma1)")
 
     def write_lock(self) -> None:
         frozen = subprocess.run(
@@ -245,6 +266,21 @@ def flavor() -> str:
     if wanted:
         return wanted
     return "gpu" if Path("/proc/driver/nvidia/version").exists() else "cpu"
+
+
+def libnuma_command(compiler: str, library: Path) -> "list[str]":
+    """The command that makes the stand-in for libnuma as `library`."""
+    flags = ["-O2", "-shared", "-fPIC", "-Wl,-soname,libnuma.so.1", f"-Wl,--version-script={LIBNUMA}/libnuma.map"]
+    return [compiler, *flags, f"{LIBNUMA}/libnuma.cpp", "-o", str(library)]
+
+
+def has_libnuma() -> bool:
+    """Whether the system's own libnuma loads."""
+    try:
+        ctypes.CDLL("libnuma.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def find_python() -> str:
