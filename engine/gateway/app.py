@@ -24,8 +24,10 @@ from tokenmill.engine.gateway.forward import Forwarder, error_event
 from tokenmill.engine.gateway.health import Prober
 from tokenmill.engine.gateway.pipeline import Exchange, Outcome, Reply, Stage, compose
 from tokenmill.engine.gateway.portfolio import Portfolio
+from tokenmill.engine.gateway.principal import Principal
 from tokenmill.engine.gateway.request import ClientGoneError, Receive, Scope, Send, exchange_of, read_body, request_id
 from tokenmill.engine.gateway.upstream import Upstream
+from tokenmill.errors import TokenmillError
 
 log = logging.getLogger("tokenmill.gateway")
 
@@ -63,6 +65,7 @@ class Gateway:
         stages: What a request goes through between being counted and being sent, outermost first.
         services: What runs beside the requests.
         sites: Applications of their own under a path prefix, e.g. `/admin`; paths of the gateway itself go first.
+        identify: Whose request it is, from its headers; None: nobody must say who he is.
         counted: The metrics; None: with the default bounds, and of this process alone.
     """
 
@@ -72,6 +75,7 @@ class Gateway:
         stages: Sequence[Stage],
         services: Sequence[Service] = (),
         sites: Mapping[str, Application] | None = None,
+        identify: Callable[[Headers], Principal] | None = None,
         counted: metrics.Metrics | None = None,
     ) -> None:
         self.settings = portfolio.settings
@@ -79,6 +83,7 @@ class Gateway:
         self.metrics = counted or metrics.Metrics(self.portfolio)
         self._services = [self.metrics, *services]
         self._sites = dict(sites or {})
+        self._identify = identify
         self._upstream: Upstream | None = None
         self.prober = Prober(self.portfolio, self.upstream, self.settings)
         self._handle = compose(
@@ -89,7 +94,6 @@ class Gateway:
             "/health": self._health,
             "/ready": self._ready,
             "/metrics": self._metrics,
-            "/v1/models": self._models,
             "/openapi.json": self._openapi,
             "/docs": self._docs,
         }
@@ -131,7 +135,12 @@ class Gateway:
         while True:
             message = await receive()
             if message["type"] == "lifespan.startup":
-                await self.start()
+                try:
+                    await self.start()
+                except TokenmillError as error:
+                    log.error("cannot start: %s", error)
+                    await send({"type": "lifespan.startup.failed", "message": str(error)})
+                    return
                 await send({"type": "lifespan.startup.complete"})
             else:
                 await self.stop()
@@ -146,7 +155,7 @@ class Gateway:
             if method == "POST" and (path in BARE_PATHS or _is_passed(path)) and path not in self._endpoints:
                 await self._inference(scope, receive, send, identity)
                 return
-            reply = await self._local(method, path)
+            reply = await self._local(method, path, scope["headers"])
         except ApiError as error:
             reply = _error_reply(error)
         except ClientGoneError:
@@ -157,11 +166,11 @@ class Gateway:
             reply = _error_reply(ApiError(500, f"The gateway failed; its log has request {identity}."))
         await _send_whole(send, reply, identity)
 
-    async def _local(self, method: str, path: str) -> Reply:
+    async def _local(self, method: str, path: str, headers: Headers) -> Reply:
         """An answer of the gateway's own; raises 404 or 405."""
         model = path.removeprefix(_MODEL_PREFIX) if path.startswith(_MODEL_PREFIX) else ""
         endpoint = self._endpoints.get(path)
-        if endpoint is not None or model:
+        if endpoint is not None or model or path == "/v1/models":
             allowed = b"GET, HEAD, OPTIONS"
         elif path in _POST_ONLY:
             allowed = b"POST, OPTIONS"
@@ -178,7 +187,8 @@ class Gateway:
             )
         if endpoint is not None:
             return await endpoint()
-        return self._model(model)
+        models = self._models(headers)
+        return self._model(model, models) if model else _json({"object": "list", "data": models})
 
     async def _inference(self, scope: Scope, receive: Receive, send: Send, identity: str) -> None:
         started = time.perf_counter()
@@ -262,11 +272,16 @@ class Gateway:
     async def _metrics(self) -> Reply:
         return Reply(200, [(b"content-type", metrics.CONTENT_TYPE)], await self.metrics.render())
 
-    async def _models(self) -> Reply:
-        return _json({"object": "list", "data": self.portfolio.models()})
+    def _models(self, headers: Headers) -> list[dict[str, Any]]:
+        """The models that whoever sent these headers may ask for."""
+        models = self.portfolio.models()
+        if self._identify is None:
+            return models
+        principal = self._identify(headers)
+        return [model for model in models if principal.may_ask_for(model["id"])]
 
-    def _model(self, name: str) -> Reply:
-        for model in self.portfolio.models():
+    def _model(self, name: str, models: list[dict[str, Any]]) -> Reply:
+        for model in models:
             if model["id"] == name:
                 return _json(model)
         raise model_not_found(name)

@@ -1,6 +1,8 @@
 """Puts the gateway together from a worker's document: which stages a request goes through, and in which order."""
 
 from tokenmill.engine.gateway.app import Gateway, Service
+from tokenmill.engine.gateway.governance.identify import Identify, Identities
+from tokenmill.engine.gateway.governance.reserve import Reserve
 from tokenmill.engine.gateway.governance.service import Governance
 from tokenmill.engine.gateway.pipeline import Stage
 from tokenmill.engine.gateway.portfolio import Portfolio
@@ -17,10 +19,14 @@ def create_app(document: Document) -> Gateway:
     portfolio = Portfolio(document.backends, document.settings)
     stages: list[Stage] = []
     services: list[Service] = []
-    if document.governance is not None:
-        governance = Governance(document.governance)
+    governance = None if document.governance is None else Governance(document.governance)
+    identities = None if governance is None else Identities(governance)
+    if governance is not None and identities is not None:
         services.append(governance)
+        stages.append(Identify(identities, document.settings.default_model))
     # Who asks comes first, then what the request may see, then where it may go; money is reserved for the dearest
     # of the routes that are left, below the router and above everything that may ask a backend twice.
     stages.append(ResolveModel(portfolio))
-    return Gateway(portfolio, stages, services)
+    if governance is not None:
+        stages.append(Reserve(governance, portfolio))
+    return Gateway(portfolio, stages, services, identify=None if identities is None else identities.of)

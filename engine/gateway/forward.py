@@ -28,7 +28,7 @@ from tokenmill.engine.gateway.pipeline import Call, Exchange, Reply
 from tokenmill.engine.gateway.portfolio import Route, Target
 from tokenmill.engine.gateway.settings import Settings
 from tokenmill.engine.gateway.upstream import Answer, Upstream
-from tokenmill.engine.gateway.usage import StreamUsage, read_usage
+from tokenmill.engine.gateway.usage import HiddenUsage, StreamUsage, counting_options, read_usage
 
 #: The backend says that it did not take the request.
 _NOT_TAKEN = (429, 503)
@@ -41,11 +41,12 @@ _CREDENTIALS = frozenset({b"authorization", b"x-api-key", b"api-key"})
 class Lease:
     """One request's hold on a backend: counted while open, its outcome reported once."""
 
-    __slots__ = ("_answer", "_open", "model", "target")
+    __slots__ = ("_answer", "_open", "call", "model", "target")
 
-    def __init__(self, target: Target, model: str | None) -> None:
-        self.target = target
-        self.model = model
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.target = target = call.target
+        self.model = model = call.model
         self._open = True
         self._answer: Answer | None = None
         target.outstanding += 1
@@ -133,19 +134,21 @@ class Forwarder:
 
     async def _attempt(self, exchange: Exchange, target: Target, route: Route) -> Reply:
         """One request to one backend; its outcome is told to the circuit breaker."""
-        lease = Lease(target, route.model)
+        call = Call(target, route.model)
+        lease = Lease(call)
         exchange.on_end(lease.close)
         exchange.target = target
         exchange.attempts += 1
-        call = Call(target, route.model)
         exchange.calls.append(call)
         if target.backend.tokens_per_minute is not None:
             exchange.on_end(lambda _: target.pace.used(call.usage.prompt + call.usage.completion))
         ask = self._ask_anthropic if target.backend.protocol == "anthropic" else self._ask
         name = target.backend.name
         try:
-            reply = await ask(exchange, lease, route)
+            counting = counting_options(exchange)
+            reply = await ask(exchange, lease, route, counting)
         except (ConnectFailedError, NoAnswerError):
+            call.taken = False
             lease.failed()
             lease.close()
             raise
@@ -160,19 +163,23 @@ class Forwarder:
             ) from None
         call.status = reply.status
         if reply.chunks is not None:
-            reply.chunks = _relay(reply.chunks, lease, StreamUsage(call.usage))
+            hidden = HiddenUsage() if counting is not None and _is_event_stream(reply) else None
+            reply.chunks = _relay(reply.chunks, lease, StreamUsage(call.usage), hidden)
         elif reply.status < 400 and reply.body is not None:
             read_usage(reply.body, call.usage)
         return reply
 
-    async def _ask(self, exchange: Exchange, lease: Lease, route: Route) -> Reply:
+    async def _ask(self, exchange: Exchange, lease: Lease, route: Route, counting: dict[str, Any] | None) -> Reply:
         target = lease.target
         name = _upstream_model(exchange, target, route)
         payload = exchange.payload
+        changes: dict[str, Any] = {} if counting is None else {"stream_options": counting}
         if name != exchange.model:
+            changes["model"] = name
+        if changes:
             if exchange.body is None:
                 raise ApiError(400, f"In a form, `model` must be the backend's own name: `{name}`.", param="model")
-            payload = exchange.body.with_fields({"model": name})
+            payload = exchange.body.with_fields(changes)
         headers = exchange.forward
         if target.backend.api_key is not None:
             headers = [header for header in headers if header[0] not in _CREDENTIALS]
@@ -188,7 +195,9 @@ class Forwarder:
             reply.headers = [*(header for header in answer.headers if header[0] != b"content-type"), JSON]
         return self._with_retry_after(reply)
 
-    async def _ask_anthropic(self, exchange: Exchange, lease: Lease, route: Route) -> Reply:
+    async def _ask_anthropic(
+        self, exchange: Exchange, lease: Lease, route: Route, counting: dict[str, Any] | None
+    ) -> Reply:
         backend = lease.target.backend
         name = _upstream_model(exchange, lease.target, route)
         if exchange.endpoint != "/v1/chat/completions" or exchange.body is None or name is None:
@@ -199,7 +208,8 @@ class Forwarder:
         answer = await self._send(lease, anthropic.PATH, headers, payload)
         kept = [header for header in answer.headers if header[0] != b"content-type"]
         if answer.status < 400 and answer.content_type == b"text/event-stream":
-            chunks = anthropic.stream(answer.chunks(), bool(options.get("include_usage")))
+            counts = counting is not None or bool(options.get("include_usage"))
+            chunks = anthropic.stream(answer.chunks(), counts)
             return Reply(200, [*kept, EVENT_STREAM], None, chunks)
         body = await answer.read()
         lease.close()
@@ -209,6 +219,7 @@ class Forwarder:
         return self._with_retry_after(Reply(status, [*kept, JSON], body))
 
     async def _send(self, lease: Lease, path: bytes, headers: Headers, payload: bytes) -> Answer:
+        lease.call.taken = True
         answer = await self._upstream().send(b"POST", lease.target.origin, path, headers, payload)
         lease.holds(answer)
         if answer.status in _FAULT:
@@ -231,13 +242,30 @@ def _upstream_model(exchange: Exchange, target: Target, route: Route) -> str | N
     return None if public is None else target.backend.upstream_model(public)
 
 
-async def _relay(chunks: AsyncGenerator[bytes, None], lease: Lease, usage: StreamUsage) -> AsyncGenerator[bytes, None]:
-    """The stream, with its tokens counted and its backend's slot freed at its end, whatever that is."""
+def _is_event_stream(reply: Reply) -> bool:
+    return any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in reply.headers)
+
+
+async def _relay(
+    chunks: AsyncGenerator[bytes, None], lease: Lease, usage: StreamUsage, hidden: HiddenUsage | None
+) -> AsyncGenerator[bytes, None]:
+    """The stream, with its tokens counted and its backend's slot freed at its end, whatever that is.
+
+    Args:
+        chunks: What the backend sends.
+        lease: The hold on it.
+        usage: Counts.
+        hidden: Takes out what was asked of the backend beyond the client's wish; None: nothing was.
+    """
     try:
         async with contextlib.aclosing(chunks):
             async for chunk in chunks:
                 usage.feed(chunk)
-                yield chunk
+                shown = chunk if hidden is None else hidden.feed(chunk)
+                if shown:
+                    yield shown
+            if hidden is not None and (rest := hidden.finish()):
+                yield rest
     except (CutError, SilenceError):
         lease.failed()
         raise

@@ -66,12 +66,14 @@ class Call:
         model: The model's public name.
         usage: Its tokens; filled in while the answer passes.
         status: Status of the answer; 0: there was none.
+        taken: The backend may have worked on it.
     """
 
     target: "Target"
     model: str | None
     usage: Usage = field(default_factory=Usage)
     status: int = 0
+    taken: bool = False
 
 
 @dataclass

@@ -24,3 +24,12 @@ class Principal:
     models: tuple[str, ...] | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     soft_limit_reached: bool = False
+
+    @property
+    def chain(self) -> tuple[str, ...]:
+        """Ids of the accounts that its requests are charged to: its key's and all above it."""
+        return tuple(one for one in (self.key, self.app, self.team, self.organisation) if one is not None)
+
+    def may_ask_for(self, model: str | None) -> bool:
+        """Whether a model's or tier's name is on its list; where there is a list, a name must be given."""
+        return self.models is None or model in self.models

@@ -169,6 +169,10 @@ class Store:
         """`submit` for a program that may wait."""
         return self.submit(operation).result()
 
+    def connect_reader(self) -> Connection:
+        """One more connection for reading, e.g. for a long query in another thread; close it afterwards."""
+        return self._database.connect()
+
     def claim(self, name: str) -> Claim | None:
         """Takes a name until it is released or this process dies; None while another process holds it."""
         return self._database.claim(name)

@@ -1,13 +1,20 @@
-"""Reads token counts out of answers on their way to the client, without touching a byte of them."""
+"""Reads token counts out of answers on their way to the client."""
 
 import contextlib
+from typing import Any
 
 import msgspec
 
-from tokenmill.engine.gateway.pipeline import Usage
+from tokenmill.engine.gateway import sse
+from tokenmill.engine.gateway.pipeline import Exchange, Usage
 
 #: The usage event is the last but `[DONE]` and short: this much of a stream's end always holds it.
 TAIL_BYTES = 4096
+#: What one count is taken for at most: a backend's nonsense must fit into sums.
+_MOST_TOKENS = 100_000_000
+#: Paths whose streams say what they used when `stream_options` asks for it; others say it anyhow, or never.
+_COUNTED_ON_DEMAND = frozenset({"/v1/chat/completions", "/v1/completions"})
+_ENDS = (b"\n\n", b"\r\n\r\n")
 
 
 class _Details(msgspec.Struct):
@@ -15,35 +22,80 @@ class _Details(msgspec.Struct):
 
 
 class _Tokens(msgspec.Struct):
-    prompt_tokens: int = 0
+    """The counts of completions, of responses (`input_tokens`), and of messages, which count cached tokens apart."""
+
+    prompt_tokens: int | None = None
     completion_tokens: int | None = 0
     prompt_tokens_details: _Details | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = 0
+    input_tokens_details: _Details | None = None
+    cache_read_input_tokens: int | None = 0
+    cache_creation_input_tokens: int | None = 0
+
+
+class _Response(msgspec.Struct):
+    usage: _Tokens | None = None
 
 
 class _Holder(msgspec.Struct):
     usage: _Tokens | None = None
+    response: _Response | None = None
+
+
+class _Chunk(msgspec.Struct):
+    choices: list[msgspec.Raw]
+    usage: dict[str, msgspec.Raw] | None = None
 
 
 _HOLDER = msgspec.json.Decoder(_Holder)
+_CHUNK = msgspec.json.Decoder(_Chunk)
 
 
 def read_usage(body: bytes, usage: Usage) -> None:
     """Takes the counts of a JSON answer or event into `usage`; leaves it alone where there are none."""
     with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        tokens = _HOLDER.decode(body).usage
-        if tokens is not None:
-            usage.prompt = tokens.prompt_tokens
-            usage.completion = tokens.completion_tokens or 0
-            details = tokens.prompt_tokens_details
-            usage.cached = (details.cached_tokens or 0) if details else 0
-            usage.exact = True
+        holder = _HOLDER.decode(body)
+        tokens = holder.usage if holder.usage is not None or holder.response is None else holder.response.usage
+        if tokens is None:
+            return
+        if tokens.prompt_tokens is not None:
+            prompt, completion, details = tokens.prompt_tokens, tokens.completion_tokens, tokens.prompt_tokens_details
+            cached = details.cached_tokens if details else 0
+        elif tokens.input_tokens is not None:
+            completion, details = tokens.output_tokens, tokens.input_tokens_details
+            apart = tokens.cache_read_input_tokens or 0
+            prompt = tokens.input_tokens + apart + (tokens.cache_creation_input_tokens or 0)
+            cached = details.cached_tokens if details else apart
+        else:
+            return
+        usage.prompt, usage.cached, usage.completion = _count(prompt), _count(cached), _count(completion)
+        usage.exact = True
+
+
+def _count(said: int | None) -> int:
+    return min(max(said or 0, 0), _MOST_TOKENS)
+
+
+def counting_options(exchange: Exchange) -> dict[str, Any] | None:
+    """The `stream_options` that have a backend count where the exchange is metered and its client did not ask.
+
+    None: nothing has to be asked for. What the client set otherwise is kept.
+    """
+    body = exchange.body
+    if not exchange.meter or body is None or body.raw_field("stream") != b"true":
+        return None
+    if exchange.endpoint not in _COUNTED_ON_DEMAND:
+        return None
+    options = body.get("stream_options", dict[str, Any]) or {}
+    return None if options.get("include_usage") else {**options, "include_usage": True}
 
 
 class StreamUsage:
     """A tap on a stream of server-sent events: counts events, and at the end looks for the usage in its tail.
 
     Args:
-        usage: Filled in; `completion` counts events while the stream runs, as a lower bound for streams cut short.
+        usage: Filled in; `completion` counts events while the stream runs, for streams that never say.
     """
 
     __slots__ = ("_tail", "_usage")
@@ -54,7 +106,7 @@ class StreamUsage:
 
     def feed(self, chunk: bytes) -> None:
         """Watches one chunk."""
-        self._usage.completion += chunk.count(b"\n\n")
+        self._usage.completion += chunk.count(b"\n\n") + chunk.count(b"\r\n\r\n")
         self._tail = chunk if len(chunk) >= TAIL_BYTES else (self._tail + chunk)[-TAIL_BYTES:]
 
     def finish(self) -> None:
@@ -64,3 +116,36 @@ class StreamUsage:
                 read_usage(line[5:], self._usage)
                 if self._usage.exact:
                     return
+
+
+class HiddenUsage:
+    """Takes the event that holds nothing but the usage out of a stream; every other byte stays as it is."""
+
+    __slots__ = ("_begun", "_events")
+
+    def __init__(self) -> None:
+        self._events = sse.Events()
+        self._begun = False
+
+    def feed(self, chunk: bytes) -> bytes:
+        """What the client gets of a chunk now; an event's begin waits for its end."""
+        whole = chunk.endswith(_ENDS)
+        if whole and not self._begun and b'"usage"' not in chunk:
+            return chunk
+        self._begun = not whole
+        return b"".join(event for event in self._events.feed(chunk) if not _is_usage_alone(event))
+
+    def finish(self) -> bytes:
+        """What is left at the stream's end."""
+        return self._events.rest()
+
+
+def _is_usage_alone(event: bytes) -> bool:
+    if b'"usage"' not in event:
+        return False
+    data = sse.data_of(event)
+    try:
+        chunk = _CHUNK.decode(data or b"")
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return False
+    return not chunk.choices and chunk.usage is not None

@@ -9,7 +9,7 @@ The worker
 * is killed by the kernel when the thread that started it ends (Linux: PR_SET_PDEATHSIG), so `kill -9` of the
   parent leaves no orphan. Start workers from the parent's main thread.
 
-Exit status 2: the document is wrong; one line on standard error says how.
+Exit status 2: the document is wrong; 3: what it names cannot be used. One line on standard error says how.
 """
 
 import argparse

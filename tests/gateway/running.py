@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from tokenmill.engine.gateway.backends import Backend
+from tokenmill.engine.gateway.governance.options import Options
 from tokenmill.engine.gateway.settings import Document, Settings
 
 
@@ -22,10 +23,15 @@ class RunningGateway:
     Args:
         backends: Its backends.
         settings: Its settings.
+        governance: Who may ask for what.
+        key: The key that the tests' own look at its models is made with.
     """
 
-    def __init__(self, *backends: Backend, settings: Settings | None = None) -> None:
-        document = Document(backends, settings or Settings(probe_interval_s=0.1))
+    def __init__(
+        self, *backends: Backend, settings: Settings | None = None, governance: Options | None = None, key: str = ""
+    ) -> None:
+        self._key = key
+        document = Document(backends, settings or Settings(probe_interval_s=0.1), governance=governance)
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             listener.listen(1024)
@@ -57,9 +63,12 @@ class RunningGateway:
 
     def wait_ready(self, timeout_s: float = 20.0) -> None:
         """Returns when every tier is ready and every model known."""
-        wait_until(
-            lambda: self.get("/ready")[0] == 200 and bool(json.loads(self.get("/v1/models")[2])["data"]), timeout_s
-        )
+        wait_until(lambda: self.get("/ready")[0] == 200 and bool(self._models()), timeout_s)
+
+    def _models(self) -> list[Any]:
+        headers = {"authorization": f"Bearer {self._key}"} if self._key else {}
+        models: list[Any] = json.loads(self.send("GET", "/v1/models", headers=headers)[2])["data"]
+        return models
 
     def get(self, path: str) -> tuple[int, dict[str, str], bytes]:
         """(status, headers with names in lower case, body)."""

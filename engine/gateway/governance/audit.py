@@ -81,6 +81,12 @@ def verify(connection: Connection, expected: str | None = None) -> Head:
     return head
 
 
+def sequence(connection: Connection) -> int:
+    """Number of the last row; it grows with every change that is audited."""
+    row = connection.execute("SELECT sequence FROM audit_head").fetchone()
+    return 0 if row is None else int(row[0])
+
+
 def _head(connection: Connection) -> Head:
     row = connection.execute("SELECT sequence, hash FROM audit_head").fetchone()
     return Head(*row) if row is not None else Head(0, ORIGIN)

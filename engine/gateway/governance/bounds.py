@@ -1,0 +1,127 @@
+"""The most tokens that a request can use, worked out before it is sent.
+
+Prompt: byte-level tokenizers make at most one token of each byte, so the bytes of the request's body bound its text;
+what is not text there, or is added to it, is counted apart. Completion: what the request states, times the answers
+asked for; else the backend's context window; else the configured bound. A backend may still use more (it may ignore
+`max_tokens`, or price things that are no tokens): `budgets.settle` says what is done then.
+"""
+
+from dataclasses import dataclass
+
+import msgspec
+
+from tokenmill.engine.gateway.body import Body
+from tokenmill.engine.gateway.pipeline import Exchange
+from tokenmill.engine.gateway.portfolio import Target
+
+#: Tokens that a chat template may add to a prompt beyond what its JSON takes.
+TEMPLATE_TOKENS = 64
+#: Tokens that an API may add to a prompt with tools.
+TOOL_TOKENS = 512
+#: Tokens of an image that is named by its address; an inlined one has more bytes than tokens.
+IMAGE_TOKENS = 4096
+#: What a stated number of tokens counts for at most; 64-bit columns hold its cost at any price.
+_MOST_TOKENS = 100_000_000
+_STATED = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+#: Paths whose answers are not generated.
+_NOT_GENERATING = frozenset(
+    {
+        *(f"/v1/{name}" for name in ("embeddings", "rerank", "score", "pooling", "classify", "moderations")),
+        *("/rerank", "/v2/rerank", "/score", "/pooling", "/classify", "/tokenize", "/detokenize"),
+    }
+)
+#: Paths that run no model.
+_FREE = frozenset({"/tokenize", "/detokenize"})
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Tokens; neither can be exceeded by a backend that does what it was asked."""
+
+    prompt: int
+    completion: int
+
+    @property
+    def total(self) -> int:
+        """Prompt and completion."""
+        return self.prompt + self.completion
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request says about its own size.
+
+    Attributes:
+        prompt: Bound of its prompt tokens.
+        prompts: Prompts in it, each with answers of its own.
+        answers: Answers to each prompt.
+        completion: Stated bound of each answer's tokens; None: it states none.
+    """
+
+    prompt: int
+    prompts: int
+    answers: int
+    completion: int | None
+
+    def at(self, target: Target, completion_bound: int) -> Bound:
+        """The most that it can use at one backend."""
+        window = context_window(target)
+        each = self.completion
+        if each is None:
+            each = completion_bound if window is None else window
+        prompt = self.prompt
+        if window is not None:
+            each = min(each, window)
+            prompt = min(prompt, window * self.prompts)
+        return Bound(prompt, min(each * self.answers * self.prompts, _MOST_TOKENS))
+
+
+def asked(exchange: Exchange) -> Asked:
+    """Reads a request's size from its body.
+
+    Raises:
+        ApiError: 400 for a field of a wrong type.
+    """
+    endpoint, body, payload = exchange.endpoint, exchange.body, exchange.payload
+    if endpoint in _FREE:
+        return Asked(0, 1, 1, 0)
+    prompt = len(payload) + TEMPLATE_TOKENS
+    if body is None:
+        return Asked(prompt, 1, 1, None)
+    if "tools" in body or "functions" in body:
+        prompt += TOOL_TOKENS
+    if b"image_url" in payload or b'"image"' in payload:
+        prompt += IMAGE_TOKENS * (payload.count(b'"image_url"') + payload.count(b'"image"'))
+    prompt = min(prompt, _MOST_TOKENS)
+    if endpoint in _NOT_GENERATING:
+        return Asked(prompt, 1, 1, 0)
+    stated = [value for name in _STATED if name in body and (value := body.get(name, int)) is not None]
+    answers = max(_count(body, "n"), _count(body, "best_of"))
+    prompts = _prompts(body) if endpoint == "/v1/completions" else 1
+    # Some servers take a negative number for "as many as there is room for".
+    completion = min(max(stated), _MOST_TOKENS) if stated and min(stated) >= 0 else None
+    return Asked(prompt, prompts, answers, completion)
+
+
+def context_window(target: Target) -> int | None:
+    """Most tokens of a prompt and its answer, as configured or as the backend's own list says; None: unknown."""
+    if target.backend.context_window is not None:
+        return target.backend.context_window
+    windows = [one.get("max_model_len") for one in (target.catalog or {}).values()]
+    known = [window for window in windows if isinstance(window, int) and window > 0]
+    return max(known) if known and len(known) == len(windows) else None
+
+
+def _count(body: Body, name: str) -> int:
+    if name not in body:
+        return 1
+    return min(max(body.get(name, int) or 1, 1), _MOST_TOKENS)
+
+
+def _prompts(body: Body) -> int:
+    """How many prompts `prompt` holds: one text, a list of token ids, or a list of either."""
+    raw = body.raw_field("prompt")
+    if raw is None or not raw.startswith(b"["):
+        return 1
+    parts = msgspec.json.decode(raw, type=list[msgspec.Raw])
+    return len(parts) if parts and bytes(parts[0]).lstrip()[:1] in (b'"', b"[") else 1

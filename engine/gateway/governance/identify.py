@@ -1,0 +1,135 @@
+"""The stage that says whose request it is, and refuses those of nobody.
+
+What is known of a key is kept in memory. Every change to keys and accounts is audited in its own transaction, so the
+number of the audit trail's last row is the version of what was kept: it is read for every request (3 us), and a key
+that was revoked by any process is refused from the next request on.
+"""
+
+from dataclasses import dataclass
+
+from tokenmill.engine.gateway.api_error import ApiError, Headers, quote
+from tokenmill.engine.gateway.governance import accounts, audit, keys
+from tokenmill.engine.gateway.governance.options import digest
+from tokenmill.engine.gateway.governance.service import MASTER, Governance
+from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply
+from tokenmill.engine.gateway.principal import Principal
+from tokenmill.engine.gateway.store import Connection, now_ms
+
+#: Headers that hold a client's credentials for the gateway: they end here.
+CREDENTIALS = frozenset({b"authorization", b"x-api-key", b"api-key", b"cookie", b"proxy-authorization"})
+#: Keys kept in memory; beyond it all are forgotten.
+MOST_KEPT = 10_000
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What a valid key stands for, until when in milliseconds."""
+
+    principal: Principal
+    until: int | None
+
+
+class Identities:
+    """Finds the owner of a request.
+
+    Args:
+        governance: For the store and the master key.
+    """
+
+    def __init__(self, governance: Governance) -> None:
+        self._governance = governance
+        self._known: dict[str, _Known] = {}
+        self._version = -1
+
+    def of(self, headers: Headers) -> Principal:
+        """The owner of a request with these headers, names in lower case.
+
+        Raises:
+            ApiError: 401 without a key that is valid now.
+        """
+        hashed = digest(_credential(headers))
+        if self._governance.options.is_master(hashed):
+            return Principal(MASTER)
+        reader = self._governance.store.reader
+        version = audit.sequence(reader)
+        if version != self._version or len(self._known) > MOST_KEPT:
+            self._known.clear()
+            self._version = version
+        known = self._known.get(hashed)
+        now = now_ms()
+        if known is None or (known.until is not None and now >= known.until):
+            known = self._known[hashed] = _look_up(reader, hashed, now)
+        return known.principal
+
+
+def _credential(headers: Headers) -> str:
+    found = b""
+    for name, value in headers:
+        if name == b"authorization":
+            scheme, _, key = value.partition(b" ")
+            if scheme.lower() != b"bearer":
+                raise _unauthorised("The `Authorization` header is not `Bearer KEY`.")
+            found = key.strip()
+            break
+        if name == b"x-api-key":
+            found = value.strip()
+    if not found:
+        raise _unauthorised("No API key was given; send `Authorization: Bearer KEY`.")
+    return found.decode("latin-1")
+
+
+def _look_up(reader: Connection, hashed: str, now: int) -> _Known:
+    key = keys.by_hash(reader, hashed)
+    if key is None:
+        raise _unauthorised("This API key is not known here.")
+    refusal = key.refusal(now)
+    if refusal is not None:
+        raise _unauthorised(f"The API key {key.id} {refusal}.")
+    chain = accounts.chain(reader, key.id)
+    above = {account.kind: account.id for account in chain}
+    passed = [account for account in chain if account.soft_reached_at is not None and not account.renewed(now)]
+    principal = Principal(
+        key.id,
+        above.get("organisation"),
+        above.get("team"),
+        above.get("app"),
+        key.models,
+        key.metadata,
+        soft_limit_reached=bool(passed),
+    )
+    ends = [key.expires_at, *(account.period_end for account in passed)]
+    return _Known(principal, min((end for end in ends if end is not None), default=None))
+
+
+def _unauthorised(message: str) -> ApiError:
+    return ApiError(401, message, code="invalid_api_key", headers=[(b"www-authenticate", b"Bearer")])
+
+
+class Identify:
+    """Finds the principal, holds him to his models, and keeps his credentials from the backends.
+
+    Args:
+        identities: Who is who.
+        default_model: What a request without `model` means.
+    """
+
+    name = "identify"
+
+    def __init__(self, identities: Identities, default_model: str | None) -> None:
+        self._identities = identities
+        self._default_model = default_model
+
+    async def handle(self, exchange: Exchange, proceed: Handler) -> Reply:
+        """See `pipeline.Stage`."""
+        exchange.principal = principal = self._identities.of(exchange.headers)
+        exchange.forward = [header for header in exchange.forward if header[0] not in CREDENTIALS]
+        model = exchange.model if exchange.model is not None else self._default_model
+        if not principal.may_ask_for(model):
+            allowed = ", ".join(quote(name) for name in (principal.models or ())[:20]) or "none"
+            raise ApiError(
+                403,
+                f"This API key may not ask for the model `{quote(model or '')}`; its models: {allowed}.",
+                code="model_not_allowed",
+                param="model",
+            )
+        return await proceed(exchange)

@@ -1,0 +1,167 @@
+"""The stage that reserves what a request can cost before it is sent, and has it settled when it has ended."""
+
+import itertools
+import logging
+from collections.abc import Sequence
+from functools import partial
+
+from tokenmill.engine.gateway.api_error import ApiError, Headers, quote, retry_after, unavailable
+from tokenmill.engine.gateway.governance import bounds, budgets, charges
+from tokenmill.engine.gateway.governance.bounds import Asked
+from tokenmill.engine.gateway.governance.budgets import Granted, Rate, Refusal, Reservation
+from tokenmill.engine.gateway.governance.service import Governance
+from tokenmill.engine.gateway.money import MICRO_CENTS_PER_DOLLAR, dollars
+from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply
+from tokenmill.engine.gateway.portfolio import Portfolio, Target
+from tokenmill.engine.gateway.store import now_ms
+
+log = logging.getLogger("tokenmill.gateway.governance")
+
+#: Seconds after which a client may try again when the store did not answer.
+_STORE_RETRY_S = 2
+#: OpenAI's clients do not wait longer than this, but try again at once; it is better to tell them not to.
+_CLIENT_PATIENCE_MS = 60_000
+
+
+class Reserve:
+    """Reserves at the dearest of the routes, plus the tier that may take over from it.
+
+    Args:
+        governance: The store.
+        portfolio: For the tier that takes over.
+    """
+
+    name = "reserve"
+
+    def __init__(self, governance: Governance, portfolio: Portfolio) -> None:
+        self._governance = governance
+        self._portfolio = portfolio
+        self._numbers = itertools.count()
+
+    async def handle(self, exchange: Exchange, proceed: Handler) -> Reply:
+        """See `pipeline.Stage`."""
+        asked = bounds.asked(exchange)
+        wanted = self._reservation(exchange, asked)
+        bound_at = partial(self._bound_at, asked)
+        settles = True
+
+        def settle(ended: Exchange) -> None:
+            if settles:
+                spending = charges.spending(ended, bound_at)
+                self._governance.store.post(partial(budgets.settle, call=wanted.call, spending=spending))
+
+        # Before the reservation is made: a client that hangs up meanwhile leaves nothing behind.
+        exchange.on_end(settle)
+        exchange.meter = True
+        try:
+            answer = await self._governance.store.write(partial(budgets.reserve, wanted=wanted))
+        except Exception as error:
+            log.exception("request %s could not be reserved", exchange.request_id)
+            raise unavailable("The gateway's books cannot be written now.", _STORE_RETRY_S) from error
+        if isinstance(answer, Refusal):
+            settles = False
+            raise refusal(answer)
+        reply = await proceed(exchange)
+        reply.headers = [*reply.headers, *self._headers(exchange, reply, answer, bound_at)]
+        return reply
+
+    def _bound_at(self, asked: Asked, target: Target) -> bounds.Bound:
+        return asked.at(target, self._governance.options.completion_bound)
+
+    def _reservation(self, exchange: Exchange, asked: Asked) -> Reservation:
+        assert exchange.principal is not None, "Reserve stands below Identify"
+        first = exchange.routes[0]
+        amount, prompt, completion = self._dearest(
+            asked, [target for route in exchange.routes for target in route.targets]
+        )
+        decision = exchange.decision
+        if decision is not None and decision.escalation is not None:
+            more = self._dearest(asked, self._portfolio.tiers.get(decision.escalation, ()))
+            amount, prompt, completion = amount + more[0], prompt + more[1], completion + more[2]
+        worker = self._governance.worker.id
+        return Reservation(
+            f"{worker}-{next(self._numbers)}",
+            worker,
+            exchange.principal.chain,
+            exchange.request_id,
+            exchange.model or first.model or "",
+            first.targets[0].backend.tier if first.targets else "",
+            amount,
+            prompt,
+            completion,
+            now_ms(),
+        )
+
+    def _dearest(self, asked: Asked, targets: Sequence[Target]) -> tuple[int, int, int]:
+        """(micro-cents, prompt tokens, completion tokens): the most over some backends, each for itself."""
+        amount = prompt = completion = 0
+        for target in targets:
+            bound = self._bound_at(asked, target)
+            amount = max(amount, target.backend.prices.bound(bound.prompt, bound.completion))
+            prompt = max(prompt, bound.prompt)
+            completion = max(completion, bound.completion)
+        return amount, prompt, completion
+
+    def _headers(
+        self, exchange: Exchange, reply: Reply, granted: Granted, bound_at: "partial[bounds.Bound]"
+    ) -> Headers:
+        headers = [*_rate("requests", granted.requests), *_rate("tokens", granted.tokens)]
+        spent = granted.spent
+        if reply.body is not None:
+            cost = charges.spending(exchange, bound_at).cost
+            spent += cost
+            headers.append((b"x-tokenmill-cost", _exact_dollars(cost)))
+        headers.append((b"x-tokenmill-key-spend", _exact_dollars(spent)))
+        return headers
+
+
+def _exact_dollars(amount: int) -> bytes:
+    return b"%d.%08d" % divmod(amount, MICRO_CENTS_PER_DOLLAR)
+
+
+def _rate(kind: str, rate: Rate | None) -> Headers:
+    """The usual headers; the limit is whole again when this request has left the window."""
+    if rate is None:
+        return []
+    return _rate_headers(kind, rate.limit, rate.remaining, budgets.WINDOW_S + 1)
+
+
+def _rate_headers(kind: str, limit: int, remaining: int, reset_s: float) -> Headers:
+    values = {"limit": str(limit), "remaining": str(max(remaining, 0)), "reset": f"{reset_s:g}s"}
+    return [(f"x-ratelimit-{name}-{kind}".encode(), value.encode()) for name, value in values.items()]
+
+
+def refusal(found: Refusal) -> ApiError:
+    """The answer to a request that a limit refused."""
+    whose = f"{found.account.kind} `{quote(found.account.id)}`"
+    if found.limit == "budget":
+        return _over_budget(found, whose)
+    message = (
+        f"The {whose} is limited to {found.allowed} {found.limit} per minute; {found.used} were used or reserved in "
+        f"the last minute, this request may use {found.asked}."
+    )
+    if found.retry_ms is None:
+        message += " It never fits: shorten it, or state a smaller `max_tokens`."
+        wait = [(b"x-should-retry", b"false")]
+    else:
+        wait = [retry_after(found.retry_ms / 1000 + 0.5)]
+    reset_s = budgets.WINDOW_S + 1 if found.retry_ms is None else round(found.retry_ms / 1000, 3)
+    headers = [*wait, *_rate_headers(found.limit, found.allowed, found.allowed - found.used, reset_s)]
+    return ApiError(429, message, code="rate_limit_exceeded", kind=found.limit, headers=headers)
+
+
+def _over_budget(found: Refusal, whose: str) -> ApiError:
+    message = (
+        f"The budget of the {whose} is ${dollars(found.allowed):.8g}; ${dollars(found.used):.8g} are spent or "
+        f"reserved, this request may cost ${dollars(found.asked):.8g}."
+    )
+    if found.asked <= found.allowed and found.retry_ms is not None:
+        message += " It begins anew when `Retry-After` says."
+        headers: Headers = [retry_after(found.retry_ms / 1000 + 0.5)]
+        if found.retry_ms > _CLIENT_PATIENCE_MS:
+            headers.append((b"x-should-retry", b"false"))
+    else:
+        # A fitting request may still pass; this one will not by waiting.
+        message += " State a smaller `max_tokens`, or ask for a larger budget."
+        headers = [(b"x-should-retry", b"false")]
+    return ApiError(429, message, code="insufficient_quota", kind="insufficient_quota", headers=headers)
