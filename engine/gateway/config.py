@@ -17,6 +17,7 @@ from pydantic_core import ErrorDetails
 from tokenmill.engine.gateway import yaml_file
 from tokenmill.engine.gateway.backends import Capability
 from tokenmill.engine.gateway.governance.section import Governance
+from tokenmill.engine.gateway.observability.section import Observability
 from tokenmill.engine.gateway.sections import Section
 from tokenmill.errors import ConfigurationError
 
@@ -294,6 +295,9 @@ class Config(Section):
     )
     governance: Governance | None = Field(
         None, description="Keys, budgets, rate limits, ledger; default: none of them."
+    )
+    observability: Observability = Field(
+        default_factory=Observability, description="What the gateway tells about its work besides `/metrics`."
     )
 
     @field_validator("tiers")

@@ -9,6 +9,7 @@ from pydantic_core import PydanticUndefined
 
 from tokenmill.engine.gateway import config
 from tokenmill.engine.gateway.governance.section import Governance
+from tokenmill.engine.gateway.observability.section import Observability
 from tokenmill.engine.gateway.sections import Section
 
 #: The sections in the order in which a reader meets them: (class, heading, where it stands in the file).
@@ -21,6 +22,7 @@ SECTIONS: tuple[tuple[type[Section], str, str], ...] = (
     (config.Speculation, "`tiers.NAME.backends[].speculation`", ""),
     (config.RemoteBackend, "`tiers.NAME.backends[]`: a server elsewhere", "A backend with `url`."),
     (Governance, "`governance`", ""),
+    (Observability, "`observability`", ""),
 )
 INTRODUCTION = """\
 # Configuration of `tokenmill serve`
@@ -85,6 +87,8 @@ def _type(field: FieldInfo) -> str:
         ("Speculation", "section"),
         ("Price", "section"),
         ("Governance", "section"),
+        ("Observability", "section"),
+        ("bool", "true or false"),
         ("dict[str, str]", "mapping of texts"),
         ("dict[str", "mapping"),
         ("list[str]", "list of texts"),

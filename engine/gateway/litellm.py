@@ -15,9 +15,11 @@ from urllib.parse import urlsplit
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from tokenmill.engine.gateway.admin.duration import milliseconds
 from tokenmill.engine.gateway.config import Config, RemoteBackend
 from tokenmill.engine.gateway.foreign_file import ForeignFile, dotted
 from tokenmill.engine.gateway.yaml_file import Place, YamlFile
+from tokenmill.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -374,7 +376,26 @@ class _Importer:
         return found
 
     def _governance(self) -> dict[str, Any]:
-        return {}
+        """A master key means keys and budgets; the books are kept beside the file."""
+        source, place = self._source, ("general_settings", "master_key")
+        variable = source.variable(place)
+        if variable is not None and variable not in source.environment:
+            source.raw(place)
+            named = {"master_key_env": variable}
+        else:
+            key = source.text(place)
+            if key is None:
+                return {}
+            named = {"master_key": key}
+        store = source.file.path.with_suffix(".db")
+        section: dict[str, Any] = {"store": str(store), **named}
+        days = source.text(("general_settings", "maximum_spend_logs_retention_period"))
+        if days is not None:
+            try:
+                section["retention_days"] = max(1, milliseconds(days) // 86_400_000)
+            except InputError as error:
+                source.problem(("general_settings", "maximum_spend_logs_retention_period"), str(error))
+        return {"governance": section}
 
 
 def _split(model: str, provider: str | None) -> tuple[str, str]:

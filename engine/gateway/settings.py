@@ -8,6 +8,7 @@ import orjson
 
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.governance.options import Options
+from tokenmill.engine.gateway.observability.options import Options as ObservabilityOptions
 from tokenmill.errors import ConfigurationError
 
 
@@ -65,12 +66,14 @@ class Document:
         settings: The gateway's settings.
         parent_pid: The process whose death ends the worker; None: whoever started it.
         governance: Who may ask for what; None: everybody for everything.
+        observability: What to tell about the work.
     """
 
     backends: tuple[Backend, ...]
     settings: Settings = field(default_factory=Settings)
     parent_pid: int | None = None
     governance: Options | None = None
+    observability: ObservabilityOptions = field(default_factory=ObservabilityOptions)
 
     def to_json(self) -> bytes:
         """The document as the worker reads it. Holds API keys: pass it through a pipe, never on a command line."""

@@ -88,4 +88,6 @@ def _summary(plan: Plan, source: Path | None) -> str:
     lines += [f"  tier {engine.tier}: {' '.join(engine.command[4:])}" for engine in plan.engines]
     lines += [f"  tier {remote.tier}: {_remote(remote)}" for remote in plan.remotes]
     lines += [f"  tier {tier} falls back to {', '.join(others)}" for tier, others in plan.fallbacks.items()]
+    if plan.governance is not None:
+        lines.append(f"  keys and budgets in {plan.governance.store}")
     return "\n".join(lines)

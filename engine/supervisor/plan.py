@@ -12,6 +12,7 @@ from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.config import Config, LocalBackend, Price, RemoteBackend, Server, Speculation
 from tokenmill.engine.gateway.governance.options import Options
 from tokenmill.engine.gateway.money import Prices, micro_cents
+from tokenmill.engine.gateway.observability.options import Options as ObservabilityOptions
 from tokenmill.engine.gateway.settings import Settings
 from tokenmill.errors import ConfigurationError
 from tokenmill.models import tiny_pair
@@ -63,6 +64,7 @@ class Plan:
         remotes: The servers elsewhere, as the gateway sees them.
         fallbacks: Tier to the tiers that take over from it.
         governance: Who may ask for what; None: everybody for everything.
+        observability: What the gateway tells about its work.
     """
 
     server: Server
@@ -70,6 +72,7 @@ class Plan:
     remotes: tuple[Backend, ...]
     fallbacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     governance: Options | None = None
+    observability: ObservabilityOptions = field(default_factory=ObservabilityOptions)
 
     def settings(self) -> Settings:
         """The gateway's settings."""
@@ -107,7 +110,8 @@ def make_plan(config: Config, engine_arguments: Sequence[str] = ()) -> Plan:
             engines.append(Engine(backend, name, tier, quality, command, _environment(backend)))
     fallbacks = {name: tuple(tier.fallbacks) for name, tier in config.tiers.items() if tier.fallbacks}
     governance = None if config.governance is None else config.governance.options()
-    return Plan(config.server, tuple(engines), tuple(remotes), fallbacks, governance)
+    observability = config.observability.options()
+    return Plan(config.server, tuple(engines), tuple(remotes), fallbacks, governance, observability)
 
 
 def gateway_command(descriptor: int) -> tuple[str, ...]:

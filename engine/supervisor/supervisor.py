@@ -2,11 +2,13 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import socket
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from tokenmill import env
@@ -55,6 +57,9 @@ class Supervisor:
         self._tasks: dict[asyncio.Task[None], Keeper] = {}
         self._stop = asyncio.Event()
         self._stages: dict[str, int] = {}
+        # Where the workers leave their figures for each other; those of an earlier run are not ours.
+        self._figures = logs / "figures"
+        shutil.rmtree(self._figures, ignore_errors=True)
 
     async def run(self) -> int:
         """Serves until SIGTERM, SIGINT or SIGHUP; returns the exit status.
@@ -194,7 +199,10 @@ class Supervisor:
 
     def _document(self) -> Document:
         local = [engine.gateway_backend(self._ports[engine.name].number) for engine in self._plan.engines]
-        return Document((*local, *self._plan.remotes), self._plan.settings(), os.getpid(), self._plan.governance)
+        observability = replace(self._plan.observability, shared=str(self._figures))
+        return Document(
+            (*local, *self._plan.remotes), self._plan.settings(), os.getpid(), self._plan.governance, observability
+        )
 
     def _status_file(self, engine: Engine) -> Path:
         return self._logs / f"engine-{engine.name}.hooks.json"

@@ -1,0 +1,120 @@
+"""What the admin API takes: typed bodies, checked before anything is looked up. Unknown fields are errors."""
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
+
+from tokenmill.engine.gateway.admin.duration import milliseconds
+from tokenmill.engine.gateway.admin.roles import Role
+from tokenmill.engine.gateway.governance.accounts import Limits
+from tokenmill.engine.gateway.money import MOST_DOLLARS, micro_cents
+
+Name = Annotated[str, Meta(max_length=200, description="For people.")]
+Id = Annotated[str, Meta(min_length=1, max_length=63, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Dollars = Annotated[float, Meta(ge=0, le=MOST_DOLLARS, description="Dollars.")]
+Rate = Annotated[int, Meta(ge=0, le=10**12)]
+Duration = Annotated[
+    str, Meta(pattern=r"^[1-9][0-9]{0,5}(mo|s|m|h|d|w)$", description="`30s`, `10m`, `1h`, `30d`, `2w`, `1mo`.")
+]
+Models = Annotated[
+    list[Annotated[str, Meta(min_length=1, max_length=300)]],
+    Meta(max_length=1000, description="Models and tiers; null: all."),
+]
+Metadata = Annotated[dict[str, Any], Meta(description="Kept with the key, at most 16 KiB.")]
+
+
+class _Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """A JSON object without other fields."""
+
+
+class LimitsBody(_Body):
+    """What an account may use; null: no limit."""
+
+    hard_limit_dollars: Dollars | None = None
+    soft_limit_dollars: Dollars | None = None
+    period: Duration | None = None
+    requests_per_minute: Rate | None = None
+    tokens_per_minute: Rate | None = None
+
+    def limits(self) -> Limits:
+        """In the units of the books."""
+        return Limits(
+            None if self.hard_limit_dollars is None else micro_cents(self.hard_limit_dollars),
+            None if self.soft_limit_dollars is None else micro_cents(self.soft_limit_dollars),
+            None if self.period is None else milliseconds(self.period),
+            self.requests_per_minute,
+            self.tokens_per_minute,
+        )
+
+
+class AccountBody(_Body):
+    """A new organisation, team or app."""
+
+    kind: Literal["organisation", "team", "app"]
+    name: Name = ""
+    id: Id | None = None
+    parent: Id | None = None
+    limits: LimitsBody = msgspec.field(default_factory=LimitsBody)
+
+
+class KeyBody(_Body):
+    """A new key."""
+
+    name: Name = ""
+    parent: Id | None = None
+    models: Models | None = None
+    limits: LimitsBody = msgspec.field(default_factory=LimitsBody)
+    duration: Duration | None = None
+    metadata: Metadata = msgspec.field(default_factory=dict)
+    role: Role | None = None
+
+
+class RoleBody(_Body):
+    """A key's role; null takes it away."""
+
+    role: Role | None
+
+
+class CanaryBody(_Body):
+    """The share of its tier's requests that a backend gets alone; null: a backend like the others."""
+
+    share: Annotated[float, Meta(ge=0, le=1)] | None
+
+
+class LiteLLMKey(msgspec.Struct, kw_only=True):
+    """LiteLLM's `/key/generate`; fields that would restrict the key and are not kept here are refused by name."""
+
+    key_alias: Annotated[str, Meta(max_length=200)] | None = None
+    duration: Duration | None = None
+    models: Models | None = None
+    max_budget: Dollars | None = None
+    soft_budget: Dollars | None = None
+    budget_duration: Duration | None = None
+    tpm_limit: Rate | None = None
+    rpm_limit: Rate | None = None
+    team_id: Id | None = None
+    user_id: Annotated[str, Meta(max_length=200)] | None = None
+    metadata: Metadata | None = None
+
+
+class LiteLLMChange(msgspec.Struct, kw_only=True):
+    """LiteLLM's `/key/update`: what is not named stays."""
+
+    key: Annotated[str, Meta(min_length=1, max_length=300)]
+    key_alias: Annotated[str, Meta(max_length=200)] | UnsetType | None = UNSET
+    duration: Duration | UnsetType | None = UNSET
+    models: Models | UnsetType | None = UNSET
+    max_budget: Dollars | UnsetType | None = UNSET
+    soft_budget: Dollars | UnsetType | None = UNSET
+    budget_duration: Duration | UnsetType | None = UNSET
+    tpm_limit: Rate | UnsetType | None = UNSET
+    rpm_limit: Rate | UnsetType | None = UNSET
+    metadata: Metadata | UnsetType | None = UNSET
+
+
+class LiteLLMDelete(msgspec.Struct, kw_only=True):
+    """LiteLLM's `/key/delete`."""
+
+    keys: Annotated[list[Annotated[str, Meta(max_length=300)]], Meta(max_length=1000)] = []
+    key_aliases: Annotated[list[Annotated[str, Meta(max_length=200)]], Meta(max_length=1000)] = []

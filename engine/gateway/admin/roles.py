@@ -1,0 +1,61 @@
+"""Who may administrate: the master key, and keys that were given a role."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from tokenmill.engine.gateway.governance import audit, keys
+from tokenmill.engine.gateway.governance.options import Options, digest
+from tokenmill.engine.gateway.store import Connection, now_ms
+
+#: `admin` may do everything; `auditor` may look at everything.
+Role = Literal["admin", "auditor"]
+ROLES: tuple[Role, ...] = get_args(Role)
+MASTER = "master"
+
+
+@dataclass(frozen=True)
+class Actor:
+    """Who administrates.
+
+    Attributes:
+        name: For the audit trail: `master` or the key's id.
+        role: What he may do; None: only ask about his own key.
+    """
+
+    name: str
+    role: Role | None
+
+    def may(self, needed: Role) -> bool:
+        """Whether this role is enough."""
+        return self.role in ("admin", needed)
+
+
+def identify(connection: Connection, options: Options, key: str) -> Actor | None:
+    """Whose key this is; None for a key that is unknown, revoked or expired."""
+    hashed = digest(key)
+    if options.is_master(hashed):
+        return Actor(MASTER, "admin")
+    found = keys.by_hash(connection, hashed)
+    if found is None or found.refusal(now_ms()) is not None:
+        return None
+    return Actor(found.id, role_of(connection, found.id))
+
+
+def role_of(connection: Connection, key: str) -> Role | None:
+    """A key's role."""
+    row = connection.execute("SELECT role FROM roles WHERE key_id = ?", (key,)).fetchone()
+    return next((role for role in ROLES if row is not None and role == row[0]), None)
+
+
+def give(connection: Connection, key: str, role: Role | None, actor: str) -> None:
+    """Gives a key a role, or takes it.
+
+    Raises:
+        InputError: There is no such key.
+    """
+    keys.by_id(connection, key)
+    before = role_of(connection, key)
+    connection.execute("DELETE FROM roles WHERE key_id = ?", (key,))
+    if role is not None:
+        connection.execute("INSERT INTO roles (key_id, role) VALUES (?, ?)", (key, role))
+    audit.append(connection, actor, "role.set", key, {"before": before, "after": role})

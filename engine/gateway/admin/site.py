@@ -1,0 +1,147 @@
+"""The admin API as an ASGI application: checks who asks and what, runs an endpoint, answers JSON."""
+
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any
+
+import msgspec
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route, Router
+
+from tokenmill.engine.gateway.admin import litellm_keys, roles
+from tokenmill.engine.gateway.admin.endpoint import Call, Endpoint
+from tokenmill.engine.gateway.admin.endpoints import ENDPOINTS, Backends
+from tokenmill.engine.gateway.admin.openapi import document
+from tokenmill.engine.gateway.api_error import ApiError, invalid_json
+from tokenmill.engine.gateway.governance.service import Governance
+from tokenmill.engine.gateway.portfolio import Portfolio
+from tokenmill.engine.gateway.request import ClientGoneError, Receive, Scope, Send, read_body, request_id
+from tokenmill.engine.gateway.settings import Settings
+from tokenmill.errors import InputError
+
+log = logging.getLogger("tokenmill.gateway.admin")
+
+#: Path prefixes that this application answers.
+PREFIXES = ("/admin", "/key")
+MOST_BODY_BYTES = 256 * 1024
+_SETTINGS = Settings(max_body_bytes=MOST_BODY_BYTES, body_timeout_s=10.0)
+
+
+class AdminSite:
+    """The application; call it with (scope, receive, send).
+
+    Args:
+        governance: Whose store it administrates.
+        portfolio: The backends.
+    """
+
+    def __init__(self, governance: Governance, portfolio: Portfolio) -> None:
+        self._governance = governance
+        table: tuple[Endpoint, ...] = (*ENDPOINTS, *Backends(portfolio).endpoints(), *litellm_keys.ENDPOINTS)
+        self._document = document(table)
+        routes = [*self._routes(table), Route("/admin/openapi.json", self._openapi)]
+        self._router = Router(routes=routes, default=_not_found, redirect_slashes=False)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI entry."""
+        try:
+            await self._router(scope, receive, send)
+        except ClientGoneError:
+            return
+
+    def _routes(self, table: Sequence[Endpoint]) -> list[Route]:
+        """One route per path; the methods of a path share it, so that others get 405."""
+        paths: dict[str, dict[str, Endpoint]] = {}
+        for endpoint in table:
+            paths.setdefault(endpoint.path, {})[endpoint.method] = endpoint
+        return [Route(path, self._serve(methods), methods=_EVERY_METHOD) for path, methods in paths.items()]
+
+    def _serve(self, methods: dict[str, Endpoint]) -> Callable[[Request], Awaitable[Response]]:
+        async def serve(request: Request) -> Response:
+            endpoint = methods.get("GET" if request.method == "HEAD" else request.method)
+            try:
+                if endpoint is None:
+                    raise _wrong_method(methods)
+                return await self._run(endpoint, request)
+            except ApiError as error:
+                return answer_error(error)
+            except InputError as error:
+                missing = str(error).startswith("there is no ")
+                return answer_error(ApiError(404 if missing else 400, f"{error}.", code="invalid_input"))
+            except ClientGoneError:
+                raise
+            except Exception:
+                identity = request_id(request.scope["headers"])
+                log.exception("admin request %s failed", identity)
+                return answer_error(ApiError(500, f"The gateway failed; its log has request {identity}."))
+
+        return serve
+
+    async def _run(self, endpoint: Endpoint, request: Request) -> Response:
+        actor = self._actor(request)
+        if endpoint.role is not None and not actor.may(endpoint.role):
+            raise ApiError(403, f"This needs the role {endpoint.role}; this key has none such.", code="forbidden")
+        body = None
+        if endpoint.body is not None:
+            raw = await read_body(request.receive, request.scope["headers"], _SETTINGS)
+            body = _decoded(raw, endpoint.body, request)
+        answer = await endpoint.run(Call(actor, self._governance, request, body))
+        if isinstance(answer, Response):
+            return answer
+        return Response(orjson.dumps(answer), endpoint.status, media_type="application/json", headers=_NOT_KEPT)
+
+    def _actor(self, request: Request) -> roles.Actor:
+        said = request.headers.get("authorization", "")
+        scheme, _, key = said.partition(" ")
+        key = key.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "").strip()
+        if not key:
+            raise _unauthorized("The key is missing; send `Authorization: Bearer KEY` with the master or an admin key.")
+        actor = roles.identify(self._governance.store.reader, self._governance.options, key)
+        if actor is None:
+            raise _unauthorized("The key is not valid; send the master key or one with a role.")
+        return actor
+
+    async def _openapi(self, _request: Request) -> Response:
+        return Response(self._document, media_type="application/json")
+
+
+#: Every one reaches an endpoint's function, which refuses those that it does not take in the API's own shape.
+_EVERY_METHOD = ["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"]
+#: Answers may hold a new key: nobody on the way keeps them.
+_NOT_KEPT = {"cache-control": "no-store"}
+
+
+def _unauthorized(message: str) -> ApiError:
+    return ApiError(401, message, code="invalid_api_key", headers=[(b"www-authenticate", b"Bearer")])
+
+
+def _wrong_method(methods: Iterable[str]) -> ApiError:
+    allowed = ", ".join(methods)
+    return ApiError(
+        405, f"This path takes {allowed}.", code="method_not_allowed", headers=[(b"allow", allowed.encode())]
+    )
+
+
+async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
+    error = ApiError(404, "There is no such path; see /admin/openapi.json.", code="not_found")
+    await answer_error(error)(scope, receive, send)
+
+
+def _decoded(raw: bytes, kind: type[msgspec.Struct], request: Request) -> Any:
+    """The body as its type; the fields as they came stay in `request.state.fields`."""
+    try:
+        fields = msgspec.json.decode(raw)
+        request.state.fields = fields
+        return msgspec.convert(fields, kind)
+    except msgspec.ValidationError as error:
+        raise ApiError(400, f"The request body does not fit: {error}.", code="invalid_body") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise invalid_json(str(error)) from None
+
+
+def answer_error(error: ApiError) -> Response:
+    """The error in the API's shape."""
+    headers = {name.decode(): value.decode() for name, value in error.headers}
+    return Response(error.body(), error.status, {**headers, **_NOT_KEPT}, "application/json")

@@ -1,0 +1,126 @@
+"""Several gateway workers on one socket, as the supervisor starts them, with governance on a store of their own."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+from tests.gateway.running import lowered, wait_until
+from tokenmill.engine.gateway.backends import Backend
+from tokenmill.engine.gateway.governance.options import Options, digest
+from tokenmill.engine.gateway.observability.options import Options as ObservabilityOptions
+from tokenmill.engine.gateway.settings import Document, Settings
+
+MASTER_KEY = "sk-master-0123456789abcdef0123456789"
+COMMAND = (sys.executable, "-m", "tokenmill.engine.gateway.worker", "--fd")
+
+
+class Workers:
+    """Worker processes; a context manager.
+
+    Args:
+        folder: For the store and the workers' figures.
+        backends: Their backends.
+        count: How many.
+        observability: What they tell; `shared` is set to a folder of theirs.
+        settings: Their settings.
+        errors: File for their standard error.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *backends: Backend,
+        count: int = 1,
+        request_log: bool = False,
+        settings: Settings | None = None,
+    ) -> None:
+        self.store = folder / "gateway.db"
+        self.log = folder / "stderr.log"
+        document = Document(
+            backends,
+            settings or Settings(probe_interval_s=0.1),
+            governance=Options(str(self.store), digest(MASTER_KEY)),
+            observability=ObservabilityOptions(request_log=request_log, shared=str(folder / "figures")),
+        )
+        self._document = document.to_json()
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        self.port: int = self._listener.getsockname()[1]
+        self.processes = [self._start() for _ in range(count)]
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        descriptor = self._listener.fileno()
+        with self.log.open("ab") as errors:
+            process = subprocess.Popen(
+                [*COMMAND, str(descriptor)], stdin=subprocess.PIPE, stderr=errors, pass_fds=[descriptor]
+            )
+        assert process.stdin is not None
+        process.stdin.write(self._document)
+        process.stdin.close()
+        return process
+
+    @property
+    def url(self) -> str:
+        """Their root, without a final slash."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self) -> "Workers":
+        self.wait_ready()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for process in self.processes:
+            process.send_signal(signal.SIGTERM)
+        for process in self.processes:
+            try:
+                process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._listener.close()
+
+    def wait_ready(self) -> None:
+        """Returns when every worker has answered that every tier is up."""
+        seen: set[int] = set()
+
+        def everyone() -> bool:
+            status, _, body = self.send("GET", "/ready")
+            if status == 200:
+                seen.add(json.loads(body)["worker"])
+            return {process.pid for process in self.processes} <= seen
+
+        wait_until(everyone, 30)
+
+    def send(
+        self, method: str, path: str, body: Any = None, key: str | None = MASTER_KEY, **headers: str
+    ) -> tuple[int, dict[str, str], bytes]:
+        """(status, headers, body) of one request on a connection of its own; a body becomes JSON."""
+        raw = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        sent = {name.replace("_", "-"): value for name, value in headers.items()}
+        if key is not None:
+            sent["authorization"] = f"Bearer {key}"
+        request = Request(self.url + path, raw, {"content-type": "application/json", **sent}, method=method)  # noqa: S310
+        try:
+            with urlopen(request, timeout=30) as response:  # noqa: S310
+                return response.status, lowered(response.headers), response.read()
+        except HTTPError as error:
+            with error:
+                return error.code, lowered(error.headers), error.read()
+
+    def json(self, method: str, path: str, body: Any = None, key: str | None = MASTER_KEY, status: int = 200) -> Any:
+        """The JSON of an answer that must have this status."""
+        found, _, answer = self.send(method, path, body, key)
+        assert found == status, answer
+        return json.loads(answer)
+
+    def chat(self, key: str | None, model: str = "tiny", **fields: Any) -> tuple[int, dict[str, str], bytes]:
+        """One chat completion."""
+        return self.send("POST", "/v1/chat/completions", {"model": model, "messages": [], **fields}, key)
