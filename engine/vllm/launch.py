@@ -19,7 +19,10 @@ from typing import Any
 
 from tokenmill import env
 from tokenmill.engine.vllm import compat, hooks, isa, lifetime
-from tokenmill.errors import TokenmillError
+from tokenmill.errors import CheckpointError, TokenmillError
+from tokenmill.quant.checkpoint import Checkpoint
+from tokenmill.quant.format import parse_config
+from tokenmill.quant.json_file import read_json
 
 if __name__ == "__mp_main__":  # a process that vLLM spawns imports this module before anything of vLLM
     isa.narrow()
@@ -58,6 +61,7 @@ def _serve(argv: list[str]) -> None:
 
     subcommand, arguments = parse(argv)
     subcommand.validate(arguments)
+    refuse_incomplete(arguments.model_tag or arguments.model)
     if compat.on_cpu():
         os.environ.update(cpu_defaults(arguments))
     subcommand.cmd(arguments)
@@ -69,6 +73,27 @@ def parse(argv: Sequence[str]) -> tuple[Any, Namespace]:
     parser = compat.ARGUMENT_PARSER.resolve()(prog="tokenmill engine")
     subcommand.subparser_init(parser.add_subparsers(dest="subparser"))
     return subcommand, parser.parse_args(["serve", *argv])
+
+
+def refuse_incomplete(model: str) -> None:
+    """Ends the start before anything is loaded where an INT4 checkpoint lacks a tensor or a file of it is cut short.
+
+    Reads headers only. What the values say is checked as each layer is packed; formats that are not ours are left to
+    vLLM, and so are names of models that are no folders.
+
+    Raises:
+        CheckpointError: What is missing.
+    """
+    folder = Path(model)
+    if not (folder / "config.json").is_file():
+        return
+    quantization = read_json(folder / "config.json").get("quantization_config")
+    try:
+        known = isinstance(quantization, dict) and parse_config(quantization) is not None
+    except CheckpointError:
+        return
+    if known:
+        Checkpoint(folder).close()
 
 
 def cpu_defaults(arguments: Namespace) -> dict[str, str]:

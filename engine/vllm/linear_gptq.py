@@ -201,7 +201,6 @@ class WideGPTQMethod(LinearMethodBase):  # type: ignore[misc]
         if bool((g_idx == torch.arange(K, device=layer.g_idx.device) // size).all()):
             g_idx = None
         weight = Int4Weight(layer.qweight.data, layer.scales.data, min(size, K), K, zeros, g_idx)
-        weight.check_values()
         self.prepared = linear_kernel.prepare(weight, layer.scales.dtype)
         for name in ("qweight", "qzeros", "scales", "g_idx"):
             linear_kernel.release(layer, name)

@@ -100,7 +100,12 @@ class TokenmillLinearKernel(MPLinearKernel):  # type: ignore[misc]
 
 
 def prepare(weight: Int4Weight, dtype: torch.dtype) -> op.PreparedInt4:
-    """Packs a layer where it is and records in the status table which implementation runs."""
+    """Packs a layer where it is and records in the status table which implementation runs.
+
+    Raises:
+        InputError: A scale, zero point or group index is out of range; says which.
+    """
+    weight.check_values()
     bits = env.INT4_ACTIVATION_BITS.get()
     prepared = op.prepare(weight, dtype, device=weight.device, activation_bits=bits)
     hooks.record(hooks.HookStatus("linear", "active", f"INT4 layers run on {describe(prepared, bits)}"))

@@ -1,14 +1,20 @@
 """The launcher's own decisions: defaults for the CPU, one-line errors. Whole servers: tests/end_to_end."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from tests.engine.int4_models import VARIANTS, write_pair
 from tokenmill.engine.vllm import launch
+from tokenmill.errors import CheckpointError
 
 
 def arguments(**given: Any) -> Namespace:
@@ -92,3 +98,43 @@ def test_a_wrong_setting_is_one_line(variables: dict[str, str], message: str) ->
 )
 def test_any_failure_is_one_line(error: Exception, line: str) -> None:
     assert launch.one_line(error) == line
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pair(VARIANTS[0], tmp_path_factory.mktemp("int4"))[0]
+
+
+@pytest.fixture
+def copied(checkpoint: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    return folder
+
+
+def test_a_whole_checkpoint_a_name_and_other_formats_pass(copied: Path) -> None:
+    launch.refuse_incomplete(str(copied))
+    launch.refuse_incomplete("organisation/model")
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    (copied / "model.safetensors").write_bytes(b"theirs")
+    launch.refuse_incomplete(str(copied))
+
+
+def test_a_missing_scale_is_named_before_anything_is_loaded(copied: Path) -> None:
+    tensors = load_file(copied / "model.safetensors")
+    del tensors["model.layers.1.mlp.down_proj.scales"]
+    save_file(tensors, copied / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.down_proj\.scales is missing"):
+        launch.refuse_incomplete(str(copied))
+
+
+def test_a_truncated_file_is_one_line_and_a_status(copied: Path) -> None:
+    whole = (copied / "model.safetensors").read_bytes()
+    (copied / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    command = [sys.executable, "-m", "tokenmill.engine.vllm.launch", str(copied), "--port", "1"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert answer.returncode == 2
+    assert "model.safetensors" in answer.stderr.splitlines()[-1]
+    assert "truncated" in answer.stderr.splitlines()[-1] or "shorter" in answer.stderr.splitlines()[-1]
+    assert "Traceback" not in answer.stderr

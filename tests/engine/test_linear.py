@@ -44,7 +44,7 @@ def continuation(model: Any, prompt: list[int]) -> tuple[list[int], list[float]]
     return tokens, margins
 
 
-def compare(variant: Variant, folder: Path, bits: int = 16) -> None:
+def compare(variant: Variant, folder: Path, bits: int = 16, **arguments: Any) -> None:
     """vLLM's greedy tokens of the quantized checkpoint against the exact ones."""
     from transformers import AutoModelForCausalLM
     from vllm import SamplingParams
@@ -52,7 +52,7 @@ def compare(variant: Variant, folder: Path, bits: int = 16) -> None:
     from tokenmill.engine.vllm import hooks
 
     quantized, exact = write_pair(variant, folder)
-    engine = conftest.start(model=str(quantized), dtype="float16", max_num_seqs=8)
+    engine = conftest.start(model=str(quantized), dtype="float16", max_num_seqs=8, **arguments)
     answers = engine.generate(
         list(PROMPTS), SamplingParams(max_tokens=LENGTH, temperature=0, ignore_eos=True), use_tqdm=False
     )
@@ -89,6 +89,22 @@ def test_eight_bit_activations_are_a_setting(tmp_path: Path, monkeypatch: pytest
         pytest.skip("there is no 8-bit kernel in plain C++")
     monkeypatch.setenv(env.INT4_ACTIVATION_BITS.name, "8")
     compare(VARIANTS[0], tmp_path, bits=8)
+
+
+def test_a_scale_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    quantized, _ = write_pair(VARIANTS[0], tmp_path)
+    tensors = load_file(quantized / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.scales"][1, 3] = float("inf")
+    save_file(tensors, quantized / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(Exception, match=r"scales\[1, 3\].*must be finite"):
+        conftest.start(model=str(quantized), dtype="float16")
+
+
+@pytest.mark.slow
+def test_tokens_are_the_same_where_vllm_compiles_the_model(tmp_path: Path) -> None:
+    compare(VARIANTS[0], tmp_path, enforce_eager=False)
 
 
 @pytest.fixture

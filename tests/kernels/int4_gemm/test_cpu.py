@@ -217,3 +217,22 @@ def test_bad_input_is_one_line(call: object, message: str) -> None:
     with pytest.raises(InputError, match=message) as error:
         call(random_weight(256, 32, 128))  # type: ignore[operator]
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("activation_bits", [16, 8])
+def test_torch_compile_sees_one_opaque_call(activation_bits: int) -> None:
+    """As vLLM compiles its models: one graph, any number of rows, the same bits as without."""
+    if activation_bits == 8 and platform.isa() == "plain":
+        pytest.skip("there is no 8-bit kernel in plain C++")
+    weight = random_weight(256, 96, 64, symmetric=False, act_order=True)
+    layer = op.prepare(weight, torch.bfloat16, activation_bits=activation_bits)
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(layer(x * 0.5)) + 1
+
+    torch.compiler.reset()
+    # Without inductor, whose own fusions may round in another order.
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (1, 2, 9):
+        x = torch.randn(rows, 256, generator=torch.Generator().manual_seed(rows)).bfloat16()
+        assert_bit_equal(compiled(x), block(x))
