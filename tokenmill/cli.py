@@ -41,6 +41,12 @@ COMMANDS: tuple[Command, ...] = (
     Command("bench", "tokenmill.bench.command:bench", "Measure against rivals, row by row; continues after a kill."),
     Command("gpu-suite", "tokenmill.bench.suite.command:main", "Prove and measure every kernel on this machine's GPU."),
     Command("report", "tokenmill.bench.command:report", "Tables, plots and a page from measured rows."),
+    Command("router", "tokenmill.engine.gateway.router.command:router", "Train the gateway's router from its own log."),
+    Command(
+        "calibrate",
+        "tokenmill.engine.gateway.router.command:calibrate",
+        "Choose when the gateway escalates, from logged answers.",
+    ),
     Command("memory", "tokenmill.quant.command:memory", "Plan a model's memory from its config.json."),
 )
 

@@ -18,7 +18,9 @@ from tokenmill.engine.gateway import yaml_file
 from tokenmill.engine.gateway.backends import Capability
 from tokenmill.engine.gateway.governance.section import Governance
 from tokenmill.engine.gateway.observability.section import Observability
+from tokenmill.engine.gateway.router.section import Routing
 from tokenmill.engine.gateway.sections import Section
+from tokenmill.engine.gateway.sensitivity.section import Sensitivity
 from tokenmill.errors import ConfigurationError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -300,6 +302,13 @@ class Config(Section):
         default_factory=Observability, description="What the gateway tells about its work besides `/metrics`."
     )
 
+    routing: Routing | None = Field(
+        None, description="How requests for `auto` are routed, and which zones are asked first; default: not at all."
+    )
+    sensitivity: Sensitivity | None = Field(
+        None, description="Where requests with personal or secret data may go; default: anywhere."
+    )
+
     @field_validator("tiers")
     @classmethod
     def _tier_names_are_plain(cls, value: dict[str, Tier]) -> dict[str, Tier]:
@@ -321,6 +330,12 @@ class Config(Section):
             for other in tier.fallbacks:
                 if other == name or other not in self.tiers:
                     raise ValueError(f"tier {name!r} falls back to {other!r}; name another tier of this file")
+        return self
+
+    @model_validator(mode="after")
+    def _routing_names_tiers(self) -> "Config":
+        if self.routing is not None:
+            self.routing.names_tiers(list(self.tiers))
         return self
 
     def named_backends(self) -> Iterator[tuple[str, str, LocalBackend | RemoteBackend]]:

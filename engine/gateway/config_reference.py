@@ -10,7 +10,9 @@ from pydantic_core import PydanticUndefined
 from tokenmill.engine.gateway import config
 from tokenmill.engine.gateway.governance.section import Governance
 from tokenmill.engine.gateway.observability.section import Observability
+from tokenmill.engine.gateway.router.section import Escalation, Routing, Rule
 from tokenmill.engine.gateway.sections import Section
+from tokenmill.engine.gateway.sensitivity.section import PresidioSection, Sensitivity
 
 #: The sections in the order in which a reader meets them: (class, heading, where it stands in the file).
 SECTIONS: tuple[tuple[type[Section], str, str], ...] = (
@@ -23,6 +25,11 @@ SECTIONS: tuple[tuple[type[Section], str, str], ...] = (
     (config.RemoteBackend, "`tiers.NAME.backends[]`: a server elsewhere", "A backend with `url`."),
     (Governance, "`governance`", ""),
     (Observability, "`observability`", ""),
+    (Routing, "`routing`", "See [routing.md](routing.md)."),
+    (Rule, "`routing.rules[]`", ""),
+    (Escalation, "`routing.escalation`", ""),
+    (Sensitivity, "`sensitivity`", "See [routing.md](routing.md)."),
+    (PresidioSection, "`sensitivity.presidio`", ""),
 )
 INTRODUCTION = """\
 # Configuration of `tokenmill serve`
@@ -87,6 +94,14 @@ def _type(field: FieldInfo) -> str:
         ("Speculation", "section"),
         ("Price", "section"),
         ("Governance", "section"),
+        ("Routing", "section"),
+        ("Escalation", "section"),
+        ("Sensitivity", "section"),
+        ("PresidioSection", "section"),
+        ("[Rule", "list of rules"),
+        ("section.Rule", "list of rules"),
+        ("dict[str, typing.Literal", "mapping of actions"),
+        ("list[typing.Literal['on", "list of zones"),
         ("Observability", "section"),
         ("bool", "true or false"),
         ("dict[str, str]", "mapping of texts"),

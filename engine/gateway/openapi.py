@@ -93,6 +93,19 @@ def _content() -> dict[str, Any]:
         },
     }
     paths = {path: _inference(summary, fields) for path, (summary, fields) in INFERENCE_PATHS.items()}
+    route = _inference(
+        "Explains where a request would go, without asking any model: the body is that of the request in question.", {}
+    )
+    route["post"]["responses"]["200"] = _answer("The decision with its reasons, and the backends in their order.")
+    route["post"]["parameters"] = [
+        {
+            "name": "endpoint",
+            "in": "query",
+            "description": "The request's path; default: `/v1/chat/completions`.",
+            "schema": {"type": "string"},
+        }
+    ]
+    paths["/v1/tokenmill/route"] = route
     paths["/v1/models"] = _get("Every model that a backend serves.", {"200": _answer("The models.")})
     paths["/v1/models/{model}"] = _get(
         "One model; its id may hold slashes.", {"200": _answer("The model."), **_errors(404)}, [model_id]

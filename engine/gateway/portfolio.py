@@ -107,6 +107,8 @@ class Portfolio:
         self.settings = settings
         self.targets: tuple[Target, ...] = tuple(Target(backend, settings) for backend in backends)
         self._routes: dict[str, Route] = {}
+        #: Model names that stand for a choice among tiers; listed with the models.
+        self.virtual: tuple[str, ...] = ()
         self.index()
 
     def index(self) -> None:
@@ -181,6 +183,8 @@ class Portfolio:
                 if model not in found:
                     known = catalog.get(target.backend.upstream_model(model))
                     found[model] = {**known, "id": model} if known else self._described(model, target.backend)
+        for name in self.virtual:
+            found[name] = {"id": name, "object": "model", "created": _STARTED, "owned_by": "tokenmill"}
         return list(found.values())
 
     def _described(self, model: str, backend: Backend) -> dict[str, Any]:

@@ -9,6 +9,8 @@ import orjson
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.governance.options import Options
 from tokenmill.engine.gateway.observability.options import Options as ObservabilityOptions
+from tokenmill.engine.gateway.router.settings import RoutingSettings
+from tokenmill.engine.gateway.sensitivity.settings import SensitivitySettings
 from tokenmill.errors import ConfigurationError
 
 
@@ -67,6 +69,8 @@ class Document:
         parent_pid: The process whose death ends the worker; None: whoever started it.
         governance: Who may ask for what; None: everybody for everything.
         observability: What to tell about the work.
+        routing: How requests are routed that name no concrete model; None: they are not.
+        sensitivity: Where requests with sensitive data may go; None: anywhere.
     """
 
     backends: tuple[Backend, ...]
@@ -74,6 +78,8 @@ class Document:
     parent_pid: int | None = None
     governance: Options | None = None
     observability: ObservabilityOptions = field(default_factory=ObservabilityOptions)
+    routing: RoutingSettings | None = None
+    sensitivity: SensitivitySettings | None = None
 
     def to_json(self) -> bytes:
         """The document as the worker reads it. Holds API keys: pass it through a pipe, never on a command line."""

@@ -13,6 +13,8 @@ from tokenmill.engine.gateway.config import Config, LocalBackend, Price, RemoteB
 from tokenmill.engine.gateway.governance.options import Options
 from tokenmill.engine.gateway.money import Prices, micro_cents
 from tokenmill.engine.gateway.observability.options import Options as ObservabilityOptions
+from tokenmill.engine.gateway.router.settings import RoutingSettings
+from tokenmill.engine.gateway.sensitivity.settings import SensitivitySettings
 from tokenmill.engine.gateway.settings import Settings
 from tokenmill.errors import ConfigurationError
 from tokenmill.models import tiny_pair
@@ -65,6 +67,8 @@ class Plan:
         fallbacks: Tier to the tiers that take over from it.
         governance: Who may ask for what; None: everybody for everything.
         observability: What the gateway tells about its work.
+        routing: How requests are routed that name no concrete model; None: they are not.
+        sensitivity: Where requests with sensitive data may go; None: anywhere.
     """
 
     server: Server
@@ -73,6 +77,8 @@ class Plan:
     fallbacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     governance: Options | None = None
     observability: ObservabilityOptions = field(default_factory=ObservabilityOptions)
+    routing: RoutingSettings | None = None
+    sensitivity: SensitivitySettings | None = None
 
     def settings(self) -> Settings:
         """The gateway's settings."""
@@ -111,7 +117,11 @@ def make_plan(config: Config, engine_arguments: Sequence[str] = ()) -> Plan:
     fallbacks = {name: tuple(tier.fallbacks) for name, tier in config.tiers.items() if tier.fallbacks}
     governance = None if config.governance is None else config.governance.options()
     observability = config.observability.options()
-    return Plan(config.server, tuple(engines), tuple(remotes), fallbacks, governance, observability)
+    routing = None if config.routing is None else config.routing.settings()
+    sensitivity = None if config.sensitivity is None else config.sensitivity.settings()
+    return Plan(
+        config.server, tuple(engines), tuple(remotes), fallbacks, governance, observability, routing, sensitivity
+    )
 
 
 def gateway_command(descriptor: int) -> tuple[str, ...]:

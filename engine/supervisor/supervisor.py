@@ -201,7 +201,13 @@ class Supervisor:
         local = [engine.gateway_backend(self._ports[engine.name].number) for engine in self._plan.engines]
         observability = replace(self._plan.observability, shared=str(self._figures))
         return Document(
-            (*local, *self._plan.remotes), self._plan.settings(), os.getpid(), self._plan.governance, observability
+            (*local, *self._plan.remotes),
+            self._plan.settings(),
+            os.getpid(),
+            self._plan.governance,
+            observability,
+            self._plan.routing,
+            self._plan.sensitivity,
         )
 
     def _status_file(self, engine: Engine) -> Path:

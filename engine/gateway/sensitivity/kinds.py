@@ -74,9 +74,7 @@ def _prefixes(text: bytes, start: int, end: int, alphabet: bytes) -> Iterator[tu
                 yield bare.decode("ascii"), place + 1
 
 
-def numbers(
-    lengths: range, fits: Callable[[str], bool], alphabet: bytes = _DIGITS, *, neat: bool = False
-) -> Check:
+def numbers(lengths: range, fits: Callable[[str], bool], alphabet: bytes = _DIGITS, *, neat: bool = False) -> Check:
     """A check for a number of these lengths, separators not counted, that `fits`; the longest one that does.
 
     Args:
@@ -313,7 +311,10 @@ KINDS: tuple[Kind, ...] = (
         ),
         numbers(range(16, 17), checksums.it_codice_fiscale, _ALNUM),
     ),
-    Kind("pl_pesel", "government", _NUMBER, (_START + rb"[0-9]{11}" + _END,), numbers(range(11, 12), checksums.pl_pesel, neat=True)),
+    Kind(
+        "pl_pesel", "government", _NUMBER, (_START + rb"[0-9]{11}" + _END,),
+        numbers(range(11, 12), checksums.pl_pesel, neat=True),
+    ),
     Kind(
         "nl_bsn", "government", _ANNOUNCED, (_announced(rb"\bbsn|burgerservice|sofinummer", rb"[0-9]{9}", 40),),
         _last_digits(9, checksums.nl_bsn),

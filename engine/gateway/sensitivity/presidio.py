@@ -82,12 +82,15 @@ def kind_of(entity: str) -> str:
 def _analyzer(settings: PresidioSettings) -> Any:
     try:
         import spacy
+        import tldextract
         from presidio_analyzer import AnalyzerEngine, RecognizerRegistry
         from presidio_analyzer.nlp_engine import SpacyNlpEngine
     except ImportError:
         raise MissingDependencyError("presidio-analyzer", "presidio", "sensitivity.presidio") from None
+    # Its check of e-mail addresses would fetch a list of domains from the internet; the one it comes with will do.
+    tldextract.tldextract.TLD_EXTRACTOR = tldextract.TLDExtract(suffix_list_urls=())
     language = settings.language
-    engine = SpacyNlpEngine(models=[{"lang_code": language, "model_name": settings.model or f"blank:{language}"}])
+    engine: Any = SpacyNlpEngine(models=[{"lang_code": language, "model_name": settings.model or f"blank:{language}"}])
     try:
         engine.nlp = {language: spacy.blank(language) if settings.model is None else spacy.load(settings.model)}
     except (OSError, ImportError) as error:

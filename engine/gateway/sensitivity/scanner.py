@@ -30,8 +30,8 @@ _DEPTH = 3
 HINTS: dict[str, bytes] = {
     "at": rb"@",
     "number": rb"[0-9](?:[ \t\r\n._/()-]{0,3}[0-9]){4}",
-    "announced": rb"(?i)(?:ssn|security|itin|taxpayer|\bein\b|employer id|tax id|\bnhs|\bbsn|burgerservice|sofinummer|aadha|uidai"
-    rb"|phone|tel|mobil|cell|fax|call|dial|handy|whatsapp|sms)[^0-9\n]*[0-9]",
+    "announced": rb"(?i)(?:ssn|security|itin|taxpayer|\bein\b|employer id|tax id|\bnhs"
+    rb"|\bbsn|burgerservice|sofinummer|aadha|uidai|phone|tel|mobil|cell|fax|call|dial|handy|whatsapp|sms)[^0-9\n]*[0-9]",
     "dots": rb"[0-9]\.[0-9]{1,3}\.[0-9]",
     "colons": rb"[0-9A-Fa-f:]:[0-9A-Fa-f]{0,4}:",
     "word": rb"(?i)passport|reisepass|passeport|pasaporte|passaporto|born|birth|dob\b|d\.o\.b|geboren|geburt|geb\."

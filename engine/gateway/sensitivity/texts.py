@@ -22,7 +22,18 @@ _WALL = "\n\0\0\0\n"
 _SEAM = 64
 #: Members that hold what cannot be read as text.
 _MEDIA = frozenset(
-    {"image_url", "input_image", "input_audio", "audio_url", "video_url", "image", "audio", "video", "file", "file_data"}
+    {
+        "image_url",
+        "input_image",
+        "input_audio",
+        "audio_url",
+        "video_url",
+        "image",
+        "audio",
+        "video",
+        "file",
+        "file_data",
+    }
 )
 _CONTENT_FIELDS = frozenset({"messages", "input", "prompt", "documents", "query", "text_1", "text_2"})
 _TOKEN_IDS = re.compile(rb"\s*(\[\s*)+-?[0-9]")
@@ -128,9 +139,8 @@ async def _collect(texts: Texts, raw: bytes, key: str, *, content: bool) -> None
         done = 0
         texts.new_list()
         for item in msgspec.json.decode(raw, type=list[msgspec.Raw]):
-            member = bytes(item)
-            await _collect(texts, member, key, content=content)
-            done += len(member) + 64
+            await _collect(texts, bytes(item), key, content=content)
+            done += len(bytes(item)) + 64
             if done > SLICE_BYTES:
                 done = 0
                 await asyncio.sleep(0)

@@ -1,0 +1,108 @@
+"""What a client may say about how its request is to be treated, in headers or in the body's `metadata`.
+
+    x-tokenmill-quality: 0.9            metadata.tokenmill_quality        share of such requests to be answered well
+    x-tokenmill-latency: interactive    metadata.tokenmill_latency        interactive, fast or batch
+    x-tokenmill-max-cost: 0.002         metadata.tokenmill_max_cost       dollars for this request
+    x-tokenmill-sensitivity: private    metadata.tokenmill_sensitivity    public or private
+
+A header goes before `metadata`. The headers are for the gateway alone and are not passed on; the body, `metadata`
+included, goes to the backend as it is.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from tokenmill.engine.gateway.api_error import ApiError, quote
+from tokenmill.engine.gateway.money import MOST_DOLLARS, micro_cents
+from tokenmill.engine.gateway.pipeline import Exchange
+
+PREFIX = b"x-tokenmill-"
+_NAMES = ("quality", "latency", "max-cost", "sensitivity")
+LATENCIES = ("interactive", "fast", "batch")
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What the client said.
+
+    Attributes:
+        quality: Share of such requests that it wants answered well, 0 to 1.
+        latency: `interactive`: soon enough for a person; `fast`: as soon as can be; `batch`: whenever.
+        max_cost: Most that it may cost, in micro-cents.
+        sensitivity: `private`: for trusted zones only; `public` says nothing. Any other word counts as `private`.
+    """
+
+    quality: float | None = None
+    latency: str | None = None
+    max_cost: int | None = None
+    sensitivity: str | None = None
+
+
+NONE = Hints()
+
+
+def hints_of(exchange: Exchange) -> Hints:
+    """Reads the hints of a request.
+
+    Raises:
+        ApiError: 400 for a value that cannot be meant.
+    """
+    said = _said(exchange)
+    if not said:
+        return NONE
+    sensitivity = said.get("sensitivity")
+    latency = said.get("latency")
+    if latency is not None and latency not in LATENCIES:
+        raise _wrong("latency", latency, "one of " + ", ".join(LATENCIES))
+    quality = _number(said, "quality", 1.0)
+    cost = _number(said, "max-cost", float(MOST_DOLLARS))
+    return Hints(
+        quality,
+        latency,
+        None if cost is None else micro_cents(cost),
+        None if sensitivity is None else "public" if sensitivity == "public" else "private",
+    )
+
+
+def strip(exchange: Exchange) -> None:
+    """Takes the gateway's headers out of those that go to a backend."""
+    exchange.forward = [header for header in exchange.forward if not header[0].startswith(PREFIX)]
+
+
+def _said(exchange: Exchange) -> dict[str, str]:
+    said: dict[str, str] = {}
+    body = exchange.body
+    if body is not None and b"tokenmill_" in (body.raw_field("metadata") or b""):
+        metadata = body.get("metadata", dict[str, Any]) or {}
+        for name in _NAMES:
+            value = metadata.get("tokenmill_" + name.replace("-", "_"))
+            if value is not None:
+                said[name] = str(value).strip().lower()
+    for key, value in exchange.headers:
+        if key.startswith(PREFIX):
+            name = key[len(PREFIX) :].decode("latin-1")
+            if name in _NAMES:
+                said[name] = value.decode("latin-1").strip().lower()
+    return said
+
+
+def _number(said: dict[str, str], name: str, most: float) -> float | None:
+    text = said.get(name)
+    if text is None:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= most:
+        raise _wrong(name, text, f"a number from 0 to {most:g}")
+    return value
+
+
+def _wrong(name: str, value: str, wanted: str) -> ApiError:
+    return ApiError(
+        400,
+        f"The hint {name} is {quote(value, 40)!r}; it must be {wanted}.",
+        code="invalid_hint",
+        param=f"x-tokenmill-{name}",
+    )

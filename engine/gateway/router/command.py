@@ -1,0 +1,140 @@
+"""`tokenmill calibrate` and `tokenmill router train`: thresholds and weights from logged outcomes."""
+
+import argparse
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+from tokenmill.engine.gateway.router import calibration, classifier, training
+from tokenmill.engine.gateway.router.features import FEATURES
+from tokenmill.engine.gateway.router.settings import Statistic
+from tokenmill.errors import InputError
+
+
+def calibrate(argv: list[str]) -> int:
+    """`tokenmill calibrate DATA`."""
+    parser = argparse.ArgumentParser(
+        prog="tokenmill calibrate",
+        description="Chooses the confidence from which the first tier's answer is good enough. DATA is JSON lines or "
+        "CSV with `confidence` (0 to 1) and `correct` (true or false) of its answers, and, where known, "
+        "`then_correct` of the second tier's.",
+    )
+    parser.add_argument("data", type=Path, metavar="DATA")
+    parser.add_argument("--max-error", type=float, default=0.05, help="most wrong answers among those given (0.05)")
+    parser.add_argument(
+        "--cost-ratio", type=float, default=0.1, help="cost of an answer of the first tier by one of the second (0.1)"
+    )
+    parser.add_argument(
+        "--statistic", choices=get_args(Statistic), default="lowest_tenth", help="what confidence means (lowest_tenth)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("calibration.json"), help="the file for the configuration")
+    parser.add_argument("--plot", type=Path, help="draw cost and quality by threshold into this file (needs [bench])")
+    options = parser.parse_args(argv)
+    for name, least, most in (("max_error", 0.0, 1.0), ("cost_ratio", 0.0, 1000.0)):
+        value = getattr(options, name)
+        if not least <= value <= most:
+            raise InputError(f"--{name.replace('_', '-')}={value} is outside {least:g} to {most:g}")
+    samples = [_sample(row, where) for row, where in _rows(options.data)]
+    found = calibration.calibrate(samples, options.statistic, options.max_error, options.cost_ratio)
+    calibration.write(found, options.out)
+    chosen = found.chosen
+    print(f"threshold {found.threshold:.4f} of {found.statistic}, from {found.samples} answers")
+    print(f"  wrong among those given: {chosen.error:.2%}, at most {chosen.error_bound:.2%} (95%)")
+    print(f"  escalated: {chosen.escalated:.1%}; right in all: {chosen.quality:.2%}")
+    print(f"  cost: {chosen.cost:.3f} of asking the second tier always")
+    print(f"written to {options.out}; name it in routing.escalation.calibration")
+    if options.plot is not None:
+        from tokenmill.engine.gateway.router.plot import draw
+
+        draw(found, options.plot)
+        print(f"drawn in {options.plot}")
+    return 0
+
+
+def router(argv: list[str]) -> int:
+    """`tokenmill router train LOG`."""
+    parser = argparse.ArgumentParser(prog="tokenmill router", description="Makes the router's classifier.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser(
+        "train",
+        help="fit its weights to logged outcomes",
+        description="LOG is what `routing.log` wrote: JSON lines with `features`, and `good` (whether the first tier's "
+        "answer was good). Lines without `good` count by `escalated` where their answer was judged, and are skipped "
+        "otherwise.",
+    )
+    train.add_argument("log", type=Path, metavar="LOG")
+    train.add_argument("--out", type=Path, default=Path("weights.json"), help="the file for the configuration")
+    train.add_argument("--ridge", type=float, default=1.0, help="penalty on large weights (1.0)")
+    options = parser.parse_args(argv)
+    if not 0 < options.ridge <= 1e6:
+        raise InputError(f"--ridge={options.ridge} is outside 0 to 1000000")
+    examples = [example for row, where in _rows(options.log) if (example := _example(row, where)) is not None]
+    found = training.fit(examples, options.ridge)
+    content = {"format": classifier.FORMAT, "made_from": f"{found.examples} logged outcomes", "weights": found.weights}
+    options.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    print(f"weights from {found.examples} outcomes, judged by every fifth, which was held out:")
+    print(f"  log loss {found.log_loss:.4f} (always the mean: {found.base_log_loss:.4f}), AUC {found.auc:.3f}")
+    print(f"written to {options.out}; name it in routing.weights")
+    return 0
+
+
+def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """(row, where it stands) of a file of JSON lines or CSV."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}); give a file of JSON lines or CSV") from None
+    if path.suffix == ".csv":
+        for number, row in enumerate(csv.DictReader(text.splitlines()), 2):
+            yield dict(row), f"{path}:{number}"
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise InputError(f"{path}:{number}: not JSON ({error}); each line is one object") from None
+            if not isinstance(row, dict):
+                raise InputError(f"{path}:{number}: {str(row)[:40]} is no object; each line is one object")
+            yield row, f"{path}:{number}"
+
+
+def _sample(row: dict[str, Any], where: str) -> calibration.Sample:
+    try:
+        value = float(row["confidence"])
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{where}: 'confidence' is {row.get('confidence')!r}; give a number from 0 to 1") from None
+    if not 0 <= value <= 1:
+        raise InputError(f"{where}: 'confidence' is {value}; give a number from 0 to 1")
+    then = row.get("then_correct")
+    return calibration.Sample(
+        value,
+        _truth(row.get("correct"), "correct", where),
+        None if then in (None, "") else _truth(then, "then_correct", where),
+    )
+
+
+def _truth(value: object, name: str, where: str) -> bool:
+    known = {"true": True, "1": True, "false": False, "0": False}
+    found = known.get(str(value).strip().lower())
+    if found is None:
+        raise InputError(f"{where}: {name!r} is {value!r}; give true or false")
+    return found
+
+
+def _example(row: dict[str, Any], where: str) -> training.Example | None:
+    features = row.get("features")
+    if not isinstance(features, dict):
+        raise InputError(f"{where}: 'features' is missing; take the lines that routing.log writes")
+    if "good" in row:
+        hard = not _truth(row["good"], "good", where)
+    elif row.get("confidence") is not None:
+        hard = bool(row.get("escalated"))
+    else:
+        return None
+    try:
+        return training.Example([float(features.get(name, 0.0)) for name in FEATURES], hard)
+    except (TypeError, ValueError):
+        raise InputError(f"{where}: a feature is not a number") from None

@@ -1,0 +1,182 @@
+"""Asks the cheaper tier first and the better one only where the first is not sure.
+
+The first tier is asked for the probabilities of its tokens. Where their confidence is below the threshold, and there is
+time and budget, the second tier's answer is given instead, whole: nothing of the first one is shown. A stream is held
+back until it is judged: all of it, or its first `hold_tokens` tokens. In the latter case what follows is released
+unjudged; the rule is that the beginning decides. When the allowance ends while a stream is held back, what has come
+so far is judged and decides.
+
+What is released are the first tier's own bytes, but for the log probabilities where the client did not ask for them.
+Where the second tier fails, the first one's answer is given after all.
+"""
+
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any
+
+from tokenmill.engine.gateway.api_error import ApiError
+from tokenmill.engine.gateway.body import Body
+from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply
+from tokenmill.engine.gateway.portfolio import Route
+from tokenmill.engine.gateway.router.confidence import confidence, logprobs_of, without_logprobs
+from tokenmill.engine.gateway.router.hold import Held, hold
+from tokenmill.engine.gateway.router.settings import EscalationSettings
+from tokenmill.engine.gateway.sse import Events, data_of, event
+
+
+class Escalation:
+    """Judges answers; stands below everything that reserves money, for it may ask twice.
+
+    Args:
+        settings: Tiers, threshold, times.
+    """
+
+    name = "escalation"
+
+    def __init__(self, settings: EscalationSettings) -> None:
+        self._settings = settings
+
+    async def handle(self, exchange: Exchange, proceed: Handler) -> Reply:
+        """See `pipeline.Stage`."""
+        if exchange.decision is None or exchange.decision.escalation is None or exchange.body is None:
+            return await proceed(exchange)
+        routes, body, payload = exchange.routes, exchange.body, exchange.payload
+        asked = body.raw_field("logprobs") == b"true"
+        first = _of_tier(routes, self._settings.first, logprobs=True)
+        if not first:
+            return await proceed(exchange)
+        exchange.routes = first
+        if not asked:
+            exchange.body = Body(body.with_fields({"logprobs": True}))
+            exchange.payload = exchange.body.raw
+        try:
+            reply = await proceed(exchange)
+        except ApiError as error:
+            if error.status not in (429, 503):
+                raise
+            reply = None
+        exchange.body, exchange.payload = body, payload
+        if reply is None or reply.status in (429, 503):
+            exchange.routes = _untried(routes, exchange)
+            if exchange.routes:
+                return await proceed(exchange)
+            return reply or await _as_before(exchange, routes, proceed)
+        if reply.status >= 400:
+            return reply
+        release = _unchanged if asked else _cleaned
+        return await self._judged(exchange, proceed, reply, _of_tier(routes, self._settings.then), release)
+
+    async def _judged(
+        self,
+        exchange: Exchange,
+        proceed: Handler,
+        reply: Reply,
+        then: list[Route],
+        release: Callable[[Reply], Reply],
+    ) -> Reply:
+        settings = self._settings
+        left_s = settings.allowance_s - (time.perf_counter() - exchange.started)
+        held: Held | None = None
+        if reply.chunks is None:
+            logprobs = logprobs_of(reply.body or b"")
+        else:
+            held = await hold(reply.chunks, settings.hold_tokens, left_s)
+            exchange.on_end(held.end)
+            reply.chunks = held.chunks()
+            logprobs = held.logprobs
+        sure = confidence(logprobs, settings.statistic)
+        note: dict[str, Any] = {"confidence": sure, "escalated": False}
+        exchange.notes[self.name] = note
+        late = time.perf_counter() - exchange.started > settings.allowance_s and held is None
+        if sure is None or sure >= settings.threshold or late or not then:
+            return _with_note(release(reply), note)
+        target = exchange.target
+        exchange.routes = then
+        try:
+            better = await proceed(exchange)
+        except ApiError:
+            better = None
+        except BaseException:
+            if held is not None:
+                await held.close()
+            raise
+        if better is None or better.status >= 400:
+            exchange.target = target
+            return _with_note(release(reply), note)
+        if held is not None:
+            await held.close()
+        note["escalated"] = True
+        return _with_note(better, note)
+
+
+async def _as_before(exchange: Exchange, routes: Sequence[Route], proceed: Handler) -> Reply:
+    """Has the forwarder say why nobody can serve."""
+    exchange.routes = routes
+    return await proceed(exchange)
+
+
+def _of_tier(routes: Sequence[Route], tier: str, *, logprobs: bool = False) -> list[Route]:
+    """The routes' backends of one tier; with `logprobs`, those that can tell the probabilities."""
+    found = []
+    for route in routes:
+        kept = tuple(
+            target
+            for target in route.targets
+            if target.backend.tier == tier and (not logprobs or "logprobs" in target.backend.capabilities)
+        )
+        if kept:
+            found.append(Route(kept, route.model, route.why))
+    return found
+
+
+def _untried(routes: Sequence[Route], exchange: Exchange) -> list[Route]:
+    """The routes without the backends that were asked already."""
+    tried = {call.target for call in exchange.calls}
+    found = []
+    for route in routes:
+        kept = tuple(target for target in route.targets if target not in tried)
+        if kept:
+            found.append(Route(kept, route.model, route.why))
+    return found
+
+
+def _with_note(reply: Reply, note: dict[str, Any]) -> Reply:
+    reply.headers = [*reply.headers, (b"x-tokenmill-escalated", b"true" if note["escalated"] else b"false")]
+    if note["confidence"] is not None:
+        reply.headers.append((b"x-tokenmill-confidence", b"%.4f" % note["confidence"]))
+    return reply
+
+
+def _unchanged(reply: Reply) -> Reply:
+    return reply
+
+
+def _cleaned(reply: Reply) -> Reply:
+    """The reply without the log probabilities that only the gateway asked for."""
+    if reply.chunks is not None:
+        reply.chunks = _cleaned_stream(reply.chunks)
+    elif reply.body is not None:
+        reply.body = without_logprobs(reply.body)
+    return reply
+
+
+async def _cleaned_stream(chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    events = Events()
+    try:
+        async for chunk in chunks:
+            out = b"".join(map(_cleaned_event, events.feed(chunk)))
+            if out:
+                yield out
+        rest = events.rest()
+        if rest:
+            yield rest
+    finally:
+        await chunks.aclose()
+
+
+def _cleaned_event(raw: bytes) -> bytes:
+    data = data_of(raw)
+    if data is None:
+        return raw
+    cleaned = without_logprobs(data)
+    return raw if cleaned is data else event(cleaned, raw)

@@ -1,0 +1,187 @@
+"""What can be read off a request in microseconds: what it needs, how long it is, how hard it looks.
+
+Only the last message is decoded, and of a long one only its two ends; the rest is measured as bytes.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import re2
+
+from tokenmill.engine.gateway.body import Body
+from tokenmill.engine.gateway.pipeline import Exchange
+
+#: Bytes of JSON text to a token, about; prose has more, code and other scripts fewer.
+BYTES_PER_TOKEN = 4
+#: Of a longer last message, this much of its beginning and of its end is looked at.
+END_BYTES = 4096
+#: Messages above this are not decoded at all.
+_LONG = 16_384
+
+#: Words and forms by the feature that they speak for.
+_SIGNS: dict[str, bytes] = {
+    "code": rb"```|(?i)\b(?:def|class|function|import|const|public|struct|impl) [a-z_]|#include"
+    rb"|\bselect\b.{1,80}\bfrom\b|traceback|stack trace|\bregex|[a-z_]\(\)|=>|\bcompile",
+    "math": rb"(?i)\\(?:frac|int|sum|sqrt|begin)|[0-9a-z)] ?[=^*/] ?[0-9a-z(]|\b(?:integral|derivative|theorem|equation"
+    rb"|probability|matrix|polynomial|modulo|prime|logarithm|calculate|how many|percent)",
+    "reasoning": rb"(?i)\b(?:why|explain|compare|analy[sz]e|evaluate|design|prove|derive|trade-?off|step by step|reason"
+    rb"|optimi[sz]e|debug|refactor|critique|plan|strategy|implication|argue|architect|root cause)",
+    "lookup": rb"(?i)\b(?:what is|what's|who|when|where|define|translate|summari[sz]e|rephrase|spell|list|extract"
+    rb"|classify|yes or no|capital of|synonym|correct the)\b",
+    "constraints": rb"(?i)\b(?:must|at least|at most|exactly|without|unless|except|only if|ensure|no more than"
+    rb"|given that)\b",
+    "steps": rb"(?i)\b(?:first|then|finally|afterwards|step [0-9])\b|\n\s*[0-9]+[.)] ",
+}
+#: The classifier's features, in the order in which they are logged.
+FEATURES = ("bias", "prompt", "question", "turns", *_SIGNS, "tools", "json", "vision")
+
+#: What makes a capability necessary, as bytes in the messages; inside a text the quotes would be escaped.
+_PARTS = {
+    "vision": (b'"image_url"', b'"input_image"', b'"video_url"'),
+    "audio": (b'"input_audio"', b'"audio_url"'),
+}
+_EMBEDDING = frozenset({"/v1/embeddings", "/pooling"})
+_RERANKING = frozenset({"/v1/rerank", "/v2/rerank", "/rerank", "/v1/score", "/score"})
+
+
+class _Message(msgspec.Struct):
+    role: str = ""
+    content: msgspec.Raw = msgspec.Raw(b"null")
+
+
+class _Part(msgspec.Struct):
+    text: str = ""
+
+
+_MESSAGES = msgspec.json.Decoder(list[_Message])
+_PARTS_OF_TEXT = msgspec.json.Decoder(list[_Part])
+
+
+@dataclass(frozen=True)
+class Features:
+    """A request at a glance.
+
+    Attributes:
+        endpoint: Its path.
+        question: Its last message, or the two ends of it.
+        prompt_tokens: Estimated tokens of its prompt.
+        completion_limit: Most tokens that it lets the answer have; None: it does not say.
+        needs: Capabilities without which it cannot be answered.
+        values: The classifier's features but for those that are 0.
+        several: It asks for more than one answer.
+    """
+
+    endpoint: str
+    question: bytes
+    prompt_tokens: int
+    completion_limit: int | None
+    needs: frozenset[str]
+    values: Mapping[str, float]
+    several: bool = False
+
+
+def features_of(exchange: Exchange) -> Features:
+    """Reads them.
+
+    Raises:
+        ApiError: 400 where a field that must be looked at is of another type.
+    """
+    endpoint, body = exchange.endpoint, exchange.body
+    if body is None:
+        needs = frozenset({"audio"}) if endpoint.startswith("/v1/audio/") else frozenset[str]()
+        return Features(endpoint, b"", 0, None, needs, {"bias": 1.0})
+    prompt = b""
+    for name in ("messages", "prompt", "input", "documents"):
+        prompt = body.raw_field(name) or b""
+        if prompt:
+            break
+    question, turns = _question(prompt)
+    tools = body.raw_field("tools") or body.raw_field("functions") or b""
+    has_tools = len(tools) > 2 and tools != b"null"
+    needs = _needs(endpoint, body, prompt, has_tools)
+    size = len(prompt) + (len(tools) if has_tools else 0)
+    values: dict[str, float] = {
+        "bias": 1.0,
+        "prompt": math.log1p(size / BYTES_PER_TOKEN) / 10,
+        "question": math.log1p(len(question) / BYTES_PER_TOKEN) / 10,
+        "turns": math.log1p(turns) / 5,
+    }
+    values.update(dict.fromkeys((*signs(question), *({"tools", "json", "vision"} & needs)), 1.0))
+    limit = body.get("max_completion_tokens", int) or body.get("max_tokens", int)
+    choices = body.get("n", int) or 1
+    return Features(endpoint, question, size // BYTES_PER_TOKEN, limit, needs, values, choices != 1)
+
+
+def _needs(endpoint: str, body: Body, prompt: bytes, has_tools: bool) -> frozenset[str]:
+    needs = {name for name, signs in _PARTS.items() if any(sign in prompt for sign in signs)}
+    if has_tools:
+        needs.add("tools")
+    if b"json" in (body.raw_field("response_format") or b""):
+        needs.add("json")
+    if (body.raw_field("logprobs") or b"null") not in (b"null", b"false", b"0"):
+        needs.add("logprobs")
+    if endpoint in _EMBEDDING:
+        needs.add("embeddings")
+    elif endpoint in _RERANKING:
+        needs.add("rerank")
+    elif endpoint.startswith("/v1/audio/"):
+        needs.add("audio")
+    return frozenset(needs)
+
+
+def _question(prompt: bytes) -> tuple[bytes, int]:
+    """The last message's text, shortened, and how many messages there are."""
+    if b'"role"' not in prompt:
+        return _text(prompt), 1
+    try:
+        messages = _MESSAGES.decode(prompt) or [_Message()]
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return _ends(prompt), 1
+    last = next((message for message in reversed(messages) if message.role == "user"), messages[-1])
+    return _text(bytes(last.content)), len(messages)
+
+
+def _text(raw: bytes) -> bytes:
+    """A JSON string, or the texts of a list of parts, in Latin-1."""
+    if len(raw) > _LONG:
+        return _ends(raw)
+    try:
+        if raw.startswith(b"["):
+            text = "\n".join(part.text for part in _PARTS_OF_TEXT.decode(raw))
+        else:
+            text = msgspec.json.decode(raw, type=str)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return _ends(raw)
+    return _ends(text.encode("latin-1", "replace"))
+
+
+def _ends(raw: bytes) -> bytes:
+    return raw if len(raw) <= 2 * END_BYTES else raw[:END_BYTES] + b"\n" + raw[-END_BYTES:]
+
+
+@functools.cache
+def _sign_set() -> Any:
+    options = re2.Options()
+    options.encoding = re2.Options.Encoding.LATIN1
+    options.never_capture = True
+    found = re2.Set.SearchSet(options)
+    for pattern in _SIGNS.values():
+        found.Add(pattern)
+    found.Compile()
+    return found
+
+
+def signs(question: bytes) -> list[str]:
+    """Which of the classifier's words and forms a text holds."""
+    names = tuple(_SIGNS)
+    return [names[number] for number in _sign_set().Match(question) or ()]
+
+
+def sentence(text: str) -> str:
+    """A text fit for a response header: one line of ASCII."""
+    return re.sub(r"[^\x20-\x7e]+", " ", text)

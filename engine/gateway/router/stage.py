@@ -1,0 +1,215 @@
+"""The router: turns a request's model into the routes it takes, and says why.
+
+`auto` (or whatever the configuration calls it) is routed by the six criteria; a tier's name or a concrete model stays
+what it is. In every case nearer zones come first, and the answer's headers say where it came from:
+`x-tokenmill-tier`, `x-tokenmill-backend`, `x-tokenmill-reason`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
+
+from tokenmill.engine.gateway.api_error import JSON, ApiError
+from tokenmill.engine.gateway.decision import Decision, Reason
+from tokenmill.engine.gateway.hints import hints_of, strip
+from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply
+from tokenmill.engine.gateway.portfolio import Portfolio, Route
+from tokenmill.engine.gateway.router.burst import spread
+from tokenmill.engine.gateway.router.classifier import bundled, complexity
+from tokenmill.engine.gateway.router.criteria import CRITERIA, Question, ranked
+from tokenmill.engine.gateway.router.features import features_of, sentence
+from tokenmill.engine.gateway.router.observed import Observed
+from tokenmill.engine.gateway.router.options import Option, described, options_of
+from tokenmill.engine.gateway.router.outcomes import OutcomeLog
+from tokenmill.engine.gateway.router.recent import RecentDecisions
+from tokenmill.engine.gateway.router.rules import Matcher
+from tokenmill.engine.gateway.router.settings import RoutingSettings
+from tokenmill.engine.gateway.sensitivity.clearance import clearance_of
+from tokenmill.engine.gateway.sensitivity.stages import Audit, log_decision, refusal, subject_of, told
+
+#: Explains where a request would go: takes any request's body; `?endpoint=` names its path where it is not a chat.
+DRY_RUN = "/v1/tokenmill/route"
+#: Longest reason in a response header.
+_LONGEST_REASON = 400
+
+
+class Router:
+    """Chooses routes.
+
+    Args:
+        portfolio: All backends.
+        settings: The configuration.
+        recent: Keeps the decisions.
+        outcomes: Logs how they ended; None: no log.
+        audit: Told when a request is refused because nobody who may see it can serve it.
+    """
+
+    name = "router"
+
+    def __init__(
+        self,
+        portfolio: Portfolio,
+        settings: RoutingSettings,
+        recent: RecentDecisions,
+        outcomes: OutcomeLog | None = None,
+        audit: Audit = log_decision,
+    ) -> None:
+        self._portfolio = portfolio
+        self._settings = settings
+        self._recent = recent
+        self._outcomes = outcomes
+        self._audit = audit
+        self._weights = settings.weights or bundled()
+        self._rules = Matcher(settings.rules)
+        self._observed = Observed()
+
+    async def handle(self, exchange: Exchange, proceed: Handler) -> Reply:
+        """See `pipeline.Stage`."""
+        strip(exchange)
+        if exchange.endpoint == DRY_RUN:
+            return self._dry_run(exchange)
+        wanted = self._portfolio.settings.default_model if exchange.model is None else exchange.model
+        if wanted == self._settings.name:
+            self._decide(exchange)
+        else:
+            hints_of(exchange)  # a hint that cannot be meant is refused for every model alike
+            named = self._portfolio.routes(exchange.model)
+            exchange.routes = [part for route in named for part in spread(route, self._settings)]
+        exchange.on_end(self._observed.learn)
+        reply = await proceed(exchange)
+        _explain(reply, exchange)
+        return reply
+
+    def _decide(self, exchange: Exchange) -> None:
+        question, options = self._question(exchange)
+        if not options:
+            raise self._nobody(exchange, question)
+        order = ranked(question, options)
+        decision = self._decision(question, order)
+        exchange.decision = decision
+        exchange.routes = self._routes(order)
+        exchange.on_end(self._recent.add)
+        if self._outcomes is not None:
+            log, values, hard = self._outcomes, question.features.values, question.complexity
+            exchange.on_end(lambda ended: log.add(ended, values, hard))
+
+    def _question(self, exchange: Exchange) -> tuple[Question, list[Option]]:
+        features = features_of(exchange)
+        clearance, principal = clearance_of(exchange), exchange.principal
+        options, refused = options_of(self._portfolio, features, clearance, principal, self._settings, self._observed)
+        question = Question(
+            features,
+            hints_of(exchange),
+            complexity(features.values, self._weights),
+            self._rules.first(features),
+            bool(principal and principal.soft_limit_reached),
+            clearance,
+            self._settings,
+            refused,
+        )
+        return question, options
+
+    def _decision(self, question: Question, order: Sequence[Option]) -> Decision:
+        chosen = order[0]
+        said = ((criterion.name, criterion.verdict(question, chosen, order)) for criterion in CRITERIA)
+        return Decision(
+            chosen.tier,
+            tuple(option.tier for option in order),
+            tuple(question.refused.items()),
+            tuple(Reason(name, verdict) for name, verdict in said if verdict),
+            chosen.cost,
+            self._escalation(question, order),
+        )
+
+    def _escalation(self, question: Question, order: Sequence[Option]) -> str | None:
+        """The tier that takes over where the chosen one's answer is not confident enough; None: none may."""
+        settings = self._settings.escalation
+        features = question.features
+        if settings is None or order[0].tier != settings.first or question.over_soft_limit:
+            return None
+        if features.endpoint != "/v1/chat/completions" or features.several or "tools" in features.needs:
+            return None
+        if not any("logprobs" in target.backend.capabilities for target in order[0].targets):
+            return None
+        for option in order[1:]:
+            if option.tier == settings.then:
+                most = question.hints.max_cost
+                return settings.then if most is None or order[0].cost + option.cost <= most else None
+        return None
+
+    def _routes(self, order: Sequence[Option]) -> list[Route]:
+        return [
+            part
+            for option in order
+            for part in spread(Route(option.targets, None, self._settings.name), self._settings)
+        ]
+
+    def _nobody(self, exchange: Exchange, question: Question) -> ApiError:
+        reasons = question.refused.values()
+        if any(reason.startswith("sensitivity") for reason in reasons) and question.clearance is not None:
+            kept_away = [tier for tier, reason in question.refused.items() if reason.startswith("sensitivity")]
+            targets = [target for tier in kept_away for target in self._portfolio.tiers[tier]]
+            zones = ", ".join(sorted({target.backend.zone for target in targets}))
+            self._audit(
+                "residency.refuse", subject_of(exchange), {**told(exchange, question.clearance), "offered": zones}
+            )
+            return refusal(question.clearance, zones)
+        if all(reason.startswith("key") for reason in reasons):
+            return ApiError(403, f"This key may use no tier: {described(question.refused)}.", code="model_not_allowed")
+        return ApiError(400, f"No tier can take this request: {described(question.refused)}.", code="no_tier")
+
+    def _dry_run(self, exchange: Exchange) -> Reply:
+        """Explains without asking any model; the body is that of the request in question."""
+        exchange.endpoint = _endpoint(exchange.query) or "/v1/chat/completions"
+        question, options = self._question(exchange)
+        order = ranked(question, options)
+        clearance = clearance_of(exchange)
+        answer: dict[str, Any] = {
+            "object": "tokenmill.route",
+            "endpoint": exchange.endpoint,
+            "features": {name: round(value, 4) for name, value in question.features.values.items()},
+            "complexity": round(question.complexity, 4),
+            "prompt_tokens": question.features.prompt_tokens,
+            "sensitivity": clearance.described() if clearance else None,
+            "decision": None,
+            "refused": question.refused,
+            "backends": [],
+        }
+        if order:
+            decision = self._decision(question, order)
+            answer["decision"] = decision
+            answer["backends"] = [
+                {"tier": target.backend.tier, "backend": target.backend.name, "zone": target.backend.zone}
+                for route in self._routes(order)
+                for target in route.targets
+            ]
+        return Reply(200, [JSON], orjson.dumps(answer))
+
+
+def _endpoint(query: bytes) -> str | None:
+    for pair in query.split(b"&"):
+        name, _, value = pair.partition(b"=")
+        if name == b"endpoint":
+            return value.decode("latin-1").replace("%2F", "/").replace("%2f", "/")
+    return None
+
+
+def _explain(reply: Reply, exchange: Exchange) -> None:
+    """Says in the answer's headers where it came from and why."""
+    target, decision = exchange.target, exchange.decision
+    if target is None:
+        return
+    if decision is None:
+        reason = "asked for by name"
+    else:
+        reason = "; ".join(f"{one.criterion}: {one.verdict}" for one in decision.reasons)
+        if target.backend.tier != decision.tier:
+            escalated = (exchange.notes.get("escalation") or {}).get("escalated")
+            reason = f"{'escalated' if escalated else 'failed over'} from {decision.tier}; {reason}"
+    reply.headers = [
+        *reply.headers,
+        (b"x-tokenmill-tier", target.backend.tier.encode()),
+        (b"x-tokenmill-backend", target.backend.name.encode()),
+        (b"x-tokenmill-reason", sentence(reason)[:_LONGEST_REASON].encode()),
+    ]

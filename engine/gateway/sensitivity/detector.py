@@ -1,0 +1,134 @@
+"""From a request to its clearance: searches its texts, applies the policy, and fails towards safety."""
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from tokenmill.engine.gateway.body import Body
+from tokenmill.engine.gateway.hints import hints_of
+from tokenmill.engine.gateway.pipeline import Exchange
+from tokenmill.engine.gateway.sensitivity.clearance import Clearance
+from tokenmill.engine.gateway.sensitivity.kinds import CLASS_OF, NOT_REDACTABLE
+from tokenmill.engine.gateway.sensitivity.presidio import Presidio, kind_of
+from tokenmill.engine.gateway.sensitivity.redaction import Redaction
+from tokenmill.engine.gateway.sensitivity.scanner import Finding, Scanner
+from tokenmill.engine.gateway.sensitivity.settings import ACTIONS, Action, SensitivitySettings
+from tokenmill.engine.gateway.sensitivity.texts import Texts, UnreadableError, texts_of
+
+log = logging.getLogger("tokenmill.gateway")
+
+#: The search lets other requests run after this long.
+TURN_S = 0.001
+#: A longer body gets no placeholders: it stays in trusted zones.
+MOST_REDACTED_BYTES = 2 * 1024 * 1024
+#: Less than this of a found text cannot be told from chance and is not replaced everywhere.
+_SHORTEST_VALUE = 4
+
+
+class DetectorError(Exception):
+    """The search failed or took too long; the text says how, without any of the data."""
+
+
+class Detector:
+    """Searches requests.
+
+    Args:
+        settings: The policy.
+
+    Raises:
+        MissingDependencyError, ConfigurationError: Presidio is wanted and cannot be had.
+    """
+
+    def __init__(self, settings: SensitivitySettings) -> None:
+        self.settings = settings
+        wanted = [kind for kind in CLASS_OF if settings.action(kind) != "allow"]
+        own = {name: pattern for name, pattern in settings.patterns.items() if settings.action(name) != "allow"}
+        self._scanner = Scanner(wanted, own)
+        asked = settings.presidio
+        self._presidio = None
+        if asked is not None and any(settings.action(kind_of(entity)) != "allow" for entity in asked.entities):
+            self._presidio = Presidio(asked)
+        self._idle = not wanted and not own and self._presidio is None
+
+    async def clear(self, exchange: Exchange) -> Clearance:
+        """The clearance of a request. Never fails: what cannot be searched stays in trusted zones."""
+        try:
+            async with asyncio.timeout(self.settings.timeout_s * 10):
+                clearance = await self._judge(exchange)
+        except (DetectorError, UnreadableError, TimeoutError) as error:
+            clearance = self._stay({}, f"the search for sensitive data failed ({str(error) or 'it took too long'})")
+        except Exception as error:
+            log.exception("request %s: the search for sensitive data failed", exchange.request_id)
+            clearance = self._stay({}, f"the search for sensitive data failed ({type(error).__name__})")
+        if hints_of(exchange).sensitivity == "private" and clearance.action in ("allow", "redact"):
+            clearance = self._stay(clearance.kinds, "the client says that it is private")
+        return clearance
+
+    async def _judge(self, exchange: Exchange) -> Clearance:
+        if self._idle and self.settings.unreadable == "allow":
+            return Clearance()
+        if exchange.body is None:
+            return self._unreadable("a form cannot be searched", {})
+        query = exchange.query.decode("latin-1")
+        texts = await texts_of(exchange.body, query)
+        found = await self._find(texts)
+        kinds = Counter(kind for kind, _ in found)
+        actions = {kind: self.settings.action(kind) for kind in kinds}
+        action: Action = max(actions.values(), key=ACTIONS.index, default="allow")
+        named = ", ".join(sorted(kind for kind, one in actions.items() if one == action))
+        if action == "refuse":
+            return Clearance(kinds, "refuse", frozenset(), why=f"the policy refuses requests that hold {named}")
+        if action == "stay":
+            return self._stay(kinds, f"it holds {named}")
+        if texts.unreadable and self.settings.unreadable == "stay":
+            return self._unreadable(f"{texts.unreadable} in it cannot be searched", kinds)
+        if action == "allow":
+            return Clearance(kinds)
+        values = {text: kind for kind, text in found if text is not None and len(text) >= _SHORTEST_VALUE}
+        if NOT_REDACTABLE & set(kinds) or not await self._hides(exchange.body, query, values):
+            return self._stay(kinds, f"it holds {named} where no placeholder can stand")
+        return Clearance(kinds, "redact", values=values, why=f"placeholders stand for {named}")
+
+    async def _hides(self, body: Body, query: str, values: dict[str, str]) -> bool:
+        """Whether nothing is found any more once these values are replaced."""
+        if len(body.raw) > MOST_REDACTED_BYTES:
+            return False
+        hidden = Redaction(values, body.raw).body(body)
+        return not await self._find(await texts_of(hidden, query))
+
+    async def _find(self, texts: Texts) -> list[tuple[str, str | None]]:
+        """(kind, the data) of everything; None in the data's place where it shows only without escapes."""
+        if self._idle:
+            return []
+        found: dict[tuple[str, str | None], None] = {}
+        spent = 0.0
+        limit = self.settings.timeout_s
+        for text in texts.all():
+            turn = time.perf_counter()
+            for findings in self._scanner.windows(text):
+                _collect(found, findings, text)
+                now = time.perf_counter()
+                if now - turn > TURN_S:
+                    spent += now - turn
+                    if spent > limit:
+                        raise DetectorError(f"it took more than {limit:g} s")
+                    await asyncio.sleep(0)
+                    turn = time.perf_counter()
+            spent += time.perf_counter() - turn
+            if self._presidio is not None:
+                async with asyncio.timeout(limit):
+                    _collect(found, await self._presidio.find(text), text)
+        return list(found)
+
+    def _stay(self, kinds: Mapping[str, int], why: str) -> Clearance:
+        return Clearance(kinds, "stay", frozenset(self.settings.trusted_zones), why=why)
+
+    def _unreadable(self, why: str, kinds: Mapping[str, int]) -> Clearance:
+        return Clearance(kinds) if self.settings.unreadable == "allow" else self._stay(kinds, why)
+
+
+def _collect(found: dict[tuple[str, str | None], None], findings: Iterable[Finding], text: str) -> None:
+    for kind, start, end in findings:
+        found[kind, text[start:end] if start >= 0 else None] = None
