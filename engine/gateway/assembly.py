@@ -1,18 +1,35 @@
 """Puts the gateway together from a worker's document: which stages a request goes through, and in which order."""
 
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
 from tokenmill.engine.gateway.admin.canaries import Canaries
 from tokenmill.engine.gateway.admin.site import PREFIXES, AdminSite
 from tokenmill.engine.gateway.app import Application, Gateway, Service
+from tokenmill.engine.gateway.dashboard.figures import Sources
+from tokenmill.engine.gateway.dashboard.site import PREFIX as DASHBOARD
+from tokenmill.engine.gateway.dashboard.site import DashboardSite
+from tokenmill.engine.gateway.governance import audit
 from tokenmill.engine.gateway.governance.identify import Identify, Identities
 from tokenmill.engine.gateway.governance.reserve import Reserve
 from tokenmill.engine.gateway.governance.service import Governance
 from tokenmill.engine.gateway.metrics import Metrics
+from tokenmill.engine.gateway.observability.engines import Engines
 from tokenmill.engine.gateway.observability.request_log import RequestLog
 from tokenmill.engine.gateway.observability.traces import Traces
 from tokenmill.engine.gateway.pipeline import Stage
 from tokenmill.engine.gateway.portfolio import Portfolio
+from tokenmill.engine.gateway.router.escalation import Escalation
+from tokenmill.engine.gateway.router.outcomes import OutcomeLog
+from tokenmill.engine.gateway.router.recent import RecentDecisions
+from tokenmill.engine.gateway.router.stage import Router
 from tokenmill.engine.gateway.routing import ResolveModel
+from tokenmill.engine.gateway.sensitivity.settings import SensitivitySettings
+from tokenmill.engine.gateway.sensitivity.stages import Audit, Guard, Residency, Sensitivity, log_decision
 from tokenmill.engine.gateway.settings import Document
+from tokenmill.engine.gateway.upstream import Upstream
 
 
 def create_app(document: Document) -> Gateway:
@@ -26,6 +43,7 @@ def create_app(document: Document) -> Gateway:
     services: list[Service] = []
     sites: dict[str, Application] = {}
     observed = document.observability
+    counted = Metrics(portfolio, observed)
     watchers: list[RequestLog | Traces] = []
     if observed.request_log:
         watchers.append(RequestLog(observed.log_bodies))
@@ -33,22 +51,51 @@ def create_app(document: Document) -> Gateway:
         watchers.append(Traces(observed.traces, observed.trace_share))
     stages += watchers
     services += watchers
+
+    def upstream() -> Upstream:
+        return gateway.upstream()  # made last; nobody asks before it runs
+
     governance = None if document.governance is None else Governance(document.governance)
     identities = None if governance is None else Identities(governance)
     if governance is not None and identities is not None:
         services += [governance, Canaries(portfolio, governance)]
         sites |= dict.fromkeys(PREFIXES, AdminSite(governance, portfolio))
+        sites[DASHBOARD] = DashboardSite(Sources(governance, counted, Engines(portfolio, upstream)))
         stages.append(Identify(identities, document.settings.default_model))
+    tell = log_decision if governance is None else _audit_trail(governance)
+    sensitivity, routing = document.sensitivity, document.routing
+    if sensitivity is None and governance is not None:
+        # A key's metadata may confine its requests to zones and regions, also where nothing is searched.
+        sensitivity = SensitivitySettings(default="allow", unreadable="allow")
     # Who asks comes first, then what the request may see, then where it may go; money is reserved for the dearest
     # of the routes that are left, below the router and above everything that may ask a backend twice.
-    stages.append(ResolveModel(portfolio))
+    if sensitivity is not None:
+        stages.append(Sensitivity(sensitivity, tell))
+    if routing is None:
+        stages.append(ResolveModel(portfolio))
+    else:
+        portfolio.virtual = (routing.name,)
+        outcomes = None if routing.log is None else OutcomeLog(Path(routing.log))
+        services += [] if outcomes is None else [outcomes]
+        stages.append(Router(portfolio, routing, RecentDecisions(routing.recent), outcomes, tell))
+    if sensitivity is not None:
+        stages.append(Residency(sensitivity, tell))
     if governance is not None:
         stages.append(Reserve(governance, portfolio))
-    return Gateway(
-        portfolio,
-        stages,
-        services,
-        sites,
-        identify=None if identities is None else identities.of,
-        counted=Metrics(portfolio, observed),
-    )
+    if routing is not None and routing.escalation is not None:
+        stages.append(Escalation(routing.escalation))
+    if sensitivity is not None:
+        stages.append(Guard(tell))
+    identify = None if identities is None else identities.of
+    gateway = Gateway(portfolio, stages, services, sites, identify, counted)
+    return gateway
+
+
+def _audit_trail(governance: Governance) -> Audit:
+    """Has decisions of policies written into the audit trail, off the request's path."""
+
+    def tell(action: str, subject: str, details: Mapping[str, Any]) -> None:
+        row = partial(audit.append, actor="gateway", action=action, subject=subject, details=dict(details))
+        governance.store.post(row)
+
+    return tell

@@ -1,0 +1,55 @@
+"""Sessions of the dashboard: a signed cookie, valid in every worker, void when the master key changes."""
+
+import hashlib
+import hmac
+import re
+
+from tokenmill.engine.gateway.admin.roles import MASTER, Actor, role_of
+from tokenmill.engine.gateway.governance import keys
+from tokenmill.engine.gateway.governance.options import Options
+from tokenmill.engine.gateway.store import Connection, now_ms
+from tokenmill.errors import InputError
+
+COOKIE = "tokenmill_session"
+#: How long one may stay logged in, in seconds.
+LIFETIME_S = 8 * 3600
+_SHAPE = re.compile(r"([A-Za-z0-9._-]{1,63}):([0-9]{1,15}):([0-9a-f]{64})")
+
+
+def _mac(options: Options, text: str) -> str:
+    secret = hashlib.sha256(b"tokenmill dashboard 1:" + options.master_digest.encode()).digest()
+    return hmac.new(secret, text.encode(), hashlib.sha256).hexdigest()
+
+
+def cookie(options: Options, actor: Actor) -> str:
+    """The cookie's value for somebody who has just shown his key."""
+    text = f"{actor.name}:{now_ms() + LIFETIME_S * 1000}"
+    return f"{text}:{_mac(options, text)}"
+
+
+def actor_of(connection: Connection, options: Options, value: str) -> Actor | None:
+    """Whose session a cookie stands for; None when it is forged or over, or its key was revoked or lost its role."""
+    found = _SHAPE.fullmatch(value)
+    if found is None:
+        return None
+    name, until, mac = found.groups()
+    if not hmac.compare_digest(mac, _mac(options, f"{name}:{until}")) or now_ms() >= int(until):
+        return None
+    if name == MASTER:
+        return Actor(MASTER, "admin")
+    try:
+        key = keys.by_id(connection, name)
+    except InputError:
+        return None
+    role = role_of(connection, name)
+    return None if key.refusal(now_ms()) is not None or role is None else Actor(name, role)
+
+
+def token(options: Options, value: str) -> str:
+    """What a form of this session must bring: another site can neither read nor guess it."""
+    return _mac(options, f"form:{value}")
+
+
+def token_fits(options: Options, value: str, said: str) -> bool:
+    """Whether a form brought this session's token."""
+    return hmac.compare_digest(token(options, value).encode(), said.encode("utf-8", "replace"))
