@@ -11,7 +11,8 @@ serve: setup
 	@$(VENV)/bin/tokenmill serve $(ARGS)
 
 test: setup-dev check
-	-@$(VENV)/bin/python tools/gpu_build_site.py  # offline, the tests that need it say so and are skipped
+	-@$(VENV)/bin/python tools/gpu_build_site.py  # offline, the tests that need them say so and are skipped
+	-@$(VENV)/bin/python tools/triton_site.py
 	@$(VENV)/bin/python -m pytest $(ARGS)
 
 # What chooses by instruction set, once more as on a processor without AVX-512.

@@ -7,7 +7,7 @@ same `GateRow`s as those of the CUDA sources, judged by the same rules.
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,23 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from tokenmill.errors import TokenmillError
-from tokenmill.kernels.gates import COUNTED, GateRow, count_instructions, disassemble
+from tokenmill.kernels.gates import (
+    COUNTED,
+    HGMMA_REGISTERS,
+    HGMMA_SHARED,
+    GateRow,
+    Instruction,
+    count_instructions,
+    disassemble,
+    instructions,
+)
 
 #: Triton's number of an architecture, and ptxas's name of it.
 _TARGETS = {"80": 80, "89": 89, "90a": 90, "100a": 100, "120a": 120}
+
+#: The tensor cores' instructions on 16-bit numbers.
+MATRIX = ("HGMMA", "UTCHMMA", "HMMA")
+_COLUMNS = (*COUNTED, HGMMA_REGISTERS, HGMMA_SHARED)
 
 
 @dataclass(frozen=True)
@@ -71,8 +84,9 @@ def measure(kernel: Any, configuration: Configuration, architecture: str) -> Gat
     )
     with tempfile.TemporaryDirectory() as directory:
         log, cubin = _assemble(compiled.asm["ptx"], architecture, Path(directory))
-        counts = count_instructions(disassemble(cubin))
+        sass = disassemble(cubin)
     name = compiled.metadata.name
+    counts = count_instructions(sass)[name]
     registers = re.search(r"Used (\d+) registers", log)
     spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
     if registers is None or spills is None:
@@ -86,9 +100,27 @@ def measure(kernel: Any, configuration: Configuration, architecture: str) -> Gat
         stack_bytes=int(spills[1]),
         static_smem_bytes=int(compiled.metadata.shared),
         warnings=tuple(sorted(set(re.findall(r"\((C7\d\d\d)\)", log)))),
-        instructions={label: counts[name][label] for label in COUNTED if counts[name][label]},
+        instructions={label: counts[label] for label in _COLUMNS if counts[label]},
         toolchain=f"triton {triton.__version__}",
+        step_instructions=step_instructions(instructions(sass)[name]),
     )
+
+
+def step_instructions(code: Sequence[Instruction]) -> int | None:
+    """Instructions from head to backward branch of the innermost loop with matrix instructions; None without one.
+
+    What stands behind the last EXIT are waits moved out of line, which jump back into the code without being loops.
+    """
+    end = max((item.address for item in code if item.mnemonic == "EXIT"), default=0)
+    lengths = []
+    for item in code:
+        target = re.search(r"0x([0-9a-f]+)", item.operands) if item.mnemonic == "BRA" else None
+        if target is None or item.address > end or int(target[1], 16) > item.address:
+            continue
+        body = [other.mnemonic for other in code if int(target[1], 16) <= other.address <= item.address]
+        if any(matrix in body for matrix in MATRIX):
+            lengths.append(len(body))
+    return min(lengths, default=None)
 
 
 def _assemble(ptx: str, architecture: str, directory: Path) -> tuple[str, Path]:

@@ -97,11 +97,10 @@ def _why_not_on_gpu(device: torch.device) -> str:
     return f"the tensors are on {device}, not on a CUDA device{seen}"
 
 
-def why_not_cuda(op: str, problem: Problem, families: tuple[str, ...]) -> str | None:
-    """Why a native CUDA op cannot do the problem; for use in a `cuda_impl.why_not`.
+def why_not_gpu(problem: Problem, families: tuple[str, ...]) -> str | None:
+    """Why no kernel for these GPUs can do the problem, whatever it is written in.
 
     Args:
-        op: The native op's name.
         problem: What is to be computed.
         families: The GPU families it is compiled for, e.g. `("sm90", "sm100")`; exact, never "at least".
     """
@@ -113,4 +112,15 @@ def why_not_cuda(op: str, problem: Problem, families: tuple[str, ...]) -> str | 
         return f"torch {torch.__version__} sees no CUDA device {index}"
     if family not in families:
         return f"GPU {index} is {family}; the kernel is compiled for {', '.join(families)}"
-    return why_not(op)
+    return None
+
+
+def why_not_cuda(op: str, problem: Problem, families: tuple[str, ...]) -> str | None:
+    """Why a native CUDA op cannot do the problem; for use in a `cuda_impl.why_not`.
+
+    Args:
+        op: The native op's name.
+        problem: What is to be computed.
+        families: As for `why_not_gpu`.
+    """
+    return why_not_gpu(problem, families) or why_not(op)

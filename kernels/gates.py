@@ -29,6 +29,8 @@ COUNTED = (
     *("UTMALDG", "UTMASTG", "UBLKCP", "LDGSTS", "LDSM", "STSM"),
     *("USETMAXREG", "SYNCS", "ACQBULK", "PREEXIT", "I2F", "LDL", "STL"),
 )
+#: HGMMA whose A operand is registers, and whose is shared memory: counted besides HGMMA itself.
+HGMMA_REGISTERS, HGMMA_SHARED = "HGMMA-RS", "HGMMA-SS"
 #: Local memory is where spilled registers and arrays with run-time indices go.
 NEVER = ("LDL", "STL")
 
@@ -43,6 +45,7 @@ class Gate:
         required: Instruction to the least number of it in every instance.
         forbidden: Instructions that no instance may contain.
         max_registers: Of a thread.
+        max_step_instructions: Of the loop with the matrix instructions; None: not judged.
         defines: Preprocessor symbols.
     """
 
@@ -51,6 +54,7 @@ class Gate:
     required: Mapping[str, int] = field(default_factory=dict)
     forbidden: tuple[str, ...] = (*NEVER, "I2F")
     max_registers: int = 255
+    max_step_instructions: int | None = None
     defines: tuple[str, ...] = ()
 
 
@@ -69,6 +73,7 @@ class GateRow:
         warnings: ptxas warning codes, e.g. `C7513`, of the whole source.
         instructions: Counts of the `COUNTED` mnemonics that occur.
         toolchain: The compiler's release.
+        step_instructions: A warp's in one turn of the innermost loop with matrix instructions; None: not counted.
     """
 
     kernel: str
@@ -81,6 +86,7 @@ class GateRow:
     warnings: tuple[str, ...]
     instructions: Mapping[str, int]
     toolchain: str
+    step_instructions: int | None = None
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -152,15 +158,36 @@ def disassemble(cubin: Path) -> str:
     return subprocess.run([program, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
 
 
-def count_instructions(sass: str) -> dict[str, Counter[str]]:
-    """Mangled function name to how often each mnemonic (without its modifiers) occurs in it."""
-    counts: dict[str, Counter[str]] = {}
-    current: Counter[str] = Counter()
+@dataclass(frozen=True)
+class Instruction:
+    """One machine instruction: byte address, mnemonic without modifiers, operands."""
+
+    address: int
+    mnemonic: str
+    operands: str
+
+
+def instructions(sass: str) -> dict[str, list[Instruction]]:
+    """Mangled function name to its machine code, in order."""
+    functions: dict[str, list[Instruction]] = {}
+    current: list[Instruction] = []
     for line in sass.splitlines():
         if match := re.search(r"Function : (\S+)", line):
-            current = counts.setdefault(match[1], Counter())
-        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9]*)", line):
-            current[match[1]] += 1
+            current = functions.setdefault(match[1], [])
+        elif match := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9]*)\S*([^;]*)", line):
+            current.append(Instruction(int(match[1], 16), match[2], match[3].strip()))
+    return functions
+
+
+def count_instructions(sass: str) -> dict[str, Counter[str]]:
+    """Mangled function name to how often each mnemonic (without its modifiers) occurs in it."""
+    counts = {}
+    for name, code in instructions(sass).items():
+        counts[name] = Counter(instruction.mnemonic for instruction in code)
+        for instruction in code:
+            if instruction.mnemonic == "HGMMA":
+                from_registers = re.match(r"R\d+, R\d+", instruction.operands)
+                counts[name][HGMMA_REGISTERS if from_registers else HGMMA_SHARED] += 1
     return counts
 
 
@@ -201,6 +228,9 @@ def violations(gate: Gate, row: GateRow) -> list[str]:
     broken += [f"ptxas warns {code}" for code in row.warnings]
     if row.registers > gate.max_registers:
         broken.append(f"uses {row.registers} registers; the limit is {gate.max_registers}")
+    steps, most = row.step_instructions, gate.max_step_instructions
+    if most is not None and (steps is None or steps > most):
+        broken.append(f"takes {steps} instructions a step; the limit is {most}")
     for name, least in gate.required.items():
         if row.instructions.get(name, 0) < least:
             broken.append(f"has {row.instructions.get(name, 0)} {name}; at least {least} are required")
@@ -220,7 +250,8 @@ def read_table(path: Path = TABLE) -> list[GateRow]:
 
 def write_table(rows: Iterable[GateRow], path: Path = TABLE) -> None:
     """Replaces the committed rows; one line each, sorted, so that a change shows as a diff."""
-    lines = [json.dumps(asdict(row)) for row in sorted(rows, key=lambda row: row.key)]
+    ordered = sorted(rows, key=lambda row: (*row.key, row.toolchain))
+    lines = [json.dumps({name: value for name, value in asdict(row).items() if value is not None}) for row in ordered]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -239,7 +270,14 @@ def compare(measured: Sequence[GateRow], committed: Sequence[GateRow]) -> list[s
         elif before.toolchain == row.toolchain and before != row:
             changed = {
                 name: (getattr(before, name), getattr(row, name))
-                for name in ("registers", "spill_bytes", "static_smem_bytes", "warnings", "instructions")
+                for name in (
+                    "registers",
+                    "spill_bytes",
+                    "static_smem_bytes",
+                    "warnings",
+                    "instructions",
+                    "step_instructions",
+                )
                 if getattr(before, name) != getattr(row, name)
             }
             shown = "; ".join(f"{name}: {old} in the table, {new} now" for name, (old, new) in changed.items())

@@ -26,6 +26,7 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 #: Implementation name to the module whose `prepare` packs for it.
 _PREPARE = {
     "cuda": "tokenmill.kernels.int4_gemm.cuda_impl",
+    "triton": "tokenmill.kernels.int4_gemm.triton_impl",
     "cpu": "tokenmill.kernels.int4_gemm.cpu_impl",
     "cuda-emulated": "tokenmill.kernels.int4_gemm.cuda_emulated_impl",
 }
@@ -95,6 +96,7 @@ INT4_GEMM = OpSpec(
     tolerance=Tolerance(factor=2.0),
     implementations={
         "cuda": "tokenmill.kernels.int4_gemm.cuda_impl:CUDA",
+        "triton": "tokenmill.kernels.int4_gemm.triton_impl:TRITON",
         "cpu": "tokenmill.kernels.int4_gemm.cpu_impl:CPU",
         "cuda-emulated": "tokenmill.kernels.int4_gemm.cuda_emulated_impl:EMULATED",
     },
@@ -114,7 +116,7 @@ class PreparedInt4:
     """One layer, packed for one implementation.
 
     Attributes:
-        implementation: Its name: `cpu`, `cuda`, ...
+        implementation: Its name: `cuda`, `triton`, `cpu`, ...
         K: Input features.
         N: Output features.
         dtype: The dtype of the activations it takes.
