@@ -14,6 +14,8 @@ from typing import Any
 
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.governance.options import Options
+from tokenmill.engine.gateway.router.settings import RoutingSettings
+from tokenmill.engine.gateway.sensitivity.settings import SensitivitySettings
 from tokenmill.engine.gateway.settings import Document, Settings
 
 
@@ -28,10 +30,22 @@ class RunningGateway:
     """
 
     def __init__(
-        self, *backends: Backend, settings: Settings | None = None, governance: Options | None = None, key: str = ""
+        self,
+        *backends: Backend,
+        settings: Settings | None = None,
+        governance: Options | None = None,
+        key: str = "",
+        routing: RoutingSettings | None = None,
+        sensitivity: SensitivitySettings | None = None,
     ) -> None:
         self._key = key
-        document = Document(backends, settings or Settings(probe_interval_s=0.1), governance=governance)
+        document = Document(
+            backends,
+            settings or Settings(probe_interval_s=0.1),
+            governance=governance,
+            routing=routing,
+            sensitivity=sensitivity,
+        )
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             listener.listen(1024)

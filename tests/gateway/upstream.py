@@ -7,6 +7,9 @@ It does what the request's own `act` field says, so that a test reads in one pla
     {"stream": true, "act": {"interval_s": 0.01}}    events 10 ms apart
     {"stream": true, "act": {"cut_after": 3}}        breaks the connection after 3 events
     {"act": {"cut_after": 0}}                        breaks the connection without an answer
+    {"act": {"echo": 3}}                             repeats the last message, in a stream 3 characters at a time
+    {"logprobs": true, "act": {"logprob": -3.0}}     gives each token this log probability
+    {"act": {"small": {...}, "large": {...}}}        does by its model's name
     {"act": {"status": 422, "body": "...", "headers": {...}}}   answers just that
 """
 
@@ -132,6 +135,7 @@ class FakeUpstream:
         except ValueError:
             asked = {}
         act = asked.get("act") if isinstance(asked.get("act"), dict) else {}
+        act = act.get(asked.get("model"), act)
         if "delay_s" in act:
             await asyncio.sleep(act["delay_s"])
         if "status" in act:
@@ -146,7 +150,7 @@ class FakeUpstream:
         if asked.get("stream") is True:
             return await self._stream(request, raw, asked, act, chat)
         completion = int(asked.get("max_tokens") or 5)
-        text = "word " * completion
+        text = echoed(asked) if "echo" in act else "word " * completion
         choice = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
         answer = {
             "id": "cmpl-1",
@@ -158,6 +162,8 @@ class FakeUpstream:
             "prompt_logprobs": None,
             "service_tier": None,
         }
+        if asked.get("logprobs") and "logprob" in act:
+            answer["choices"][0]["logprobs"] = {"content": [{"token": "word", "logprob": act["logprob"]}] * completion}
         body = json.dumps(answer).encode()
         self.books.sent.append(body)
         return web.Response(body=body, content_type="application/json", headers={"x-custom": "kept"})
@@ -168,13 +174,19 @@ class FakeUpstream:
         response = web.StreamResponse(headers={"content-type": "text/event-stream; charset=utf-8", "x-custom": "kept"})
         await response.prepare(request)
         sent: list[bytes] = []
-        chunks = act.get("chunks", 5)
-        for index in range(chunks):
+        pieces = [f"w{index} " for index in range(act.get("chunks", 5))]
+        if "echo" in act:
+            text, size = echoed(asked), act["echo"]
+            pieces = [text[start : start + size] for start in range(0, len(text), size)]
+        chunks = len(pieces)
+        for index, piece in enumerate(pieces):
             if act.get("cut_after") == index:
                 assert request.transport is not None
                 request.transport.abort()
                 await asyncio.sleep(0.2)
-            choice = {"delta": {"content": f"w{index} "}} if chat else {"text": f"w{index} "}
+            choice = {"delta": {"content": piece}} if chat else {"text": piece}
+            if asked.get("logprobs") and "logprob" in act:
+                choice["logprobs"] = {"content": [{"token": piece, "logprob": act["logprob"]}]}
             sent.append(await self._event(response, asked, [{"index": 0, "finish_reason": None, **choice}]))
             if "interval_s" in act:
                 await asyncio.sleep(act["interval_s"])
@@ -201,3 +213,11 @@ class FakeUpstream:
         self.books.prompt_tokens += prompt
         self.books.completion_tokens += completion
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def echoed(asked: dict[str, Any]) -> str:
+    """The last message, or the prompt."""
+    if "prompt" in asked:
+        return str(asked["prompt"])
+    content = asked["messages"][-1]["content"]
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
