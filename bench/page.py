@@ -12,7 +12,8 @@ from typing import Any
 from tokenmill.bench import svg
 from tokenmill.bench.regressions import Fall
 from tokenmill.bench.report import by_name, sizes_of, speedup, tables
-from tokenmill.bench.rows import Row
+from tokenmill.bench.rows import Row, least_disturbed
+from tokenmill.bench.serving.compare import SERVED
 from tokenmill.errors import InputError
 
 _STYLE = Path(__file__).with_name("style.css")
@@ -49,7 +50,7 @@ def page(rows: Sequence[Row], falls: Sequence[Fall] = ()) -> str:
     ]
     links = "".join(f'<a href="#{_anchor(title)}">{html.escape(title)}</a>' for title, _ in sections)
     bodies = "".join(f'<h2 id="{_anchor(title)}">{html.escape(title)}</h2>{body}' for title, body in sections)
-    devices = ", ".join(dict.fromkeys(str(row["device"]) for row in rows if "device" in row))
+    devices = " · ".join(dict.fromkeys(str(row["device"]) for row in rows if "device" in row))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
         'content="width=device-width">'
@@ -257,29 +258,35 @@ def _other_ops(rows: Sequence[Row]) -> str:
 
 def _serving(rows: Sequence[Row]) -> str:
     groups: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
-    for row in rows:
-        if row.get("op") == "serve":
-            groups[row["device"], row["isa"], row["model"]].append(row)
+    served = (row for row in rows if row.get("op") == "serve")
+    for row in least_disturbed(served, SERVED, lambda row: 1 / row["output_tokens_per_second"]):
+        groups[row["device"], row["isa"], row["model"]].append(row)
     parts = []
     for (device, isa, model), found in groups.items():
         latest = {(row["workload"], row["concurrency"], row["own_tokens"], row["variant"]): row for row in found}
         variants = list(dict.fromkeys(row["variant"] for row in latest.values()))
         styles = {name: _variant_style(name, variants) for name in variants}
-        bars: dict[str, list[tuple[str, str, float]]] = defaultdict(list)
+        speed: dict[str, list[tuple[str, str, float]]] = defaultdict(list)
+        pace: dict[str, list[tuple[str, str, float]]] = defaultdict(list)
         body, ours = [], []
         for row in latest.values():
             label = f"{row['workload']}, {row['concurrency']} at once"
-            bars[label].append((row["variant"], styles[row["variant"]], row["output_tokens_per_second"]))
+            speed[label].append((row["variant"], styles[row["variant"]], row["output_tokens_per_second"]))
+            pace[label].append((row["variant"], styles[row["variant"]], row["tpot_p50_ms"]))
             body.append([html.escape(row["workload"]), html.escape(row["variant"]), *_served(row)])
             ours.append(not row["variant"].startswith(("stock", "no-draft")))
         sizes = next(iter(latest.values()))
         parts.append(f"<h3>{html.escape(device)}, {html.escape(isa)}: {html.escape(model)}</h3>")
+        loads = [row["load_average"] for row in latest.values() if "load_average" in row]
+        load = f" Load average {min(loads):.1f} to {max(loads):.1f}." if loads else ""
         parts.append(
             f"<p>vLLM's own client over HTTP, servers side by side, {sizes['rounds']} rounds in turns; in brackets the "
             "median over the rounds of how many times better than stock in the same round. A good request has its "
-            f"first token within {sizes['slo_ttft_ms']:g} ms and then one every {sizes['slo_tpot_ms']:g} ms.</p>"
+            f"first token within {sizes['slo_ttft_ms']:g} ms and then one every {sizes['slo_tpot_ms']:g} ms.{load}</p>"
         )
-        parts.append(f'<div class="plots">{svg.bars(bars, "Output tokens per second", "")}</div>')
+        plots = svg.bars(speed, "Output tokens per second: more is better", "")
+        plots += svg.bars(pace, "Median milliseconds an output token: less is better", "")
+        parts.append(f'<div class="plots">{plots}</div>')
         head = (
             "workload",
             "variant",

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokenmill.bench.rows import Row
+from tokenmill.bench.serving.compare import SERVED
 
 #: A ratio may fall by so much.
 ALLOWED_FALL = 0.05
 #: What tells measurements of one thing apart, whatever the op.
 _SIZES = ("K", "N", "M", "group_size", "T", "B", "V", "max_spec_len", "dtype")
-_SERVED = ("model", "workload", "shared_tokens", "own_tokens", "output_tokens", "concurrency")
 _GAINS = ("output_tokens_per_second_gain", "ttft_p50_ms_gain", "tpot_p50_ms_gain")
 
 
@@ -39,7 +39,7 @@ def ratios(rows: Iterable[Row]) -> dict[tuple[str, str, str], float]:
     found: dict[tuple[str, str, str], float] = {}
     for row in rows:
         if row.get("op") == "serve":
-            what = " ".join(str(row.get(name)) for name in _SERVED)
+            what = " ".join(str(row.get(name)) for name in SERVED[2:])
             for gain in _GAINS:
                 if gain in row and row["variant"] != "stock":
                     found[row["device"], f"serve {what}: {row['variant']}, {gain}", "stock"] = row[gain]

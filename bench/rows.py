@@ -11,7 +11,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -51,26 +51,26 @@ def _rows_of(path: Path) -> Iterator[Row]:
         yield row
 
 
-def least_disturbed(rows: Iterable[Row]) -> list[Row]:
+def least_disturbed(
+    rows: Iterable[Row], group: Sequence[str] = GROUP, seconds: Callable[[Row], float] = lambda row: row.get("p50", 0.0)
+) -> list[Row]:
     """Of several measurements of one group, the one whose contestants took the least time together.
 
     A neighbour's load only ever adds time. The rule looks at the sum over all contestants, not at any ratio between
     them, so it favours nobody; the other measurements stay in the file.
 
     Args:
-        rows: Rows with the fields of `KEY` and the `time` at which their group was measured.
+        rows: Rows with the fields of `group` and the `time` at which their group was measured.
+        group: What tells groups apart.
+        seconds: What a row adds to the time of its measurement.
 
     Returns:
         The rows of the chosen measurements, groups in the order in which they first appear.
     """
     runs: dict[tuple[Any, ...], dict[Any, list[Row]]] = {}
     for row in rows:
-        runs.setdefault(identity(row, GROUP), {}).setdefault(row.get("time"), []).append(row)
-    return [row for found in runs.values() for row in min(found.values(), key=_seconds)]
-
-
-def _seconds(rows: Sequence[Row]) -> float:
-    return float(sum(row["p50"] for row in rows if "p50" in row))
+        runs.setdefault(identity(row, group), {}).setdefault(row.get("time"), []).append(row)
+    return [row for found in runs.values() for row in min(found.values(), key=lambda run: sum(map(seconds, run)))]
 
 
 def identity(row: Mapping[str, Any], key: Sequence[str]) -> tuple[Any, ...]:

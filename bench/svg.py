@@ -183,7 +183,7 @@ def _figure(title: str, parts: Sequence[str], height: float, series: Sequence[Se
     keys = "".join(
         '<li><svg class="key" viewBox="0 0 12 12" aria-hidden="true">'
         f'<rect class="{one.style} bar" width="12" height="12" rx="3"/></svg>{html.escape(one.name)}</li>'
-        for one in series
+        for one in sorted(series, key=lambda one: ("ours", "baseline", "rival").index(one.role))
     )
     return (
         f'<figure><figcaption>{html.escape(title)}</figcaption><svg viewBox="0 0 {_WIDTH} {height:.0f}" role="img" '

@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     add("--model", default="mini", help=f"{', '.join(models.SHAPES)} (a slice of random weights), or `pair`")
     add("--layers", type=int, default=2, help="layers of the slice (default %(default)s)")
     add("--weights", choices=("bf16", "int4"), default="int4", help="of the slice (default %(default)s)")
-    add("--hooks", help="hooks to compare, commas between; default: those that the model uses")
+    add("--hooks", help="only stock and these hooks, commas between; default: those that the model uses, and its bf16")
     add("--workloads", default="chat,code,shared-prefix", help="default %(default)s")
     add("--concurrency", default="1,8", help="requests at once, commas between (default %(default)s)")
     add("--scale", type=float, help="multiplies the lengths of prompts and outputs (default: 1 on a GPU, else 1/8)")
@@ -86,15 +86,16 @@ def _variants(arguments: argparse.Namespace, folder: Path) -> tuple[Variant, ...
         target, draft = tiny_pair()
         drafting = f'{{"model": "{draft}", "num_speculative_tokens": {_DRAFTED}}}'
         flags = ("--speculative-config", drafting)
-        plain = Variant("no-draft", target, "none")
-        return (*_with_hooks(arguments, target, ("verification",), flags), plain)
+        compared = _with_hooks(arguments, target, ("verification",), flags)
+        return compared if arguments.hooks else (*compared, Variant("no-draft", target, "none"))
     sizes = models.shape(arguments.model, arguments.layers)
     if arguments.weights == "bf16":
         dense = models.write_dense(folder / "dense", sizes, arguments.layers)
         return _with_hooks(arguments, dense, ("all",), ("--load-format", "dummy"))
-    quantized = models.write_int4(folder / "int4", sizes, arguments.layers)
+    compared = _with_hooks(arguments, models.write_int4(folder / "int4", sizes, arguments.layers), ("linear",), ())
+    if arguments.hooks:
+        return compared
     dense = models.write_dense(folder / "dense", sizes, arguments.layers)
-    compared = _with_hooks(arguments, quantized, ("linear",), ())
     return (*compared, Variant("stock-bf16", dense, "none", ("--load-format", "dummy")))
 
 

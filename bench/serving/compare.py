@@ -17,19 +17,10 @@ from tokenmill.bench.rows import Row, RowFile, identity
 from tokenmill.bench.serving.processes import Client, Server
 from tokenmill.bench.serving.workloads import Workload, write_prompts
 
-#: What identifies a group: everything but the variant.
-GROUP = (
-    "op",
-    "device",
-    "isa",
-    "source",
-    "model",
-    "workload",
-    "shared_tokens",
-    "own_tokens",
-    "output_tokens",
-    "concurrency",
-)
+#: What was served, on what: everything but who served it.
+SERVED = ("device", "isa", "model", "workload", "shared_tokens", "own_tokens", "output_tokens", "concurrency")
+#: What is not measured twice: the same, by the same sources.
+GROUP = ("op", "source", *SERVED)
 #: Names of vLLM's result and of ours; times in milliseconds.
 _FIGURES = {
     "median_ttft_ms": "ttft_p50_ms",

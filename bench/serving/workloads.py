@@ -4,8 +4,10 @@ The text is Python's own library, cut to a number of tokens. Every round has its
 the prefix cache but what the requests of a round share.
 """
 
+import ast
 import json
 import random
+import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -14,7 +16,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from tokenmill.errors import ConfigurationError
-from tokenmill.speculative.pair.corpus import read_library
+from tokenmill.speculative.pair.corpus import chat_pairs, part_of, source_files
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,17 @@ def chosen(names: str, share: float) -> tuple[Workload, ...]:
 
 @cache
 def _texts(chat: bool) -> tuple[str, ...]:
-    return tuple(document.text for document in read_library().part("held_out") if document.is_chat == chat)
+    """The held-out files of the library: their source, or questions about them with the answers."""
+    root, found = Path(sysconfig.get_path("stdlib")), []
+    for path in source_files(root):
+        name = path.relative_to(root).as_posix()
+        if part_of(name) == "held_out":
+            source = path.read_text(encoding="utf-8", errors="replace")
+            found.append("".join(chat_pairs(ast.parse(source), source, name)) if chat else source)
+    texts = tuple(filter(None, found))
+    if not texts:
+        raise ConfigurationError(f"{root} holds no Python sources to make prompts of; install them with the library")
+    return texts
 
 
 def write_prompts(path: Path, workload: Workload, count: int, seed: int, tokenizer: Path) -> None:
@@ -108,6 +120,6 @@ def _piece(codec: Tokenizer, texts: Sequence[str], tokens: int, rng: random.Rand
     ids: list[int] = []
     while len(ids) < tokens:
         text = rng.choice(texts)
-        start = rng.randrange(max(1, len(text) - 8 * tokens))
+        start = rng.randrange(len(text))
         ids += codec.encode(text[start : start + 16 * tokens], add_special_tokens=False).ids
     return str(codec.decode(ids[:tokens], skip_special_tokens=False))

@@ -114,7 +114,7 @@ def sanitize(about: Row, tool: str, op: str, implementation: str, dtype: str) ->
     item = Item(
         "sanitizer",
         tool,
-        "correctness:check",
+        "tokenmill.bench.suite.correctness:check",
         {
             "op": op,
             "implementation": implementation,
@@ -150,8 +150,9 @@ def sanitize(about: Row, tool: str, op: str, implementation: str, dtype: str) ->
 
 
 def _sanitizer() -> str:
-    beside = Path(platform.nvcc() or "").with_name("compute-sanitizer")
-    program = shutil.which("compute-sanitizer") or (str(beside) if beside.exists() else None)
+    nvcc = platform.nvcc()
+    beside = None if nvcc is None else Path(nvcc).with_name("compute-sanitizer")
+    program = shutil.which("compute-sanitizer") or (str(beside) if beside and beside.exists() else None)
     if program is None:
         raise Skip("compute-sanitizer is neither on the path nor beside nvcc")
     return program

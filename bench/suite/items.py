@@ -32,7 +32,7 @@ class Item:
     Attributes:
         step: The step it belongs to.
         name: Unique within the step.
-        target: `module:function` under `tokenmill.bench.suite`; takes `about` (fields of every row) and `arguments`.
+        target: `module:function`; takes `about` (fields of every row) and `arguments`.
         arguments: What JSON can carry.
         seconds: After this long it counts as stuck.
         environment: Variables of the process that runs it.
@@ -49,7 +49,7 @@ class Item:
         """In this process; every error becomes an outcome, so that the next item runs."""
         module, _, function = self.target.partition(":")
         try:
-            task = cast("Callable[..., Outcome]", getattr(import_module(f"tokenmill.bench.suite.{module}"), function))
+            task = cast("Callable[..., Outcome]", getattr(import_module(module), function))
             return task(about, **self.arguments)
         except Skip as reason:
             return Outcome("skipped", str(reason))

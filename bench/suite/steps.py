@@ -38,10 +38,10 @@ _VOCABULARY = 128_256
 
 def items(*, gpu: bool) -> Iterator[Item]:
     """Everything, in order."""
-    yield Item("machine", "facts", "hardware:facts")
-    yield Item("build", "native library", "hardware:build", {"cuda": gpu}, seconds=600)
-    yield Item("roofs", "roofs", "hardware:roofs")
-    yield Item("primitives", "micro-tests", "hardware:primitives", seconds=300)
+    yield Item("machine", "facts", "tokenmill.bench.suite.hardware:facts")
+    yield Item("build", "native library", "tokenmill.bench.suite.hardware:build", {"cuda": gpu}, seconds=600)
+    yield Item("roofs", "roofs", "tokenmill.bench.suite.hardware:roofs")
+    yield Item("primitives", "micro-tests", "tokenmill.bench.suite.hardware:primitives", seconds=300)
     yield from _correctness(gpu)
     if gpu:
         yield from _sanitizers()
@@ -71,7 +71,7 @@ def _correctness(gpu: bool) -> Iterator[Item]:
                 }
                 environment = {"TRITON_INTERPRET": "1"} if implementation == "triton" and not on_gpu else {}
                 title = f"{name} {implementation} {dtype}"
-                yield Item("correctness", title, "correctness:check", arguments, 240, environment)
+                yield Item("correctness", title, "tokenmill.bench.suite.correctness:check", arguments, 240, environment)
 
 
 def _dtypes(spec: OpSpec, gpu: bool) -> tuple[str, ...]:
@@ -87,7 +87,13 @@ def _sanitizers() -> Iterator[Item]:
             for implementation in ("cuda", "triton"):
                 if implementation in registry.names(spec):
                     arguments = {"tool": tool, "op": name, "implementation": implementation, "dtype": "bfloat16"}
-                    yield Item("sanitizer", f"{tool} {name} {implementation}", "correctness:sanitize", arguments, 180)
+                    yield Item(
+                        "sanitizer",
+                        f"{tool} {name} {implementation}",
+                        "tokenmill.bench.suite.correctness:sanitize",
+                        arguments,
+                        180,
+                    )
 
 
 def _speed_on_gpu() -> Iterator[Item]:
@@ -95,7 +101,7 @@ def _speed_on_gpu() -> Iterator[Item]:
         for K, N in shapes:
             arguments = {"K": K, "N": N, "group_size": min(128, K), "rows": rows, "cpu": False, "rounds": 15}
             title = f"int4_gemm {K}x{N} M={','.join(map(str, rows))}"
-            yield Item("speed", title, "speed:int4", {**arguments, "quick": False}, 240)
+            yield Item("speed", title, "tokenmill.bench.suite.speed:int4", {**arguments, "quick": False}, 240)
         if index == 0:
             yield from _other_ops()
 
@@ -112,15 +118,15 @@ def _other_ops() -> Iterator[Item]:
         for axes in sizes:
             title = f"{name} " + " ".join(f"{axis}={size}" for axis, size in axes.items())
             arguments = {"name": name, "axes": axes, "dtype": "bfloat16", "cpu": False, "rounds": 15}
-            yield Item("speed", title, "speed:op", arguments, 120)
+            yield Item("speed", title, "tokenmill.bench.suite.speed:op", arguments, 120)
 
 
 def _speed_on_cpu() -> Iterator[Item]:
     """Tiny, to show that measuring works; figures of use come from `tokenmill bench int4 --cpu`."""
     arguments = {"K": 512, "N": 512, "group_size": 128, "rows": (1, 8), "cpu": True, "rounds": 1, "quick": True}
-    yield Item("speed", "int4_gemm 512x512 M=1,8", "speed:int4", arguments)
+    yield Item("speed", "int4_gemm 512x512 M=1,8", "tokenmill.bench.suite.speed:int4", arguments)
     for name in registry.OPS:
         if name != "int4_gemm":
             axes = dict(subject(name).spec.examples[0])
             arguments = {"name": name, "axes": axes, "dtype": "float32", "cpu": True, "rounds": 1}
-            yield Item("speed", f"{name} typical", "speed:op", arguments)
+            yield Item("speed", f"{name} typical", "tokenmill.bench.suite.speed:op", arguments)

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tokenmill.bench import report, shapes, timing
+from tokenmill.bench import report, rows, shapes, timing
 from tokenmill.bench.roofline import Roofs
-from tokenmill.bench.rows import RowFile, least_disturbed, read_rows
+from tokenmill.bench.rows import RowFile, facts, least_disturbed, read_rows
 from tokenmill.errors import ConfigurationError, InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,19 +84,43 @@ def test_no_rows_no_report() -> None:
         report.markdown([])
 
 
-def test_report_is_one_page_with_its_pictures(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    written = report.write(ROWS, tmp_path)
-    page = (tmp_path / "report.html").read_text()
-    assert "data:image/png;base64," in page
-    assert "not &lt;installed&gt;" in page
-    assert {path.suffix for path in written} == {".md", ".png", ".html"}
+def test_every_row_says_where_it_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENMILL_ISA", "avx2")
+    about = facts(["tokenmill", "bench", "--out", "/some/folder/rows.jsonl"])
+    assert about["command"] == "TOKENMILL_ISA=avx2 tokenmill bench --out rows.jsonl"
+    assert {"python", "torch", "tokenmill"} <= set(about["versions"])
+    assert about["commit"] not in ("", "unknown")
+    assert about["device"].endswith("cores")
+
+
+def test_the_digest_of_the_sources_follows_their_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "kernels").mkdir()
+    kernel = tmp_path / "kernels" / "a.cu"
+    kernel.write_text("one")
+    monkeypatch.setattr(rows, "__file__", str(tmp_path / "bench" / "rows.py"))
+    digests = []
+    for text in ("one", "two", "one"):
+        kernel.write_text(text)
+        rows.source_digest.cache_clear()
+        digests.append(rows.source_digest(("kernels",)))
+    rows.source_digest.cache_clear()
+    assert digests[0] == digests[2] != digests[1]
+
+
+def test_without_git_the_commit_is_the_one_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "__file__", str(tmp_path / "bench" / "rows.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.setenv("TOKENMILL_COMMIT", "abc1234")
+    rows.source_commit.cache_clear()
+    assert rows.source_commit() == "abc1234"
+    rows.source_commit.cache_clear()
 
 
 def test_readme_is_generated_from_the_committed_rows() -> None:
-    rows = read_rows(sorted((ROOT / "bench" / "results").glob("*/int4-*.jsonl")))
+    committed = read_rows(sorted((ROOT / "bench" / "results").glob("*/int4-*.jsonl")))
     section = (ROOT / "README.md").read_text().partition(report.BEGIN)[2].partition(report.END)[0]
-    assert section.strip() == report.markdown(rows).strip()
+    assert section.strip() == report.markdown(committed).strip()
 
 
 def test_shapes_and_sizes() -> None:
