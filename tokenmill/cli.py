@@ -29,6 +29,7 @@ class Command:
 
 COMMANDS: tuple[Command, ...] = (
     Command("serve", "tokenmill.engine.supervisor.main:main", "Serve models: start, watch and restart the servers."),
+    Command("admin", "tokenmill.engine.gateway.admin.command:main", "Accounts, keys, budgets, ledger, audit trail."),
     Command("doctor", "tokenmill.doctor:main", "Explain this machine: what would run, and why something would not."),
     Command("build", "tokenmill.native_build:main", "Compile the native library in place, only what changed."),
     Command("kernels", "tokenmill.kernels.command:main", "Prove CUDA kernels in the CPU emulator; static gates."),

@@ -15,6 +15,7 @@ from tests.gateway.running import lowered, wait_until
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.governance.options import Options, digest
 from tokenmill.engine.gateway.observability.options import Options as ObservabilityOptions
+from tokenmill.engine.gateway.router.settings import RoutingSettings
 from tokenmill.engine.gateway.settings import Document, Settings
 
 MASTER_KEY = "sk-master-0123456789abcdef0123456789"
@@ -28,9 +29,9 @@ class Workers:
         folder: For the store and the workers' figures.
         backends: Their backends.
         count: How many.
-        observability: What they tell; `shared` is set to a folder of theirs.
+        request_log: Whether they write a line per request to standard error, which is the file `log`.
         settings: Their settings.
-        errors: File for their standard error.
+        routing: How requests that name no model are routed.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Workers:
         count: int = 1,
         request_log: bool = False,
         settings: Settings | None = None,
+        routing: RoutingSettings | None = None,
     ) -> None:
         self.store = folder / "gateway.db"
         self.log = folder / "stderr.log"
@@ -48,6 +50,7 @@ class Workers:
             settings or Settings(probe_interval_s=0.1),
             governance=Options(str(self.store), digest(MASTER_KEY)),
             observability=ObservabilityOptions(request_log=request_log, shared=str(folder / "figures")),
+            routing=routing,
         )
         self._document = document.to_json()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=1024)

@@ -25,6 +25,7 @@ SPANS = {"1h": HOUR_MS, "24h": 24 * HOUR_MS, "7d": 7 * 24 * HOUR_MS, "30d": 30 *
 MINUTES = 60
 #: Rows of each table of sums.
 ROWS = 12
+DECISIONS = 15
 _SHARES = (0.5, 0.95, 0.99)
 
 
@@ -91,7 +92,7 @@ async def collect(sources: Sources, span: str) -> Figures:
         span=span,
         latencies=_latencies(whole, families),
         backends=backends,
-        decisions=sorted((d for one in seen for d in one.report.decisions), key=lambda d: -d["at"])[:25],
+        decisions=sorted((d for one in seen for d in one.report.decisions), key=lambda d: -d["at"])[:DECISIONS],
         open_requests=int(_sum(families, "tokenmill_open_requests")),
         workers=sum(one.lives for one in seen),
         escalations=int(_sum(families, "tokenmill_escalations")),

@@ -1,0 +1,104 @@
+"""`tokenmill admin` on a store's file, alone and beside a gateway that serves."""
+
+import json
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.gateway.workers import Workers
+from tokenmill import cli
+
+
+class Admin:
+    """The command on one store."""
+
+    def __init__(self, store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self._store = store
+        self._capsys = capsys
+
+    def shown(self, *arguments: str, status: int = 0, json_too: bool = False) -> str:
+        """What it prints on both streams."""
+        more = ["--json"] if json_too else []
+        assert cli.main(["admin", "--store", str(self._store), *more, *arguments]) == status
+        captured = self._capsys.readouterr()
+        return captured.out + captured.err
+
+    def json(self, *arguments: str, status: int = 0) -> Any:
+        """Its answer in JSON."""
+        return json.loads(self.shown(*arguments, status=status, json_too=True))
+
+
+@pytest.fixture
+def admin(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Admin:
+    made = Admin(tmp_path / "books.db", capsys)
+    made.shown("--create", "org", "create", "acme", "--budget", "100", "--period", "30d")
+    return made
+
+
+def test_accounts_keys_and_limits(admin: Admin) -> None:
+    made = admin.json("team", "create", "search", "--parent", "acme", "--budget", "5", "--rpm", "60")
+    assert (made["parent"], made["limits"]["hard_limit_dollars"]) == ("acme", 5)
+    key = admin.json("key", "create", "--parent", "search", "--model", "a", "--model", "b", "--role", "auditor")
+    assert (key["models"], key["role"], key["parent"]) == (["a", "b"], "auditor", "search")
+    assert admin.json("limits", "search", "--tpm", "9")["limits"] == {**made["limits"], "tokens_per_minute": 9}
+    assert admin.json("limits", "search", "--replace", "--rpm", "1")["limits"]["hard_limit_dollars"] is None
+    rotated = admin.json("key", "rotate", key["key"])
+    assert rotated["id"] == key["id"] and rotated["key"] != key["key"]
+    assert admin.json("key", "revoke", key["id"])["state"] == "was revoked"
+    assert [one["id"] for one in admin.json("key", "list")] == [key["id"]]
+    assert [one["id"] for one in admin.json("org", "list")] == ["acme"]
+
+
+def test_tables_are_for_people(admin: Admin) -> None:
+    key = admin.shown("key", "create", "--name", "bot")
+    assert "sk-" in key and "only time" in key
+    listed = admin.shown("key", "list")
+    assert "bot" in listed and "sk-" not in listed
+    assert "acme" in admin.shown("org", "list")
+    assert "requests" in admin.shown("ledger", "--by", "team,day", "--last", "30d")
+    assert "organisation.create" in admin.shown("audit", "list")
+
+
+def test_audit_trail_is_verified(admin: Admin, tmp_path: Path) -> None:
+    head = admin.json("audit", "verify")
+    assert head["intact"]
+    admin.shown("app", "create", "bot")
+    assert admin.json("audit", "verify", "--expected", head["head"])["rows"] == head["rows"] + 1
+    assert not admin.json("audit", "verify", "--expected", "0" * 64, status=1)["intact"]
+    with sqlite3.connect(tmp_path / "books.db") as connection:
+        connection.execute("UPDATE audit SET subject = 'other' WHERE sequence = 1")
+    connection.close()
+    assert "row 1 was changed" in admin.shown("audit", "verify", status=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["team", "create", "x", "--parent", "nobody"], "no account 'nobody'"),
+        (["org", "create", "acme"], "exists"),
+        (["org", "create", "../x"], "is no id"),
+        (["team", "create", "x", "--budget", "nan"], "nan dollars"),
+        (["team", "create", "x", "--period", "soon"], "no duration"),
+        (["key", "revoke", "none"], "no key 'none'"),
+        (["ledger", "--by", "colour"], "'colour'"),
+    ],
+)
+def test_wrong_input_is_one_line(admin: Admin, arguments: list[str], says: str) -> None:
+    said = admin.shown(*arguments, status=2)
+    assert says in said and said.count("\n") == 1
+
+
+def test_a_store_is_not_made_by_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "does not exist" in Admin(tmp_path / "none.db", capsys).shown("key", "list", status=2)
+    assert not (tmp_path / "none.db").exists()
+
+
+def test_a_serving_gateway_obeys_at_once(workers: Workers, capsys: pytest.CaptureFixture[str]) -> None:
+    admin = Admin(workers.store, capsys)
+    key = admin.json("key", "create", "--rpm", "100")
+    assert [workers.chat(key["key"])[0] for _ in range(4)] == [200] * 4
+    admin.shown("key", "revoke", key["id"])
+    assert [workers.chat(key["key"])[0] for _ in range(8)] == [401] * 8
+    assert admin.json("audit", "verify")["intact"]
