@@ -102,17 +102,29 @@ def _neat(groups: list[int]) -> bool:
     return len(groups) == 1 or max(groups) <= 4 or groups in ([4, 6, 5], [4, 6, 4])
 
 
+#: Lengths of card numbers by how they begin.
+_CARD_LENGTHS = {
+    "2": (16,), "30": range(14, 20), "34": (15,), "35": range(16, 20), "36": range(14, 20), "37": (15,),
+    "38": range(14, 20), "39": range(14, 20), "4": (13, 16, 19), "5": (16,), "6": range(13, 20),
+}  # fmt: skip
+
+
 def _card(digits: str) -> bool:
-    return checksums.luhn(digits) and len(set(digits)) > 1
+    lengths = _CARD_LENGTHS.get(digits[:1]) or _CARD_LENGTHS.get(digits[:2], ())
+    return len(digits) in lengths and checksums.luhn(digits)
 
 
 def _iban(text: bytes, start: int, end: int) -> tuple[int, int] | None:
     while text[start] not in _ALNUM:
         start += 1
     length = checksums.IBAN_LENGTHS.get(text[start : start + 2].decode("latin-1").upper())
+    groups: list[int] = []
     for bare, stop in _prefixes(text, start, end, _ALNUM) if length else ():
+        groups.append(len(bare) - sum(groups))
         if len(bare) == length:
-            return (start, stop) if checksums.iban(bare) else None
+            # In one piece or in fours, the country and the check digits perhaps apart: words are not in fours.
+            inner = groups[2 if groups[:2] == [2, 2] else 0 : -1]
+            return (start, stop) if set(inner) <= {4} and checksums.iban(bare) else None
     return None
 
 
@@ -152,10 +164,11 @@ def _email(text: bytes, start: int, end: int) -> tuple[int, int] | None:
 def _phone(text: bytes, start: int, end: int) -> tuple[int, int] | None:
     while text[start] not in b"+(0123456789":
         start += 1
-    if _is(text, end, _DIGITS):
-        return None
-    count = sum(character in _DIGITS for character in text[start:end])
-    return (start, end) if 7 <= count <= 15 else None
+    found = None
+    for bare, stop in _prefixes(text, start, end, _DIGITS):
+        if 7 <= len(bare) <= 15:
+            found = start, stop
+    return found
 
 
 def _announced_phone(text: bytes, start: int, end: int) -> tuple[int, int] | None:
@@ -356,7 +369,7 @@ KINDS: tuple[Kind, ...] = (
             rb"|github_pat_[0-9A-Za-z_]{20,}|glpat-[0-9A-Za-z_-]{20,}|xox[abeprs]-[0-9A-Za-z-]{10,}"
             rb"|AIza[0-9A-Za-z_-]{35}|hf_[0-9A-Za-z]{20,}|npm_[0-9A-Za-z]{30,}|pypi-[0-9A-Za-z_-]{30,}"
             rb"|SG\.[0-9A-Za-z_-]{16,}\.[0-9A-Za-z_-]{16,}"
-            rb"|eyJ[0-9A-Za-z_-]{8,}\.eyJ[0-9A-Za-z_-]{8,}\.[0-9A-Za-z_-]*)",
+            rb"|eyJ[0-9A-Za-z_-]{16,}(?:\.[0-9A-Za-z_-]*){0,2})",
         ),
         _whole_word,
     ),

@@ -23,6 +23,8 @@ class Redaction:
     """
 
     def __init__(self, values: Mapping[str, str], taken: bytes) -> None:
+        if b"\\u" in taken:
+            taken = msgspec.json.encode(msgspec.json.decode(taken))
         self.placeholders: dict[str, str] = {}
         counts: dict[str, int] = {}
         for value, kind in values.items():

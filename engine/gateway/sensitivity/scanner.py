@@ -197,7 +197,7 @@ class Scanner:
 
     def _search(self, text: str, before: bool, after: bool) -> Iterator[Finding]:
         seen, places = plain(text)
-        for kind, start, end in _outermost(list(self._candidates(seen))):
+        for kind, start, end in _without_look_alikes(list(self._candidates(seen))):
             # Cut off by the window's edge: the next window, or the one before, sees it whole.
             if (before and start == 0) or (after and end == len(seen) and start > STRIDE):
                 continue
@@ -225,12 +225,13 @@ class Scanner:
                     place = max(found[1], start + 1) if found else start + 1
 
 
-def _outermost(found: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
-    """Without what lies inside something longer: a bank account's digits are no telephone number."""
+def _without_look_alikes(found: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
+    """Without telephone numbers that are part of something else: the digits of a bank account are none."""
     return [
         one
         for one in dict.fromkeys(found)
-        if not any(other[1] <= one[1] and one[2] <= other[2] and other[1:] != one[1:] for other in found)
+        if one[0] != "phone"
+        or not any(other[0] != "phone" and other[1] <= one[1] and one[2] <= other[2] for other in found)
     ]
 
 
