@@ -130,8 +130,15 @@ def measure_shape(
         )
         inputs = {dtype: x.to(dtype) for dtype in {ring.contestant.dtype for ring in rings}}
         limits = _limits(x, weight, exact_weight)
-        errors = {ring.contestant.name: _worst(ring, inputs, limits) for ring in rings}
-        right = [ring for ring in rings if errors[ring.contestant.name] <= limits.of(ring.contestant)]
+        refused, errors = dict(refusals), {}
+        for ring in rings:
+            try:
+                errors[ring.contestant.name] = _worst(ring, inputs, limits)
+            except Exception as error:
+                if ring.contestant.role == "ours":
+                    raise
+                refused[ring.contestant.name] = broken(error)
+        right = [ring for ring in rings if errors.get(ring.contestant.name, math.inf) <= limits.of(ring.contestant)]
         before, started = machine.state(), time.time()
         timed = machine.take_turns(
             {ring.contestant.name: ring.calls(inputs[ring.contestant.dtype]) for ring in right}, rounds
@@ -158,7 +165,7 @@ def measure_shape(
                 "version": one.version(),
                 "dtype": str(one.dtype).removeprefix("torch."),
                 "activation_bits": one.activation_bits,
-                **_result(one, by_name.get(one.name), refusals, errors, limits, timed, shared, roofs, weight),
+                **_result(one, by_name.get(one.name), refused, errors, limits, timed, shared, roofs, weight),
             }
             for one in contestants
         ]
@@ -176,7 +183,7 @@ def _result(
     weight: Int4Weight,
 ) -> Row:
     """The figures of one contestant, or why there are none."""
-    if ring is None:
+    if ring is None or refusals[one.name] is not None:
         return {"skipped": refusals[one.name]}
     checked = {"max_error": errors[one.name], "error_limit": limits.of(one)}
     if one.name not in timed:

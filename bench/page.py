@@ -12,8 +12,7 @@ from typing import Any
 from tokenmill.bench import svg
 from tokenmill.bench.regressions import Fall
 from tokenmill.bench.report import by_name, sizes_of, speedup, tables
-from tokenmill.bench.rows import Row, least_disturbed
-from tokenmill.bench.serving.compare import SERVED
+from tokenmill.bench.rows import SERVED, Row, least_disturbed
 from tokenmill.errors import InputError
 
 _STYLE = Path(__file__).with_name("style.css")

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tokenmill.bench.rows import Row
-from tokenmill.bench.serving.compare import SERVED
+from tokenmill.bench.rows import SERVED, Row
 
 #: A ratio may fall by so much.
 ALLOWED_FALL = 0.05

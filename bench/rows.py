@@ -25,6 +25,8 @@ Row = dict[str, Any]
 KEY = ("op", "device", "isa", "threads", "K", "N", "group_size", "M", "implementation")
 #: What identifies a group: everything but who.
 GROUP = KEY[:-1]
+#: What was served, and on what: everything but by which server.
+SERVED = ("device", "isa", "model", "workload", "shared_tokens", "own_tokens", "output_tokens", "concurrency")
 
 
 def read_rows(paths: Iterable[Path]) -> list[Row]:

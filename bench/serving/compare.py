@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from tokenmill.bench import nvml
-from tokenmill.bench.rows import Row, RowFile, identity
+from tokenmill.bench.rows import SERVED, Row, RowFile, identity
 from tokenmill.bench.serving.processes import Client, Server
 from tokenmill.bench.serving.workloads import Workload, write_prompts
 
-#: What was served, on what: everything but who served it.
-SERVED = ("device", "isa", "model", "workload", "shared_tokens", "own_tokens", "output_tokens", "concurrency")
 #: What is not measured twice: the same, by the same sources.
 GROUP = ("op", "source", *SERVED)
 #: Names of vLLM's result and of ours; times in milliseconds.

@@ -7,19 +7,16 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from tokenmill import platform
 from tokenmill.bench import regressions
 from tokenmill.bench.rows import Row, cpu_device, facts, read_rows
 from tokenmill.bench.suite.items import Item, Outcome
 from tokenmill.bench.suite.runner import results_file, run
+from tokenmill.bench.suite.screen import Screen
 from tokenmill.bench.suite.steps import STEPS, items
 from tokenmill.errors import ConfigurationError
 
-_COLOURS = {"proven": "green", "measured": "cyan", "failed": "bold red", "skipped": "yellow"}
+_VERDICTS = ("proven", "measured", "failed", "skipped")
 #: Characters of a reason in the summary; the rows have it whole.
 _WIDEST = 160
 #: Rows that are committed, beside this file's folder; absent from an installed wheel.
@@ -51,29 +48,26 @@ def main(argv: list[str]) -> int:
     if not arguments.minutes > 0:
         raise ConfigurationError(f"--minutes {arguments.minutes:g} is not positive; 10 is enough for the first figures")
     chosen = _steps(arguments.steps)
-    console = Console(highlight=False, soft_wrap=True)
+    screen = Screen()
     gpu = None if arguments.cpu else next(iter(platform.gpus()), None)
     if gpu is None and not arguments.cpu:
-        console.print("torch sees no CUDA device: running the reduced form on this CPU, as --cpu does", style="yellow")
+        screen.line("torch sees no CUDA device: running the reduced form on this CPU, as --cpu does", "skipped")
     about = facts(["tokenmill", "gpu-suite", *argv], gpu.name if gpu else cpu_device())
-    console.print(f"{about['device']}, commit {about['commit']}, {_versions()}")
+    screen.line(f"{about['device']}, commit {about['commit']}, {_versions()}")
     out = results_file(arguments.out)
     deadline = time.monotonic() + 60 * arguments.minutes
 
     def say(item: Item, outcome: Outcome, known: bool) -> None:
-        word = Text(f"{outcome.verdict:<9}", style=_COLOURS[outcome.verdict])
         again = " (from an earlier run)" if known else ""
-        console.print(word, Text(f"{item.step:<12} {item.name}: {outcome.detail}{again}"), soft_wrap=True)
+        screen.item(outcome.verdict, f"{item.step:<12} {item.name}: {outcome.detail}{again}")
 
     todo = [item for item in items(gpu=gpu is not None) if item.step in chosen]
     verdicts = run(todo, about, out, deadline, say)
-    console.print(summary(verdicts), soft_wrap=False)
-    fallen = _compare(out.rows, about, arguments.against, console)
+    screen.table(("step", *_VERDICTS, "why"), summary(verdicts))
+    fallen = _compare(out.rows, about, arguments.against, screen)
     failed = sum(row["verdict"] == "failed" for row in verdicts)
-    console.print(f"rows: {out.path}; a page from them: tokenmill report {out.path} --html report.html")
-    console.print(
-        verdict_line(failed, len(fallen), gpu is not None), style="bold red" if failed or fallen else "bold green"
-    )
+    screen.line(f"rows: {out.path}; a page from them: tokenmill report {out.path} --html report.html")
+    screen.line(verdict_line(failed, len(fallen), gpu is not None), "bad" if failed or fallen else "good")
     return 1 if failed or fallen else 0
 
 
@@ -95,39 +89,33 @@ def _versions() -> str:
     return ", ".join(found)
 
 
-def summary(verdicts: Sequence[Row]) -> Table:
-    """One line a step: how many items got which verdict, and the first reason of those that were skipped or failed."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("step", "proven", "measured", "failed", "skipped"):
-        table.add_column(column, justify="left" if column == "step" else "right")
-    table.add_column("why", overflow="fold")
+def summary(verdicts: Sequence[Row]) -> list[list[str]]:
+    """One line a step: how many items got which verdict; then why those that failed or were skipped did."""
+    lines = []
     for step in STEPS:
         rows = [row for row in verdicts if row["step"] == step]
         if not rows:
             continue
-        counts = [sum(row["verdict"] == verdict for row in rows) for verdict in _COLOURS]
+        counts = [sum(row["verdict"] == verdict for row in rows) for verdict in _VERDICTS]
         failed = [f"{row['item']}: {row['detail']}" for row in rows if row["verdict"] == "failed"]
         skipped = list(dict.fromkeys(row["detail"] for row in rows if row["verdict"] == "skipped"))
-        numbers = (
-            Text(str(count) if count else "-", style=_COLOURS[v] if count else "dim")
-            for v, count in zip(_COLOURS, counts, strict=True)
-        )
-        table.add_row(step, *numbers, Text("\n".join(line[:_WIDEST] for line in [*failed, *skipped])))
-    return table
+        why = "\n".join(line[:_WIDEST] for line in [*failed, *skipped])
+        lines.append([step, *(str(count) if count else "-" for count in counts), why])
+    return lines
 
 
-def _compare(rows: Sequence[Row], about: Row, folder: Path, console: Console) -> list[regressions.Fall]:
-    """Names every ratio of this source that fell below the committed rows of the device."""
+def _compare(rows: Sequence[Row], about: Row, folder: Path, screen: Screen) -> list[regressions.Fall]:
+    """Names every ratio of this source that fell below the earlier rows of the device."""
     now = [row for row in rows if row.get("source") == about["source"] and row.get("device") == about["device"]]
     before = [row for row in read_rows(sorted(folder.glob("*/*.jsonl"))) if row.get("source") != about["source"]]
     fallen = regressions.falls(now, before)
     count = regressions.compared(now, before)
-    if not count:
-        console.print(f"no earlier ratios of {about['device']} to compare with")
+    if count:
+        screen.line(f"{count} ratios to rivals compared with earlier rows; {len(fallen)} fell by more than 5%")
     else:
-        console.print(f"{count} ratios to rivals compared with earlier rows; {len(fallen)} fell by more than 5%")
+        screen.line(f"no earlier ratios of {about['device']} to compare with")
     for fall in fallen:
-        console.print(f"FELL  {fall}", style="red", soft_wrap=True)
+        screen.line(f"FELL  {fall}", "bad")
     return fallen
 
 

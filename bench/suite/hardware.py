@@ -55,6 +55,8 @@ def build(about: Row, cuda: bool) -> Outcome:
         raise Skip("the native library has no CUDA kernels, and there is no nvcc on PATH or in CUDA_HOME")
     answer = subprocess.run([sys.executable, "-m", "tokenmill", "build"], capture_output=True, text=True, check=False)
     said = [line for line in (answer.stdout + answer.stderr).splitlines() if line.strip()]
+    if answer.returncode == 2:  # a tool is missing
+        raise Skip(said[-1])
     if answer.returncode:
         return Outcome("failed", said[-1] if said else f"`tokenmill build` ended with {answer.returncode}")
     return Outcome("proven", f"built: {said[-1]}" if said else "built")
