@@ -25,6 +25,14 @@ PARENTS: dict[Kind, tuple[Kind, ...]] = {
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 #: Largest value of a 64-bit column that is still added to.
 _MOST = 2**53
+#: The least value of each limit.
+_LOWEST = (
+    ("hard_limit", 0),
+    ("soft_limit", 0),
+    ("period_ms", 1),
+    ("requests_per_minute", 0),
+    ("tokens_per_minute", 0),
+)
 
 
 @dataclass(frozen=True)
@@ -46,8 +54,8 @@ class Limits:
     tokens_per_minute: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            lowest = 1 if name == "period_ms" else 0
+        for name, lowest in _LOWEST:
+            value = getattr(self, name)
             if value is not None and not lowest <= value <= _MOST:
                 raise InputError(f"{name}={value} is outside {lowest} to {_MOST}; give a value within, or none")
 

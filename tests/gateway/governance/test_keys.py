@@ -21,12 +21,22 @@ def test_key_is_found_by_its_hash_and_kept_nowhere(store: Store) -> None:
         found = keys.by_hash(store.reader, keys.digest(key))
         assert found is not None and found.id == identity and found.models == ("tiny",)
     assert keys.by_hash(store.reader, keys.digest("sk-guessed")) is None
-    file = Path(store.place)
-    content = b"".join(path.read_bytes() for path in file.parent.iterdir() if path.is_file())
+    tables = ("keys", "accounts", "audit")
+    content = str([store.reader.execute(f"SELECT * FROM {table}").fetchall() for table in tables])  # noqa: S608
     for identity, key in made:
-        assert identity.encode() in content
-        assert key.removeprefix("sk-")[:12].encode() not in content
-    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        assert identity in content
+        assert key.removeprefix("sk-")[:12] not in content
+
+
+def test_file_is_for_its_owner_alone(tmp_path: Path) -> None:
+    path = tmp_path / "governance" / "gateway.db"
+    opened = Store(path, SCHEMA)
+    _, key = opened.write_now(lambda connection: keys.create(connection, "test"))
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    content = b"".join(one.read_bytes() for one in path.parent.iterdir() if one.is_file())
+    assert key.removeprefix("sk-")[:12].encode() not in content
+    opened.close()
 
 
 def test_expired_and_revoked_keys_are_refused(store: Store) -> None:
