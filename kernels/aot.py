@@ -58,6 +58,14 @@ class Configuration:
     aligned: tuple[str, ...] = ()
 
 
+def source(kernel: Any, configuration: Configuration) -> ASTSource:
+    """What triton.compile takes for a configuration of a `triton.jit` function."""
+    names = list(configuration.signature)
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in configuration.aligned}
+    constants = {(names.index(name),): value for name, value in configuration.constants.items()}
+    return ASTSource(fn=kernel, signature=dict(configuration.signature), constexprs=constants, attrs=attributes)
+
+
 def measure(kernel: Any, configuration: Configuration, architecture: str) -> GateRow:
     """Compiles a `triton.jit` function for one architecture and reads off what it became.
 
@@ -69,12 +77,8 @@ def measure(kernel: Any, configuration: Configuration, architecture: str) -> Gat
     Raises:
         TokenmillError: Triton or ptxas refuses it.
     """
-    names = list(configuration.signature)
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in configuration.aligned}
-    constants = {(names.index(name),): value for name, value in configuration.constants.items()}
-    source = ASTSource(fn=kernel, signature=dict(configuration.signature), constexprs=constants, attrs=attributes)
     compiled = triton.compile(
-        source,
+        source(kernel, configuration),
         target=GPUTarget("cuda", _TARGETS[architecture], 32),
         options={
             "num_warps": configuration.num_warps,
@@ -126,10 +130,10 @@ def step_instructions(code: Sequence[Instruction]) -> int | None:
 def _assemble(ptx: str, architecture: str, directory: Path) -> tuple[str, Path]:
     """(ptxas's -v output, cubin): triton's own ptxas again, because triton.compile does not keep its log."""
     program = get_ptxas(_TARGETS[architecture]).path
-    source, cubin = directory / "kernel.ptx", directory / "kernel.cubin"
-    source.write_text(ptx, encoding="utf-8")
+    text, cubin = directory / "kernel.ptx", directory / "kernel.cubin"
+    text.write_text(ptx, encoding="utf-8")
     result = subprocess.run(
-        [program, "-v", f"--gpu-name=sm_{architecture}", str(source), "-o", str(cubin)],
+        [program, "-v", f"--gpu-name=sm_{architecture}", str(text), "-o", str(cubin)],
         capture_output=True,
         text=True,
         check=False,

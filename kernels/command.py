@@ -17,6 +17,8 @@ from tokenmill.kernels import gates, prove
 from tokenmill.kernels.emulator import ASYNC_MODES
 from tokenmill.kernels.prove import MutantResult, Proof
 
+#: Commands with options of their own, and their modules.
+_MODULES = {"micro": "tokenmill.kernels.micro", "triton": "tokenmill.kernels.int4_gemm.triton_gates"}
 PARTS = ("emulated", "mutants", "gates")
 _DOCUMENT = Path("docs/mutants.md")
 #: At most so many failures are printed whole; the rest is counted.
@@ -71,10 +73,10 @@ def main(argv: list[str]) -> int:
     commands.add_parser(
         "micro", add_help=False, help="compare the primitives with their golden file: on a GPU, or emulated"
     )
+    commands.add_parser("triton", add_help=False, help="static gates of the Triton kernels; needs triton, no GPU")
     arguments, rest = parser.parse_known_args(argv)
-    if arguments.command == "micro":
-        module = import_module("tokenmill.kernels.micro")
-        return int(module.main(rest))
+    if arguments.command in _MODULES:
+        return int(import_module(_MODULES[arguments.command]).main(rest))
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if arguments.command == "list":

@@ -5,6 +5,9 @@
 Codes, scales, zero points and group indices are those of `weight.Int4Weight`, the form that GPTQ (Frantar et al.,
 2022), AWQ (Lin et al., 2023) and compressed-tensors checkpoints are read into. A layer that is used more than once is
 packed once: `prepare(weight, ...)` returns a `PreparedInt4` that multiplies.
+
+Implementations: `cuda` (csrc/int4_gemm) and `triton` read one packed layout (layout.py), split K over programs and sum
+the splits in a fixed order; `cpu` has its own layout (cpu_layout.py). Each gives the same bits from run to run.
 """
 
 from collections.abc import Mapping

@@ -1,28 +1,32 @@
 """Static gates of the Triton kernels: what triton makes of them for GPUs that this machine does not have.
 
-    python -m tokenmill.kernels.int4_gemm.triton_gates            measures and judges every target
-    python -m tokenmill.kernels.int4_gemm.triton_gates --write    and replaces this release's rows of the table
+    tokenmill kernels triton              measures and judges every target with the triton that is installed
+    tokenmill kernels triton --write      and replaces this release's rows of the table
 
 `triton_gates.jsonl` holds the rows of each triton release that was measured. A step is one turn of the loop along K:
 64 inputs (128 where `step=2`) of 128 output features.
 """
 
 import argparse
+import importlib.util
 import json
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tokenmill import platform
+from tokenmill.errors import MissingDependencyError
 from tokenmill.kernels import gates
 from tokenmill.kernels.gates import Gate, GateRow
 from tokenmill.kernels.int4_gemm import configs
 from tokenmill.kernels.int4_gemm.layout import FINE_GROUP
+
+if TYPE_CHECKING:
+    from tokenmill.kernels import aot
 
 TABLE = Path(__file__).parent / "triton_gates.jsonl"
 _SOURCE = Path(__file__).parent / "triton_impl.py"
@@ -115,6 +119,14 @@ def measure(target: Target) -> GateRow:
     from tokenmill.kernels import aot
     from tokenmill.kernels.int4_gemm import triton_impl
 
+    return aot.measure(triton_impl.int4_gemm_product, configuration(target), target.architecture)
+
+
+def configuration(target: Target) -> "aot.Configuration":
+    """Types, constants and alignments of a target, as a launch has them."""
+    from tokenmill.kernels import aot
+    from tokenmill.kernels.int4_gemm import triton_impl
+
     pointer = _POINTERS[target.dtype]
     signature = {"x": pointer, "words": "*i32", "scales": pointer}
     signature["zeros"] = "*u8" if target.zeros else "constexpr"
@@ -126,7 +138,7 @@ def measure(target: Target) -> GateRow:
     values = triton_impl.constants(target.config, fine, *triton_impl.MAGIC[target.dtype])
     signature |= dict.fromkeys(values, "constexpr")
     pointers = tuple(name for name, kind in signature.items() if kind.startswith("*"))
-    configuration = aot.Configuration(
+    return aot.Configuration(
         label=target.label,
         signature=signature,
         constants=constants | values,
@@ -134,15 +146,16 @@ def measure(target: Target) -> GateRow:
         num_stages=target.config.num_stages,
         aligned=(*pointers, "x_stride", "out_stride"),
     )
-    return aot.measure(triton_impl.int4_gemm_product, configuration, target.architecture)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Measures every target, prints a line for each and what breaks a rule; 1 when anything does."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="tokenmill kernels triton", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--write", action="store_true", help="replace this triton's rows of triton_gates.jsonl")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON lines and judge nothing")
     options = parser.parse_args(arguments)
+    if importlib.util.find_spec("triton") is None:
+        raise MissingDependencyError("triton", "gpu", "compiling Triton kernels")
     with ThreadPoolExecutor(platform.physical_cores()) as pool:
         rows = list(pool.map(measure, TARGETS))
     if options.json:
@@ -166,7 +179,3 @@ def judge(rows: Sequence[GateRow], committed: Sequence[GateRow]) -> list[str]:
     broken = [line for target, row in zip(TARGETS, rows, strict=True) for line in gates.violations(target.gate(), row)]
     same = [row for row in committed if row.toolchain == rows[0].toolchain]
     return broken + (gates.compare(rows, same) if same else [])
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

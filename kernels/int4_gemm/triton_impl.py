@@ -175,9 +175,8 @@ def multiplier(packed: CudaWeight, sm_count: int, family: str) -> Multiply:
             partial = x.new_empty((plan.splits * M, packed.padded_rows), dtype=torch.float32)
             launch_product(packed, plan, rows, partial, None)
             grid = (triton.cdiv(packed.N, _SUM_BLOCK), M)
-            int4_gemm_sum[grid](
-                partial, bias, out, M, packed.N, plan.splits, partial.stride(0), out.stride(0), BLOCK=_SUM_BLOCK
-            )
+            sizes = (M, packed.N, plan.splits, partial.stride(0), out.stride(0))
+            int4_gemm_sum[grid](partial, bias, out, *sizes, BLOCK=_SUM_BLOCK, enable_fp_fusion=True)
 
     return multiply
 
@@ -207,6 +206,7 @@ def launch_product(
         **constants(config, rows == FINE_GROUP, pair, value),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        enable_fp_fusion=True,  # triton 3.9 warns when it is left out
     )
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,10 @@ from tests.kernels.int4_gemm.triton_cases import CASES, Case
 from tokenmill import platform
 from tokenmill.errors import UnsupportedError
 from tokenmill.kernels import registry
-from tokenmill.kernels.int4_gemm import configs
-from tokenmill.kernels.int4_gemm.layout import DEPTH, ROWS, CudaWeight
+from tokenmill.kernels.int4_gemm import configs, triton_gates
+from tokenmill.kernels.int4_gemm.layout import DEPTH, ROWS, CudaWeight, pack
 from tokenmill.kernels.int4_gemm.op import INT4_GEMM, int4_gemm, prepare
+from tokenmill.kernels.int4_gemm.triton_gates import Target
 from tokenmill.kernels.spec import Problem
 
 pytest.importorskip("triton", reason="triton is not installed; pip install triton")
@@ -65,12 +67,75 @@ def test_the_op_on_a_gpu(M: int) -> None:
     first = layer(x)
     for _ in range(20):
         assert torch.equal(layer(x), first)
-    packed = triton_cases.pack(weight, torch.bfloat16)
+    packed = pack(weight, torch.bfloat16)
     triton_cases.judge(first.cpu(), x.cpu(), weight, packed, case)
 
 
 def _sm_count() -> int:
     return int(torch.cuda.get_device_properties(0).multi_processor_count)
+
+
+class PretendedGpu:
+    """Triton's driver as far as compiling asks it: an sm_90 that nothing is launched on."""
+
+    def get_current_device(self) -> int:
+        return -1  # no device of this machine: triton keeps what it compiled by this number
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> object:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.mark.parametrize(
+    ("case", "target"),
+    [
+        (Case(1, 4096, 4096, sm_count=132), Target("90a", 16, 0, partial=True)),
+        (Case(5, 160, 96, group=32, zeros=True, bias=True), Target("90a", 16, 0, zeros=True, group_rows=32)),
+    ],
+    ids=["split", "whole"],
+)
+def test_a_launch_is_what_the_gates_compile(case: Case, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bound by triton's own launcher, every argument has the type, constant and alignment that the gates assume."""
+    from triton.runtime import driver
+
+    from tokenmill.kernels import aot
+    from tokenmill.kernels.int4_gemm import triton_impl
+
+    compiled: dict[str, Any] = {}
+
+    class Compiling:
+        """A jitted function whose launches only compile."""
+
+        def __init__(self, name: str) -> None:
+            self.kernel = getattr(triton_impl, name)
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            def launch(*arguments: Any, **options: Any) -> None:
+                made = self.kernel.warmup(*arguments, grid=grid, **options)
+                compiled[made.metadata.name] = made
+
+            return launch
+
+    weight = case.weight(torch.bfloat16)
+    multiply = triton_impl.multiplier(pack(weight, torch.bfloat16), case.sm_count, case.family)
+    for name in ("int4_gemm_product", "int4_gemm_sum"):
+        monkeypatch.setattr(triton_impl, name, Compiling(name))
+    monkeypatch.setattr(driver, "_active", PretendedGpu())
+    x, out = case.activations(torch.bfloat16, "cpu"), torch.empty(case.M, case.N, dtype=torch.bfloat16)
+    multiply(x, out, weight.bias)
+    monkeypatch.undo()
+    product = compiled["int4_gemm_product"]
+    expected = triton_gates.configuration(target)
+    assert product.src.signature == expected.signature
+    assert product.src.constants == aot.source(triton_impl.int4_gemm_product, expected).constants
+    aligned = {name for place, name in enumerate(expected.signature) if product.src.attrs.get((place,))}
+    assert aligned == set(expected.aligned)
+    assert (product.metadata.num_warps, product.metadata.num_stages) == (expected.num_warps, expected.num_stages)
+    assert ("int4_gemm_sum" in compiled) == target.partial
 
 
 def sized(blocks: int, tiles: int, group_rows: int) -> CudaWeight:

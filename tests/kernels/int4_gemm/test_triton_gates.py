@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tokenmill.errors import MissingDependencyError
 from tokenmill.kernels import gates
 from tokenmill.kernels.gates import GateRow
 from tokenmill.kernels.int4_gemm import triton_gates
@@ -22,7 +23,7 @@ def measured(*sites: str) -> list[GateRow]:
     """Every target's row, from a process that finds triton in one of the sites first."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sites, *sys.path])}
     answer = subprocess.run(
-        [sys.executable, "-m", triton_gates.__name__, "--json"],
+        [sys.executable, "-m", "tokenmill", "kernels", "triton", "--json"],
         env=environment,
         capture_output=True,
         text=True,
@@ -58,6 +59,12 @@ def test_a_broken_rule_is_named() -> None:
     assert "has 0 HGMMA-RS; at least 4 are required" in rules
     assert "contains HGMMA-SS" in rules
     assert "in the table" in rules
+
+
+def test_without_triton_the_command_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(MissingDependencyError, match="compiling Triton kernels needs triton"):
+        triton_gates.main([])
 
 
 @pytest.mark.slow
