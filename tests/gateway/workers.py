@@ -5,11 +5,10 @@ import signal
 import socket
 import subprocess
 import sys
+from http.client import HTTPConnection
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 from tests.gateway.running import lowered, wait_until
 from tokenmill.engine.gateway.backends import Backend
@@ -32,6 +31,7 @@ class Workers:
         request_log: Whether they write a line per request to standard error, which is the file `log`.
         settings: Their settings.
         routing: How requests that name no model are routed.
+        wait_for: Tiers that must be up before the tests begin; empty: all.
     """
 
     def __init__(
@@ -42,7 +42,9 @@ class Workers:
         request_log: bool = False,
         settings: Settings | None = None,
         routing: RoutingSettings | None = None,
+        wait_for: tuple[str, ...] = (),
     ) -> None:
+        self._awaited = wait_for
         self.store = folder / "gateway.db"
         self.log = folder / "stderr.log"
         document = Document(
@@ -55,9 +57,10 @@ class Workers:
         self._document = document.to_json()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self.port: int = self._listener.getsockname()[1]
-        self.processes = [self._start() for _ in range(count)]
+        self.processes = [self.start() for _ in range(count)]
 
-    def _start(self) -> "subprocess.Popen[bytes]":
+    def start(self) -> "subprocess.Popen[bytes]":
+        """One more worker."""
         descriptor = self._listener.fileno()
         with self.log.open("ab") as errors:
             process = subprocess.Popen(
@@ -96,8 +99,10 @@ class Workers:
 
         def everyone() -> bool:
             status, _, body = self.send("GET", "/ready")
-            if status == 200:
-                seen.add(json.loads(body)["worker"])
+            said = json.loads(body)
+            missing = said.get("tiers", {})
+            if status == 200 or (self._awaited and not any(tier in missing for tier in self._awaited)):
+                seen.add(said["worker"])
             return {process.pid for process in self.processes} <= seen
 
         wait_until(everyone, 30)
@@ -107,16 +112,17 @@ class Workers:
     ) -> tuple[int, dict[str, str], bytes]:
         """(status, headers, body) of one request on a connection of its own; a body becomes JSON."""
         raw = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-        sent = {name.replace("_", "-"): value for name, value in headers.items()}
+        sent = {"content-type": "application/json"}
+        sent |= {name.replace("_", "-"): value for name, value in headers.items()}
         if key is not None:
             sent["authorization"] = f"Bearer {key}"
-        request = Request(self.url + path, raw, {"content-type": "application/json", **sent}, method=method)  # noqa: S310
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=30)
         try:
-            with urlopen(request, timeout=30) as response:  # noqa: S310
-                return response.status, lowered(response.headers), response.read()
-        except HTTPError as error:
-            with error:
-                return error.code, lowered(error.headers), error.read()
+            connection.request(method, path, raw, sent)
+            response = connection.getresponse()
+            return response.status, lowered(response.headers), response.read()
+        finally:
+            connection.close()
 
     def json(self, method: str, path: str, body: Any = None, key: str | None = MASTER_KEY, status: int = 200) -> Any:
         """The JSON of an answer that must have this status."""

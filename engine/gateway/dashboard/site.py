@@ -54,7 +54,10 @@ class DashboardSite:
     def __init__(self, sources: Sources) -> None:
         self._sources = sources
         self._options = sources.governance.options
-        self._style = (HERE / "style.css").read_text(encoding="utf-8")
+        self._assets = {
+            name: ((HERE / name).read_text(encoding="utf-8"), kind)
+            for name, kind in (("style.css", "text/css"), ("icon.svg", "image/svg+xml"))
+        }
         pages = jinja2.Environment(
             loader=jinja2.FileSystemLoader(HERE / "templates"), autoescape=True, undefined=jinja2.StrictUndefined
         )
@@ -65,7 +68,7 @@ class DashboardSite:
         self._router = Router(
             routes=[
                 Route(PREFIX, self._guarded(self._overview)),
-                Route(f"{PREFIX}/style.css", self._style_sheet),
+                *(Route(f"{PREFIX}/{name}", self._asset) for name in self._assets),
                 Route(f"{PREFIX}/login", self._login_page),
                 Route(f"{PREFIX}/login", self._guarded_form(self._login), methods=["POST"]),
                 Route(f"{PREFIX}/logout", self._guarded_form(self._logout), methods=["POST"]),
@@ -188,8 +191,9 @@ class DashboardSite:
             self._kept[span] = (time.monotonic(), task)
         return await asyncio.shield(task)
 
-    async def _style_sheet(self, _request: Request) -> Response:
-        return Response(self._style, media_type="text/css", headers={**_HEADERS, "cache-control": "max-age=300"})
+    async def _asset(self, request: Request) -> Response:
+        text, kind = self._assets[request.url.path.rpartition("/")[2]]
+        return Response(text, media_type=kind, headers={**_HEADERS, "cache-control": "max-age=300"})
 
     def _page(self, name: str, status: int = 200, **values: object) -> Response:
         return HTMLResponse(self._pages.get_template(name).render(**values), status, _HEADERS)
