@@ -186,10 +186,11 @@ def api_key(dice: random.Random) -> str:
     def some(count: int) -> str:
         return "".join(dice.choices(string.ascii_letters + string.digits, k=count))
 
-    return dice.choice(
-        ["sk-proj-" + some(40), "AKIA" + some(16).upper(), "ghp_" + some(36),
-         "xoxb-" + digits(dice, 12) + "-" + some(24), "AIza" + some(35), "glpat-" + some(20), "hf_" + some(34), f"eyJ{some(20)}.eyJ{some(40)}.{some(43)}"]
-    )  # fmt: skip
+    forms = [
+        *("sk-proj-" + some(40), "AKIA" + some(16).upper(), "ghp_" + some(36), "AIza" + some(35), "hf_" + some(34)),
+        *("xoxb-" + digits(dice, 12) + "-" + some(24), "glpat-" + some(20), f"eyJ{some(20)}.eyJ{some(40)}.{some(43)}"),
+    ]
+    return dice.choice(forms)
 
 
 def credential(dice: random.Random) -> str:

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 import msgspec
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenmill.engine.gateway.body import Body
@@ -41,6 +41,7 @@ def raw(text: str) -> bytes:
     )
 
 
+@settings(deadline=None)
 @given(cases())
 def test_what_is_hidden_comes_back_exactly(case: tuple[dict[str, str], str]) -> None:
     values, text = case
@@ -85,6 +86,7 @@ def texts(stream: bytes, *path: str) -> str:
     return found
 
 
+@settings(deadline=None)
 @given(cases(), st.data())
 def test_a_stream_comes_back_exactly_wherever_it_is_cut(case: tuple[dict[str, str], str], data: st.DataObject) -> None:
     values, text = case
@@ -105,6 +107,7 @@ def test_a_stream_comes_back_exactly_wherever_it_is_cut(case: tuple[dict[str, st
     assert out.endswith(b"data: [DONE]\n\n") == (last != "nothing")
 
 
+@settings(deadline=None)
 @given(cases(), st.integers(1, 5))
 def test_arguments_of_tools_stay_json(case: tuple[dict[str, str], str], size: int) -> None:
     values, text = case

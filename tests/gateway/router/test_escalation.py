@@ -1,0 +1,157 @@
+"""Escalation through a real worker: a sure answer is given as it came, an unsure one is never shown."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.gateway.running import RunningGateway
+from tests.gateway.upstream import Books, FakeUpstream
+from tokenmill.engine.gateway.backends import Backend
+from tokenmill.engine.gateway.money import Prices
+from tokenmill.engine.gateway.router.settings import EscalationSettings, RoutingSettings
+
+SURE, UNSURE = {"logprob": -0.01}, {"logprob": -3.0}
+CHEAP, DEAR = Prices(10_000, 10_000, 10_000), Prices(1_000_000, 1_000_000, 1_000_000)
+
+
+class Pair:
+    """A small and a large model, and a gateway that asks the small one first."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.small, self.large = FakeUpstream(("small",)).start(), FakeUpstream(("large",)).start()
+        escalation = EscalationSettings("utility", "reasoning", 0.5, **settings)
+        self.gateway = RunningGateway(
+            Backend("small", self.small.url, "utility", ("small",), prices=CHEAP, quality=0.9,
+                    capabilities=("logprobs",)),
+            Backend("large", self.large.url, "reasoning", ("large",), prices=DEAR, quality=0.95,
+                    capabilities=("logprobs",)),
+            routing=RoutingSettings(escalation=escalation),
+        )  # fmt: skip
+
+    def ask(self, act: Any, **more: Any) -> tuple[int, dict[str, str], bytes]:
+        self.small.books, self.large.books = Books(), Books()
+        headers = more.pop("headers", {})
+        body = {"model": "auto", "messages": [{"role": "user", "content": "hi"}], "act": act, **more}
+        return self.gateway.post("/v1/chat/completions", body, **headers)
+
+    def close(self) -> None:
+        self.small.stop()
+        self.large.stop()
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Pair]:
+    built = Pair()
+    with built.gateway:
+        yield built
+    built.close()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_sure_answer_is_given(pair: Pair, stream: bool) -> None:
+    status, headers, body = pair.ask({"small": SURE}, stream=stream)
+    assert status == 200
+    assert (headers["x-tokenmill-tier"], headers["x-tokenmill-escalated"]) == ("utility", "false")
+    assert float(headers["x-tokenmill-confidence"]) == pytest.approx(0.99, abs=0.001)
+    assert not pair.large.books.requests
+    sent = json.loads(pair.small.books.requests[0][2])
+    assert sent["logprobs"] is True
+    assert b'"logprob":' not in body.replace(b" ", b""), "the client did not ask for them"
+    if not stream:
+        assert json.loads(body)["choices"][0]["logprobs"] is None
+        assert json.loads(body)["choices"][0]["message"]["content"] == "word " * 5
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_unsure_answer_is_never_shown(pair: Pair, stream: bool) -> None:
+    status, headers, body = pair.ask({"small": UNSURE, "large": {"chunks": 7}}, stream=stream, max_tokens=9)
+    assert status == 200
+    assert (headers["x-tokenmill-tier"], headers["x-tokenmill-escalated"]) == ("reasoning", "true")
+    assert headers["x-tokenmill-reason"].startswith("escalated from utility")
+    assert (len(pair.small.books.requests), len(pair.large.books.requests)) == (1, 1)
+    sent = json.loads(pair.large.books.requests[0][2])
+    assert (sent["model"], sent.get("logprobs")) == ("large", None)
+    assert body == pair.large.books.sent[0]
+    assert b"small" not in body
+
+
+def test_what_is_asked_for_is_kept_byte_for_byte(pair: Pair) -> None:
+    for stream in (False, True):
+        _, headers, body = pair.ask({"small": SURE}, stream=stream, logprobs=True)
+        assert headers["x-tokenmill-escalated"] == "false"
+        assert body == pair.small.books.sent[0]
+
+
+def test_a_released_stream_holds_every_event(pair: Pair) -> None:
+    _, _, body = pair.ask({"small": {**SURE, "chunks": 40}}, stream=True)
+    events = [json.loads(line[6:]) for line in body.split(b"\n\n") if line.startswith(b"data: {")]
+    assert [event["choices"][0]["delta"]["content"] for event in events] == [f"w{n} " for n in range(40)]
+    assert body.endswith(b"data: [DONE]\n\n")
+
+
+def test_the_better_tier_failing_gives_the_first_answer(pair: Pair) -> None:
+    for stream in (False, True):
+        for large in ({"status": 503, "body": "busy"}, {"status": 400, "body": "no"}, {"cut_after": 0}):
+            status, headers, body = pair.ask({"small": UNSURE, "large": large}, stream=stream)
+            assert (status, headers["x-tokenmill-tier"]) == (200, "utility")
+            assert headers["x-tokenmill-escalated"] == "false"
+            assert (b"w4 " if stream else b"word ") in body
+
+
+def test_the_first_tier_failing_asks_the_other(pair: Pair) -> None:
+    for small in ({"status": 503, "body": "busy"}, {"cut_after": 0}):
+        status, headers, _ = pair.ask({"small": small, "large": {}})
+        assert (status, headers["x-tokenmill-tier"]) == (200, "reasoning")
+
+
+def test_an_error_of_the_first_tier_passes(pair: Pair) -> None:
+    status, _, body = pair.ask({"small": {"status": 422, "body": '{"error": {"message": "no"}}'}})
+    assert (status, json.loads(body)["error"]["message"]) == (422, "no")
+    assert not pair.large.books.requests
+
+
+def test_no_probabilities_no_judgement(pair: Pair) -> None:
+    _, headers, _ = pair.ask({"small": {}})
+    assert headers["x-tokenmill-escalated"] == "false"
+    assert "x-tokenmill-confidence" not in headers
+
+
+def test_money_and_shape_may_forbid_it(pair: Pair) -> None:
+    for more in ({"headers": {"x-tokenmill-max-cost": "0.00000001"}}, {"n": 2}, {"tools": [{"type": "function"}]}):
+        _, headers, _ = pair.ask({"small": UNSURE, "large": {}}, **more)
+        assert headers.get("x-tokenmill-escalated") is None
+
+
+def test_a_cut_stream_is_cut_for_the_client(pair: Pair) -> None:
+    with pytest.raises(Exception, match="IncompleteRead|0 bytes|Connection"):  # noqa: PT012
+        pair.ask({"small": {**SURE, "cut_after": 3}}, stream=True)
+
+
+def test_the_beginning_decides_where_only_it_is_held() -> None:
+    built = Pair(hold_tokens=4)
+    with built.gateway:
+        act = {"small": {**SURE, "chunks": 12, "interval_s": 0.05}}
+        _, headers, body = built.ask(act, stream=True)
+        assert headers["x-tokenmill-escalated"] == "false"
+        assert b"w11 " in body
+        _, headers, body = built.ask({"small": {**UNSURE, "chunks": 400, "interval_s": 0.02}, "large": {}}, stream=True)
+        assert headers["x-tokenmill-escalated"] == "true"
+        assert body == built.large.books.sent[0]
+        assert not built.small.books.sent, "the first stream was broken off"
+    built.close()
+
+
+def test_the_allowance_ends_the_holding() -> None:
+    built = Pair(allowance_s=0.2)
+    with built.gateway:
+        slow = {"chunks": 8, "interval_s": 0.1}
+        _, headers, body = built.ask({"small": {**SURE, **slow}}, stream=True)
+        assert headers["x-tokenmill-escalated"] == "false"
+        assert all(f"w{number} ".encode() in body for number in range(8))
+        _, headers, _ = built.ask({"small": {**UNSURE, **slow}, "large": {}}, stream=True)
+        assert headers["x-tokenmill-escalated"] == "true", "what has come so far decides"
+        _, headers, _ = built.ask({"small": {**UNSURE, "delay_s": 0.5}, "large": {}})
+        assert headers["x-tokenmill-escalated"] == "false", "too late"
+    built.close()

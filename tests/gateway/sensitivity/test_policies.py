@@ -1,0 +1,247 @@
+"""The policy through a real worker: allow, redact, stay, refuse; what fails stays; what is decided is audited."""
+
+import asyncio
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.gateway.running import RunningGateway
+from tests.gateway.upstream import Books, FakeUpstream
+from tokenmill.engine.gateway.api_error import ApiError
+from tokenmill.engine.gateway.backends import Backend
+from tokenmill.engine.gateway.body import Body
+from tokenmill.engine.gateway.pipeline import Exchange, Reply
+from tokenmill.engine.gateway.portfolio import Portfolio, Route
+from tokenmill.engine.gateway.principal import Principal
+from tokenmill.engine.gateway.router.settings import RoutingSettings
+from tokenmill.engine.gateway.sensitivity import detector
+from tokenmill.engine.gateway.sensitivity.clearance import NOTE, Clearance
+from tokenmill.engine.gateway.sensitivity.detector import Detector
+from tokenmill.engine.gateway.sensitivity.settings import SensitivitySettings
+from tokenmill.engine.gateway.sensitivity.stages import Guard, Residency, Sensitivity, confined
+from tokenmill.engine.gateway.settings import Settings
+
+CARD, MAIL, KEY = "4111 1111 1111 1111", "bob.smith@example.com", "sk-proj-abcdefghijklmnop1234"
+
+
+@pytest.fixture(scope="module")
+def cloud() -> Iterator[FakeUpstream]:
+    server = FakeUpstream(("vast",)).start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def gateway(cloud: FakeUpstream) -> Iterator[RunningGateway]:
+    policy = SensitivitySettings({"contact": "redact", "secret": "refuse", "person": "allow"})
+    backend = Backend("vast", cloud.url, "frontier", ("vast",), zone="cloud", quality=0.9)
+    with RunningGateway(backend, routing=RoutingSettings(), sensitivity=policy) as running:
+        yield running
+
+
+def ask(gateway: RunningGateway, cloud: FakeUpstream, text: Any, **more: Any) -> tuple[int, Any, bytes]:
+    cloud.books = Books()
+    body = {"model": "auto", "messages": [{"role": "user", "content": text}], **more}
+    status, headers, raw = gateway.post("/v1/chat/completions", body)
+    return status, headers, raw
+
+
+def test_redacted_data_does_not_leave_and_comes_back(gateway: RunningGateway, cloud: FakeUpstream) -> None:
+    text = f"Write to {MAIL} or {MAIL}, not to [EMAIL_1], from 10.1.2.3."
+    status, headers, raw = ask(gateway, cloud, text, act={"echo": 1})
+    assert status == 200
+    assert json.loads(raw)["choices"][0]["message"]["content"] == text
+    sent = cloud.books.requests[0][2].decode()
+    assert MAIL not in sent
+    assert "10.1.2.3" not in sent
+    assert sent.count("[EMAIL1_1]") == 2
+    assert "placeholders stand for email, ip_address" in headers["x-tokenmill-reason"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
+def test_it_comes_back_in_streams(gateway: RunningGateway, cloud: FakeUpstream, size: int) -> None:
+    text = f"Write to {MAIL}; [or call +49 30 1234567] [EM"
+    status, _, raw = ask(gateway, cloud, text, act={"echo": size}, stream=True)
+    assert status == 200
+    events = [json.loads(line[6:]) for line in raw.split(b"\n\n") if line.startswith(b"data: {")]
+    assert "".join(choice["delta"]["content"] for event in events for choice in event["choices"]) == text
+    assert raw.endswith(b"data: [DONE]\n\n")
+    assert MAIL.encode() not in cloud.books.requests[0][2]
+
+
+def test_what_may_not_leave_is_refused_with_the_reason(gateway: RunningGateway, cloud: FakeUpstream) -> None:
+    for text, code, words in (
+        (f"card {CARD}", "residency", "it holds credit_card"),
+        (f"key {KEY}", "sensitive_data", "refuses requests that hold api_key"),
+        (f"{MAIL} and {CARD}", "residency", "it holds credit_card"),
+        (f"{MAIL} and {KEY}", "sensitive_data", "api_key"),
+    ):
+        status, _, raw = ask(gateway, cloud, text)
+        error = json.loads(raw)["error"]
+        assert (status, error["code"]) == (403, code)
+        assert words in error["message"]
+        assert not cloud.books.requests
+    assert ask(gateway, cloud, "I was born on 12.03.1985.")[0] == 200
+    assert "12.03.1985" in cloud.books.requests[0][2].decode()
+
+
+def test_where_no_placeholder_can_stand_it_stays(gateway: RunningGateway, cloud: FakeUpstream) -> None:
+    split = [{"type": "text", "text": "to bob.smith@exa"}, {"type": "text", "text": "mple.com"}]
+    disguised = r"to bob.smith\u0040example.com"
+    for text in (split, disguised):
+        status, _, raw = ask(gateway, cloud, text)
+        assert status == 403
+        assert "where no placeholder can stand" in json.loads(raw)["error"]["message"]
+    assert ask(gateway, cloud, "hello", metadata={MAIL: "a name of a member"})[0] == 403
+    assert ask(gateway, cloud, "hello", metadata={"note": MAIL})[0] == 200
+    assert MAIL not in cloud.books.requests[0][2].decode()
+
+
+def exchange_of(body: bytes, principal: Principal | None = None, **headers: str) -> Exchange:
+    raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    made = Exchange("/v1/chat/completions", raw, body, body=Body(body), model="m", request_id="r", forward=raw)
+    made.principal = principal
+    return made
+
+
+def clear(settings: SensitivitySettings, body: bytes, **headers: str) -> Clearance:
+    return asyncio.run(Detector(settings).clear(exchange_of(body, **headers)))
+
+
+TEXT = json.dumps({"messages": [{"role": "user", "content": "all is well"}]}).encode()
+
+
+def test_a_detector_that_fails_keeps_the_request_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(*_: object) -> None:
+        raise ValueError(f"cannot cope with {CARD}")
+
+    settings = SensitivitySettings(default="redact")
+    assert clear(settings, TEXT).zones is None
+    monkeypatch.setattr(detector.Scanner, "windows", breaks)
+    failed = clear(settings, TEXT)
+    assert (failed.action, failed.zones) == ("stay", frozenset({"on-premises"}))
+    assert failed.why == "the search for sensitive data failed (ValueError)"
+
+
+def test_a_detector_that_takes_too_long_keeps_the_request_here() -> None:
+    body = json.dumps({"prompt": "4111 " * 200_000}).encode()
+    slow = clear(SensitivitySettings(timeout_s=0.001), body)
+    assert slow.zones == frozenset({"on-premises"})
+    assert "took more than" in slow.why
+
+
+def test_long_bodies_are_searched_to_their_end() -> None:
+    for text in ("é " * 200_000, "\\u00e9\\n" * 80_000, "\\\\" * 300_000):
+        body = b'{"messages": [{"role": "user", "content": "' + text.encode() + MAIL.encode() + b'"}]}'
+        assert clear(SensitivitySettings(), body).kinds == {"email": 1}
+    parts = [{"type": "text", "text": "word " * 60_000}, {"type": "text", "text": f"{MAIL[:8]}"}]
+    parts += [{"type": "text", "text": MAIL[8:]}]
+    body = json.dumps({"messages": [{"role": "user", "content": parts}]}).encode()
+    assert "email" in clear(SensitivitySettings(), body).kinds
+
+
+def test_the_client_may_say_that_it_is_private() -> None:
+    settings = SensitivitySettings(default="allow")
+    for said in ("private", "secret", "PRIVATE"):
+        assert clear(settings, TEXT, x_tokenmill_sensitivity=said).zones == frozenset({"on-premises"})
+    assert clear(settings, TEXT, x_tokenmill_sensitivity="public").zones is None
+    named = json.dumps({"prompt": "hi", "metadata": {"tokenmill_sensitivity": "private"}}).encode()
+    assert clear(settings, named).zones == frozenset({"on-premises"})
+    held = json.dumps({"prompt": CARD}).encode()
+    assert clear(SensitivitySettings(), held, x_tokenmill_sensitivity="public").zones == frozenset({"on-premises"})
+
+
+def test_a_key_may_be_confined() -> None:
+    free, kept = Clearance(), Clearance(action="stay", zones=frozenset({"on-premises"}))
+    assert confined(free, None) == free
+    assert confined(free, Principal("k", metadata={"zones": ["edge"]})).zones == frozenset({"edge"})
+    assert confined(kept, Principal("k", metadata={"zones": ["edge", "cloud"]})).zones == frozenset()
+    assert confined(free, Principal("k", metadata={"regions": "eu"})).regions == frozenset({"eu"})
+    assert confined(free, Principal("k", metadata={"zones": 7})).zones == frozenset()
+
+
+@pytest.fixture
+def portfolio() -> Portfolio:
+    backends = [
+        Backend("here", "http://127.0.0.1:1", "t", ("m",)),
+        Backend("there", "http://127.0.0.1:2", "t", ("m",), zone="cloud", region="eu"),
+    ]
+    return Portfolio(backends, Settings())
+
+
+def test_the_guard_stops_whoever_walks_around(portfolio: Portfolio) -> None:
+    told: list[tuple[str, str, Mapping[str, Any]]] = []
+    asked: list[list[str]] = []
+
+    async def last(exchange: Exchange) -> Reply:
+        asked.append([target.backend.name for route in exchange.routes for target in route.targets])
+        return Reply(200)
+
+    async def widens(exchange: Exchange) -> Reply:
+        exchange.routes = portfolio.routes("m")
+        await guard.handle(exchange, last)
+        exchange.routes = [Route((portfolio.targets[1],), "m")]
+        return await guard.handle(exchange, last)
+
+    def tell(action: str, subject: str, details: Mapping[str, Any]) -> None:
+        told.append((action, subject, details))
+
+    settings = SensitivitySettings()
+    searches, residency, guard = Sensitivity(settings, tell), Residency(settings, tell), Guard(tell)
+    body = json.dumps({"model": "m", "prompt": CARD}).encode()
+
+    async def run() -> None:
+        exchange = exchange_of(body, Principal("key-1"))
+        exchange.routes = portfolio.routes("m")
+        await searches.handle(exchange, lambda one: residency.handle(one, widens))
+
+    with pytest.raises(ApiError) as refused:
+        asyncio.run(run())
+    assert (refused.value.status, refused.value.code) == (403, "residency")
+    assert asked == [["here"]]
+    assert [(action, subject) for action, subject, _ in told] == [
+        ("sensitivity.stay", "key-1 r"), ("residency.refuse", "key-1 r")
+    ]  # fmt: skip
+    assert CARD not in str(told)
+    assert told[0][2]["kinds"] == {"credit_card": 1}
+
+
+def test_ours_see_the_data_where_only_ours_are_asked(portfolio: Portfolio) -> None:
+    settings = SensitivitySettings(default="redact")
+    payloads: list[bytes] = []
+
+    async def last(exchange: Exchange) -> Reply:
+        payloads.append(exchange.payload)
+        return Reply(200)
+
+    body = json.dumps({"model": "m", "prompt": MAIL}).encode()
+    for routes in (portfolio.routes("m"), [Route((portfolio.targets[0],), "m")]):
+        exchange = exchange_of(body)
+        exchange.routes = routes
+        exchange.notes[NOTE] = asyncio.run(Detector(settings).clear(exchange))
+        asyncio.run(Residency(settings).handle(exchange, last))
+    assert json.loads(payloads[0])["prompt"] == "[EMAIL_1]"
+    assert payloads[1] == body
+
+
+def test_decisions_are_in_the_chained_trail(tmp_path: Path, cloud: FakeUpstream) -> None:
+    from tokenmill.engine.gateway.governance import audit
+    from tokenmill.engine.gateway.governance.options import Options, digest
+    from tokenmill.engine.gateway.store import Store
+
+    master = "a master key of some length"
+    options = Options(str(tmp_path / "books.sqlite"), digest(master))
+    backend = Backend("vast", cloud.url, "frontier", ("vast",), zone="cloud")
+    with RunningGateway(backend, governance=options, key=master, sensitivity=SensitivitySettings()) as gateway:
+        asked = {"model": "vast", "messages": [{"role": "user", "content": CARD}]}
+        assert gateway.post("/v1/chat/completions", asked, authorization=f"Bearer {master}")[0] == 403
+    store = Store(options.store, ())
+    rows = store.reader.execute("SELECT action, subject, details FROM audit ORDER BY sequence").fetchall()
+    audit.verify(store.reader)
+    store.close()
+    actions = [row[0] for row in rows]
+    assert actions[-2:] == ["sensitivity.stay", "residency.refuse"]
+    assert "4111" not in str(rows)
