@@ -217,15 +217,12 @@ def _on_cpu() -> tuple[Contestant, ...]:
 
 
 def _on_gpu() -> tuple[Contestant, ...]:
-    from tokenmill.bench.rivals_gpu import AtenTinygemm, VllmLinear
+    from tokenmill.bench.rivals_gpu import VLLM_LINEARS, AtenTinygemm
 
     others = ("cpu", "reference", *registry.BY_NAME_ONLY)
     return (
         *(Ours(16, name) for name in registry.names(op.INT4_GEMM) if name not in others),
         TorchLinear(torch.bfloat16, "cublas"),
-        VllmLinear("humming", "HummingLinearKernel"),
-        VllmLinear("marlin", "MarlinLinearKernel"),
-        VllmLinear("machete", "MacheteLinearKernel"),
-        VllmLinear("vllm-triton", "TritonW4A16LinearKernel"),
+        *VLLM_LINEARS,
         AtenTinygemm(),
     )

@@ -78,3 +78,11 @@ class VllmLinear:
         from tokenmill.bench import rivals_vllm_linear
 
         return rivals_vllm_linear.prepare(self.kernel, weight, self.dtype)
+
+
+VLLM_LINEARS = (
+    VllmLinear("humming", "HummingLinearKernel"),
+    VllmLinear("marlin", "MarlinLinearKernel"),
+    VllmLinear("machete", "MacheteLinearKernel"),
+    VllmLinear("vllm-triton", "TritonW4A16LinearKernel"),
+)

@@ -4,6 +4,7 @@ Runs in a process of its own, with the build first on the path and the stub libr
 """
 
 import dataclasses
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -20,7 +21,10 @@ from vllm.model_executor.kernels.linear import MPLinearLayerConfig, choose_mp_li
 from vllm.plugins import load_general_plugins  # noqa: E402
 from vllm.scalar_type import scalar_types  # noqa: E402
 from vllm.v1.attention.selector import get_attn_backend  # noqa: E402
+from vllm.v1.sample.rejection_sampler import rejection_sample  # noqa: E402
 
+from tokenmill.bench import rivals_vllm_linear  # noqa: E402
+from tokenmill.bench.rivals_gpu import VLLM_LINEARS  # noqa: E402
 from tokenmill.engine.vllm import compat, hooks, launch  # noqa: E402
 
 FLAGS = ["--tensor-parallel-size", "2", "--pipeline-parallel-size", "3"]
@@ -57,6 +61,10 @@ def main() -> None:
     with set_current_vllm_config(config):
         backend = get_attn_backend(head_size=128, dtype=torch.bfloat16, kv_cache_dtype="auto")
         kernel = choose_mp_linear_kernel(MPLinearLayerConfig(**layer, zero_points=False))
+        rivals = {
+            rival.name: rivals_vllm_linear.why_not(rival.kernel, 4096, 4096, 128, torch.bfloat16)
+            for rival in VLLM_LINEARS
+        }
     _, parsed = launch.parse(["a/model", *FLAGS])
     found = {
         "hooks": hooks.report(),
@@ -66,6 +74,8 @@ def main() -> None:
         "speculation": config.speculative_config.method,
         "attention": backend.get_name(),
         "kernel": kernel.__name__,
+        "rivals": rivals,
+        "sampler": list(inspect.signature(rejection_sample).parameters),
         "replaced": compat.EXPAND_BATCH_TO_TOKENS.resolve() is not compat.EXPAND_BATCH_TO_TOKENS.stock(),
         "flags": [parsed.model_tag]
         + [getattr(parsed, flag[2:].replace("-", "_")) for flag in FLAGS if flag.startswith("--")],

@@ -71,6 +71,16 @@ def test_vllm_configures_and_chooses_as_on_a_hopper(probe: dict[str, Any]) -> No
     assert probe["kernel"] == "MacheteLinearKernel"
 
 
+def test_the_rivals_of_a_gpu_can_be_asked(probe: dict[str, Any]) -> None:
+    """The adapters of the benchmarks reach each kernel of the build; no operator runs."""
+    for name in ("marlin", "machete", "vllm-triton"):
+        assert probe["rivals"][name] is None, f"{name}: {probe['rivals'][name]}"
+    assert probe["rivals"]["humming"] in (None, "Humming is not installed")
+    needed = ["draft_token_ids", "num_draft_tokens", "max_spec_len", "cu_num_draft_tokens"]
+    needed += ["draft_probs", "target_logits", "bonus_token_ids", "sampling_metadata"]
+    assert probe["sampler"][:8] == needed
+
+
 def test_flags_pass_through_the_launcher(probe: dict[str, Any]) -> None:
     assert probe["flags"] == ["a/model", 2, 3, 4, "ray", "fp8"]
 
