@@ -124,10 +124,18 @@ def session(leader: int) -> dict[int, str]:
     return found
 
 
-def call(url: str, body: Any = None, timeout: float = 30) -> tuple[int, dict[str, str], Any]:
-    """(status, headers in lower case, JSON) of a GET, or of a POST when there is a body."""
+def call(
+    url: str,
+    body: Any = None,
+    timeout: float = 30,
+    *,
+    method: str | None = None,
+    headers: dict[str, str] | None = None,
+) -> tuple[int, dict[str, str], Any]:
+    """(status, headers in lower case, JSON); by default a GET, or a POST when there is a body."""
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})  # noqa: S310
+    named = {"Content-Type": "application/json", **(headers or {})}
+    request = urllib.request.Request(url, data, named, method=method)  # noqa: S310
     try:
         with urllib.request.urlopen(request, timeout=timeout) as answer:  # noqa: S310
             return answer.status, {name.lower(): value for name, value in answer.headers.items()}, json.load(answer)
