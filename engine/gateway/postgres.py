@@ -57,6 +57,12 @@ class PostgresConnection:
         """See `store.Connection`."""
         return self.raw.execute(_translated(statement), parameters)
 
+    def executemany(self, statement: str, parameters: Sequence[Sequence[Any]], /) -> object:
+        """See `store.Connection`."""
+        if parameters:
+            self.raw.cursor().executemany(_translated(statement), parameters)
+        return None
+
     def close(self) -> None:
         """See `store.Connection`."""
         self._raw.close()

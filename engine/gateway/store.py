@@ -7,6 +7,8 @@ UTC in milliseconds, money is in micro-cents (`money`).
 """
 
 import asyncio
+import functools
+import itertools
 import logging
 import queue
 import threading
@@ -34,6 +36,12 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
+@functools.lru_cache(maxsize=MOST_IN_A_BATCH)
+def placeholders(count: int) -> str:
+    """`(?, ?, ...)` for so many values."""
+    return "(" + ", ".join("?" * count) + ")"
+
+
 class Cursor(Protocol):
     """What a statement answered."""
 
@@ -53,6 +61,10 @@ class Connection(Protocol):
 
     def execute(self, statement: str, parameters: Sequence[Any] = (), /) -> Cursor:
         """Runs one statement."""
+        ...
+
+    def executemany(self, statement: str, parameters: Sequence[Sequence[Any]], /) -> object:
+        """Runs one statement for each of many sets of parameters."""
         ...
 
     def close(self) -> None:
@@ -98,22 +110,30 @@ class Database(Protocol):
 
 
 Operation = Callable[[Connection], T]
+#: Does many things of one kind in one transaction; answers with a result for each, in their order.
+Collector = Callable[[Connection, list[Any]], Sequence[Any]]
 
 
 class _Job:
-    """An operation and who wants its result: nobody, a program that waits (`Future`), or a coroutine."""
+    """A thing for a collector to do, and who wants its result: nobody, a program that waits, or a coroutine."""
 
-    __slots__ = ("loop", "operation", "waiter")
+    __slots__ = ("collector", "item", "loop", "waiter")
 
     def __init__(
         self,
-        operation: Operation[Any],
+        collector: Collector,
+        item: Any,
         waiter: "Future[Any] | asyncio.Future[Any] | None",
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        self.operation = operation
+        self.collector = collector
+        self.item = item
         self.waiter = waiter
         self.loop = loop
+
+
+def _one_by_one(connection: Connection, operations: list[Operation[Any]]) -> list[Any]:
+    return [operation(connection) for operation in operations]
 
 
 class Store:
@@ -151,19 +171,31 @@ class Store:
         Operations run in the order of their submission. One that raises leaves no trace of itself.
         """
         future: Future[T] = Future()
-        self._queue.put(_Job(operation, future))
+        self._queue.put(_Job(_one_by_one, operation, future))
         return future
 
     def post(self, operation: Operation[object]) -> None:
         """`submit` for who does not wait; a failure goes to the log."""
-        self._queue.put(_Job(operation, None))
+        self._queue.put(_Job(_one_by_one, operation, None))
 
     async def write(self, operation: Operation[T]) -> T:
         """`submit` for a coroutine; cancelled before its turn, the operation does not run."""
+        result: T = await self.write_item(_one_by_one, operation)
+        return result
+
+    def write_item(self, collector: Collector, item: Any) -> "asyncio.Future[Any]":
+        """`write` for one of many things that are done at less cost together: `collector(connection, items)`.
+
+        Items that stand next to each other in the order of submission, with the same collector, are done together.
+        """
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
-        self._queue.put(_Job(operation, future, loop))
-        return await future
+        future: asyncio.Future[Any] = loop.create_future()
+        self._queue.put(_Job(collector, item, future, loop))
+        return future
+
+    def post_item(self, collector: Collector, item: Any) -> None:
+        """`post` for one of many things; see `write_item`."""
+        self._queue.put(_Job(collector, item, None))
 
     def write_now(self, operation: Operation[T]) -> T:
         """`submit` for a program that may wait."""
@@ -203,7 +235,9 @@ class Store:
         """Runs a batch in one transaction; where one operation fails, each runs in a transaction of its own."""
         try:
             with self._database.transaction(self._writer):
-                results = [job.operation(self._writer) for job in batch]
+                results: list[Any] = []
+                for collector, jobs in itertools.groupby(batch, key=lambda job: job.collector):
+                    results += collector(self._writer, [job.item for job in jobs])
         except Exception as error:  # noqa: BLE001 - it goes to whoever waits for the operation
             if len(batch) == 1:
                 _deliver_failure(batch[0], error)

@@ -3,7 +3,6 @@
 A request is charged to its key and to every account above it, and must be within the limits of all of them.
 """
 
-import functools
 import re
 import uuid
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from tokenmill.engine.gateway.governance import audit
-from tokenmill.engine.gateway.store import Connection, now_ms
+from tokenmill.engine.gateway.store import Connection, now_ms, placeholders
 from tokenmill.errors import InputError
 
 Kind = Literal["organisation", "team", "app", "key"]
@@ -196,24 +195,3 @@ def several(connection: Connection, identities: Sequence[str]) -> list[Account]:
         missing = next(identity for identity in identities if identity not in found)
         raise InputError(f"there is no account {missing[:80]!r}; create it first")
     return [found[identity] for identity in identities]
-
-
-@functools.lru_cache(maxsize=16)
-def placeholders(count: int) -> str:
-    """`(?, ?, ...)` for so many values."""
-    return "(" + ", ".join("?" * count) + ")"
-
-
-def renew(connection: Connection, account: Account, now: int) -> Account:
-    """The account at `now`: where its period is over, a new one begins with nothing spent.
-
-    What requests under way have reserved stays reserved, and is spent in the period in which they end.
-    """
-    length = account.limits.period_ms
-    if length is None or not account.renewed(now):
-        return account
-    start = account.period_start + (now - account.period_start) // length * length
-    connection.execute(
-        "UPDATE accounts SET period_start = ?, spent = 0, soft_reached_at = NULL WHERE id = ?", (start, account.id)
-    )
-    return find(connection, account.id)

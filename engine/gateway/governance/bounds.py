@@ -3,7 +3,7 @@
 Prompt: byte-level tokenizers make at most one token of each byte, so the bytes of the request's body bound its text;
 what is not text there, or is added to it, is counted apart. Completion: what the request states, times the answers
 asked for; else the backend's context window; else the configured bound. A backend may still use more (it may ignore
-`max_tokens`, or price things that are no tokens): `budgets.settle` says what is done then.
+`max_tokens`, or price things that are no tokens): `books` says what is done then.
 """
 
 from dataclasses import dataclass

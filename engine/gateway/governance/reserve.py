@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from functools import partial
 
 from tokenmill.engine.gateway.api_error import ApiError, Headers, quote, retry_after, unavailable
-from tokenmill.engine.gateway.governance import bounds, budgets, charges
+from tokenmill.engine.gateway.governance import books, bounds, budgets, charges
 from tokenmill.engine.gateway.governance.bounds import Asked
-from tokenmill.engine.gateway.governance.budgets import Granted, Rate, Refusal, Reservation
+from tokenmill.engine.gateway.governance.budgets import Granted, Rate, Refusal, Reservation, Settlement
 from tokenmill.engine.gateway.governance.service import Governance
 from tokenmill.engine.gateway.money import MICRO_CENTS_PER_DOLLAR, dollars
 from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply
@@ -47,14 +47,14 @@ class Reserve:
 
         def settle(ended: Exchange) -> None:
             if settles:
-                spending = charges.spending(ended, bound_at)
-                self._governance.store.post(partial(budgets.settle, call=wanted.call, spending=spending))
+                settlement = Settlement(wanted.call, charges.spending(ended, bound_at))
+                self._governance.store.post_item(books.apply, settlement)
 
         # Before the reservation is made: a client that hangs up meanwhile leaves nothing behind.
         exchange.on_end(settle)
         exchange.meter = True
         try:
-            answer = await self._governance.store.write(partial(budgets.reserve, wanted=wanted))
+            answer = await self._governance.store.write_item(books.apply, wanted)
         except Exception as error:
             log.exception("request %s could not be reserved", exchange.request_id)
             raise unavailable("The gateway's books cannot be written now.", _STORE_RETRY_S) from error

@@ -8,7 +8,7 @@ import uuid
 from functools import partial
 from typing import Any
 
-from tokenmill.engine.gateway.governance import audit, budgets
+from tokenmill.engine.gateway.governance import audit, books
 from tokenmill.engine.gateway.governance.budgets import Spending
 from tokenmill.engine.gateway.store import Claim, Connection, Store, now_ms
 
@@ -62,7 +62,7 @@ def _bury(connection: Connection, worker: str) -> int:
         "SELECT call, prompt_bound, completion_bound, amount FROM reservations WHERE worker = ?", (worker,)
     ).fetchall()
     for call, prompt, completion, amount in rows:
-        budgets.settle(connection, call, Spending("", "", prompt, 0, completion, False, amount, "lost", 0, 0))
+        books.settle(connection, call, Spending("", "", prompt, 0, completion, False, amount, "lost", 0, 0))
     connection.execute("DELETE FROM workers WHERE id = ?", (worker,))
     if rows:
         audit.append(connection, "gateway", "worker.lost", worker, {"requests": len(rows)})

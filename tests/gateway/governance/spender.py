@@ -10,7 +10,7 @@ import threading
 import uuid
 from pathlib import Path
 
-from tokenmill.engine.gateway.governance import accounts, budgets
+from tokenmill.engine.gateway.governance import accounts, books
 from tokenmill.engine.gateway.governance.budgets import Refusal, Reservation, Spending
 from tokenmill.engine.gateway.governance.schema import SCHEMA
 from tokenmill.engine.gateway.governance.workers import WorkerLock
@@ -25,7 +25,7 @@ def spend(store: Store, worker: str, key: str, journal: Path, seed: int) -> None
         while True:
             bound = generator.randint(1, 900)
             wanted = Reservation(uuid.uuid4().hex, worker, chain, "r", "m", "t", bound, bound, 0, now_ms())
-            answer = store.write_now(lambda connection, wanted=wanted: budgets.reserve(connection, wanted))
+            answer = store.write_now(lambda connection, wanted=wanted: books.reserve(connection, wanted))
             if isinstance(answer, Refusal):
                 if bound == 1:
                     return
@@ -34,7 +34,7 @@ def spend(store: Store, worker: str, key: str, journal: Path, seed: int) -> None
             book.write(f"{wanted.call} {cost}\n")
             spending = Spending("b", "t", cost, 0, 0, True, cost, "ok", 200, 1)
             store.submit(
-                lambda connection, wanted=wanted, spending=spending: budgets.settle(connection, wanted.call, spending)
+                lambda connection, wanted=wanted, spending=spending: books.settle(connection, wanted.call, spending)
             )
 
 

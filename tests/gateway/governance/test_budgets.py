@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tokenmill.engine.gateway.governance import accounts, audit, budgets, keys, workers
+from tokenmill.engine.gateway.governance import accounts, audit, books, keys, workers
 from tokenmill.engine.gateway.governance.accounts import Limits
 from tokenmill.engine.gateway.governance.budgets import Granted, Refusal, Reservation, Spending
 from tokenmill.engine.gateway.governance.workers import WorkerLock
@@ -28,14 +28,14 @@ def ask(store: Store, key: str, call: str, amount: int = 1, tokens: int = 1, at:
     """Reserves."""
     chain = tuple(account.id for account in accounts.chain(store.reader, key))
     wanted = Reservation(call, "w", chain, "r", "m", "t", amount, tokens, 0, at)
-    answer = store.write_now(lambda connection: budgets.reserve(connection, wanted))
+    answer = store.write_now(lambda connection: books.reserve(connection, wanted))
     return None if isinstance(answer, Granted) else answer
 
 
 def end(store: Store, call: str, cost: int, tokens: int = 0) -> bool:
     """Settles."""
     spending = Spending("b", "t", tokens, 0, 0, True, cost, "ok", 200, 1)
-    return store.write_now(lambda connection: budgets.settle(connection, call, spending))
+    return store.write_now(lambda connection: books.settle(connection, call, spending))
 
 
 def test_reserved_counts_and_settling_twice_charges_once(store: Store) -> None:

@@ -304,7 +304,7 @@ def test_wrong_types_are_refused_and_leave_nothing(governed: Governed, body: dic
     status, _, answer = governed.ask(key, {"model": "tiny", **body})
     assert status == 400
     assert json.loads(answer)["error"]["param"] == param
-    assert governed.account(key_id).reserved == 0
+    wait_until(lambda: governed.account(key_id).reserved == 0)
 
 
 def test_store_that_cannot_be_opened_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
