@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from tokenmill.errors import InputError
-from tokenmill.kernels import checks, registry
+from tokenmill.kernels import checks, library, registry
 from tokenmill.kernels.int4_gemm import reference
 from tokenmill.kernels.int4_gemm.prepared import Multiply, Prepare, as_weight
 from tokenmill.kernels.int4_gemm.weight import CODES_PER_WORD, Int4Weight
@@ -264,3 +264,29 @@ def int4_gemm(
     if x.shape[0]:
         chosen.run(x=x, out=out, activation_bits=activation_bits, group_size=weight.group_size, **canonical)
     return out
+
+
+def _op(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    g_idx: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    group_size: int,
+    activation_bits: int,
+) -> torch.Tensor:
+    weight = as_weight(x, codes, scales, zeros, g_idx, bias, group_size)
+    return int4_gemm(x, weight, activation_bits=activation_bits)
+
+
+def _fake(x: torch.Tensor, codes: torch.Tensor, *_: Any) -> torch.Tensor:
+    return x.new_empty((x.shape[0], codes.shape[1]))
+
+
+library.define(
+    "int4_gemm(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? g_idx, Tensor? bias, int group_size, "
+    "int activation_bits) -> Tensor",
+    _op,
+    _fake,
+)

@@ -236,3 +236,12 @@ def test_torch_compile_sees_one_opaque_call(activation_bits: int) -> None:
     for rows in (1, 2, 9):
         x = torch.randn(rows, 256, generator=torch.Generator().manual_seed(rows)).bfloat16()
         assert_bit_equal(compiled(x), block(x))
+
+
+def test_opcheck() -> None:
+    """What torch asks of every op: its schema, its fake implementation, and that it compiles."""
+    weight = random_weight(128, 40, 64, symmetric=False)
+    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    arguments = (x, weight.codes, weight.scales, weight.zeros, weight.g_idx, weight.bias, weight.group_size, 16)
+    torch.library.opcheck(torch.ops.tokenmill.int4_gemm.default, arguments)
+    assert_bit_equal(torch.ops.tokenmill.int4_gemm(*arguments), op.int4_gemm(x, weight))
