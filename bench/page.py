@@ -11,8 +11,8 @@ from typing import Any
 
 from tokenmill.bench import svg
 from tokenmill.bench.regressions import Fall
-from tokenmill.bench.report import by_name, sizes_of, speedup, tables
-from tokenmill.bench.rows import SERVED, Row, least_disturbed
+from tokenmill.bench.report import by_name, served, sizes_of, speedup, tables
+from tokenmill.bench.rows import Row
 from tokenmill.errors import InputError
 
 _STYLE = Path(__file__).with_name("style.css")
@@ -256,12 +256,8 @@ def _other_ops(rows: Sequence[Row]) -> str:
 
 
 def _serving(rows: Sequence[Row]) -> str:
-    groups: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
-    served = (row for row in rows if row.get("op") == "serve")
-    for row in least_disturbed(served, SERVED, lambda row: 1 / row["output_tokens_per_second"]):
-        groups[row["device"], row["isa"], row["model"]].append(row)
     parts = []
-    for (device, isa, model), found in groups.items():
+    for (device, isa, model), found in served(rows).items():
         latest = {(row["workload"], row["concurrency"], row["own_tokens"], row["variant"]): row for row in found}
         variants = list(dict.fromkeys(row["variant"] for row in latest.values()))
         styles = {name: _variant_style(name, variants) for name in variants}
@@ -272,7 +268,7 @@ def _serving(rows: Sequence[Row]) -> str:
             label = f"{row['workload']}, {row['concurrency']} at once"
             speed[label].append((row["variant"], styles[row["variant"]], row["output_tokens_per_second"]))
             pace[label].append((row["variant"], styles[row["variant"]], row["tpot_p50_ms"]))
-            body.append([html.escape(row["workload"]), html.escape(row["variant"]), *_served(row)])
+            body.append([html.escape(row["workload"]), html.escape(row["variant"]), *_cells(row)])
             ours.append(not row["variant"].startswith(("stock", "no-draft")))
         sizes = next(iter(latest.values()))
         parts.append(f"<h3>{html.escape(device)}, {html.escape(isa)}: {html.escape(model)}</h3>")
@@ -316,7 +312,7 @@ def _variant_style(name: str, variants: Sequence[str]) -> str:
     return f"series-ours-{[one for one in variants if one not in stock].index(name) % _COLOURS['ours']}"
 
 
-def _served(row: Row) -> list[str]:
+def _cells(row: Row) -> list[str]:
     def with_gain(figure: str, gain: str, unit: str) -> str:
         return f'{row[figure]:.4g}{unit}<span class="times">({row[gain]:.2f}x)</span>'
 

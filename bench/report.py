@@ -1,4 +1,4 @@
-"""Tables of INT4 layers in Markdown, and README's performance section.
+"""Tables in Markdown, and README's performance section made of them.
 
 Nothing is shown that is not in the rows: a figure that is missing reads `-`, a contestant that could not take part is
 listed with its reason.
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenmill.bench.rows import Row, least_disturbed
+from tokenmill.bench.rows import SERVED, Row, least_disturbed
 from tokenmill.errors import InputError
 
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
@@ -18,12 +18,19 @@ _TABLE = ("device", "isa", "threads", "K", "N", "group_size")
 
 
 def tables(rows: Sequence[Row]) -> dict[tuple[Any, ...], list[Row]]:
-    """The least disturbed measurement of every group, one list a device, instruction set and shape."""
+    """The least disturbed measurement of INT4 layers in every group: one list a device, instruction set and shape."""
     found: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
     for row in least_disturbed(row for row in rows if row.get("op") == "int4_gemm"):
         found[tuple(row[name] for name in _TABLE)].append(row)
-    if not found:
-        raise InputError("the files hold no rows of int4_gemm; measure with `tokenmill bench int4 --cpu` first")
+    return dict(found)
+
+
+def served(rows: Sequence[Row]) -> dict[tuple[Any, ...], list[Row]]:
+    """The least disturbed measurement of `tokenmill bench serve` in every group: one list a device and model."""
+    found: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
+    of_servers = (row for row in rows if row.get("op") == "serve")
+    for row in least_disturbed(of_servers, SERVED, lambda row: 1 / row["output_tokens_per_second"]):
+        found[row["device"], row["isa"], row["model"]].append(row)
     return dict(found)
 
 
@@ -51,14 +58,44 @@ def by_name(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
 
 
 def markdown(rows: Sequence[Row]) -> str:
+    """INT4 layers, then serving.
+
+    Raises:
+        InputError: There are rows of neither.
+    """
+    text = "\n".join(filter(None, (_layers(rows), _servers(rows))))
+    if not text:
+        raise InputError("the files hold no rows of INT4 layers or of serving; measure with `tokenmill bench` first")
+    return text
+
+
+def _servers(rows: Sequence[Row]) -> str:
+    """One table a model: medians, and in brackets how many times better than stock in the same rounds."""
+    parts = []
+    for (device, isa, model), found in served(rows).items():
+        loads = [row["load_average"] for row in found if "load_average" in row]
+        load = f" (load average up to {max(loads):.1f} while measured)" if loads else ""
+        parts.append(f"**Serving {model} on {device}, {isa}: vLLM with and without our hooks**{load}\n")
+        parts.append("| workload | at once | server | TTFT ms | TPOT ms | output tokens/s |\n|---|---|---|---|---|---|")
+        for row in found:
+            cells = [
+                f"{row[figure]:.4g} ({row[f'{figure}_gain']:.2f}x)"
+                for figure in ("ttft_p50_ms", "tpot_p50_ms", "output_tokens_per_second")
+            ]
+            parts.append(f"| {row['workload']} | {row['concurrency']} | {row['variant']} | {' | '.join(cells)} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _layers(rows: Sequence[Row]) -> str:
     """One table a shape: milliseconds, and in brackets how many times faster than torch's best dtype."""
     parts = []
     for (device, isa, threads, K, N, group), found in tables(rows).items():
         sizes = sizes_of(found)
-        loads = [row["load_average"] for row in found]
+        loads = [row["load_average"] for row in found if "load_average" in row]
+        load = f" (load average {min(loads):.1f} to {max(loads):.1f} while measured)" if loads else ""
         parts.append(
-            f"**{device}, {isa}{_narrowed(found)}, {threads} threads; K={K}, N={N}, groups of {group}** "
-            f"(load average {min(loads):.1f} to {max(loads):.1f} while measured)\n"
+            f"**{device}, {isa}{_narrowed(found)}{_threads(threads)}; K={K}, N={N}, groups of {group}**{load}\n"
         )
         parts.append("| median ms (times torch's best) | " + " | ".join(f"M={M}" for M in sizes) + " |")
         parts.append("|---" * (len(sizes) + 1) + "|")
@@ -70,6 +107,10 @@ def markdown(rows: Sequence[Row]) -> str:
         parts += [f"\nNot measured: {name}: {reason}." for name, reason in skipped.items()]
         parts.append("")
     return "\n".join(parts)
+
+
+def _threads(threads: int | None) -> str:
+    return f", {threads} threads" if threads else ""
 
 
 def _narrowed(rows: Sequence[Row]) -> str:
