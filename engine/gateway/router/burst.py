@@ -6,7 +6,6 @@ overflow to another zone is nothing but the order of the routes.
 
 from collections.abc import Sequence
 
-from tokenmill.engine.gateway.balance import can_serve
 from tokenmill.engine.gateway.portfolio import Route, Target
 from tokenmill.engine.gateway.router.settings import RoutingSettings
 
@@ -29,8 +28,10 @@ def by_preference(targets: Sequence[Target], settings: RoutingSettings) -> list[
         return groups[:1]
     queue = settings.burst_queue
     if queue is not None:
-        # A group whose every backend has that many requests open counts as full: it is asked last.
-        groups.sort(key=lambda group: all(target.outstanding >= queue for target in group))
+        # A group whose every backend has that many requests open counts as full: it is asked last. The farthest has
+        # nobody to hand over to.
+        last = groups[-1]
+        groups.sort(key=lambda group: group is not last and all(target.outstanding >= queue for target in group))
     return groups
 
 
@@ -40,8 +41,3 @@ def spread(route: Route, settings: RoutingSettings) -> tuple[Route, ...]:
     if len(groups) == 1 and len(groups[0]) == len(route.targets):
         return (route,)
     return tuple(Route(group, route.model, route.why) for group in groups)
-
-
-def bursts(route: Route) -> bool:
-    """Whether none of the route's backends can take a request now."""
-    return not any(can_serve(target, route.model) for target in route.targets)

@@ -1,0 +1,162 @@
+"""`tokenmill calibrate` and `tokenmill router train`, on data whose truth is known."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tokenmill.engine.gateway.router import calibration, classifier, command, training
+from tokenmill.engine.gateway.router.calibration import Sample
+from tokenmill.engine.gateway.router.features import FEATURES
+from tokenmill.errors import ConfigurationError, InputError
+
+
+def calibrated_samples(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Answers that are right with exactly the probability that their confidence says."""
+    dice = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        sure = dice.random()
+        rows.append({"confidence": sure, "correct": dice.random() < sure, "then_correct": dice.random() < 0.98})
+    return rows
+
+
+def test_the_threshold_keeps_the_error_below_the_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "log.jsonl"
+    data.write_text("\n".join(map(json.dumps, calibrated_samples(4000))))
+    out, plot = tmp_path / "calibration.json", tmp_path / "curve.png"
+    assert command.calibrate([str(data), "--out", str(out), "--plot", str(plot), "--max-error", "0.1"]) == 0
+    assert "threshold 0." in capsys.readouterr().out
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    found = calibration.read(out)
+    # Among answers with confidence >= t, uniform, the error is (1 - t) / 2: 0.1 at t = 0.8.
+    assert 0.78 < found.threshold < 0.88
+    assert found.chosen.error_bound <= 0.1
+    fresh = [row for row in calibrated_samples(20_000, seed=1) if row["confidence"] >= found.threshold]
+    assert sum(not row["correct"] for row in fresh) / len(fresh) <= 0.1
+    costs = [point.cost for point in found.curve]
+    assert costs == sorted(costs), "a higher threshold costs more"
+    assert len(costs) <= calibration.MOST_POINTS
+
+
+def test_the_curve_by_hand() -> None:
+    samples = [Sample(0.9, True, False), Sample(0.9, True), Sample(0.5, False, True), Sample(0.2, False, False)]
+    points = {point.threshold: point for point in calibration.curve(samples, 0.1)}
+    assert set(points) == {1.0, 0.9, 0.5, 0.2}
+    assert (points[1.0].escalated, points[1.0].quality, points[1.0].cost) == (1.0, 0.5, 1.1)
+    assert (points[0.9].escalated, points[0.9].error, points[0.9].quality) == (0.5, 0.0, 0.75)
+    assert points[0.5].error == pytest.approx(1 / 3)
+    assert (points[0.2].escalated, points[0.2].error, points[0.2].quality) == (0.0, 0.5, 0.5)
+
+
+def test_wilson_bounds() -> None:
+    assert calibration.upper_bound(0, 0) == 0
+    assert calibration.upper_bound(0, 100) == pytest.approx(0.02634, abs=1e-4)
+    assert calibration.upper_bound(5, 100) == pytest.approx(0.09916, abs=1e-4)
+    assert calibration.upper_bound(100, 100) == 1.0
+
+
+def test_hopeless_data_escalates_everything() -> None:
+    found = calibration.calibrate([Sample(n / 100, False) for n in range(100)], "mean", 0.05, 0.1)
+    assert found.chosen.escalated == 1.0
+    assert found.threshold == 1.0
+
+
+def test_csv_is_read_too(tmp_path: Path) -> None:
+    data = tmp_path / "log.csv"
+    rows = [f"{row['confidence']},{str(row['correct']).lower()},{int(row['then_correct'])}"
+            for row in calibrated_samples(100)]  # fmt: skip
+    data.write_text("confidence,correct,then_correct\n" + "\n".join(rows))
+    out = tmp_path / "c.json"
+    assert command.calibrate([str(data), "--out", str(out), "--max-error", "0.3", "--statistic", "mean"]) == 0
+    assert calibration.read(out).statistic == "mean"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "0 samples are too few"),
+        ('{"confidence": 0.5, "correct": true}\n' * 3, "3 samples"),
+        ("nonsense", ":1: not JSON"),
+        ("[1]", ":1: [1] is no object"),
+        ('{"correct": true}', "'confidence' is None"),
+        ('{"confidence": 2, "correct": true}', "'confidence' is 2.0"),
+        ('{"confidence": "nan", "correct": true}', "'confidence' is nan"),
+        ('{"confidence": 0.5, "correct": "maybe"}', "'correct' is 'maybe'"),
+    ],
+)
+def test_bad_data_is_named(tmp_path: Path, text: str, words: str) -> None:
+    data = tmp_path / "log.jsonl"
+    data.write_text(text)
+    with pytest.raises(InputError) as caught:
+        command.calibrate([str(data), "--out", str(tmp_path / "c.json")])
+    assert words in str(caught.value)
+
+
+def test_the_command_line_reports_in_one_line(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "tokenmill", "calibrate", str(tmp_path / "none.jsonl")], capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert run.returncode == 2
+    assert run.stderr.startswith("tokenmill calibrate: ")
+    assert run.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", [None, "", "{}", '{"format": "x"}', "[]"])
+def test_files_that_are_none(tmp_path: Path, text: str | None) -> None:
+    path = tmp_path / "file.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigurationError, match="tokenmill calibrate"):
+        calibration.read(path)
+    with pytest.raises(ConfigurationError, match="tokenmill router"):
+        classifier.read_weights(path)
+
+
+def drawn(count: int) -> list[dict[str, Any]]:
+    """Outcomes drawn from known weights."""
+    dice = random.Random(3)
+    true = {"bias": -1.0, "code": 2.0, "lookup": -2.0, "prompt": 1.0}
+    rows = []
+    for number in range(count):
+        values = {"bias": 1.0, "prompt": dice.random(), "code": float(dice.random() < 0.4),
+                  "lookup": float(dice.random() < 0.4)}  # fmt: skip
+        hard = dice.random() < classifier.complexity(values, true)
+        outcome = {"good": not hard} if number % 2 else {"confidence": 0.5, "escalated": hard}
+        rows.append({"features": values, **outcome})
+    return rows
+
+
+def test_training_finds_the_weights_that_made_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log, out = tmp_path / "log.jsonl", tmp_path / "weights.json"
+    unjudged = {"features": {"bias": 1.0}, "confidence": None}
+    log.write_text("\n".join(map(json.dumps, [*drawn(4000), unjudged])))
+    assert command.router(["train", str(log), "--out", str(out)]) == 0
+    weights = classifier.read_weights(out)
+    assert set(weights) == set(FEATURES)
+    for name, value in {"bias": -1.0, "code": 2.0, "lookup": -2.0, "prompt": 1.0, "math": 0.0}.items():
+        assert weights[name] == pytest.approx(value, abs=0.4)
+    assert "AUC 0.7" in capsys.readouterr().out
+
+
+def test_training_beats_the_mean_on_lines_it_did_not_see() -> None:
+    examples = [
+        training.Example([row["features"].get(name, 0.0) for name in FEATURES],
+                         not row["good"] if "good" in row else row["escalated"])
+        for row in drawn(1000)
+    ]  # fmt: skip
+    found = training.fit(examples)
+    assert found.log_loss < found.base_log_loss - 0.05
+    assert found.auc > 0.7
+
+
+def test_training_needs_both_outcomes() -> None:
+    with pytest.raises(InputError, match="too few"):
+        training.fit([])
+    with pytest.raises(InputError, match="the same"):
+        training.fit([training.Example([1.0] * len(FEATURES), True)] * 100)

@@ -1,0 +1,205 @@
+"""Decisions of the router itself: budgets, keys, zones, bursts, what is kept of them."""
+
+import asyncio
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from tests.gateway.running import RunningGateway
+from tests.gateway.upstream import Books, FakeUpstream
+from tokenmill.engine.gateway.api_error import ApiError
+from tokenmill.engine.gateway.backends import Backend
+from tokenmill.engine.gateway.body import Body
+from tokenmill.engine.gateway.money import Prices
+from tokenmill.engine.gateway.pipeline import Exchange, Reply
+from tokenmill.engine.gateway.portfolio import Portfolio
+from tokenmill.engine.gateway.principal import Principal
+from tokenmill.engine.gateway.router.outcomes import OutcomeLog
+from tokenmill.engine.gateway.router.recent import RecentDecisions
+from tokenmill.engine.gateway.router.settings import EscalationSettings, RoutingSettings
+from tokenmill.engine.gateway.router.stage import Router
+from tokenmill.engine.gateway.sensitivity.clearance import NOTE, Clearance
+from tokenmill.engine.gateway.settings import Settings
+
+HARD = "Prove the theorem step by step, explain why it must hold, compare both proofs and design an algorithm. " * 4
+
+
+def backend(name: str, tier: str, price: int, quality: float, **more: Any) -> Backend:
+    prices = Prices(price, price, price)
+    return Backend(name, "http://127.0.0.1:9", tier, (name,), prices=prices, quality=quality, **more)
+
+
+def routed(
+    backends: Sequence[Backend],
+    settings: RoutingSettings | None = None,
+    text: str = HARD,
+    principal: Principal | None = None,
+    clearance: Clearance | None = None,
+    **more: Any,
+) -> Exchange:
+    """An exchange after the router."""
+    payload = json.dumps({"model": "auto", "messages": [{"role": "user", "content": text}], **more}).encode()
+    exchange = Exchange(
+        "/v1/chat/completions", [], payload, body=Body(payload), model="auto", request_id="r", forward=[]
+    )
+    exchange.principal = principal
+    if clearance is not None:
+        exchange.notes[NOTE] = clearance
+
+    async def last(_: Exchange) -> Reply:
+        return Reply(200)
+
+    router = Router(Portfolio(backends, Settings()), settings or RoutingSettings(), RecentDecisions(10))
+    asyncio.run(router.handle(exchange, last))
+    return exchange
+
+
+TWO = (backend("small", "utility", 1_000, 0.3), backend("large", "reasoning", 100_000, 0.9))
+
+
+def order(exchange: Exchange) -> list[str]:
+    return [target.backend.name for route in exchange.routes for target in route.targets]
+
+
+def test_a_soft_limit_routes_down() -> None:
+    assert order(routed(TWO)) == ["large", "small"]
+    poor = routed(TWO, principal=Principal("k", soft_limit_reached=True))
+    assert order(poor) == ["small", "large"]
+    assert poor.decision is not None
+    assert "soft limit is passed" in next(one.verdict for one in poor.decision.reasons if one.criterion == "cost")
+
+
+def test_a_key_is_held_to_its_models() -> None:
+    assert order(routed(TWO, principal=Principal("k", models=("auto", "utility")))) == ["small"]
+    assert order(routed(TWO, principal=Principal("k", models=("auto", "large")))) == ["large"]
+    assert order(routed(TWO, principal=Principal("k", models=("auto",)))) == ["large", "small"]
+    with pytest.raises(ApiError) as refused:
+        routed(TWO, principal=Principal("k", models=("auto", "other")))
+    assert (refused.value.status, refused.value.code) == (403, "model_not_allowed")
+
+
+def test_nobody_who_may_see_it_is_a_refusal() -> None:
+    away = [backend("vast", "frontier", 1, 0.9, zone="cloud")]
+    with pytest.raises(ApiError) as refused:
+        routed(away, clearance=Clearance(action="stay", zones=frozenset({"on-premises"}), why="it holds iban"))
+    assert (refused.value.status, refused.value.code) == (403, "residency")
+    assert "it holds iban" in refused.value.message
+
+
+def test_among_equals_the_cheapest_goes_first() -> None:
+    three = [backend("a", "a", 3_000_000, 0.9), backend("b", "b", 1_000_000, 0.9), backend("c", "c", 2_000_000, 0.9)]
+    exchange = routed(three)
+    assert order(exchange) == ["b", "c", "a"]
+    assert exchange.decision is not None
+    assert exchange.decision.candidates == ("b", "c", "a")
+
+
+MIXED = (
+    backend("cloud", "t", 1, 0.9, zone="cloud"),
+    backend("edge", "t", 1, 0.9, zone="edge"),
+    backend("here", "t", 1, 0.9, max_concurrency=2),
+)
+
+
+def test_nearer_zones_go_first() -> None:
+    assert order(routed(MIXED)) == ["here", "edge", "cloud"]
+    assert order(routed(MIXED, RoutingSettings(burst=False))) == ["here"]
+    kept = Clearance(action="stay", zones=frozenset({"edge", "on-premises"}))
+    assert order(routed(MIXED, clearance=kept)) == ["here", "edge"]
+
+
+def test_escalation_is_planned_only_where_it_may_happen() -> None:
+    able = (
+        backend("small", "utility", 1_000, 0.9, capabilities=("logprobs",)),
+        backend("large", "reasoning", 100_000, 0.95),
+    )
+    settings = RoutingSettings(escalation=EscalationSettings("utility", "reasoning", 0.5))
+
+    def planned(*backends: Backend, **more: Any) -> str | None:
+        decision = routed(backends or able, settings, "hi", **more).decision
+        assert decision is not None
+        return decision.escalation
+
+    assert planned() == "reasoning"
+    assert planned(n=2) is None
+    assert planned(*TWO) is None
+    assert planned(principal=Principal("k", soft_limit_reached=True)) is None
+    assert planned(principal=Principal("k", models=("auto", "utility"))) is None
+    far = (able[0], backend("large", "reasoning", 100_000, 0.95, zone="cloud"))
+    assert planned(*far) == "reasoning"
+    assert planned(*far, clearance=Clearance(action="stay", zones=frozenset({"on-premises"}))) is None
+
+
+@pytest.mark.parametrize("queue", [None, 2])
+def test_overflow_bursts_to_the_cloud_and_only_then(queue: int | None) -> None:
+    here, cloud = FakeUpstream(("m",)).start(), FakeUpstream(("m",)).start()
+    near = Backend("here", here.url, "t", ("m",), max_concurrency=4 if queue is None else None, quality=0.9)
+    away = Backend("cloud", cloud.url, "t", ("m",), zone="cloud", quality=0.9)
+    settings = RoutingSettings(burst_queue=queue)
+    most = queue or 4
+    with RunningGateway(near, away, routing=settings) as gateway:
+
+        def ask(_: int) -> int:
+            body = {"model": "auto", "messages": [{"role": "user", "content": "hi"}], "act": {"delay_s": 0.5}}
+            return gateway.post("/v1/chat/completions", body)[0]
+
+        assert [ask(number) for number in range(3)] == [200] * 3
+        assert (len(here.books.requests), len(cloud.books.requests)) == (3, 0)
+        here.books, cloud.books = Books(), Books()
+        with ThreadPoolExecutor(most + 3) as clients:
+            assert list(clients.map(ask, range(most + 3))) == [200] * (most + 3)
+        assert here.books.most_open == most
+        assert len(cloud.books.requests) == 3
+    here.stop()
+    cloud.stop()
+
+
+def test_decisions_are_kept_and_logged_without_text(tmp_path: Path) -> None:
+    ring, path = RecentDecisions(3), tmp_path / "outcomes.jsonl"
+
+    async def run() -> None:
+        log = OutcomeLog(path)
+        router = Router(Portfolio(TWO, Settings()), RoutingSettings(), ring, log)
+        await log.start()
+        for number in range(5):
+            payload = json.dumps({"messages": [{"role": "user", "content": f"the secret plan {number}"}]}).encode()
+            exchange = Exchange("/v1/chat/completions", [], payload, body=Body(payload), model="auto",
+                                request_id=f"r{number}", forward=[])  # fmt: skip
+
+            async def last(one: Exchange) -> Reply:
+                one.status, one.outcome = 200, "ok"
+                return Reply(200)
+
+            await router.handle(exchange, last)
+            exchange.notes["escalation"] = {"confidence": 0.25, "escalated": True}
+            exchange.end()
+        await log.stop()
+
+    asyncio.run(run())
+    assert [one.request_id for one in ring.latest()] == ["r4", "r3", "r2"]
+    assert [one.request_id for one in ring.latest(1)] == ["r4"]
+    newest = ring.latest(1)[0]
+    assert (newest.confidence, newest.escalated, newest.status) == (0.25, True, 200)
+    assert newest.decision.reasons
+    lines = [orjson.loads(line) for line in path.read_bytes().splitlines()]
+    assert [line["id"] for line in lines] == ["r0", "r1", "r2", "r3", "r4"]
+    assert lines[0]["features"]["bias"] == 1
+    assert "secret" not in path.read_text() + repr(ring.latest())
+
+
+def test_a_log_that_cannot_be_written_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        log = OutcomeLog(tmp_path / "no folder" / "log")
+        payload = b'{"messages": []}'
+        exchange = Exchange("/v1/chat/completions", [], payload, body=Body(payload), model="auto", request_id="r",
+                            forward=[])  # fmt: skip
+        log.add(exchange, {}, 0.5)
+        await log.stop()
+
+    asyncio.run(run())
+    assert "cannot be written" in caplog.text
