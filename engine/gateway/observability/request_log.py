@@ -47,14 +47,15 @@ class RequestLog:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        self._flush()
+        self.flush()
 
     async def handle(self, exchange: Exchange, proceed: Handler) -> Reply:
         """See `pipeline.Stage`."""
-        exchange.on_end(self._note)
+        exchange.on_end(self.note)
         return await proceed(exchange)
 
-    def _note(self, exchange: Exchange) -> None:
+    def note(self, exchange: Exchange) -> None:
+        """Takes down a request that has ended."""
         if len(self._waiting) >= MOST_WAITING:
             self._lost += 1
             return
@@ -67,9 +68,10 @@ class RequestLog:
         while True:
             await asyncio.sleep(FLUSH_S)
             if self._waiting:
-                await asyncio.to_thread(self._flush)
+                await asyncio.to_thread(self.flush)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Writes what has gathered; may block."""
         lines, self._waiting = self._waiting, []
         lost, self._lost = self._lost, 0
         if lost:

@@ -1,0 +1,122 @@
+"""Figures of several processes: sums that never go down, bounded labels, quantiles, and what engines and GPUs say."""
+
+import asyncio
+import ctypes
+import math
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from tokenmill.engine.gateway.observability import engines, gpus, snapshot
+from tokenmill.engine.gateway.observability.bounded import Bounded
+from tokenmill.engine.gateway.observability.quantiles import quantiles
+from tokenmill.engine.gateway.observability.shared import Board, Report
+from tokenmill.engine.gateway.observability.snapshot import Family
+
+
+def figures(count: float, open_now: float, times: tuple[float, ...] = ()) -> list[Family]:
+    """What a process with these values tells."""
+    registry = CollectorRegistry()
+    Counter("asked", "Text.", ("tier",), registry=registry).labels('a"b\\c').inc(count)
+    Gauge("open", "Text.", registry=registry).set(open_now)
+    Gauge("backend_up", "Text.", registry=registry).set(open_now > 0)
+    histogram = Histogram("took", "Text.", ("tier",), buckets=(1, 2, 4), registry=registry)
+    for time in times:
+        histogram.labels("a").observe(time)
+    return snapshot.take(registry)
+
+
+def test_sums_keep_counts_of_the_dead_and_drop_their_gauges() -> None:
+    text = snapshot.text(snapshot.total([figures(2, 3), figures(5, 7), figures(1, 100)], [True, True, False])).decode()
+    assert 'asked_total{tier="a\\"b\\\\c"} 8.0' in text
+    assert "\nopen 10.0" in text
+    assert "\nbackend_up 1.0" in text
+    assert "# TYPE asked_total counter" in text or "# TYPE asked counter" in text
+
+
+def test_quantiles_agree_with_the_observations() -> None:
+    times = tuple(0.01 * step for step in range(1, 101))
+    both = snapshot.total([figures(0, 0, times), figures(0, 0, (3.0,) * 100)], [True, True])
+    ((half, high),) = quantiles(both, "took", "tier", (0.25, 0.75)).values()
+    assert half == pytest.approx(0.5, abs=0.01)
+    assert 2 < high < 4
+    beyond = snapshot.total([figures(0, 0, (100.0,))], [True])
+    assert quantiles(beyond, "took", "tier", (0.5,)) == {"a": [4.0]}
+    assert quantiles(both, "other", "tier", (0.5,)) == {}
+    assert not math.isnan(half)
+
+
+def test_labels_are_bounded() -> None:
+    names = Bounded(2)
+    assert [names.name(name) for name in ("a", "b", "c", "a", None)] == ["a", "b", "other", "a", ""]
+
+
+def test_reports_are_exchanged_and_outlive_their_workers(tmp_path: Path) -> None:
+    async def run() -> None:
+        first = Board(tmp_path / "board", lambda: Report(1, figures(1, 1)))
+        second = Board(tmp_path / "board", lambda: Report(2, figures(2, 1), [{"at": 5}]))
+        await first.start()
+        await second.start()
+        for _ in range(200):
+            if len(first.everybody()) == 2:
+                break
+            await asyncio.sleep(0.02)
+        assert [(one.report.pid, one.lives) for one in first.everybody()] == [(1, True), (2, True)]
+        await second.stop()
+        assert [(one.report.pid, one.lives) for one in first.everybody()] == [(1, True), (2, False)]
+        (tmp_path / "board" / "broken.report").write_bytes(b"\xc1 not a report")
+        assert len(first.everybody()) == 2
+        await first.stop()
+
+    asyncio.run(run())
+
+
+VLLM = b"""# HELP vllm:num_requests_running Number
+vllm:num_requests_running{engine="0",model_name="m"} 3.0
+vllm:num_requests_running{engine="1",model_name="m"} 1.0
+vllm:num_requests_waiting{engine="0",model_name="m"} 2.0
+vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.25
+vllm:prefix_cache_queries_total{engine="0",model_name="m"} 200.0
+vllm:prefix_cache_hits_total{engine="0",model_name="m"} 50.0
+vllm:prefix_cache_hits_created{engine="0",model_name="m"} 1.7e9
+vllm:spec_decode_num_draft_tokens_total{engine="0",model_name="m"} 0.0
+"""
+
+
+def test_vllms_page_is_read() -> None:
+    assert engines.read("e", VLLM) == engines.Engine("e", 4, 2, 0.25, 0.25, None)
+    assert engines.read("e", b"other_metric 1\n") is None
+    assert engines.read("e", b"vllm:num_requests_running nonsense\n") is None
+
+
+#: A driver's library as far as it is asked, in C: what a machine without a GPU cannot give.
+NVML = r"""
+#include <string.h>
+int nvmlInit_v2(void) { return 0; }
+int nvmlDeviceGetCount_v2(unsigned *count) { *count = 2; return 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **handle) { *handle = (void *)(long)(index + 1); return 0; }
+int nvmlDeviceGetName(void *handle, char *name, unsigned length) { strncpy(name, "Test GPU", length); return 0; }
+int nvmlDeviceGetUtilizationRates(void *handle, unsigned *rates) {
+    rates[0] = 40; rates[1] = 7;
+    return handle == (void *)1L;
+}
+int nvmlDeviceGetMemoryInfo(void *handle, unsigned long long *m) { m[0] = 80; m[1] = 30; m[2] = 50; return 0; }
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_gpus_are_read_from_the_drivers_library(tmp_path: Path) -> None:
+    source, library = tmp_path / "nvml.c", tmp_path / "libnvml.so"
+    source.write_text(NVML, encoding="utf-8")
+    subprocess.run(["cc", "-shared", "-fPIC", "-w", "-o", library, source], check=True)
+    # The first device refuses to say how busy it is and is left out.
+    assert gpus.gpus(str(library)) == [gpus.Gpu(1, "Test GPU", 0.4, 50, 80)]
+
+
+def test_without_a_driver_there_is_nothing() -> None:
+    assert gpus.gpus("libthere-is-none.so") is None
+    with pytest.raises(OSError, match="there-is-none"):
+        ctypes.CDLL("libthere-is-none.so")
