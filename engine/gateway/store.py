@@ -151,7 +151,9 @@ class Store:
 
     def __init__(self, place: Path | str, schema: Sequence[str]) -> None:
         self.place = place
-        self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[list[_Job] | None] = queue.SimpleQueue()
+        #: What the event loop asked for since it last came round; one wake-up of the writer is enough for all of it.
+        self._gathered: list[_Job] = []
         self._database = _database(place)
         try:
             self._writer = self._database.connect()
@@ -171,12 +173,12 @@ class Store:
         Operations run in the order of their submission. One that raises leaves no trace of itself.
         """
         future: Future[T] = Future()
-        self._queue.put(_Job(_one_by_one, operation, future))
+        self._queue.put([_Job(_one_by_one, operation, future)])
         return future
 
     def post(self, operation: Operation[object]) -> None:
         """`submit` for who does not wait; a failure goes to the log."""
-        self._queue.put(_Job(_one_by_one, operation, None))
+        self.post_item(_one_by_one, operation)
 
     async def write(self, operation: Operation[T]) -> T:
         """`submit` for a coroutine; cancelled before its turn, the operation does not run."""
@@ -190,12 +192,27 @@ class Store:
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
-        self._queue.put(_Job(collector, item, future, loop))
+        self._gather(_Job(collector, item, future, loop), loop)
         return future
 
     def post_item(self, collector: Collector, item: Any) -> None:
         """`post` for one of many things; see `write_item`."""
-        self._queue.put(_Job(collector, item, None))
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            self._queue.put([_Job(collector, item, None)])
+        else:
+            self._gather(_Job(collector, item, None), loop)
+
+    def _gather(self, job: _Job, loop: asyncio.AbstractEventLoop) -> None:
+        self._gathered.append(job)
+        if len(self._gathered) == 1:
+            loop.call_soon(self._hand_over)
+
+    def _hand_over(self) -> None:
+        if self._gathered:
+            gathered, self._gathered = self._gathered, []
+            self._queue.put(gathered)
 
     def write_now(self, operation: Operation[T]) -> T:
         """`submit` for a program that may wait."""
@@ -211,6 +228,7 @@ class Store:
 
     def close(self) -> None:
         """Commits what was submitted and closes the database."""
+        self._hand_over()
         self._queue.put(None)
         self._thread.join()
         self._writer.close()
@@ -219,14 +237,14 @@ class Store:
 
     def _run(self) -> None:
         while (first := self._queue.get()) is not None:
-            batch = [first]
+            batch = list(first)
             last = False
             while len(batch) < MOST_IN_A_BATCH and not self._queue.empty():
-                job = self._queue.get()
-                if job is None:
+                jobs = self._queue.get()
+                if jobs is None:
                     last = True
                     break
-                batch.append(job)
+                batch += jobs
             self._commit([job for job in batch if _wanted(job)])
             if last:
                 return

@@ -14,7 +14,6 @@ TAIL_BYTES = 4096
 _MOST_TOKENS = 100_000_000
 #: Paths whose streams say what they used when `stream_options` asks for it; others say it anyhow, or never.
 _COUNTED_ON_DEMAND = frozenset({"/v1/chat/completions", "/v1/completions"})
-_ENDS = (b"\n\n", b"\r\n\r\n")
 
 
 class _Details(msgspec.Struct):
@@ -121,28 +120,46 @@ class StreamUsage:
 class HiddenUsage:
     """Takes the event that holds nothing but the usage out of a stream; every other byte stays as it is."""
 
-    __slots__ = ("_begun", "_events")
+    __slots__ = ("_begun",)
 
     def __init__(self) -> None:
-        self._events = sse.Events()
-        self._begun = False
+        #: An event whose end has not come yet: it may turn out to be the one.
+        self._begun = b""
 
     def feed(self, chunk: bytes) -> bytes:
         """What the client gets of a chunk now; an event's begin waits for its end."""
-        whole = chunk.endswith(_ENDS)
-        if whole and not self._begun and b'"usage"' not in chunk:
-            return chunk
-        self._begun = not whole
-        return b"".join(event for event in self._events.feed(chunk) if not _is_usage_alone(event))
+        data = self._begun + chunk if self._begun else chunk
+        end = _after_last_event(data, len(data))
+        self._begun = data[end:] if len(data) - end <= sse.LONGEST else b""
+        whole = data[:end] if self._begun else data
+        at = whole.find(b'"usage"')
+        while at >= 0:
+            start, stop = _after_last_event(whole, at), _after_event(whole, at)
+            if _is_usage_alone(whole[start:stop]):
+                whole = whole[:start] + whole[stop:]
+                stop = start
+            at = whole.find(b'"usage"', stop)
+        return whole
 
     def finish(self) -> bytes:
         """What is left at the stream's end."""
-        return self._events.rest()
+        return self._begun
+
+
+def _after_last_event(data: bytes, before: int) -> int:
+    """Where the last event that ends before a place ends; 0: none does."""
+    plain, carriage = data.rfind(b"\n\n", 0, before), data.rfind(b"\r\n\r\n", 0, before)
+    return max(plain + 2 if plain >= 0 else 0, carriage + 4 if carriage >= 0 else 0)
+
+
+def _after_event(data: bytes, at: int) -> int:
+    """Where the event that a place lies in ends."""
+    plain, carriage = data.find(b"\n\n", at), data.find(b"\r\n\r\n", at)
+    ends = [end for end in (plain + 2 if plain >= 0 else 0, carriage + 4 if carriage >= 0 else 0) if end]
+    return min(ends, default=len(data))
 
 
 def _is_usage_alone(event: bytes) -> bool:
-    if b'"usage"' not in event:
-        return False
     data = sse.data_of(event)
     try:
         chunk = _CHUNK.decode(data or b"")

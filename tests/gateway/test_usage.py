@@ -1,0 +1,87 @@
+"""Counts are read out of every kind of answer; the usage nobody asked for is hidden and nothing else is."""
+
+import itertools
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokenmill.engine.gateway.pipeline import Usage
+from tokenmill.engine.gateway.usage import HiddenUsage, StreamUsage, read_usage
+
+USAGE = b'data: {"id":"c","choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2}}'
+#: Events that stay: text that speaks of usage, usage beside choices, null usage, comments, no JSON, another kind.
+KEPT = (
+    b'data: {"choices":[{"delta":{"content":"a"}}]}',
+    b'data: {"choices":[{"delta":{"content":"say \\"usage\\""}}]}',
+    b'data: {"choices":[{"index":0}],"usage":{"prompt_tokens":3}}',
+    b'data: {"choices":[],"usage":null}',
+    b'data: {"choices":[],"prompt_filter_results":[]}',
+    b': "usage"',
+    b'data: "usage" of nothing',
+    b'event: x\ndata: {"usage":{}}',
+    b"data: [DONE]",
+)
+
+
+@given(
+    st.lists(st.sampled_from((*KEPT, USAGE)), max_size=8),
+    st.sampled_from([b"\n\n", b"\r\n\r\n"]),
+    st.lists(st.integers(0, 400), max_size=6),
+    st.sampled_from([b"", b'data: {"choices":[],"us']),
+)
+def test_exactly_the_usage_event_is_hidden(events: list[bytes], gap: bytes, cuts: list[int], rest: bytes) -> None:
+    events = [event.replace(b"\n", gap[: len(gap) // 2]) for event in events]
+    stream = b"".join(event + gap for event in events) + rest
+    places = sorted({0, len(stream), *(cut for cut in cuts if cut < len(stream))})
+    hidden = HiddenUsage()
+    shown = [hidden.feed(stream[start:stop]) for start, stop in itertools.pairwise(places)]
+    expected = b"".join(event + gap for event in events if event != USAGE) + rest
+    assert b"".join(shown) + hidden.finish() == expected
+
+
+def test_whole_events_are_not_held_back() -> None:
+    hidden = HiddenUsage()
+    assert hidden.feed(KEPT[0] + b"\n\n") == KEPT[0] + b"\n\n"
+    assert hidden.feed(KEPT[0] + b"\n\ndata: {") == KEPT[0] + b"\n\n"
+    long = b"x" * (1 << 20)
+    assert hidden.feed(long) == b"data: {" + long
+
+
+@pytest.mark.parametrize(
+    ("answer", "counts"),
+    [
+        ({"usage": {"prompt_tokens": 5, "completion_tokens": 7}}, (5, 0, 7, True)),
+        ({"usage": {"prompt_tokens": 5, "prompt_tokens_details": {"cached_tokens": 2}}}, (5, 2, 0, True)),
+        ({"usage": {"prompt_tokens": 5, "completion_tokens": None}}, (5, 0, 0, True)),
+        (
+            {"usage": {"input_tokens": 5, "output_tokens": 7, "input_tokens_details": {"cached_tokens": 1}}},
+            (5, 1, 7, True),
+        ),
+        ({"response": {"usage": {"input_tokens": 5, "output_tokens": 7}}}, (5, 0, 7, True)),
+        ({"usage": {"input_tokens": 5, "output_tokens": 7, "cache_read_input_tokens": 4}}, (9, 4, 7, True)),
+        ({"usage": {"output_tokens": 7}}, (0, 0, 0, False)),
+        ({"usage": None}, (0, 0, 0, False)),
+        ({"usage": {"prompt_tokens": "5"}}, (0, 0, 0, False)),
+        ({"usage": {"prompt_tokens": -5, "completion_tokens": 10**30}}, (0, 0, 100_000_000, True)),
+        ([], (0, 0, 0, False)),
+    ],
+)
+def test_counts_of_every_api(answer: object, counts: tuple[int, int, int, bool]) -> None:
+    usage = Usage()
+    read_usage(json.dumps(answer).encode(), usage)
+    assert (usage.prompt, usage.cached, usage.completion, usage.exact) == counts
+
+
+@pytest.mark.parametrize("gap", [b"\n\n", b"\r\n\r\n"])
+def test_stream_counts_events_until_it_is_told(gap: bytes) -> None:
+    usage = Usage()
+    tap = StreamUsage(usage)
+    for _ in range(3):
+        tap.feed(KEPT[0] + gap)
+    tap.finish()
+    assert (usage.completion, usage.exact) == (3, False)
+    tap.feed(USAGE + gap + b"data: [DONE]" + gap)
+    tap.finish()
+    assert (usage.prompt, usage.completion, usage.exact) == (3, 2, True)
