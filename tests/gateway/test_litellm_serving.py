@@ -1,0 +1,98 @@
+"""A LiteLLM proxy's file, served as it is by `tokenmill serve`, and used with LiteLLM's calls and OpenAI's client."""
+
+import json
+from collections.abc import Iterator
+from http.client import HTTPConnection
+from typing import Any
+
+import openai
+import pytest
+
+from tests.gateway.upstream import FakeUpstream
+from tests.supervisor.running import REAL, Running
+
+MASTER_KEY = "sk-0123456789abcdef0123456789abcdef"
+pytestmark = pytest.mark.end_to_end
+
+
+@pytest.fixture(scope="module")
+def upstreams() -> Iterator[tuple[FakeUpstream, FakeUpstream]]:
+    first, second = FakeUpstream().start(), FakeUpstream(("spare",)).start()
+    yield first, second
+    first.stop()
+    second.stop()
+
+
+@pytest.fixture(scope="module")
+def serving(
+    upstreams: tuple[FakeUpstream, FakeUpstream], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("litellm")
+    first, second = upstreams
+    config = folder / "litellm.yaml"
+    config.write_text(
+        f"""
+model_list:
+  - model_name: chat/small
+    litellm_params: {{model: openai/tiny, api_base: {first.url}, api_key: os.environ/FIRST_KEY, rpm: 1000}}
+    model_info: {{input_cost_per_token: 0.001, output_cost_per_token: 0.001}}
+  - model_name: backup
+    litellm_params: {{model: hosted_vllm/spare, api_base: {second.url}, api_key: sk-literal}}
+router_settings:
+  fallbacks: [{{chat/small: [backup]}}]
+  model_group_alias: {{gpt-4o: chat/small}}
+  num_retries: 3
+general_settings: {{master_key: os.environ/LITELLM_MASTER_KEY}}
+litellm_settings: {{drop_params: true}}
+""",
+        encoding="utf-8",
+    )
+    command = [*REAL, str(config), "--port", "0", "--workers", "2"]
+    running = Running(command, folder, FIRST_KEY="sk-upstream", LITELLM_MASTER_KEY=MASTER_KEY)
+    running.wait_ready()
+    yield running
+    running.close()
+
+
+def call(serving: Running, method: str, path: str, body: Any = None, key: str = MASTER_KEY) -> tuple[int, Any]:
+    connection = HTTPConnection("127.0.0.1", serving.port, timeout=30)
+    headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
+    connection.request(method, path, None if body is None else json.dumps(body), headers)
+    response = connection.getresponse()
+    answer = response.status, json.loads(response.read())
+    connection.close()
+    return answer
+
+
+def test_keys_models_aliases_and_budgets(serving: Running, upstreams: tuple[FakeUpstream, FakeUpstream]) -> None:
+    assert "litellm_settings.drop_params: not understood" in serving.text
+    status, made = call(serving, "POST", "/key/generate", {"models": ["chat/small", "gpt-4o"], "max_budget": 1.0})
+    assert status == 200
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{serving.port}/v1", api_key=made["key"], max_retries=0) as client:
+        assert {model.id for model in client.models.list()} == {"chat/small", "gpt-4o"}
+        for name in ("chat/small", "gpt-4o"):
+            answer = client.chat.completions.create(
+                model=name, messages=[{"role": "user", "content": "hi"}], max_tokens=3
+            )
+            assert answer.usage is not None and answer.usage.completion_tokens == 3
+        _, headers, _ = upstreams[0].books.requests[-1]
+        assert headers["authorization"] == "Bearer sk-upstream"
+        assert json.loads(upstreams[0].books.requests[-1][2])["model"] == "tiny"
+        with pytest.raises(openai.PermissionDeniedError):
+            client.chat.completions.create(model="backup", messages=[])
+        spent = call(serving, "GET", f"/key/info?key={made['key']}")[1]["info"]["spend"]
+        books = upstreams[0].books
+        assert spent == pytest.approx(0.001 * (books.prompt_tokens + books.completion_tokens))
+        with pytest.raises(openai.RateLimitError):
+            client.chat.completions.create(model="chat/small", messages=[], max_tokens=5000)
+
+
+def test_a_backend_that_is_gone_falls_back(serving: Running, upstreams: tuple[FakeUpstream, FakeUpstream]) -> None:
+    _, made = call(serving, "POST", "/key/generate", {})
+    upstreams[0].pause()
+    try:
+        status, answer = call(serving, "POST", "/v1/chat/completions", {"model": "gpt-4o", "messages": []}, made["key"])
+        assert (status, answer["model"]) == (200, "spare")
+        assert upstreams[1].books.requests[-1][1]["authorization"] == "Bearer sk-literal"
+    finally:
+        upstreams[0].start()
