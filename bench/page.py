@@ -258,7 +258,12 @@ def _other_ops(rows: Sequence[Row]) -> str:
 def _serving(rows: Sequence[Row]) -> str:
     parts = []
     for (device, isa, model), found in served(rows).items():
-        latest = {(row["workload"], row["concurrency"], row["own_tokens"], row["variant"]): row for row in found}
+        reasons = {row["variant"]: row["skipped"] for row in found if "skipped" in row}
+        latest = {
+            (row["workload"], row["concurrency"], row["own_tokens"], row["variant"]): row
+            for row in found
+            if "skipped" not in row
+        }
         variants = list(dict.fromkeys(row["variant"] for row in latest.values()))
         styles = {name: _variant_style(name, variants) for name in variants}
         speed: dict[str, list[tuple[str, str, float]]] = defaultdict(list)
@@ -276,8 +281,8 @@ def _serving(rows: Sequence[Row]) -> str:
         load = f" Load average {min(loads):.1f} to {max(loads):.1f}." if loads else ""
         parts.append(
             f"<p>vLLM's own client over HTTP, servers side by side, {sizes['rounds']} rounds in turns; in brackets the "
-            "median over the rounds of how many times better than stock in the same round. A good request has its "
-            f"first token within {sizes['slo_ttft_ms']:g} ms and then one every {sizes['slo_tpot_ms']:g} ms.{load}</p>"
+            "median over the rounds of how many times better than the first server in the same round. A good request "
+            f"has its first token within {sizes['slo_ttft_ms']:g} ms and then one every {sizes['slo_tpot_ms']:g} ms.{load}</p>"
         )
         plots = svg.bars(speed, "Output tokens per second: more is better", "")
         plots += svg.bars(pace, "Median milliseconds an output token: less is better", "")
@@ -301,6 +306,7 @@ def _serving(rows: Sequence[Row]) -> str:
             for row in latest.values()
             if row["variant"] == v and row["hooks"].get(v)
         ]
+        hooks += [f"{name}: not measured: {reason}" for name, reason in reasons.items()]
         parts.append("".join(f'<p class="faint">{html.escape(line)}</p>' for line in dict.fromkeys(hooks)))
     return "".join(parts)
 

@@ -29,9 +29,13 @@ def served(rows: Sequence[Row]) -> dict[tuple[Any, ...], list[Row]]:
     """The least disturbed measurement of `tokenmill bench serve` in every group: one list a device and model."""
     found: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
     of_servers = (row for row in rows if row.get("op") == "serve")
-    for row in least_disturbed(of_servers, SERVED, lambda row: 1 / row["output_tokens_per_second"]):
+    for row in least_disturbed(of_servers, SERVED, _seconds_per_token):
         found[row["device"], row["isa"], row["model"]].append(row)
     return dict(found)
+
+
+def _seconds_per_token(row: Row) -> float:
+    return 1 / row["output_tokens_per_second"] if "output_tokens_per_second" in row else 0.0
 
 
 def baseline(rows: Iterable[Row], M: int) -> float | None:
@@ -70,19 +74,24 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def _servers(rows: Sequence[Row]) -> str:
-    """One table a model: medians, and in brackets how many times better than stock in the same rounds."""
+    """One table a model: medians, and in brackets how many times better than the first server in the same rounds."""
     parts = []
     for (device, isa, model), found in served(rows).items():
         loads = [row["load_average"] for row in found if "load_average" in row]
         load = f" (load average up to {max(loads):.1f} while measured)" if loads else ""
         parts.append(f"**Serving {model} on {device}, {isa}: vLLM with and without our hooks**{load}\n")
+        parts.append("In brackets: how many times better than the first server, by the median of the same rounds.\n")
         parts.append("| workload | at once | server | TTFT ms | TPOT ms | output tokens/s |\n|---|---|---|---|---|---|")
         for row in found:
+            if "skipped" in row:
+                continue
             cells = [
                 f"{row[figure]:.4g} ({row[f'{figure}_gain']:.2f}x)"
                 for figure in ("ttft_p50_ms", "tpot_p50_ms", "output_tokens_per_second")
             ]
             parts.append(f"| {row['workload']} | {row['concurrency']} | {row['variant']} | {' | '.join(cells)} |")
+        skipped = {row["variant"]: row["skipped"] for row in found if "skipped" in row}
+        parts += [f"\nNot measured: {name}: {reason}." for name, reason in skipped.items()]
         parts.append("")
     return "\n".join(parts)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from tokenmill.bench import nvml
 from tokenmill.bench.rows import SERVED, Row, RowFile, identity
-from tokenmill.bench.serving.processes import Client, Server
+from tokenmill.bench.serving.processes import Client, Server, ServingError
 from tokenmill.bench.serving.workloads import Workload, write_prompts
 
 #: What is not measured twice: the same, by the same sources.
@@ -59,7 +59,7 @@ class Plan:
 
     Attributes:
         model: In the rows: name, layers, weights.
-        variants: The first is what the others are compared with.
+        variants: The first that starts is what the others are compared with.
         flags: Of `vllm serve`, for all.
         workloads: In this order.
         concurrencies: Requests in flight at once.
@@ -98,21 +98,30 @@ def compare(plan: Plan, facts: Row, out: RowFile, folder: Path, say: Callable[[s
     if not missing:
         return
     servers: dict[str, Server] = {}
+    refusals: dict[str, str] = {}
     client = Client(folder)
     try:
         for variant in plan.variants:  # one after the other: each takes its memory from what is free
-            environment = dict(plan.environment)
-            servers[variant.name] = Server(
-                variant.name, variant.model, (*plan.flags, *variant.flags), variant.hooks, folder, environment
-            )
-            servers[variant.name].wait()
-            say(f"{variant.name}: ready")
+            flags = (*plan.flags, *variant.flags)
+            server = Server(variant.name, variant.model, flags, variant.hooks, folder, dict(plan.environment))
+            servers[variant.name] = server
+            try:
+                server.wait()
+                say(f"{variant.name}: ready")
+            except ServingError as error:
+                refusals[variant.name] = str(error)
+                servers.pop(variant.name).close()
+                say(f"{variant.name}: {error}")
+        if not servers:
+            raise ServingError(f"no server started: {'; '.join(refusals.values())}")
         workloads = {workload.name: workload for workload in plan.workloads}
         for group in missing:
             rows = _measure(plan, group, workloads[group["workload"]], servers, client, folder)
+            rows += [{**group, "variant": name, "skipped": reason} for name, reason in refusals.items()]
             out.append(rows)
             for row in rows:
-                say(line(row))
+                if "skipped" not in row:
+                    say(line(row))
     finally:
         client.close()
         for server in servers.values():
@@ -151,7 +160,7 @@ def _measure(
             result = client.run(_client_flags(plan, group, servers[name].url, tokenizer, prompts))
             if turn:
                 found[name].append(_figures(result, before, None if gpu is None else gpu.joules()))
-    stock = found[plan.variants[0].name]
+    first = next(iter(servers))  # stock, where it starts
     return [
         {
             **group,
@@ -161,9 +170,11 @@ def _measure(
             "hooks": servers[variant.name].hooks(),
             "variant_flags": " ".join(variant.flags),
             **_medians(found[variant.name]),
-            **_ratios(found[variant.name], stock),
+            "compared_with": first,
+            **_ratios(found[variant.name], found[first]),
         }
         for variant in plan.variants
+        if variant.name in servers
     ]
 
 
