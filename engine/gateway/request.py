@@ -1,8 +1,8 @@
 """From an ASGI request to an `Exchange`: identity, body within its limits, the model it asks for."""
 
 import asyncio
+import random
 import re
-import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -37,7 +37,7 @@ def request_id(headers: Headers) -> str:
             if _REQUEST_ID.fullmatch(value):
                 return value.decode("ascii")
             break
-    return uuid.uuid4().hex
+    return f"{random.getrandbits(128):032x}"
 
 
 async def read_body(receive: Receive, headers: Headers, settings: Settings) -> bytes:

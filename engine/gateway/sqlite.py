@@ -16,6 +16,9 @@ from pathlib import Path
 from tokenmill.engine.gateway.store import Claim, Connection
 from tokenmill.errors import ConfigurationError
 
+#: Pages in the write-ahead log before they are copied into the file, which waits for the disk: 16 MiB.
+_CHECKPOINT = "wal_autocheckpoint=4096"
+
 
 class Sqlite:
     """One file and what stands beside it: `FILE.lock` for the order of writers, `FILE.claims/` for names.
@@ -49,7 +52,7 @@ class Sqlite:
         """See `store.Database`."""
         connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=30.0)
         try:
-            for setting in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
+            for setting in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", _CHECKPOINT):
                 connection.execute(f"PRAGMA {setting}")
         except sqlite3.Error as error:
             connection.close()

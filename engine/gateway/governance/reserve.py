@@ -19,6 +19,10 @@ log = logging.getLogger("tokenmill.gateway.governance")
 
 #: Seconds after which a client may try again when the store did not answer.
 _STORE_RETRY_S = 2
+_RATE_NAMES = {
+    kind: tuple(f"x-ratelimit-{name}-{kind}".encode() for name in ("limit", "remaining", "reset"))
+    for kind in ("requests", "tokens")
+}
 #: OpenAI's clients do not wait longer than this, but try again at once; it is better to tell them not to.
 _CLIENT_PATIENCE_MS = 60_000
 
@@ -127,8 +131,12 @@ def _rate(kind: str, rate: Rate | None) -> Headers:
 
 
 def _rate_headers(kind: str, limit: int, remaining: int, reset_s: float) -> Headers:
-    values = {"limit": str(limit), "remaining": str(max(remaining, 0)), "reset": f"{reset_s:g}s"}
-    return [(f"x-ratelimit-{name}-{kind}".encode(), value.encode()) for name, value in values.items()]
+    limit_name, remaining_name, reset_name = _RATE_NAMES[kind]
+    return [
+        (limit_name, b"%d" % limit),
+        (remaining_name, b"%d" % max(remaining, 0)),
+        (reset_name, f"{reset_s:g}s".encode()),
+    ]
 
 
 def refusal(found: Refusal) -> ApiError:
