@@ -9,6 +9,7 @@ from tokenmill.engine.gateway.api_error import ApiError, model_not_found, unavai
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.breaker import Breaker
 from tokenmill.engine.gateway.pace import Pace, share
+from tokenmill.engine.gateway.principal import Principal
 from tokenmill.engine.gateway.settings import Settings
 from tokenmill.engine.gateway.upstream import Origin
 
@@ -143,8 +144,12 @@ class Portfolio:
         target = {target.backend.name: target for target in self.targets}[name]
         target.canary = share
 
-    def routes(self, model: str | None) -> Sequence[Route]:
-        """Where a request for `model` may go, before any policy.
+    def routes(self, model: str | None, principal: Principal | None = None) -> Sequence[Route]:
+        """Where a request for `model` may go, before any policy; the last ones when the first cannot serve it.
+
+        Args:
+            model: What it asks for.
+            principal: Who asks: nothing falls back to what he may not ask for.
 
         Raises:
             ApiError: 404 for a model that nobody serves; 503 while a backend's models are not known yet;
@@ -157,22 +162,29 @@ class Portfolio:
             raise ApiError(400, "`model` is missing; GET /v1/models lists the choices.", code="missing", param="model")
         route = self._routes.get(wanted)
         if route is not None:
-            return (route, *self._fallbacks(route))
+            return (route, *self._fallbacks(route, principal))
         unknown = [target for target in self.targets if not target.backend.models and target.catalog is None]
         if unknown:
             names = ", ".join(target.backend.name for target in unknown)
             raise unavailable(f"The models of {names} are not known yet; try again soon.", self.settings.retry_after_s)
         raise model_not_found(wanted)
 
-    def _fallbacks(self, route: Route) -> Iterator[Route]:
+    def _fallbacks(self, route: Route, principal: Principal | None) -> Iterator[Route]:
         """Where a request goes when none of the route's backends can serve it."""
         configured = self.settings.fallbacks
-        if configured:
-            tiers = dict.fromkeys(target.backend.tier for target in route.targets)
-            others = dict.fromkeys(other for tier in tiers for other in configured.get(tier, ()))
-            for other in others:
-                if other in self.tiers and other not in tiers:
-                    yield Route(self.tiers[other], None, "fallback")
+        if not configured:
+            return
+        tiers = dict.fromkeys(target.backend.tier for target in route.targets)
+        for other in dict.fromkeys(other for tier in tiers for other in configured.get(tier, ())):
+            targets = () if other in tiers else self.tiers.get(other, ())
+            if principal is None or principal.may_ask_for(other):
+                if targets:
+                    yield Route(targets, None, "fallback")
+                continue
+            for model in principal.models or ():
+                serving = tuple(target for target in targets if model in target.models)
+                if serving:
+                    yield Route(serving, model, "fallback")
 
     def models(self) -> list[dict[str, Any]]:
         """The merged model list in the order of the configuration; a backend's own objects stay as they are."""

@@ -14,5 +14,5 @@ class ResolveModel:
 
     async def handle(self, exchange: Exchange, proceed: Handler) -> Reply:
         """See `pipeline.Stage`."""
-        exchange.routes = self._portfolio.routes(exchange.model)
+        exchange.routes = self._portfolio.routes(exchange.model, exchange.principal)
         return await proceed(exchange)

@@ -6,6 +6,8 @@ from tests.gateway.running import RunningGateway
 from tests.gateway.upstream import FakeUpstream
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.pace import Pace, share
+from tokenmill.engine.gateway.portfolio import Portfolio
+from tokenmill.engine.gateway.principal import Principal
 from tokenmill.engine.gateway.settings import Settings
 
 CHAT = "/v1/chat/completions"
@@ -55,3 +57,26 @@ def test_a_request_beyond_the_pace_goes_to_the_fallback_and_then_to_nobody(share
         assert [status for status, _, _ in answers] == [200, 200, 429]
         assert b'"model": "spare"' in answers[1][2]
         assert b'tokenmill_upstream_requests_total{backend="b",tier="second"} 1.0' in gateway.get("/metrics")[2]
+
+
+@pytest.mark.parametrize(
+    ("models", "expected"),
+    [
+        (None, [None]),
+        (("first", "second"), [None]),
+        (("first", "spare"), ["spare"]),
+        (("first",), []),
+    ],
+)
+def test_nothing_falls_back_to_what_a_key_may_not_ask_for(
+    models: tuple[str, ...] | None, expected: list[str | None]
+) -> None:
+    backends = (
+        Backend("a", "http://127.0.0.1:9", "first", models=("tiny",)),
+        Backend("b", "http://127.0.0.1:9", "second", models=("spare", "other")),
+    )
+    portfolio = Portfolio(backends, Settings(fallbacks={"first": ("second",)}))
+    own, *others = portfolio.routes("first", Principal("key", models=models))
+    assert own.targets[0].backend.name == "a"
+    assert [route.model for route in others] == expected
+    assert all(route.targets[0].backend.name == "b" for route in others)

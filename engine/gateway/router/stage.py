@@ -74,7 +74,7 @@ class Router:
             self._decide(exchange)
         else:
             hints_of(exchange)  # a hint that cannot be meant is refused for every model alike
-            named = self._portfolio.routes(exchange.model)
+            named = self._portfolio.routes(exchange.model, exchange.principal)
             exchange.routes = [part for route in named for part in spread(route, self._settings)]
         exchange.on_end(self._observed.learn)
         reply = await proceed(exchange)

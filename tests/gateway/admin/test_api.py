@@ -65,13 +65,17 @@ def test_a_key_is_shown_once_rotated_and_revoked_in_every_worker(workers: Worker
     assert all("key" not in one for one in workers.json("GET", "/admin/keys")["keys"])
     assert first.encode() not in workers.store.read_bytes()
     assert workers.chat(first)[0] == 200
-    spent = workers.json("GET", f"/admin/keys/{identity}")["spent_dollars"]
-    assert spent > 0
+
+    def spent() -> float:
+        return float(workers.json("GET", f"/admin/keys/{identity}")["spent_dollars"])
+
+    wait_until(lambda: spent() > 0)  # a request is settled after its answer has gone out
+    once = spent()
     second = workers.json("POST", f"/admin/keys/{identity}/rotate")["key"]
     assert second != first
     assert [workers.chat(first)[0] for _ in range(8)] == [401] * 8
     assert [workers.chat(second)[0] for _ in range(8)] == [200] * 8
-    assert workers.json("GET", f"/admin/keys/{identity}")["spent_dollars"] > spent
+    wait_until(lambda: spent() > once)
     assert workers.json("DELETE", f"/admin/keys/{identity}")["state"] == "was revoked"
     assert [workers.chat(second)[0] for _ in range(8)] == [401] * 8
     assert workers.send("POST", f"/admin/keys/{identity}/rotate")[0] == 400
@@ -125,24 +129,30 @@ def test_every_change_is_in_the_audit_trail(workers: Workers) -> None:
 
 
 def test_a_canary_is_set_and_rolled_back_in_every_worker_without_a_restart(workers: Workers) -> None:
-    _, key = make_key(workers)
+    identity, key = make_key(workers)
 
     def served() -> set[str]:
+        """The backends of the next ten requests."""
+        since = int(time.time() * 1000)
+        time.sleep(0.01)
         for _ in range(10):
             assert workers.chat(key)[0] == 200
-        rows = workers.json("GET", f"/admin/ledger?by=backend&since={since}")["rows"]
+        rows: list[Any] = []
+
+        def settled() -> bool:
+            rows[:] = workers.json("GET", f"/admin/ledger?by=backend&since={since}&key={identity}")["rows"]
+            return sum(row["requests"] for row in rows) >= 10
+
+        wait_until(settled)
         return {row["backend"] for row in rows}
 
-    since = int(time.time() * 1000)
     assert served() == {"a"}
     shown = workers.json("PUT", "/admin/backends/b/canary", {"share": 1.0})
     assert [one["canary"] for one in shown["backends"]] == [None, 1.0]
     time.sleep(1.2)  # each worker looks once a second
-    since = int(time.time() * 1000)
     assert served() == {"b"}
     workers.json("PUT", "/admin/backends/b/canary", {"share": 0})
     time.sleep(1.2)
-    since = int(time.time() * 1000)
     assert served() == {"a"}
     workers.json("DELETE", "/admin/backends/b/canary")
     assert workers.send("PUT", "/admin/backends/c/canary", {"share": 0})[0] == 404
