@@ -6,7 +6,7 @@ Only the last message is decoded, and of a long one only its two ends; the rest 
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,10 +100,10 @@ def features_of(exchange: Exchange) -> Features:
         prompt = body.raw_field(name) or b""
         if prompt:
             break
-    question, turns = _question(prompt)
+    question, turns, parts = _read(prompt)
     tools = body.raw_field("tools") or body.raw_field("functions") or b""
     has_tools = len(tools) > 2 and tools != b"null"
-    needs = _needs(endpoint, body, prompt, has_tools)
+    needs = _needs(endpoint, body, parts, has_tools)
     size = len(prompt) + (len(tools) if has_tools else 0)
     values: dict[str, float] = {
         "bias": 1.0,
@@ -117,8 +117,8 @@ def features_of(exchange: Exchange) -> Features:
     return Features(endpoint, question, size // BYTES_PER_TOKEN, limit, needs, values, choices != 1)
 
 
-def _needs(endpoint: str, body: Body, prompt: bytes, has_tools: bool) -> frozenset[str]:
-    needs = {name for name, signs in _PARTS.items() if any(sign in prompt for sign in signs)}
+def _needs(endpoint: str, body: Body, parts: Sequence[bytes], has_tools: bool) -> frozenset[str]:
+    needs = {name for name, signs in _PARTS.items() if any(sign in part for part in parts for sign in signs)}
     if has_tools:
         needs.add("tools")
     if b"json" in (body.raw_field("response_format") or b""):
@@ -134,16 +134,17 @@ def _needs(endpoint: str, body: Body, prompt: bytes, has_tools: bool) -> frozens
     return frozenset(needs)
 
 
-def _question(prompt: bytes) -> tuple[bytes, int]:
-    """The last message's text, shortened, and how many messages there are."""
-    if b'"role"' not in prompt:
-        return _text(prompt), 1
+def _read(prompt: bytes) -> tuple[bytes, int, list[bytes]]:
+    """The last message's text, shortened; how many messages there are; the contents that are lists of parts."""
+    if not prompt.startswith(b"["):
+        return _text(prompt), 1, []
     try:
         messages = _MESSAGES.decode(prompt) or [_Message()]
     except (msgspec.MsgspecError, UnicodeDecodeError):
-        return _ends(prompt), 1
+        return _text(prompt), 1, []
     last = next((message for message in reversed(messages) if message.role == "user"), messages[-1])
-    return _text(bytes(last.content)), len(messages)
+    parts = [bytes(message.content) for message in messages if bytes(memoryview(message.content)[:1]) == b"["]
+    return _text(bytes(last.content)), len(messages), parts
 
 
 def _text(raw: bytes) -> bytes:

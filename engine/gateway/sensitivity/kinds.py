@@ -259,14 +259,19 @@ KINDS: tuple[Kind, ...] = (
         "credit_card", "financial", _NUMBER,
         (
             _START + rb"[2-6][0-9]{12,18}" + _END,
-            _START + rb"[2-6][0-9]{0,3}(?:" + _SEPARATOR + rb"[0-9]{1,4}){2,18}" + _END,
+            _START + rb"[2-6][0-9]{1,3}(?:" + _SEPARATOR + rb"[0-9]{2,4}){3,9}" + _END,
             _START + rb"[3-6][0-9]{3}" + _SEPARATOR + rb"[0-9]{6}" + _SEPARATOR + rb"[0-9]{4,5}" + _END,
         ),
         numbers(range(13, 20), _card, neat=True),
     ),
     Kind(
         "iban", "financial", _NUMBER,
-        (_WORD_START + rb"[A-Za-z]{2}[ \t.-]?[0-9][ \t.-]?[0-9](?:[ \t\n.-]{0,2}[0-9A-Za-z]){11,32}",), _iban,
+        (
+            _WORD_START + rb"[A-Za-z]{2}[ -]?[0-9]{2}[0-9A-Za-z]{11,30}",
+            _WORD_START + rb"[A-Za-z]{2}[ -]?[0-9]{2}(?:[ \t\n.-]{1,2}[0-9A-Za-z]{4}){2,7}"
+            rb"(?:[ \t\n.-]{1,2}[0-9A-Za-z]{1,3})?",
+        ),
+        _iban,
     ),
     Kind(
         "us_ssn", "government", _NUMBER,
@@ -291,7 +296,7 @@ KINDS: tuple[Kind, ...] = (
     Kind("de_tax_id", "government", _NUMBER,
         (
             _START + rb"[1-9][0-9]{10}" + _END,
-            _START + rb"[1-9][0-9]{0,3}(?:" + _SEPARATOR + rb"[0-9]{1,4}){2,5}" + _END,
+            _START + rb"[1-9][0-9]{1,3}(?:" + _SEPARATOR + rb"[0-9]{2,4}){2,4}" + _END,
         ),
         numbers(range(11, 12), checksums.de_tax_id, neat=True)),
     Kind(
@@ -314,7 +319,11 @@ KINDS: tuple[Kind, ...] = (
         numbers(range(15, 16), checksums.fr_nir, _DIGITS + b"ABab"),
     ),
     Kind(
-        "es_nif", "government", _NUMBER, (_WORD_START + rb"[0-9XYZxyz][0-9. ]{7,9}[ .-]?[A-Za-z]",),
+        "es_nif", "government", _NUMBER,
+        (
+            _WORD_START + rb"[0-9XYZxyz][0-9]{7}[ .-]?[A-Za-z]",
+            _WORD_START + rb"[0-9]{2}\.[0-9]{3}\.[0-9]{3}[ .-]?[A-Za-z]",
+        ),
         numbers(range(9, 10), checksums.es_nif, _ALNUM),
     ),
     Kind(

@@ -94,8 +94,8 @@ def _plain_characters() -> dict[int, str]:
 
 
 @functools.cache
-def _fancy() -> re.Pattern[str]:
-    return re.compile("[" + re.escape("".join(map(chr, _plain_characters()))) + _UNSEEN + "]")
+def _fancy() -> frozenset[str]:
+    return frozenset({*map(chr, _plain_characters()), *_UNSEEN})
 
 
 def prepare() -> None:
@@ -106,7 +106,7 @@ def prepare() -> None:
 def plain(text: str) -> tuple[bytes, list[int] | None]:
     """A text as the patterns see it, one byte a character, and each byte's place in the text (None: the same)."""
     places = None
-    if not text.isascii() and _fancy().search(text):
+    if not text.isascii() and not _fancy().isdisjoint(set(text)):
         text = text.translate(_plain_characters())
         if any(character in text for character in _UNSEEN):
             places = [place for place, character in enumerate(text) if character not in _UNSEEN]

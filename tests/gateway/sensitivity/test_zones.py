@@ -54,11 +54,11 @@ def site() -> Iterator[Site]:
     able = ("logprobs", "tools")
     cheap, dear = Prices(10_000, 10_000, 10_000), Prices(1_000_000, 1_000_000, 1_000_000)
     running = RunningGateway(
-        Backend("small", near[0].url, "utility", ("small",), quality=0.6, prices=cheap, max_concurrency=4,
+        Backend("small", near[0].url, "utility", ("small",), quality=0.6, prices=cheap, max_concurrency=10,
                 capabilities=able),
         Backend("small-cloud", far[0].url, "utility", ("small",), quality=0.6, prices=cheap, zone="cloud",
                 capabilities=able),
-        Backend("large", near[1].url, "reasoning", ("large",), quality=0.9, prices=dear, max_concurrency=4,
+        Backend("large", near[1].url, "reasoning", ("large",), quality=0.9, prices=dear, max_concurrency=10,
                 capabilities=able),
         Backend("large-cloud", far[1].url, "reasoning", ("large",), quality=0.9, prices=dear, zone="cloud",
                 canary=0.2, capabilities=able),
