@@ -17,6 +17,7 @@ def test_budget_holds_while_workers_are_killed(kind: str, tmp_path: Path, reques
     finally:
         trials.close()
     assert sum(outcome.rows["ok"] for outcome in outcomes) > 0
+    assert sum(outcome.escalated for outcome in outcomes) > 0
     assert sum(outcome.statuses[429] for outcome in outcomes) > 0
 
 

@@ -1,8 +1,8 @@
 """Trials: many clients spend one budget through two gateway workers, which are killed at random moments.
 
 Every trial has a team with a budget and keys of its own; clients ask until each has asked its share, over plain,
-streamed, retried and abandoned requests. Workers get SIGKILL and are started again. Afterwards, the team's account,
-the ledger, the audit trail and the backend's own books must agree; `Trials.check` says on what.
+streamed, retried, escalated and abandoned requests. Workers get SIGKILL and are started again. Afterwards, the team's
+account, the ledger, the audit trail and the backend's own books must agree; `Trials.check` says on what.
 
     python -m tests.gateway.governance.trial --trials 200 --clients 512 [--store postgresql://...]
 """
@@ -31,13 +31,18 @@ from tokenmill.engine.gateway.governance import accounts, audit, keys
 from tokenmill.engine.gateway.governance.accounts import Limits
 from tokenmill.engine.gateway.governance.schema import SCHEMA
 from tokenmill.engine.gateway.money import Prices
+from tokenmill.engine.gateway.router.settings import EscalationSettings, RoutingSettings
 from tokenmill.engine.gateway.settings import Document, Settings
 from tokenmill.engine.gateway.store import Store
 
 UPSTREAM = Path(__file__).with_name("counting_upstream.py")
-#: Micro-cents per million tokens. A prompt token is 30 micro-cents, a generated one 70, at one backend and a third
-#: of that at the other; a request costs about 0.003 cents.
-DEAR, CHEAP = Prices(30_000_000, 10_000_000, 70_000_000), Prices(10_000_000, 5_000_000, 25_000_000)
+#: Micro-cents per million tokens, of two backends of one tier and of the tier that takes over from it.
+PRICES = (
+    Prices(30_000_000, 10_000_000, 70_000_000),
+    Prices(10_000_000, 5_000_000, 25_000_000),
+    Prices(60_000_000, 20_000_000, 150_000_000),
+)
+TIERS = ("utility", "utility", "reasoning")
 #: Tokens that a client asks for at most, and gets at most.
 MOST_TOKENS = 8
 KEYS = 4
@@ -51,6 +56,7 @@ class Outcome:
     spent: int
     statuses: Counter[int]
     rows: Counter[str]
+    escalated: int
     kills: int
 
 
@@ -69,14 +75,27 @@ class Trials:
         assert self._upstream.stdout is not None
         ports = [int(port) for port in self._upstream.stdout.readline().split()]
         self._books_url = f"http://127.0.0.1:{ports[0]}/books"
-        # One backend is dear, one cheap: what is reserved is the dearest, what is charged is the one that answered.
+        # One of two backends is dear, one cheap: reserved is the dearest, charged is the one that answered.
         backends = [
-            Backend(f"b{port}", f"http://127.0.0.1:{port}", "utility", ("tiny",), prices=prices, context_window=4096)
-            for port, prices in zip(ports, (DEAR, CHEAP), strict=True)
+            Backend(
+                f"b{port}",
+                f"http://127.0.0.1:{port}",
+                tier,
+                (f"of-{tier}",),
+                prices=prices,
+                context_window=4096,
+                quality=0.9 if tier == "utility" else 0.95,
+                capabilities=("logprobs",),
+            )
+            for port, tier, prices in zip(ports, TIERS, PRICES, strict=True)
         ]
-        settings = Settings(retry_ratio=1.0, breaker_failures=1_000_000)
-        self._prices = {backend.name: backend.prices for backend in backends}
-        self._document = Document(tuple(backends), settings, governance=options(place)).to_json()
+        self._prices = dict(zip(ports, PRICES, strict=True))
+        self._document = Document(
+            tuple(backends),
+            Settings(retry_ratio=1.0, breaker_failures=1_000_000),
+            governance=options(place),
+            routing=RoutingSettings(escalation=EscalationSettings("utility", "reasoning", 0.5)),
+        ).to_json()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self._workers = [self._start() for _ in range(workers)]
@@ -123,7 +142,7 @@ class Trials:
         """
         generator = random.Random(seed)
         # Between a tenth and nine tenths of what all requests would cost.
-        budget = int(clients * requests * 4_000 * generator.uniform(0.1, 0.9)) + generator.randrange(1000)
+        budget = int(clients * requests * 8_000 * generator.uniform(0.1, 0.9)) + generator.randrange(1000)
         team = self.store.write_now(
             lambda connection: accounts.create(connection, "team", "T", None, Limits(hard_limit=budget), "trial")
         )
@@ -170,12 +189,12 @@ class Trials:
         for _ in range(requests):
             identity = f"r{generator.getrandbits(96):024x}"
             asked: dict[str, Any] = {
-                "model": "tiny",
-                "prompt": "word " * generator.randint(1, 20),
+                "model": generator.choice(["auto", "of-utility"]),
+                "messages": [{"role": "user", "content": "word " * generator.randint(1, 20)}],
                 "max_tokens": MOST_TOKENS,
                 "tokens": generator.randint(1, MOST_TOKENS),
                 "stream": generator.random() < 0.4,
-                "act": generator.choice(["", "", "refuse", "break"]),
+                "act": generator.choice(["", "", "unsure", "unsure", "refuse", "break"]),
                 "pause_s": generator.uniform(0, 0.03),
             }
             # A few clients are gone before their answer can be.
@@ -183,7 +202,7 @@ class Trials:
             headers = {"authorization": f"Bearer {key}", "x-request-id": identity}
             try:
                 async with asyncio.timeout(patience):
-                    async with session.post(f"{self.url}/v1/completions", json=asked, headers=headers) as answer:
+                    async with session.post(f"{self.url}/v1/chat/completions", json=asked, headers=headers) as answer:
                         await answer.read()
                         statuses[identity] = answer.status
             except (aiohttp.ClientError, TimeoutError):
@@ -194,43 +213,46 @@ class Trials:
 
         * The team spent at most its budget, exactly what its rows in the ledger say, and so did its keys.
         * Every request that was answered with 200 has one row; every one that the backend counted has one, too.
-        * Rows that say `exact` have the backend's own counts, and the price of the backend that answered.
-        * Rows of requests that were lost are not below the backend's counts.
+        * Requests that ended well have the backends' own counts, and cost what these cost at each backend.
+        * Requests that were lost with their worker are charged no less than that.
         * Nothing is reserved any more; the audit trail is whole.
         """
         with urllib.request.urlopen(self._books_url) as answer:  # noqa: S310
             books: dict[str, list[list[int]]] = json.load(answer)
         reader = self.store.reader
         rows = reader.execute(
-            "SELECT request_id, key_id, backend, prompt_tokens, completion_tokens, exact, cost, excess, outcome "
+            "SELECT request_id, key_id, prompt_tokens, completion_tokens, exact, cost, excess, outcome "
             "FROM ledger WHERE team = ?",
             (team,),
         ).fetchall()
         account = accounts.find(reader, team)
         assert account.spent <= budget, f"{account.spent} spent of {budget}"
         assert account.reserved == 0
-        assert account.spent == sum(row[6] for row in rows)
+        assert account.spent == sum(row[5] for row in rows)
         for key_id in key_ids:
             one = accounts.find(reader, key_id)
-            assert (one.spent, one.reserved) == (sum(row[6] for row in rows if row[1] == key_id), 0)
+            assert (one.spent, one.reserved) == (sum(row[5] for row in rows if row[1] == key_id), 0)
         by_id = {row[0]: row for row in rows}
         assert len(by_id) == len(rows), "a request has two rows"
         answered = {identity for identity, status in statuses.items() if status == 200}
         assert answered <= by_id.keys(), "an answered request has no row"
         assert books.keys() <= by_id.keys(), "a counted request has no row"
-        for identity, _, backend, prompt, completion, exact, cost, excess, outcome in rows:
+        escalated = 0
+        for identity, _, prompt, completion, exact, cost, excess, outcome in rows:
             assert excess == 0
             counted = books.get(identity, [])
-            used = (sum(one[0] for one in counted), sum(one[1] for one in counted))
-            if exact:
-                if outcome == "ok":
-                    assert (prompt, completion) == used, f"{identity}: {(prompt, completion)} is not {used}"
-                    assert cost == self._prices[backend].cost(prompt, 0, completion)
+            used = (sum(one[1] for one in counted), sum(one[2] for one in counted))
+            true_cost = sum(self._prices[port].cost(prompt, 0, completion) for port, prompt, completion in counted)
+            if outcome == "ok":
+                assert exact
+                assert (prompt, completion) == used, f"{identity}: {(prompt, completion)} is not {used}"
+                assert cost == true_cost, f"{identity}: {cost} is not {true_cost}"
+                escalated += len(counted) > 1
             elif outcome == "lost":
-                assert prompt >= used[0] and completion >= used[1]
-            assert outcome != "ok" or exact
+                assert prompt >= used[0] and completion >= used[1] and cost >= true_cost
         audit.verify(reader)
-        return Outcome(budget, account.spent, Counter(statuses.values()), Counter(row[8] for row in rows), kills)
+        outcomes = Counter(row[7] for row in rows)
+        return Outcome(budget, account.spent, Counter(statuses.values()), outcomes, escalated, kills)
 
 
 def main() -> None:
@@ -244,7 +266,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no new trial after this time")
     asked = parser.parse_args()
     begun = time.monotonic()
-    done, kills, rows = 0, 0, Counter[str]()
+    done, kills, escalated, rows = 0, 0, 0, Counter[str]()
     with tempfile.TemporaryDirectory() as folder:
         trials = Trials(asked.store or f"{folder}/gateway.db")
         try:
@@ -253,10 +275,14 @@ def main() -> None:
                     break
                 outcome = trials.run(seed, asked.clients, asked.requests, random.Random(seed).randint(1, 3))
                 done, kills, rows = done + 1, kills + outcome.kills, rows + outcome.rows
+                escalated += outcome.escalated
                 print(f"{seed}: {outcome}", flush=True)
         finally:
             trials.close()
-    print(f"{done} trials, {kills} kills, {rows.total()} requests settled {dict(rows)}, no budget exceeded")
+    print(
+        f"{done} trials, {kills} kills, {rows.total()} requests settled {dict(rows)}, {escalated} escalated; "
+        "no budget exceeded"
+    )
 
 
 if __name__ == "__main__":
