@@ -24,6 +24,10 @@ INFERENCE_PATHS: dict[str, tuple[str, dict[str, Any]]] = {
         {"query": {"type": "string"}, "documents": {"type": "array", "items": {"type": "string"}}},
     ),
     "/v1/score": ("Similarity of texts.", {"text_1": {"type": "string"}, "text_2": {"type": "string"}}),
+    "/v1/tokenmill/route": (
+        "Explains where the router would send a chat completion with this body, without asking a model.",
+        {"messages": {"type": "array", "items": {"type": "object"}}},
+    ),
     "/v1/responses": ("A response in OpenAI's newer API.", {"input": {"type": "string"}}),
 }
 
@@ -37,12 +41,14 @@ def _answer(description: str, media: str = "application/json", schema: dict[str,
 def _errors(*statuses: int) -> dict[str, Any]:
     said = {
         400: "The request is malformed.",
+        401: "The API key is missing or not valid, where keys are asked for.",
+        403: "The API key may not ask for this model.",
         404: "No such path or model.",
         405: "The path takes another method; see `Allow`.",
         408: "The request body came too slowly.",
         413: "The request body is too long.",
         422: "A field has a value that the backend does not accept.",
-        429: "Too many requests; see `Retry-After`.",
+        429: "A limit of the key, its team or the backend is reached; see `Retry-After`.",
         500: "The backend failed.",
         502: "The backend broke off.",
         503: "No backend can serve now; see `Retry-After`.",
@@ -61,7 +67,7 @@ def _inference(summary: str, properties: dict[str, Any]) -> dict[str, Any]:
         "post": {
             "summary": summary,
             "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
-            "responses": {"200": done, **_errors(400, 404, 408, 413, 422, 429, 500, 502, 503, 504)},
+            "responses": {"200": done, **_errors(400, 401, 403, 404, 408, 413, 422, 429, 500, 502, 503, 504)},
         }
     }
 
@@ -106,9 +112,11 @@ def _content() -> dict[str, Any]:
         }
     ]
     paths["/v1/tokenmill/route"] = route
-    paths["/v1/models"] = _get("Every model that a backend serves.", {"200": _answer("The models.")})
+    paths["/v1/models"] = _get(
+        "Every model that a backend serves.", {"200": _answer("Those that the key may ask for."), **_errors(401)}
+    )
     paths["/v1/models/{model}"] = _get(
-        "One model; its id may hold slashes.", {"200": _answer("The model."), **_errors(404)}, [model_id]
+        "One model; its id may hold slashes.", {"200": _answer("The model."), **_errors(401, 404)}, [model_id]
     )
     paths["/health"] = _get("Whether the gateway lives.", {"200": _answer("It does.")})
     paths["/ready"] = _get(
@@ -124,12 +132,15 @@ def _content() -> dict[str, Any]:
             "title": "Tokenmill gateway",
             "version": __version__,
             "description": "OpenAI's API in front of one or more tiers. Any other `POST /v1/...` goes to the backend "
-            "of its `model` as it is. Fields, chunks and errors of the backends pass untouched.",
+            "of its `model` as it is. Fields, chunks and errors of the backends pass untouched. Where governance is "
+            "configured, /admin/openapi.json says how keys and budgets are administrated, and /dashboard shows them.",
         },
         "paths": paths,
         "components": {
             "schemas": {"Error": {"type": "object", "required": ["error"], "properties": {"error": error}}},
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
+        "security": [{}, {"key": []}],
     }
 
 
