@@ -5,6 +5,7 @@ pattern found: check digits, ranges, boundaries. Patterns see text whose charact
 fancy digits, dashes and spaces already made plain.
 """
 
+import functools
 import ipaddress
 import re
 from collections.abc import Callable, Iterator
@@ -64,14 +65,18 @@ _DIGITS = b"0123456789"
 _ALNUM = _DIGITS + b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 
+@functools.cache
+def _runs(alphabet: bytes) -> re.Pattern[bytes]:
+    return re.compile(b"[" + alphabet + b"]+")
+
+
 def _prefixes(text: bytes, start: int, end: int, alphabet: bytes) -> Iterator[tuple[str, int]]:
     """(bare characters, end) of every beginning of a candidate that ends where a group of characters ends."""
-    bare = bytearray()
-    for place in range(start, end):
-        if text[place] in alphabet:
-            bare.append(text[place])
-            if not _is(text, place + 1, alphabet):
-                yield bare.decode("ascii"), place + 1
+    bare = ""
+    for run in _runs(alphabet).finditer(text, start, end):
+        bare += run[0].decode("ascii")
+        if not _is(text, run.end(), alphabet):
+            yield bare, run.end()
 
 
 def numbers(lengths: range, fits: Callable[[str], bool], alphabet: bytes = _DIGITS, *, neat: bool = False) -> Check:
@@ -89,6 +94,8 @@ def numbers(lengths: range, fits: Callable[[str], bool], alphabet: bytes = _DIGI
             start += 1
         found = None
         groups: list[int] = []
+        if neat and text[max(start - 2, 0) : start] == b"0.":
+            return None  # a fraction
         for bare, stop in _prefixes(text, start, min(end, start + 3 * lengths.stop), alphabet):
             groups.append(len(bare) - sum(groups))
             if len(bare) in lengths and (not neat or _neat(groups)) and fits(bare):
@@ -314,7 +321,8 @@ KINDS: tuple[Kind, ...] = (
     Kind(
         "fr_nir", "government", _NUMBER,
         (
-            _START + rb"[1-478][ .]?[0-9]{2}[ .]?[0-9]{2}[ .]?[0-9][0-9ABab][ .]?[0-9]{3}[ .]?[0-9]{3}[ .]?[0-9]{2}",
+            _START + rb"[1-478][ .]?[0-9]{2}[ .]?[0-9]{2}[ .]?[0-9][0-9ABab][ .]?[0-9]{3}[ .]?[0-9]{3}[ .]?[0-9]{2}"
+            + _END,
         ),
         numbers(range(15, 16), checksums.fr_nir, _DIGITS + b"ABab"),
     ),
