@@ -27,10 +27,18 @@ from typing import Any
 
 from tokenmill.bench import http_load, rows
 from tokenmill.engine.gateway.backends import Backend
+from tokenmill.engine.gateway.governance import accounts, keys
+from tokenmill.engine.gateway.governance.accounts import Limits
+from tokenmill.engine.gateway.governance.options import Options, digest
+from tokenmill.engine.gateway.governance.schema import SCHEMA
+from tokenmill.engine.gateway.money import Prices, micro_cents
 from tokenmill.engine.gateway.settings import Document
+from tokenmill.engine.gateway.store import Connection, Store
 
 PROMPT = b'{"model":"tiny","messages":[{"role":"user","content":"%s"}],"max_tokens":50%s}'
 STREAM = b',"stream":true'
+#: What the backend's tokens cost; only the governed gateway asks.
+PRICES = Prices(micro_cents(0.5), micro_cents(0.1), micro_cents(1.5))
 
 
 @dataclass(frozen=True)
@@ -69,11 +77,12 @@ SCENARIOS = (
 
 @dataclass
 class Contender:
-    """A running gateway, or the backend itself."""
+    """A running gateway, or the backend itself; `key` is what clients send it."""
 
     name: str
     port: int
     process: "subprocess.Popen[bytes] | None" = None
+    key: str = "sk-bench"
 
     def cpu_s(self) -> float:
         """Processor time of all its threads until now, in seconds."""
@@ -120,19 +129,19 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def wait_for(port: int, timeout_s: float = 120.0) -> None:
+def wait_for(port: int, timeout_s: float = 120.0, key: str = "sk-bench") -> None:
     """Returns when chat completions on the port are answered with 200."""
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
         with contextlib.suppress(OSError):
-            seen = http_load.run_load(port, http_load.request_bytes(port, SHORT), 1, 60.0, limit=1)
+            seen = http_load.run_load(port, http_load.request_bytes(port, SHORT, key), 1, 60.0, limit=1)
             if seen.latencies_s and not seen.errors:
                 return
         time.sleep(0.2)
     raise SystemExit(f"nothing answers on port {port}")
 
 
-def ours(stage: Stage, upstream: int) -> Contender:
+def ours(stage: Stage, upstream: int, governance: Options | None = None) -> Contender:
     """Tokenmill's gateway, as its parent runs it."""
     with socket.create_server(("127.0.0.1", 0), backlog=4096) as listener:
         fd = listener.fileno()
@@ -140,9 +149,28 @@ def ours(stage: Stage, upstream: int) -> Contender:
         process = stage.start(0, command, stdin=subprocess.PIPE, pass_fds=[fd])
         port = int(listener.getsockname()[1])
     assert process.stdin is not None
+    backend = Backend("upstream", f"http://127.0.0.1:{upstream}", "utility", prices=PRICES)
     with process.stdin as stdin:
-        stdin.write(Document((Backend("upstream", f"http://127.0.0.1:{upstream}", "utility"),)).to_json())
+        stdin.write(Document((backend,), governance=governance).to_json())
     return Contender("tokenmill", port, process)
+
+
+def governed(stage: Stage, upstream: int, folder: str) -> Contender:
+    """Tokenmill's gateway with keys, budgets, rate limits and ledger: a key in a team in an organisation."""
+    place = f"{folder}/gateway.db"
+    contender = ours(stage, upstream, Options(place, digest("a master key of the benchmark")))
+    limits = Limits(hard_limit=10**14, requests_per_minute=10**9, tokens_per_minute=10**12)
+    store = Store(place, SCHEMA)
+
+    def make(connection: Connection) -> str:
+        above = accounts.create(connection, "organisation", "bench", None, limits, "bench")
+        team = accounts.create(connection, "team", "bench", above, limits, "bench")
+        return keys.create(connection, "bench", parent=team, limits=limits)[1]
+
+    contender.key = store.write_now(make)
+    store.close()
+    contender.name = "tokenmill-governed"
+    return contender
 
 
 def vllm_router(stage: Stage, upstream: int, program: str) -> Contender:
@@ -176,6 +204,7 @@ def disturbed(stage: Stage, scenario: Scenario, contender: Contender) -> Iterato
         yield
         return
     command = [sys.executable, "-m", "tokenmill.bench.http_load", "disturb", "--port", str(contender.port)]
+    command += ["--key", contender.key]
     normal = Stage(realtime=False)
     normal.start(1, [*(["chrt", "-o", "0"] if stage.realtime else []), *command, "--size", str(scenario.disturb)])
     time.sleep(0.7)
@@ -187,7 +216,7 @@ def disturbed(stage: Stage, scenario: Scenario, contender: Contender) -> Iterato
 
 def measure(stage: Stage, scenario: Scenario, contender: Contender, seconds: float) -> dict[str, float]:
     """One run of one scenario against one contender."""
-    request = http_load.request_bytes(contender.port, scenario.body)
+    request = http_load.request_bytes(contender.port, scenario.body, contender.key)
     with disturbed(stage, scenario, contender):
         before = contender.cpu_s()
         limit, seconds = (1, 600.0) if scenario.once else (sys.maxsize, seconds)
@@ -268,14 +297,18 @@ def main(arguments: list[str] | None = None) -> int:
         upstream = free_port()
         stage.start(1, [sys.executable, "-m", "tokenmill.bench.http_load", "upstream", "--port", str(upstream)])
         wait_for(upstream)
-        starters: list[Callable[[], Contender]] = [lambda: Contender("direct", upstream), lambda: ours(stage, upstream)]
+        starters: list[Callable[[], Contender]] = [
+            lambda: Contender("direct", upstream),
+            lambda: ours(stage, upstream),
+            lambda: governed(stage, upstream, folder),
+        ]
         if options.vllm_router:
             starters.append(lambda: vllm_router(stage, upstream, options.vllm_router))
         if options.litellm:
             starters.append(lambda: litellm(stage, upstream, options.litellm, folder))
         contenders = [start() for start in starters]
         for contender in contenders:
-            wait_for(contender.port)
+            wait_for(contender.port, key=contender.key)
         for scenario in SCENARIOS:
             if options.only and options.only not in scenario.name:
                 continue
@@ -291,7 +324,7 @@ def report(made: list[dict[str, Any]], out: rows.RowFile | None) -> None:
     """Prints the rows and appends them to the file."""
     for row in made:
         print(
-            f"{row['scenario']:<30} {row['clients']:>4} {row['implementation']:<11} {row['requests_per_s']:>7.0f}/s "
+            f"{row['scenario']:<30} {row['clients']:>4} {row['implementation']:<18} {row['requests_per_s']:>7.0f}/s "
             f"p50 {row['p50_ms']:>8.3f} (+{row['added_p50_ms']:.3f}) p99 {row['p99_ms']:>8.3f} "
             f"max {row['max_ms']:>8.3f} ms cpu {row['cpu_us_per_request']:>6.0f} us {row['resident_mb']:>4.0f} MiB "
             f"{row['elapsed_s']:>6.2f} s errors {row['errors']:.0f}",

@@ -190,11 +190,13 @@ class LoadProtocol(asyncio.Protocol):
             self.done.set_result(None)
 
 
-def request_bytes(port: int, body: bytes) -> bytes:
-    """A POST of a chat completion request."""
+def request_bytes(port: int, body: bytes, key: str = "sk-bench") -> bytes:
+    """A POST of a chat completion request with an API key."""
     return (
         b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1:%d\r\ncontent-type: application/json\r\n"
-        b"accept: */*\r\nauthorization: Bearer sk-bench\r\ncontent-length: %d\r\n\r\n" % (port, len(body)) + body
+        b"accept: */*\r\nauthorization: Bearer %s\r\ncontent-length: %d\r\n\r\n"
+        % (port, key.encode(), len(body))
+        + body
     )
 
 
@@ -219,10 +221,10 @@ def run_load(port: int, request: bytes, clients: int, seconds: float, limit: int
     return uvloop.run(load(port, request, clients, seconds, limit))
 
 
-async def disturb(port: int, size: int, pause_s: float) -> None:
+async def disturb(port: int, size: int, pause_s: float, key: str) -> None:
     """Posts a body of `size` bytes, or scrapes /metrics where that is 0, again and again."""
     prompt = b'{"model":"tiny","messages":[{"role":"user","content":"' + b"word " * (size // 5) + b'"}]}'
-    request = request_bytes(port, prompt) if size else b"GET /metrics HTTP/1.1\r\nhost: a\r\n\r\n"
+    request = request_bytes(port, prompt, key) if size else b"GET /metrics HTTP/1.1\r\nhost: a\r\n\r\n"
     while True:
         await load(port, request, 1, 60.0, limit=1)
         await asyncio.sleep(pause_s)
@@ -244,11 +246,12 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--chunks", type=int, default=50)
     parser.add_argument("--size", type=int, default=0)
+    parser.add_argument("--key", default="sk-bench")
     options = parser.parse_args()
     if options.role == "upstream":
         uvloop.run(serve(options.port, options.chunks))
     else:
-        uvloop.run(disturb(options.port, options.size, 0.05))
+        uvloop.run(disturb(options.port, options.size, 0.05, options.key))
 
 
 if __name__ == "__main__":
