@@ -16,6 +16,8 @@ from tokenmill.bench.rows import Row, cpu_device
 
 #: A ring of copies is so many times the largest cache.
 _CPU_RING, _GPU_RING = 3, 4
+#: Rings of tiny buffers end here, though a cache may hold them: more copies cost more than they tell.
+_MOST_COPIES = 512
 
 
 class Machine(Protocol):
@@ -64,7 +66,7 @@ class Cpu:
 
     def copies(self, nbytes: int) -> int:
         """As many as fill its caches several times."""
-        return timing.copies(nbytes, _CPU_RING * timing.last_level_cache_bytes())
+        return min(timing.copies(nbytes, _CPU_RING * timing.last_level_cache_bytes()), _MOST_COPIES)
 
     def take_turns(self, rings: Mapping[str, Sequence[Call]], rounds: int) -> dict[str, Timed]:
         """One sample a call."""
@@ -96,7 +98,7 @@ class Gpu:
 
     def copies(self, nbytes: int) -> int:
         """As many as fill its L2 cache several times."""
-        return timing.copies(nbytes, _GPU_RING * self._cache)
+        return min(timing.copies(nbytes, _GPU_RING * self._cache), _MOST_COPIES)
 
     def take_turns(self, rings: Mapping[str, Sequence[Call]], rounds: int) -> dict[str, Timed]:
         """One sample a replay of a ring's graph."""

@@ -46,9 +46,6 @@ class Rival(Protocol):
         ...
 
 
-#: A ring of tiny inputs stays in the cache; more copies would only cost memory for Python's objects.
-_MOST_COPIES = 256
-
 #: Op to who else computes it.
 RIVALS: dict[str, tuple[Rival, ...]] = {"spec_verify_greedy": (TorchGreedy(), VllmGreedy())}
 
@@ -100,7 +97,7 @@ def measure(
     ours = [_Ours(spec, f"tokenmill-{one}", one) for one in registry.names(spec) if one not in skipped]
     contestants: Sequence[_Ours | Rival] = [*ours, *RIVALS.get(name, ())]
     nbytes, flops = spec.bytes_moved(problem), spec.flops(problem)
-    ring = [spec.inputs_for(problem, seed) for seed in range(min(machine.copies(nbytes), _MOST_COPIES))]
+    ring = [spec.inputs_for(problem, seed) for seed in range(machine.copies(nbytes))]
     refusals = {one.name: one.why_not(problem) for one in contestants}
     calls: dict[str, list[Callable[[], torch.Tensor]]] = {}
     for one in contestants:

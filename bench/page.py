@@ -282,7 +282,8 @@ def _serving(rows: Sequence[Row]) -> str:
         parts.append(
             f"<p>vLLM's own client over HTTP, servers side by side, {sizes['rounds']} rounds in turns; in brackets the "
             "median over the rounds of how many times better than the first server in the same round. A good request "
-            f"has its first token within {sizes['slo_ttft_ms']:g} ms and then one every {sizes['slo_tpot_ms']:g} ms.{load}</p>"
+            f"has its first token within {sizes['slo_ttft_ms']:g} ms and then one every {sizes['slo_tpot_ms']:g} ms."
+            f"{load}</p>"
         )
         plots = svg.bars(speed, "Output tokens per second: more is better", "")
         plots += svg.bars(pace, "Median milliseconds an output token: less is better", "")

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from tokenmill.errors import TokenmillError
 #: A server of a large model compiles before it answers.
 _START_SECONDS = 900.0
 _END_SECONDS = 20.0
+_EXCEPTION = re.compile(r"\b\w+(?:Error|Exception): .+$")
 
 
 class ServingError(TokenmillError):
@@ -160,5 +162,10 @@ def _free_port() -> int:
 
 
 def _last(log: Path) -> str:
+    """The last exception that a log names, but for vLLM's that only points to it; else its last line."""
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    for line in reversed(lines):
+        named = _EXCEPTION.search(line)
+        if named and "See root cause above" not in line:
+            return named[0]
     return lines[-1].strip() if lines else "it said nothing"

@@ -125,8 +125,8 @@ def _other_ops() -> Iterator[Item]:
 
 def _speed_on_cpu() -> Iterator[Item]:
     """Tiny, to show that measuring works; figures of use come from `tokenmill bench int4 --cpu`."""
-    arguments = {"K": 512, "N": 512, "group_size": 128, "rows": (1, 8), "cpu": True, "rounds": 1, "quick": True}
-    yield Item("speed", "int4_gemm 512x512 M=1,8", "tokenmill.bench.suite.speed:int4", arguments)
+    arguments = {"K": 1024, "N": 1024, "group_size": 128, "rows": (1, 8), "cpu": True, "rounds": 1, "quick": True}
+    yield Item("speed", "int4_gemm 1024x1024 M=1,8", "tokenmill.bench.suite.speed:int4", arguments)
     for name in registry.OPS:
         if name != "int4_gemm":
             axes = dict(subject(name).spec.examples[0])
