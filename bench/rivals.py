@@ -183,10 +183,14 @@ def package_version(package: str) -> str:
         return package
 
 
+#: How the reasons begin that are no refusals: an error, and a wrong result.
+RAISED, WRONG = "it raised", "wrong:"
+
+
 def broken(error: Exception) -> str:
-    """What stands in the row of a rival that raised: it must not end the measurement of the others."""
+    """What stands in the row of one that raised: it must not end the measurement of the others."""
     words = " ".join(str(error).split())
-    return f"it raised {type(error).__name__}: {words[:200]}"
+    return f"{RAISED} {type(error).__name__}: {words[:200]}"
 
 
 def narrowed() -> str | None:

@@ -36,6 +36,7 @@ class Item:
         arguments: What JSON can carry.
         seconds: After this long it counts as stuck.
         environment: Variables of the process that runs it.
+        alone: Its process runs nothing after it: it changed what a process loads once.
     """
 
     step: str
@@ -44,6 +45,7 @@ class Item:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 120.0
     environment: Mapping[str, str] = field(default_factory=dict)
+    alone: bool = False
 
     def run(self, about: Row) -> Outcome:
         """In this process; every error becomes an outcome, so that the next item runs."""

@@ -103,10 +103,12 @@ def run(
                 if worker is None or worker.environment != item.environment:
                     worker = _replaced(worker, dict(item.environment))
                 outcome = worker.ask(item, about, min(item.seconds, left))
-                if outcome.verdict == "failed":  # an error on a GPU can stay with its process
-                    worker = _replaced(worker, dict(item.environment))
-                    if item.seconds > left and time.monotonic() >= deadline:
-                        outcome = Outcome("skipped", "the time was up while it ran")
+                # An error on a GPU can stay with its process.
+                if outcome.verdict == "failed" or item.alone:
+                    worker.close()
+                    worker = None
+                if outcome.verdict == "failed" and item.seconds > left and time.monotonic() >= deadline:
+                    outcome = Outcome("skipped", "the time was up while it ran")
             row = {
                 "op": "suite",
                 **about,

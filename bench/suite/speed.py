@@ -8,7 +8,7 @@ import torch
 
 from tokenmill.bench import kernels, ops
 from tokenmill.bench.machines import machine
-from tokenmill.bench.rivals import Contestant, all_contestants
+from tokenmill.bench.rivals import RAISED, WRONG, Contestant, all_contestants
 from tokenmill.bench.rows import Row
 from tokenmill.bench.suite.items import Outcome
 
@@ -45,7 +45,8 @@ def op(about: Row, name: str, axes: dict[str, int], dtype: str, cpu: bool, round
 
 def _outcome(rows: Sequence[Row]) -> Outcome:
     """Measured, or failed where one of ours is wrong; the line says how ours stands against the best of the others."""
-    wrong = [row for row in rows if row["role"] == "ours" and "error_limit" in row and "p50" not in row]
+    ours_skipped = [row for row in rows if row["role"] == "ours" and "skipped" in row]
+    wrong = [row for row in ours_skipped if row["skipped"].startswith((RAISED, WRONG))]
     if wrong:
         return Outcome("failed", f"{wrong[0]['implementation']}: {wrong[0]['skipped']}", tuple(rows))
     parts = []
@@ -58,7 +59,7 @@ def _outcome(rows: Sequence[Row]) -> Outcome:
             floor = f", {ours['floor_seconds'] / ours['p50']:.0%} of the floor"
             parts.append(f"{key}{ours['implementation']} {ours['p50'] * 1e6:.1f} us{floor}{against}")
     if not parts:
-        reasons = "; ".join(f"{row['implementation']}: {row['skipped']}" for row in rows if row["role"] == "ours")
+        reasons = "; ".join(f"{row['implementation']}: {row['skipped']}" for row in ours_skipped)
         return Outcome("measured", f"none of ours can: {reasons}", tuple(rows))
     return Outcome("measured", "; ".join(parts), tuple(rows))
 

@@ -3,7 +3,7 @@
 Ops and implementations come from the registry: what is registered is checked and measured.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from tokenmill.bench.suite.correctness import SANITIZERS
 from tokenmill.bench.suite.items import Item
@@ -34,18 +34,25 @@ _INT4 = (
     (((10944, 2048), (29568, 8192), (192, 576)), (1, 64)),
 )
 _VOCABULARY = 128_256
+_SPEED_INT4 = "tokenmill.bench.suite.speed:int4"
 
 
 def items(*, gpu: bool) -> Iterator[Item]:
     """Everything, in order."""
     yield Item("machine", "facts", "tokenmill.bench.suite.hardware:facts")
-    yield Item("build", "native library", "tokenmill.bench.suite.hardware:build", {"cuda": gpu}, seconds=600)
+    yield Item(
+        "build", "native library", "tokenmill.bench.suite.hardware:build", {"cuda": gpu}, seconds=600, alone=True
+    )
     yield Item("roofs", "roofs", "tokenmill.bench.suite.hardware:roofs")
     yield Item("primitives", "micro-tests", "tokenmill.bench.suite.hardware:primitives", seconds=300)
     yield from _correctness(gpu)
     if gpu:
-        yield from _sanitizers()
-        yield from _speed_on_gpu()
+        yield from _sanitizers(SANITIZERS[:1])
+        yield from _int4_on_gpu(_INT4[:1])
+        yield from _other_ops()
+        yield from _int4_on_gpu(_INT4[1:2])
+        yield from _sanitizers(SANITIZERS[1:])
+        yield from _int4_on_gpu(_INT4[2:])
     else:
         yield from _speed_on_cpu()
 
@@ -82,8 +89,8 @@ def _dtypes(spec: OpSpec, gpu: bool, interpreted: bool) -> tuple[str, ...]:
     return found if gpu else found[:1]
 
 
-def _sanitizers() -> Iterator[Item]:
-    for tool in SANITIZERS:
+def _sanitizers(tools: Sequence[str]) -> Iterator[Item]:
+    for tool in tools:
         for name in registry.OPS:
             spec = subject(name).spec
             for implementation in ("cuda", "triton"):
@@ -98,14 +105,12 @@ def _sanitizers() -> Iterator[Item]:
                     )
 
 
-def _speed_on_gpu() -> Iterator[Item]:
-    for index, (shapes, rows) in enumerate(_INT4):
+def _int4_on_gpu(batches: Sequence[tuple[Sequence[tuple[int, int]], tuple[int, ...]]]) -> Iterator[Item]:
+    for shapes, rows in batches:
         for K, N in shapes:
             arguments = {"K": K, "N": N, "group_size": min(128, K), "rows": rows, "cpu": False, "rounds": 15}
             title = f"int4_gemm {K}x{N} M={','.join(map(str, rows))}"
-            yield Item("speed", title, "tokenmill.bench.suite.speed:int4", {**arguments, "quick": False}, 240)
-        if index == 0:
-            yield from _other_ops()
+            yield Item("speed", title, _SPEED_INT4, {**arguments, "quick": False}, 240)
 
 
 def _other_ops() -> Iterator[Item]:
@@ -126,7 +131,7 @@ def _other_ops() -> Iterator[Item]:
 def _speed_on_cpu() -> Iterator[Item]:
     """Tiny, to show that measuring works; figures of use come from `tokenmill bench int4 --cpu`."""
     arguments = {"K": 1024, "N": 1024, "group_size": 128, "rows": (1, 8), "cpu": True, "rounds": 1, "quick": True}
-    yield Item("speed", "int4_gemm 1024x1024 M=1,8", "tokenmill.bench.suite.speed:int4", arguments)
+    yield Item("speed", "int4_gemm 1024x1024 M=1,8", _SPEED_INT4, arguments)
     for name in registry.OPS:
         if name != "int4_gemm":
             axes = dict(subject(name).spec.examples[0])

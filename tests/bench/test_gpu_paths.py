@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tokenmill.bench import cuda_timing, machines, rivals_gpu
+from tokenmill.bench import cuda_timing, machines, rivals, rivals_gpu
 from tokenmill.bench.roofline import GpuRoofs, Roofs
 from tokenmill.bench.suite import speed
 
@@ -98,3 +98,19 @@ def test_rows_of_the_gpus_contestants(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "p50" not in rows[1, "tokenmill-triton"]
     assert outcome.verdict == "measured"
     assert outcome.detail.startswith("none of ours can: tokenmill-cuda: ")
+
+
+def test_one_of_ours_that_raises_fails_but_the_others_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = machines.Cpu()
+    monkeypatch.setattr(found, "roofs", lambda: Roofs(1e10, 1e11, "float32"))
+    monkeypatch.setattr(found, "copies", lambda nbytes: 2)
+    monkeypatch.setattr(speed, "machine", lambda cpu: found)
+
+    def explode(self: rivals.Ours, weight: Any) -> Any:
+        raise RuntimeError("no kernel image\nis available")
+
+    monkeypatch.setattr(rivals.Ours, "prepare", explode)
+    outcome = speed.int4({"device": "here"}, 256, 64, 128, (1,), cpu=True, rounds=1, quick=True)
+    assert outcome.verdict == "failed"
+    assert outcome.detail == "tokenmill-a16: it raised RuntimeError: no kernel image is available"
+    assert any("p50" in row for row in outcome.rows)
