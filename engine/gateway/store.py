@@ -7,6 +7,7 @@ UTC in milliseconds, money is in micro-cents (`money`).
 """
 
 import asyncio
+import contextlib
 import functools
 import itertools
 import logging
@@ -159,13 +160,13 @@ class Store:
         self._handing_over = False
         self._timer: asyncio.TimerHandle | None = None
         self._database = _database(place)
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._database.close)
             self._writer = self._database.connect()
+            undo.callback(self._writer.close)
             with self._database.transaction(self._writer):
                 _make_tables(self._writer, schema, self._database.shown)
-        except BaseException:
-            self._database.close()
-            raise
+            undo.pop_all()
         #: For reading, in the thread that made the store; sees everything that is committed.
         self.reader = self._database.connect()
         self._thread = threading.Thread(target=self._run, name="store-writer", daemon=True)

@@ -1,0 +1,115 @@
+"""What a request can use at most, from its body; and what it is charged when nobody counted."""
+
+import json
+from typing import Any
+
+import pytest
+
+from tokenmill.engine.gateway.api_error import ApiError
+from tokenmill.engine.gateway.backends import Backend
+from tokenmill.engine.gateway.body import Body
+from tokenmill.engine.gateway.governance import bounds, charges
+from tokenmill.engine.gateway.governance.bounds import TEMPLATE_TOKENS, TOOL_TOKENS, Bound
+from tokenmill.engine.gateway.money import Prices
+from tokenmill.engine.gateway.pipeline import Call, Exchange, Usage
+from tokenmill.engine.gateway.portfolio import Target
+from tokenmill.engine.gateway.settings import Settings
+
+CONFIGURED = 700
+WINDOW = 1000
+
+
+def exchange(endpoint: str, body: dict[str, Any]) -> Exchange:
+    """A request that has just arrived."""
+    raw = json.dumps(body).encode()
+    return Exchange(endpoint, [], raw, body=Body(raw), model="m", request_id="r", forward=[])
+
+
+def target(window: int | None = None, catalog: dict[str, dict[str, Any]] | None = None, **fields: Any) -> Target:
+    """A backend."""
+    made = Target(Backend("b", "http://b", "t", context_window=window, **fields), Settings())
+    made.catalog = catalog
+    return made
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "body", "window", "completion"),
+    [
+        ("chat/completions", {"max_tokens": 5}, None, 5),
+        ("chat/completions", {"max_completion_tokens": 6, "max_tokens": 5}, None, 6),
+        ("chat/completions", {"max_tokens": 5, "n": 3}, None, 15),
+        ("chat/completions", {}, None, CONFIGURED),
+        ("chat/completions", {}, WINDOW, WINDOW),
+        ("chat/completions", {"max_tokens": None}, WINDOW, WINDOW),
+        ("chat/completions", {"max_tokens": 10**18}, WINDOW, WINDOW),
+        ("chat/completions", {"max_tokens": -1}, None, CONFIGURED),
+        ("chat/completions", {"max_tokens": 0}, None, 0),
+        ("completions", {"prompt": "a", "max_tokens": 5, "best_of": 4, "n": 2}, None, 20),
+        ("completions", {"prompt": ["a", "b"], "max_tokens": 5}, None, 10),
+        ("completions", {"prompt": [[1, 2], [3]], "max_tokens": 5, "n": 2}, None, 20),
+        ("completions", {"prompt": [1, 2, 3], "max_tokens": 5}, None, 5),
+        ("responses", {"input": "a", "max_output_tokens": 9}, None, 9),
+        ("embeddings", {"input": "a"}, WINDOW, 0),
+    ],
+)
+def test_completion_bound(endpoint: str, body: dict[str, Any], window: int | None, completion: int) -> None:
+    asked = bounds.asked(exchange("/v1/" + endpoint, body))
+    assert asked.at(target(window), CONFIGURED).completion == completion
+
+
+def test_prompt_bound_is_above_every_byte_level_count() -> None:
+    body = {"messages": [{"role": "user", "content": "ü€😀" * 50}], "max_tokens": 1}
+    asked = bounds.asked(exchange("/v1/chat/completions", body))
+    assert asked.prompt >= len(("ü€😀" * 50).encode()) + TEMPLATE_TOKENS
+    assert bounds.asked(exchange("/v1/chat/completions", {**body, "tools": []})).prompt > asked.prompt + TOOL_TOKENS
+    image = {"type": "image_url", "image_url": {"url": "http://x"}}
+    pictured = {"messages": [{"role": "user", "content": [image]}]}
+    assert bounds.asked(exchange("/v1/chat/completions", pictured)).prompt > bounds.IMAGE_TOKENS
+    assert asked.at(target(100), CONFIGURED).prompt == 100
+    assert bounds.asked(exchange("/tokenize", body)).at(target(), CONFIGURED) == Bound(0, 0)
+
+
+def test_window_is_read_from_the_backends_list() -> None:
+    assert bounds.context_window(target(None, {"a": {"max_model_len": 64}, "b": {"max_model_len": 32}})) == 64
+    assert bounds.context_window(target(None, {"a": {"max_model_len": 64}, "b": {}})) is None
+    assert bounds.context_window(target(7, {"a": {"max_model_len": 64}})) == 7
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "n", "best_of"])
+def test_wrong_type_names_the_field(field: str) -> None:
+    with pytest.raises(ApiError) as raised:
+        bounds.asked(exchange("/v1/completions", {field: "x"}))
+    assert raised.value.param == field
+
+
+BOUND = Bound(100, 50)
+
+
+@pytest.mark.parametrize(
+    ("call", "charged"),
+    [
+        (Call(target(), "m", Usage(3, 1, 2, exact=True), 200, taken=True), Usage(3, 1, 2, exact=True)),
+        (Call(target(), "m", Usage(completion=7), 200, taken=True), Usage(100, 0, 7)),
+        (Call(target(), "m", Usage(completion=70), 200, taken=True), Usage(100, 0, 50)),
+        (Call(target(), "m", Usage(), 200, taken=True), Usage(100, 0, 50)),
+        (Call(target(), "m", Usage(), 0, taken=True), Usage(100, 0, 50)),
+        (Call(target(), "m", Usage(), 500, taken=True), Usage(exact=True)),
+        (Call(target(), "m", Usage(), 0, taken=False), Usage(exact=True)),
+    ],
+)
+def test_what_one_call_is_charged(call: Call, charged: Usage) -> None:
+    assert charges.used(call, BOUND) == charged
+
+
+def test_each_call_is_charged_at_its_own_backends_prices() -> None:
+    ended = exchange("/v1/completions", {})
+    dear = target(prices=Prices(5_000_000, 1_000_000, 9_000_000))
+    cheap = target(prices=Prices(1_000_000, 1_000_000, 1_000_000))
+    ended.calls += [
+        Call(cheap, "m", Usage(10, 0, 20, exact=True), 200, taken=True),
+        Call(cheap, "m", Usage(), 503, taken=True),
+        Call(dear, "m", Usage(10, 4, 20, exact=True), 200, taken=True),
+    ]
+    spent = charges.spending(ended, lambda _: BOUND)
+    assert (spent.cost, spent.prompt, spent.cached, spent.completion) == (30 + 6 * 5 + 4 + 20 * 9, 20, 4, 40)
+    assert (spent.exact, spent.attempts) == (True, 3)

@@ -1,0 +1,107 @@
+"""The store: order, failures, cancelled writes, names that die with their process, old rows that leave."""
+
+import asyncio
+import subprocess
+import sys
+from functools import partial
+from typing import Any
+
+import pytest
+
+from tests.gateway.governance.test_budgets import NOW, ask, end, key_with
+from tests.gateway.running import wait_until
+from tokenmill.engine.gateway.governance import accounts, audit, retention
+from tokenmill.engine.gateway.governance.accounts import Limits
+from tokenmill.engine.gateway.governance.retention import DAY_MS
+from tokenmill.engine.gateway.governance.schema import SCHEMA
+from tokenmill.engine.gateway.store import Connection, Store, now_ms
+from tokenmill.errors import ConfigurationError
+
+HOLDER = "import sys; from tokenmill.engine.gateway.store import Store; "
+
+
+def collect(connection: Connection, items: list[Any]) -> list[Any]:
+    """Says how many came together; fails on a negative one."""
+    if min(items) < 0:
+        raise ValueError("negative")
+    connection.execute("SELECT 1")
+    return [(item, len(items)) for item in items]
+
+
+def test_items_of_one_loop_round_are_done_together(store: Store) -> None:
+    async def main() -> list[Any]:
+        return await asyncio.gather(*(store.write_item(collect, number) for number in range(20)))
+
+    assert asyncio.run(main()) == [(number, 20) for number in range(20)]
+
+
+def test_one_failure_hurts_nobody_else(store: Store) -> None:
+    async def main() -> list[Any]:
+        futures = [store.write_item(collect, number) for number in (1, -1, 2)]
+        return await asyncio.gather(*futures, return_exceptions=True)
+
+    first, failed, last = asyncio.run(main())
+    assert (first, last) == ((1, 1), (2, 1))
+    assert isinstance(failed, ValueError)
+
+
+def test_cancelled_write_does_not_run_and_posted_ones_do(store: Store) -> None:
+    async def main() -> None:
+        team = partial(accounts.create, kind="team", parent=None, limits=Limits(), actor="t")
+        store.post(partial(team, name="posted", account="posted"))
+        task = asyncio.create_task(store.write(partial(team, name="cancelled", account="cancelled")))
+        await asyncio.sleep(0)
+        task.cancel()
+        await store.write(partial(team, name="written", account="written"))
+
+    asyncio.run(main())
+    assert [one.id for one in accounts.every(store.reader)] == ["posted", "written"]
+
+
+def test_name_is_free_when_its_process_dies(store: Store) -> None:
+    held = store.claim("ours")
+    assert held is not None
+    assert store.claim("ours") is None
+    code = HOLDER + "s = Store(sys.argv[1], ()); c = s.claim('theirs'); print(c is not None, flush=True); input()"
+    command = [sys.executable, "-c", code, str(store.place)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"True\n"
+        assert store.claim("theirs") is None
+        holder.kill()
+        wait_until(lambda: store.claim("theirs") is not None)
+    held.release()
+    assert store.claim("ours") is not None
+
+
+def test_newer_tables_are_refused(store: Store) -> None:
+    store.write_now(lambda connection: connection.execute("UPDATE schema_version SET version = 1000"))
+    with pytest.raises(ConfigurationError, match="schema version 1000"):
+        Store(store.place, SCHEMA)
+
+
+def test_old_rows_leave_and_budgets_keep_what_was_spent(store: Store) -> None:
+    key = key_with(store, Limits(hard_limit=1000))
+    for call in range(3):
+        assert ask(store, key, str(call), 10, at=NOW) is None
+        assert end(store, str(call), 7)
+    assert retention.purge(store, 1, now_ms()) == 0
+    store.write_now(
+        lambda connection: connection.execute(
+            "UPDATE ledger SET ended_at = ended_at - ? WHERE call < '2'", (2 * DAY_MS,)
+        )
+    )
+    assert retention.purge(store, 1, now_ms()) == 2
+    assert store.reader.execute("SELECT call FROM ledger").fetchall() == [("2",)]
+    assert accounts.find(store.reader, key).spent == 21
+    last = store.reader.execute("SELECT action, details FROM audit ORDER BY sequence DESC LIMIT 1").fetchone()
+    assert last[0] == "ledger.purge" and '"rows":2' in last[1]
+    audit.verify(store.reader)
+
+
+def test_postgres_that_cannot_be_reached_is_one_line() -> None:
+    pytest.importorskip("psycopg")
+    with pytest.raises(ConfigurationError, match=r"postgresql://127.0.0.1:9/x cannot be used: .*") as raised:
+        Store("postgresql://me:secret@127.0.0.1:9/x", SCHEMA)
+    assert "\n" not in str(raised.value)
+    assert "secret" not in str(raised.value)
