@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenmill.engine.gateway.admin.canaries import Canaries
+from tokenmill.engine.gateway.admin.rollup import Rollup
 from tokenmill.engine.gateway.admin.site import PREFIXES, AdminSite
 from tokenmill.engine.gateway.app import Application, Gateway, Service
 from tokenmill.engine.gateway.dashboard.figures import Sources
@@ -58,7 +59,7 @@ def create_app(document: Document) -> Gateway:
     governance = None if document.governance is None else Governance(document.governance)
     identities = None if governance is None else Identities(governance)
     if governance is not None and identities is not None:
-        services += [governance, Canaries(portfolio, governance)]
+        services += [governance, Canaries(portfolio, governance), Rollup(governance)]
         sites |= dict.fromkeys(PREFIXES, AdminSite(governance, portfolio))
         sites[DASHBOARD] = DashboardSite(Sources(governance, counted, Engines(portfolio, upstream)))
         stages.append(Identify(identities, document.settings.default_model))

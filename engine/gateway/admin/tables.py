@@ -1,4 +1,4 @@
-"""Tables beside those of governance: who may administrate, and what was changed without a restart."""
+"""Tables beside those of governance: who may administrate, what was changed without a restart, hourly sums."""
 
 from tokenmill.engine.gateway.store import Connection, Store
 
@@ -6,11 +6,28 @@ from tokenmill.engine.gateway.store import Connection, Store
 ROLES = "CREATE TABLE IF NOT EXISTS roles (key_id TEXT PRIMARY KEY, role TEXT NOT NULL)"
 #: Shares of canaries that differ from the configuration; NULL: a backend like the others.
 CANARIES = "CREATE TABLE IF NOT EXISTS canaries (backend TEXT PRIMARY KEY, share DOUBLE PRECISION)"
+#: Sums of the ledger by the hour (since 1970); see `rollup`.
+LEDGER_HOURS = """
+CREATE TABLE IF NOT EXISTS ledger_hours (
+    hour BIGINT NOT NULL,
+    organisation TEXT NOT NULL,
+    team TEXT NOT NULL,
+    app TEXT NOT NULL,
+    tier TEXT NOT NULL,
+    requests BIGINT NOT NULL,
+    prompt_tokens BIGINT NOT NULL,
+    cached_tokens BIGINT NOT NULL,
+    completion_tokens BIGINT NOT NULL,
+    cost BIGINT NOT NULL,
+    PRIMARY KEY (hour, organisation, team, app, tier)
+)"""
+#: The first hour that is not summed.
+LEDGER_SUMMED = "CREATE TABLE IF NOT EXISTS ledger_summed (until_hour BIGINT NOT NULL)"
 
 
 def make(connection: Connection) -> None:
     """Makes the tables where they are missing."""
-    for statement in (ROLES, CANARIES):
+    for statement in (ROLES, CANARIES, LEDGER_HOURS, LEDGER_SUMMED):
         connection.execute(statement)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tokenmill.engine.gateway.admin import books, canaries
+from tokenmill.engine.gateway.admin import books, canaries, rollup
 from tokenmill.engine.gateway.admin.books import Minute
 from tokenmill.engine.gateway.governance import accounts
 from tokenmill.engine.gateway.governance.accounts import Account
@@ -103,7 +103,7 @@ async def collect(sources: Sources, span: str) -> Figures:
 
 def _from_books(connection: Connection, span: str) -> dict[str, Any]:
     now = now_ms()
-    period = books.Span(since=now - SPANS[span])
+    since = now - SPANS[span]
     limited = [
         account
         for account in accounts.every(connection)
@@ -112,10 +112,10 @@ def _from_books(connection: Connection, span: str) -> dict[str, Any]:
     return {
         "at": now,
         "minutes": books.minutes(connection, MINUTES, now),
-        "total": books.sums(connection, (), period)[0],
-        "by_tier": books.sums(connection, ("tier",), period, limit=ROWS),
-        "by_team": books.sums(connection, ("team",), period, limit=ROWS),
-        "by_app": books.sums(connection, ("app",), period, limit=ROWS),
+        "total": rollup.sums(connection, None, since)[0],
+        "by_tier": rollup.sums(connection, "tier", since)[:ROWS],
+        "by_team": rollup.sums(connection, "team", since)[:ROWS],
+        "by_app": rollup.sums(connection, "app", since)[:ROWS],
         "budgets": limited,
         "shares": canaries.shares(connection),
         "whole": books.latencies(connection, now - HOUR_MS),
