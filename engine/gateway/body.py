@@ -73,6 +73,11 @@ class Body:
         field = self._fields.get(name)
         return None if field is None else bytes(field)
 
+    def view(self, name: str) -> memoryview | None:
+        """The same without a copy."""
+        field = self._fields.get(name)
+        return None if field is None else memoryview(field)
+
     def get(self, name: str, kind: type[T]) -> T | None:
         """A field decoded as `kind`; None where it is absent or null.
 

@@ -95,10 +95,11 @@ def features_of(exchange: Exchange) -> Features:
     if body is None:
         needs = frozenset({"audio"}) if endpoint.startswith("/v1/audio/") else frozenset[str]()
         return Features(endpoint, b"", 0, None, needs, {"bias": 1.0})
-    prompt = b""
+    prompt = memoryview(b"")
     for name in ("messages", "prompt", "input", "documents"):
-        prompt = body.raw_field(name) or b""
-        if prompt:
+        found = body.view(name)
+        if found is not None:
+            prompt = found
             break
     question, turns, parts = _read(prompt)
     tools = body.raw_field("tools") or body.raw_field("functions") or b""
@@ -134,25 +135,26 @@ def _needs(endpoint: str, body: Body, parts: Sequence[bytes], has_tools: bool) -
     return frozenset(needs)
 
 
-def _read(prompt: bytes) -> tuple[bytes, int, list[bytes]]:
+def _read(prompt: memoryview) -> tuple[bytes, int, list[bytes]]:
     """The last message's text, shortened; how many messages there are; the contents that are lists of parts."""
-    if not prompt.startswith(b"["):
+    if prompt[:1].tobytes() != b"[":
         return _text(prompt), 1, []
     try:
         messages = _MESSAGES.decode(prompt) or [_Message()]
     except (msgspec.MsgspecError, UnicodeDecodeError):
         return _text(prompt), 1, []
     last = next((message for message in reversed(messages) if message.role == "user"), messages[-1])
-    parts = [bytes(message.content) for message in messages if bytes(memoryview(message.content)[:1]) == b"["]
-    return _text(bytes(last.content)), len(messages), parts
+    contents = [memoryview(message.content) for message in messages]
+    parts = [content.tobytes() for content in contents if content[:1].tobytes() == b"["]
+    return _text(memoryview(last.content)), len(messages), parts
 
 
-def _text(raw: bytes) -> bytes:
+def _text(raw: memoryview) -> bytes:
     """A JSON string, or the texts of a list of parts, in Latin-1."""
     if len(raw) > _LONG:
         return _ends(raw)
     try:
-        if raw.startswith(b"["):
+        if raw[:1].tobytes() == b"[":
             text = "\n".join(part.text for part in _PARTS_OF_TEXT.decode(raw))
         else:
             text = msgspec.json.decode(raw, type=str)
@@ -161,8 +163,8 @@ def _text(raw: bytes) -> bytes:
     return _ends(text.encode("latin-1", "replace"))
 
 
-def _ends(raw: bytes) -> bytes:
-    return raw if len(raw) <= 2 * END_BYTES else raw[:END_BYTES] + b"\n" + raw[-END_BYTES:]
+def _ends(raw: memoryview | bytes) -> bytes:
+    return bytes(raw) if len(raw) <= 2 * END_BYTES else bytes(raw[:END_BYTES]) + b"\n" + bytes(raw[-END_BYTES:])
 
 
 @functools.cache

@@ -75,10 +75,10 @@ def options_of(
 
 def _unfit(backend: Backend, features: Features) -> str | None:
     """Why a backend cannot answer; None: it can."""
-    lacking = features.needs - set(backend.capabilities)
+    lacking = features.needs.difference(backend.capabilities)
     if lacking:
         return f"capability: needs {', '.join(sorted(lacking))}"
-    if not features.needs & _NO_TEXT and _NO_TEXT & set(backend.capabilities):
+    if features.needs.isdisjoint(_NO_TEXT) and not _NO_TEXT.isdisjoint(backend.capabilities):
         return "capability: makes no text"
     if backend.protocol == "anthropic" and features.endpoint != "/v1/chat/completions":
         return "capability: offers chat completions only"

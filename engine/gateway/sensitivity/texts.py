@@ -36,6 +36,7 @@ _MEDIA = frozenset(
     }
 )
 _CONTENT_FIELDS = frozenset({"messages", "input", "prompt", "documents", "query", "text_1", "text_2"})
+_QUOTE, _BRACE, _BRACKET = b'"{['
 _TOKEN_IDS = re.compile(rb"\s*(\[\s*)+-?[0-9]")
 _DATA_URL = re.compile(r"data:[^,]{0,200};base64,")
 
@@ -113,7 +114,7 @@ async def texts_of(body: Body, query: str = "") -> Texts:
     if query:
         texts.add("", query)
     for name in body.names():
-        raw = body.raw_field(name)
+        raw = body.view(name)
         if raw is None or name == "model":
             continue
         try:
@@ -123,47 +124,51 @@ async def texts_of(body: Body, query: str = "") -> Texts:
     return texts
 
 
-async def _collect(texts: Texts, raw: bytes, key: str, *, content: bool) -> None:
+async def _collect(texts: Texts, raw: memoryview, key: str, *, content: bool) -> None:
     if content and key in ("prompt", "input") and _TOKEN_IDS.match(raw):
         texts.unreadable = "token ids"
     elif len(raw) <= SLICE_BYTES:
         texts.walk(msgspec.json.decode(raw), key, content=content)
-    elif raw[:1] == b'"':
+    elif raw[0] == _QUOTE:
         texts.add(key, await _long_string(raw))
-    elif raw[:1] == b"{":
+    elif raw[0] == _BRACE:
+        await asyncio.sleep(0)
         for name, member in msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).items():
             if content and name in _MEDIA:
                 texts.unreadable = "a picture, sound or file"
-            await _collect(texts, bytes(member), name, content=content)
-    elif raw[:1] == b"[":
+            await _collect(texts, memoryview(member), name, content=content)
+    elif raw[0] == _BRACKET:
+        await asyncio.sleep(0)
         done = 0
         texts.new_list()
         for item in msgspec.json.decode(raw, type=list[msgspec.Raw]):
-            await _collect(texts, bytes(item), key, content=content)
-            done += len(bytes(item)) + 64
+            view = memoryview(item)
+            await _collect(texts, view, key, content=content)
+            done += len(view) + 64
             if done > SLICE_BYTES:
                 done = 0
                 await asyncio.sleep(0)
     else:
-        texts.add(key, raw.decode())
+        texts.add(key, bytes(raw).decode())
 
 
-async def _long_string(raw: bytes) -> str:
+async def _long_string(raw: memoryview) -> str:
     """Decodes a JSON string piece by piece."""
     parts = []
     start, last = 1, len(raw) - 1
+    await asyncio.sleep(0)
     while start < last:
         stop = min(start + SLICE_BYTES, last)
         while stop < last and stop > start + 12 and _inside(raw, stop):
             stop -= 1
         if stop <= start + 12:
             stop = last  # nothing but escapes: in one go
-        parts.append(msgspec.json.decode(b'"' + raw[start:stop] + b'"', type=str))
+        parts.append(msgspec.json.decode(b'"' + bytes(raw[start:stop]) + b'"', type=str))
         start = stop
         await asyncio.sleep(0)
     return "".join(parts)
 
 
-def _inside(raw: bytes, place: int) -> bool:
+def _inside(raw: memoryview, place: int) -> bool:
     """Whether a cut here could fall inside an escape (a surrogate pair has 12 bytes) or a character."""
-    return b"\\" in raw[place - 12 : place] or 0x80 <= raw[place] < 0xC0
+    return b"\\" in bytes(raw[place - 12 : place]) or 0x80 <= raw[place] < 0xC0

@@ -130,7 +130,7 @@ def test_a_detector_that_takes_too_long_keeps_the_request_here() -> None:
     body = json.dumps({"prompt": "4111 " * 200_000}).encode()
     slow = clear(SensitivitySettings(timeout_s=0.001), body)
     assert slow.zones == frozenset({"on-premises"})
-    assert "took more than" in slow.why
+    assert "took" in slow.why
 
 
 def test_long_bodies_are_searched_to_their_end() -> None:
