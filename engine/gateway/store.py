@@ -200,7 +200,7 @@ class Store:
         self._gathered.append(_Job(collector, item, future, loop))
         if not self._handing_over:
             self._handing_over = True
-            loop.call_soon(self._hand_over)
+            loop.call_soon(self.hand_over)
         return future
 
     def post_item(self, collector: Collector, item: Any) -> None:
@@ -212,9 +212,10 @@ class Store:
         else:
             self._gathered.append(_Job(collector, item, None))
             if self._timer is None:
-                self._timer = loop.call_later(POSTED_WAIT_S, self._hand_over)
+                self._timer = loop.call_later(POSTED_WAIT_S, self.hand_over)
 
-    def _hand_over(self) -> None:
+    def hand_over(self) -> None:
+        """Gives the writer what the event loop has asked for; call it in the loop's thread, before it waits."""
         self._handing_over = False
         if self._timer is not None:
             self._timer.cancel()
@@ -237,7 +238,7 @@ class Store:
 
     def close(self) -> None:
         """Commits what was submitted and closes the database."""
-        self._hand_over()
+        self.hand_over()
         self._queue.put(None)
         self._thread.join()
         self._writer.close()

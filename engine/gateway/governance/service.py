@@ -35,6 +35,7 @@ class Governance:
         self._store: Store | None = None
         self._worker: WorkerLock | None = None
         self._housekeeping: asyncio.Task[None] | None = None
+        self._stopping = asyncio.Event()
 
     @property
     def store(self) -> Store:
@@ -58,11 +59,12 @@ class Governance:
 
     async def stop(self) -> None:
         """Commits everything and closes."""
+        # Asked, not cancelled: its thread would go on and wait for a store that is closed.
+        self._stopping.set()
         if self._housekeeping is not None:
-            self._housekeeping.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._housekeeping
+            await self._housekeeping
         if self._store is not None:
+            self._store.hand_over()
             if self._worker is not None:
                 await asyncio.to_thread(self._worker.leave)
             await asyncio.to_thread(self._store.close)
@@ -70,7 +72,7 @@ class Governance:
     async def _keep_house(self) -> None:
         purge_at = 0.0
         loop = asyncio.get_running_loop()
-        while True:
+        while not self._stopping.is_set():
             try:
                 await asyncio.to_thread(workers.recover, self.store)
                 if self.options.retention_days is not None and loop.time() >= purge_at:
@@ -79,7 +81,8 @@ class Governance:
             except Exception:
                 # The store may be busy or full for a while; the requests say so themselves.
                 log.exception("looking after the store failed; trying again")
-            await asyncio.sleep(RECOVER_EVERY_S)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), RECOVER_EVERY_S)
 
 
 def _ensure_master(connection: Connection) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from openai import APIStatusError, OpenAI
 
+from tests.gateway.anthropic_upstream import FakeAnthropic
 from tests.gateway.governance.governed import CHAT, MASTER_KEY, Governed, options
 from tests.gateway.running import RunningGateway, wait_until
 from tests.gateway.upstream import FakeUpstream
@@ -307,6 +308,40 @@ def test_wrong_types_are_refused_and_leave_nothing(governed: Governed, body: dic
     wait_until(lambda: governed.account(key_id).reserved == 0)
 
 
+def test_other_protocols_and_failovers_are_charged_where_they_were_served(
+    shared_upstream: FakeUpstream, tmp_path: Path
+) -> None:
+    """A stream of Anthropic's is metered and its usage hidden; what failed over costs what the second backend asks."""
+    claude = FakeAnthropic().start()
+    place = str(tmp_path / "gateway.db")
+    backends = (
+        Backend("c", claude.url, "claude", ("claude",), prices=PRICES, api_key="sk-ant-key", protocol="anthropic",
+                health_path=None),
+        Backend("dead", "http://127.0.0.1:9", "pair", ("m",), prices=Prices(10**9, 10**9, 10**9), health_path=None,
+                weight=1e6),
+        Backend("alive", shared_upstream.url, "pair", ("m",), prices=PRICES, health_path=None),
+    )  # fmt: skip
+    with RunningGateway(*backends, governance=options(place), key=MASTER_KEY) as gateway:
+        store = Store(place, SCHEMA)
+        governed = Governed(gateway, store)
+        key_id, key = governed.key()
+        talk = {"messages": [{"role": "user", "content": "hello"}], "stream": True}
+        _, _, hidden = governed.ask(key, {"model": "claude", **talk})
+        assert b"[DONE]" in hidden and b'"usage"' not in hidden
+        _, _, shown = governed.ask(key, {"model": "claude", **talk, "stream_options": {"include_usage": True}})
+        assert shown.count(b'"usage"') == 1
+        assert governed.ask(key, {"model": "m", "max_tokens": 5})[0] == 200
+        settled(governed, key_id, 3)
+        first, second, third = governed.ledger(key_id)
+        assert first.cost == second.cost == 9 * 3 + 3 + 5 * 7
+        assert (first.prompt, first.cached, first.completion, first.exact) == (12, 3, 5, True)
+        assert (third.backend, third.attempts, third.completion) == ("alive", 2, 5)
+        assert third.cost == 3 * third.prompt + 7 * 5
+        assert governed.account(key_id).spent == first.cost + second.cost + third.cost
+        store.close()
+    claude.stop()
+
+
 def test_store_that_cannot_be_opened_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "x.db"
     path.write_bytes(b"no database at all" * 100)
@@ -328,5 +363,6 @@ def test_worker_that_stops_leaves_nothing_open(shared_upstream: FakeUpstream, tm
         for table in ("ledger", "reservations", "workers")
     }
     assert counts == {"ledger": 1, "reservations": 0, "workers": 0}
+    assert store.reader.execute("SELECT outcome, exact FROM ledger").fetchall() == [("ok", 1)]
     assert accounts.find(store.reader, "master").reserved == 0
     store.close()
