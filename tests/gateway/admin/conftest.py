@@ -1,15 +1,17 @@
-"""A gateway with governance, shared by the tests of a module."""
+"""A gateway with governance, shared by the tests of a module; a store of each kind."""
 
 from collections.abc import Iterator
 
 import pytest
 
+from tests.gateway.governance.conftest import postgres, store
 from tests.gateway.upstream import FakeUpstream
 from tests.gateway.workers import Workers
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.money import Prices
 
-#: A cent for ten tokens.
+__all__ = ["postgres", "store", "workers"]
+#: A dollar per thousand tokens.
 PRICES = Prices(100_000_000_000, 100_000_000_000, 100_000_000_000)
 
 

@@ -1,0 +1,59 @@
+"""What the admin API does to the store, on SQLite and on a real PostgreSQL server."""
+
+import pytest
+
+from tokenmill import cli
+from tokenmill.engine.gateway.admin import books, canaries, keyring, roles, tables
+from tokenmill.engine.gateway.governance import accounts, audit, keys
+from tokenmill.engine.gateway.governance.accounts import Limits
+from tokenmill.engine.gateway.governance.options import Options, digest
+from tokenmill.engine.gateway.store import Store, now_ms
+from tokenmill.errors import InputError
+
+
+@pytest.fixture
+def administered(store: Store) -> Store:
+    """A store of each kind with the tables of administration."""
+    tables.prepare(store)
+    tables.prepare(store)  # every worker does
+    return store
+
+
+def test_roles_rotation_and_changes(administered: Store) -> None:
+    write, reader = administered.write_now, administered.reader
+    identity, first = write(lambda c: keys.create(c, "test", name="a", models=["m"]))
+    options = Options("unused", digest("the-master-key-of-tests"))
+    write(lambda c: roles.give(c, identity, "auditor", "test"))
+    assert roles.identify(reader, options, first) == roles.Actor(identity, "auditor")
+    second = write(lambda c: keyring.rotate(c, identity, "test"))
+    assert roles.identify(reader, options, first) is None
+    assert keyring.named(reader, second).id == identity == keyring.named(reader, digest(second)).id
+    write(lambda c: keyring.change(c, identity, "test", name="b", models=None, metadata={"x": 1}, expires_at=now_ms()))
+    changed = keys.by_id(reader, identity)
+    assert (changed.models, changed.metadata, changed.refusal(now_ms())) == (None, {"x": 1}, "has expired")
+    assert keyring.aliased(reader, "b") == [identity]
+    with pytest.raises(InputError, match="has expired"):
+        write(lambda c: keyring.rotate(c, identity, "test"))
+    assert audit.verify(reader).sequence == 4
+
+
+def test_canaries(administered: Store) -> None:
+    administered.write_now(lambda c: canaries.put(c, "b", 0.25, "test"))
+    administered.write_now(lambda c: canaries.put(c, "c", None, "test"))
+    assert canaries.shares(administered.reader) == {"b": 0.25, "c": None}
+    administered.write_now(lambda c: canaries.clear(c, "b", "test"))
+    assert canaries.shares(administered.reader) == {"c": None}
+
+
+def test_questions_to_an_empty_ledger(administered: Store) -> None:
+    reader = administered.reader
+    assert books.sums(reader, ())[0]["requests"] == 0
+    assert books.sums(reader, ("team", "day")) == []
+    assert len(books.minutes(reader, 60, now_ms())) == 60
+    assert books.latencies(reader, 0) == {}
+
+
+def test_the_command_takes_either(administered: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    administered.write_now(lambda c: accounts.create(c, "team", "T", None, Limits(), "test", "t-1"))
+    assert cli.main(["admin", "--store", str(administered.place), "team", "list"]) == 0
+    assert "t-1" in capsys.readouterr().out
