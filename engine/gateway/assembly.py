@@ -24,7 +24,6 @@ from tokenmill.engine.gateway.pipeline import Stage
 from tokenmill.engine.gateway.portfolio import Portfolio
 from tokenmill.engine.gateway.router.escalation import Escalation
 from tokenmill.engine.gateway.router.outcomes import OutcomeLog
-from tokenmill.engine.gateway.router.recent import RecentDecisions
 from tokenmill.engine.gateway.router.stage import Router
 from tokenmill.engine.gateway.routing import ResolveModel
 from tokenmill.engine.gateway.sensitivity.settings import SensitivitySettings
@@ -78,7 +77,7 @@ def create_app(document: Document) -> Gateway:
         portfolio.virtual = (routing.name,)
         outcomes = None if routing.log is None else OutcomeLog(Path(routing.log))
         services += [] if outcomes is None else [outcomes]
-        stages.append(Router(portfolio, routing, RecentDecisions(routing.recent), outcomes, tell))
+        stages.append(Router(portfolio, routing, outcomes, tell))
     if sensitivity is not None:
         stages.append(Residency(sensitivity, tell))
     if governance is not None:

@@ -106,7 +106,6 @@ class Routing(Section):
     burst_queue: int | None = Field(
         None, description="Open requests at every nearer backend from which others take over; default: when full.", ge=1
     )
-    recent: int = Field(200, description="Decisions kept for the dashboard.", ge=0, le=100_000)
     log: str | None = Field(
         None, description="File that gets a line of features and outcome per routed request, no text.", min_length=1
     )
@@ -134,7 +133,6 @@ class Routing(Section):
             tuple(RuleSettings(**rule.model_dump()) for rule in self.rules),
             self.burst,
             self.burst_queue,
-            self.recent,
             None if self.log is None else str(Path(self.log).absolute()),
             None if self.escalation is None else self.escalation.settings(),
         )

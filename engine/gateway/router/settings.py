@@ -63,7 +63,6 @@ class RoutingSettings:
         rules: Go before the classifier, in this order.
         burst: Backends in other zones may take what the preferred ones cannot.
         burst_queue: Open requests at every preferred backend from which others take over; None: when they are full.
-        recent: Decisions that are kept to be looked at.
         log: File that gets a line of features and outcome for each routed request; None: none.
         escalation: None: none.
     """
@@ -76,6 +75,5 @@ class RoutingSettings:
     rules: tuple[Rule, ...] = ()
     burst: bool = True
     burst_queue: int | None = None
-    recent: int = 200
     log: str | None = None
     escalation: EscalationSettings | None = None

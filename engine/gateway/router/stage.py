@@ -22,7 +22,6 @@ from tokenmill.engine.gateway.router.features import features_of, sentence
 from tokenmill.engine.gateway.router.observed import Observed
 from tokenmill.engine.gateway.router.options import Option, described, options_of
 from tokenmill.engine.gateway.router.outcomes import OutcomeLog
-from tokenmill.engine.gateway.router.recent import RecentDecisions
 from tokenmill.engine.gateway.router.rules import Matcher
 from tokenmill.engine.gateway.router.settings import RoutingSettings
 from tokenmill.engine.gateway.sensitivity.clearance import clearance_of
@@ -40,7 +39,6 @@ class Router:
     Args:
         portfolio: All backends.
         settings: The configuration.
-        recent: Keeps the decisions.
         outcomes: Logs how they ended; None: no log.
         audit: Told when a request is refused because nobody who may see it can serve it.
     """
@@ -51,13 +49,11 @@ class Router:
         self,
         portfolio: Portfolio,
         settings: RoutingSettings,
-        recent: RecentDecisions,
         outcomes: OutcomeLog | None = None,
         audit: Audit = log_decision,
     ) -> None:
         self._portfolio = portfolio
         self._settings = settings
-        self._recent = recent
         self._outcomes = outcomes
         self._audit = audit
         self._weights = settings.weights or bundled()
@@ -89,7 +85,6 @@ class Router:
         decision = self._decision(question, order)
         exchange.decision = decision
         exchange.routes = self._routes(order)
-        exchange.on_end(self._recent.add)
         if self._outcomes is not None:
             log, values, hard = self._outcomes, question.features.values, question.complexity
             exchange.on_end(lambda ended: log.add(ended, values, hard))
