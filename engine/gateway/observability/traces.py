@@ -5,6 +5,7 @@ the span itself is made of what is known when the request has ended. Attributes 
 generative AI (`gen_ai.*`) and HTTP; prompts and answers are never among them.
 """
 
+import asyncio
 import random
 import re
 import time
@@ -25,6 +26,8 @@ OPERATIONS = {
     "/v1/responses": "chat",
     "/v1/embeddings": "embeddings",
 }
+#: Longest time for one batch with all its retries: a worker that ends waits for it.
+EXPORT_TIMEOUT_S = 2
 _TRACEPARENT = re.compile(rb"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 _SAMPLED = 1
 
@@ -51,7 +54,7 @@ class Traces:
             if exporter is None:
                 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
-                exporter = OTLPSpanExporter(endpoint=endpoint)
+                exporter = OTLPSpanExporter(endpoint=endpoint, timeout=EXPORT_TIMEOUT_S)
         except ImportError:
             raise MissingDependencyError("opentelemetry-sdk", "otel", "observability.traces") from None
         self._resource = Resource.create({"service.name": "tokenmill-gateway"})
@@ -63,8 +66,6 @@ class Traces:
 
     async def stop(self) -> None:
         """Exports what is left."""
-        import asyncio
-
         await asyncio.to_thread(self._processor.shutdown)
 
     async def handle(self, exchange: Exchange, proceed: Handler) -> Reply:
