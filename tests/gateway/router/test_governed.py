@@ -1,0 +1,122 @@
+"""The router under governance: soft limits route down, keys bound the tiers, escalated requests are charged twice."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.gateway.running import RunningGateway, wait_until
+from tests.gateway.upstream import FakeUpstream
+from tokenmill.engine.gateway.backends import Backend
+from tokenmill.engine.gateway.governance.options import Options, digest
+from tokenmill.engine.gateway.money import Prices
+from tokenmill.engine.gateway.router.settings import EscalationSettings, RoutingSettings
+
+MASTER = "a master key of some length"
+CHEAP, DEAR = Prices(10_000_000, 10_000_000, 10_000_000), Prices(500_000_000, 500_000_000, 500_000_000)
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[tuple[FakeUpstream, FakeUpstream]]:
+    small, large = FakeUpstream(("small",)).start(), FakeUpstream(("large",)).start()
+    yield small, large
+    small.stop()
+    large.stop()
+
+
+@pytest.fixture(scope="module")
+def gateway(pair: tuple[FakeUpstream, FakeUpstream], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    store: Path = tmp_path_factory.mktemp("books") / "books.sqlite"
+    backends = (
+        Backend("small", pair[0].url, "utility", ("small",), prices=CHEAP, quality=0.6, capabilities=("logprobs",)),
+        Backend("large", pair[1].url, "reasoning", ("large",), prices=DEAR, quality=0.9),
+    )
+    routing = RoutingSettings(escalation=EscalationSettings("utility", "reasoning", 0.5))
+    options = Options(str(store), digest(MASTER), completion_bound=50)
+    with RunningGateway(*backends, governance=options, key=MASTER, routing=routing) as running:
+        yield running
+
+
+def post(gateway: RunningGateway, path: str, body: Any, key: str = MASTER, **headers: str) -> tuple[int, Any, Any]:
+    status, found, raw = gateway.post(path, body, authorization=f"Bearer {key}", **headers)
+    return status, found, json.loads(raw)
+
+
+def ask(gateway: RunningGateway, key: str, **more: Any) -> tuple[int, Any, Any]:
+    headers = more.pop("headers", {})
+    body = {"model": "auto", "messages": [{"role": "user", "content": "What is it?"}], "max_tokens": 10, **more}
+    return post(gateway, "/v1/chat/completions", body, key, **headers)
+
+
+def new_key(gateway: RunningGateway, **fields: Any) -> str:
+    status, _, made = post(gateway, "/key/generate", fields)
+    assert status == 200, made
+    return str(made["key"])
+
+
+def spent(gateway: RunningGateway, key: str) -> float:
+    status, _, raw = gateway.send("GET", f"/key/info?key={key}", None, {"authorization": f"Bearer {MASTER}"})
+    assert status == 200, raw
+    return float(json.loads(raw)["info"]["spend"])
+
+
+def test_an_escalated_request_is_charged_for_both_answers(
+    gateway: RunningGateway, pair: tuple[FakeUpstream, FakeUpstream]
+) -> None:
+    key = new_key(gateway)
+    before = [(one.books.prompt_tokens, one.books.completion_tokens) for one in pair]
+    status, headers, _ = ask(gateway, key, act={"small": {"logprob": -3.0}, "large": {}})
+    assert (status, headers["x-tokenmill-escalated"]) == (200, "true")
+    used = [
+        (one.books.prompt_tokens - prompt, one.books.completion_tokens - completion)
+        for one, (prompt, completion) in zip(pair, before, strict=True)
+    ]
+    micro_cents = sum(price.cost(prompt, 0, completion) for price, (prompt, completion) in
+                      zip((CHEAP, DEAR), used, strict=True))  # fmt: skip
+    assert all(prompt and completion for prompt, completion in used)
+    wait_until(lambda: spent(gateway, key) == pytest.approx(micro_cents / 1e8, rel=1e-9))
+
+
+def test_a_key_bounds_the_tiers(gateway: RunningGateway) -> None:
+    key = new_key(gateway, models=["auto", "utility"])
+    status, headers, _ = ask(gateway, key, headers={"x-tokenmill-quality": "0.9"}, act={"small": {"logprob": -3.0}})
+    assert (status, headers["x-tokenmill-tier"]) == (200, "utility")
+    assert "x-tokenmill-escalated" not in headers
+    assert ask(gateway, key, model="large")[0] == 403
+    assert ask(gateway, new_key(gateway, models=["small"]))[0] == 403
+
+
+def test_a_keys_metadata_confines_it_without_a_section(gateway: RunningGateway) -> None:
+    key = new_key(gateway, metadata={"zones": ["cloud"]})
+    status, _, body = ask(gateway, key)
+    assert (status, body["error"]["code"]) == (403, "residency")
+    assert ask(gateway, key, model="small")[0] == 403
+
+
+def test_the_dry_run_needs_a_key_and_costs_nothing(gateway: RunningGateway) -> None:
+    key = new_key(gateway)
+    asked = {"model": "auto", "messages": [{"role": "user", "content": "hi"}]}
+    status, _, body = post(gateway, "/v1/tokenmill/route", asked, key)
+    assert (status, body["decision"]["tier"]) == (200, "utility")
+    assert spent(gateway, key) == 0
+    assert gateway.post("/v1/tokenmill/route", asked, authorization="Bearer sk-wrong")[0] == 401
+
+
+def test_past_the_soft_limit_cheaper_tiers_go_first(gateway: RunningGateway) -> None:
+    hard = "Prove it step by step, explain why it must hold, compare both proofs and design an algorithm. " * 5
+    key = new_key(gateway, max_budget=10.0, soft_budget=0.00000001)
+    asked = {"messages": [{"role": "user", "content": hard}], "act": {"small": {"logprob": -3.0}}}
+    status, headers, _ = ask(gateway, key, **asked)
+    assert (status, headers["x-tokenmill-tier"]) == (200, "reasoning")
+
+    def routed_down() -> bool:
+        status, headers, _ = ask(gateway, key, **asked)
+        assert status == 200
+        down = bool(headers["x-tokenmill-tier"] == "utility")
+        assert not down or "soft limit is passed" in headers["x-tokenmill-reason"]
+        assert not down or "x-tokenmill-escalated" not in headers
+        return down
+
+    wait_until(routed_down)
