@@ -84,6 +84,8 @@ class Postgres:
         url: `postgresql://user@host/database`; libpq's variables and files give what it leaves out.
     """
 
+    local = False
+
     def __init__(self, url: str) -> None:
         self._url = url
         self._session: PostgresConnection | None = None

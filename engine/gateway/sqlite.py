@@ -30,6 +30,8 @@ class Sqlite:
         ConfigurationError: The file or its folder cannot be made or opened.
     """
 
+    local = True
+
     def __init__(self, path: Path) -> None:
         self._path = path
         try:

@@ -84,7 +84,13 @@ class Claim(Protocol):
 
 
 class Database(Protocol):
-    """A kind of database."""
+    """A kind of database.
+
+    Attributes:
+        local: Reading takes microseconds: an event loop may do it for every request.
+    """
+
+    local: bool
 
     @property
     def shown(self) -> str:
@@ -147,6 +153,9 @@ class Store:
             `postgresql://...`.
         schema: Statements that make the tables in an empty database.
 
+    Attributes:
+        local: Reading takes microseconds: an event loop may do it for every request.
+
     Raises:
         ConfigurationError: The database cannot be opened, is none, or was made by a newer version.
         MissingDependencyError: PostgreSQL is asked for and its client library is absent.
@@ -160,6 +169,7 @@ class Store:
         self._handing_over = False
         self._timer: asyncio.TimerHandle | None = None
         self._database = _database(place)
+        self.local = self._database.local
         with contextlib.ExitStack() as undo:
             undo.callback(self._database.close)
             self._writer = self._database.connect()

@@ -10,7 +10,7 @@ The requests of one transaction are worked out together: their accounts are read
 once. What is written is absolute: no other process writes between reading and writing (`store.Database.transaction`).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import orjson
@@ -174,6 +174,7 @@ class _Books:
         identities = sorted({one for chain in chains for one in chain})
         found = accounts.several(connection, identities) if identities else []
         self._pages = {account.id: _Page(account) for account in found}
+        self._revoked = self._revoked_of({chain[0] for chain in chains})
         for page in self._pages.values():
             limits = page.account.limits
             if limits.requests_per_minute is not None or limits.tokens_per_minute is not None:
@@ -186,9 +187,17 @@ class _Books:
         query = f"DELETE FROM reservations WHERE call IN {placeholders(len(calls))} RETURNING {_RESERVATION}"  # noqa: S608
         return self._connection.execute(query, calls).fetchall()
 
+    def _revoked_of(self, keys: Collection[str]) -> set[str]:
+        if not keys:
+            return set()
+        query = f"SELECT id FROM keys WHERE revoked_at IS NOT NULL AND id IN {placeholders(len(keys))}"  # noqa: S608
+        return {row[0] for row in self._connection.execute(query, list(keys))}
+
     def reserve(self, wanted: Reservation) -> Granted | Refusal:
         """See the function `reserve`."""
         chain = [self._pages[one] for one in wanted.chain]
+        if wanted.chain[0] in self._revoked:
+            return Refusal("revoked", chain[0].account, 0, 0, 0, None)
         asked = wanted.prompt + wanted.completion
         for page in chain:
             page.renew(wanted.at)

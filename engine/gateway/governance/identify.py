@@ -1,10 +1,12 @@
 """The stage that says whose request it is, and refuses those of nobody.
 
 What is known of a key is kept in memory. Every change to keys and accounts is audited in its own transaction, so the
-number of the audit trail's last row is the version of what was kept: it is read for every request (3 us), and a key
-that was revoked by any process is refused from the next request on.
+number of the audit trail's last row is the version of what was kept. From a file it is read for every request (3 us),
+from a server a few times a second. Either way a key that was revoked by any process is refused from the next request
+on: the transaction that reserves looks again (`books`).
 """
 
+import time
 from dataclasses import dataclass
 
 from tokenmill.engine.gateway.api_error import ApiError, Headers, quote
@@ -19,6 +21,8 @@ from tokenmill.engine.gateway.store import Connection, now_ms
 CREDENTIALS = frozenset({b"authorization", b"x-api-key", b"api-key", b"cookie", b"proxy-authorization"})
 #: Keys kept in memory; beyond it all are forgotten.
 MOST_KEPT = 10_000
+#: Seconds for which the version read from a server is good.
+VERSION_KEPT_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Identities:
         self._governance = governance
         self._known: dict[str, _Known] = {}
         self._version = -1
+        self._read_at = 0.0
 
     def of(self, headers: Headers) -> Principal:
         """The owner of a request with these headers, names in lower case.
@@ -50,11 +55,15 @@ class Identities:
         hashed = digest(_credential(headers))
         if self._governance.options.is_master(hashed):
             return Principal(MASTER)
-        reader = self._governance.store.reader
-        version = audit.sequence(reader)
-        if version != self._version or len(self._known) > MOST_KEPT:
-            self._known.clear()
-            self._version = version
+        store = self._governance.store
+        reader = store.reader
+        tick = time.monotonic()
+        if store.local or tick - self._read_at > VERSION_KEPT_S:
+            self._read_at = tick
+            version = audit.sequence(reader)
+            if version != self._version or len(self._known) > MOST_KEPT:
+                self._known.clear()
+                self._version = version
         known = self._known.get(hashed)
         now = now_ms()
         if known is None or (known.until is not None and now >= known.until):
@@ -99,6 +108,11 @@ def _look_up(reader: Connection, hashed: str, now: int) -> _Known:
     )
     ends = [key.expires_at, *(account.period_end for account in passed)]
     return _Known(principal, min((end for end in ends if end is not None), default=None))
+
+
+def revoked(key: str) -> ApiError:
+    """401: the key was good when it was looked up and is not any more."""
+    return _unauthorised(f"The API key {key} was revoked.")
 
 
 def _unauthorised(message: str) -> ApiError:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from tokenmill.engine.gateway.api_error import ApiError, Headers, quote, retry_after, unavailable
-from tokenmill.engine.gateway.governance import books, bounds, budgets, charges
+from tokenmill.engine.gateway.governance import books, bounds, budgets, charges, identify
 from tokenmill.engine.gateway.governance.bounds import Asked
 from tokenmill.engine.gateway.governance.budgets import Granted, Rate, Refusal, Reservation, Settlement
 from tokenmill.engine.gateway.governance.service import Governance
@@ -141,6 +141,8 @@ def _rate_headers(kind: str, limit: int, remaining: int, reset_s: float) -> Head
 
 def refusal(found: Refusal) -> ApiError:
     """The answer to a request that a limit refused."""
+    if found.limit == "revoked":
+        return identify.revoked(found.account.id)
     whose = f"{found.account.kind} `{quote(found.account.id)}`"
     if found.limit == "budget":
         return _over_budget(found, whose)

@@ -55,6 +55,18 @@ def test_reserved_counts_and_settling_twice_charges_once(store: Store) -> None:
     assert actions == ["team.create", "key.create", "budget.soft_limit"]
 
 
+def test_revoked_key_reserves_nothing(store: Store) -> None:
+    """Also where its revocation came after it was looked up, in the same transaction as its request."""
+    key = key_with(store, Limits(hard_limit=100))
+    assert ask(store, key, "a", 10) is None
+    store.write_now(lambda connection: keys.revoke(connection, key, "test"))
+    refusal = ask(store, key, "b", 10)
+    assert refusal is not None
+    assert refusal.limit == "revoked"
+    assert end(store, "a", 5)
+    assert (accounts.find(store.reader, key).spent, accounts.find(store.reader, key).reserved) == (5, 0)
+
+
 def test_budget_starts_anew_with_its_period(store: Store) -> None:
     key = key_with(store, Limits(hard_limit=10, period_ms=1000))
     start = accounts.find(store.reader, "team").period_start

@@ -11,6 +11,7 @@ import pytest
 from openai import APIStatusError, OpenAI
 
 from tests.gateway.anthropic_upstream import FakeAnthropic
+from tests.gateway.governance.conftest import KINDS, new_place
 from tests.gateway.governance.governed import CHAT, MASTER_KEY, Governed, options
 from tests.gateway.running import RunningGateway, wait_until
 from tests.gateway.upstream import FakeUpstream
@@ -26,9 +27,11 @@ from tokenmill.engine.gateway.store import Store
 PRICES = Prices(3_000_000, 1_000_000, 7_000_000)
 
 
-@pytest.fixture(scope="module")
-def governed(shared_upstream: FakeUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Governed]:
-    place = str(tmp_path_factory.mktemp("governance") / "gateway.db")
+@pytest.fixture(scope="module", params=KINDS)
+def governed(
+    shared_upstream: FakeUpstream, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Governed]:
+    place = new_place(request.param, tmp_path_factory.mktemp("governance"), request)
     backend = Backend("a", shared_upstream.url, "utility", prices=PRICES, api_key="the-backends-own")
     settings = Settings(probe_interval_s=0.1, read_timeout_s=2.0)
     with RunningGateway(backend, settings=settings, governance=options(place), key=MASTER_KEY) as gateway:
