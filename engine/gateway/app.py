@@ -270,6 +270,8 @@ class Gateway:
         return _json({"status": "not ready", "tiers": unready, "worker": worker}, 503, [wait])
 
     async def _metrics(self) -> Reply:
+        if not self.metrics.for_all:
+            raise ApiError(403, "Metrics are at /admin/metrics, for keys with a role.", code="forbidden")
         return Reply(200, [(b"content-type", metrics.CONTENT_TYPE)], await self.metrics.render())
 
     def _models(self, headers: Headers) -> list[dict[str, Any]]:

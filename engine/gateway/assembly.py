@@ -59,7 +59,7 @@ def create_app(document: Document) -> Gateway:
     identities = None if governance is None else Identities(governance)
     if governance is not None and identities is not None:
         services += [governance, Canaries(portfolio, governance), Rollup(governance)]
-        sites |= dict.fromkeys(PREFIXES, AdminSite(governance, portfolio))
+        sites |= dict.fromkeys(PREFIXES, AdminSite(governance, portfolio, counted))
         sites[DASHBOARD] = DashboardSite(Sources(governance, counted, Engines(portfolio, upstream)))
         stages.append(Identify(identities, document.settings.default_model))
     tell = log_decision if governance is None else _audit_trail(governance)

@@ -44,12 +44,14 @@ class Metrics:
 
     Attributes:
         open: Requests that have not ended.
+        for_all: Whether `/metrics` answers everybody.
         board: The figures of all workers.
     """
 
     def __init__(self, portfolio: Portfolio, options: Options | None = None) -> None:
         options = options or Options()
         self._portfolio = portfolio
+        self.for_all = options.open_metrics
         self._teams, self._apps = Bounded(options.accounts), Bounded(options.accounts)
         self._decisions = Decisions()
         self.board = Board(Path(options.shared) if options.shared else None, self.report)

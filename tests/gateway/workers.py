@@ -30,6 +30,7 @@ class Workers:
         count: How many.
         request_log: Whether they write a line per request to standard error, which is the file `log`.
         traces: Where their spans go.
+        open_metrics: Whether `/metrics` answers everybody.
         settings: Their settings.
         routing: How requests that name no model are routed.
         wait_for: Tiers that must be up before the tests begin; empty: all.
@@ -42,6 +43,7 @@ class Workers:
         count: int = 1,
         request_log: bool = False,
         traces: str | None = None,
+        open_metrics: bool = True,
         settings: Settings | None = None,
         routing: RoutingSettings | None = None,
         wait_for: tuple[str, ...] = (),
@@ -53,7 +55,9 @@ class Workers:
             backends,
             settings or Settings(probe_interval_s=0.1),
             governance=Options(str(self.store), digest(MASTER_KEY)),
-            observability=ObservabilityOptions(request_log=request_log, traces=traces, shared=str(folder / "figures")),
+            observability=ObservabilityOptions(
+                request_log=request_log, traces=traces, open_metrics=open_metrics, shared=str(folder / "figures")
+            ),
             routing=routing,
         )
         self._document = document.to_json()

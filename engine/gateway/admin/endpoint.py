@@ -87,6 +87,7 @@ class Endpoint:
         body: Type of the body; None: it takes none.
         query: Query parameters.
         status: Of a good answer.
+        media: Its media type.
     """
 
     method: Method
@@ -97,3 +98,4 @@ class Endpoint:
     body: type[msgspec.Struct] | None = None
     query: tuple[Parameter, ...] = ()
     status: int = 200
+    media: str = "application/json"

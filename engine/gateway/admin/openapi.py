@@ -55,7 +55,8 @@ def _operation(endpoint: Endpoint, schema: dict[str, Any] | None) -> dict[str, A
         for name in re.findall(r"{(\w+)}", endpoint.path)
     ]
     query = [{"name": one.name, "in": "query", "description": one.text, "schema": one.schema} for one in endpoint.query]
-    good: dict[str, Any] = {"description": "Done.", "content": {"application/json": {"schema": {"type": "object"}}}}
+    shape = "object" if endpoint.media == "application/json" else "string"
+    good: dict[str, Any] = {"description": "Done.", "content": {endpoint.media: {"schema": {"type": shape}}}}
     if any(one.name == "format" for one in endpoint.query):
         good["content"]["text/csv"] = {"schema": {"type": "string"}}
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}

@@ -10,12 +10,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
 
+from tokenmill.engine.gateway import metrics
 from tokenmill.engine.gateway.admin import litellm_keys, roles
 from tokenmill.engine.gateway.admin.endpoint import Call, Endpoint
 from tokenmill.engine.gateway.admin.endpoints import ENDPOINTS, Backends
 from tokenmill.engine.gateway.admin.openapi import document
 from tokenmill.engine.gateway.api_error import ApiError, invalid_json
 from tokenmill.engine.gateway.governance.service import Governance
+from tokenmill.engine.gateway.metrics import Metrics
 from tokenmill.engine.gateway.portfolio import Portfolio
 from tokenmill.engine.gateway.request import ClientGoneError, Receive, Scope, Send, read_body, request_id
 from tokenmill.engine.gateway.settings import Settings
@@ -25,6 +27,7 @@ log = logging.getLogger("tokenmill.gateway.admin")
 
 #: Path prefixes that this application answers.
 PREFIXES = ("/admin", "/key")
+CONTENT_TYPE = metrics.CONTENT_TYPE.decode()
 MOST_BODY_BYTES = 256 * 1024
 _SETTINGS = Settings(max_body_bytes=MOST_BODY_BYTES, body_timeout_s=10.0)
 
@@ -35,11 +38,18 @@ class AdminSite:
     Args:
         governance: Whose store it administrates.
         portfolio: The backends.
+        counted: The metrics.
     """
 
-    def __init__(self, governance: Governance, portfolio: Portfolio) -> None:
+    def __init__(self, governance: Governance, portfolio: Portfolio, counted: Metrics) -> None:
         self._governance = governance
-        table: tuple[Endpoint, ...] = (*ENDPOINTS, *Backends(portfolio).endpoints(), *litellm_keys.ENDPOINTS)
+        self._counted = counted
+        table: tuple[Endpoint, ...] = (
+            *ENDPOINTS,
+            Endpoint("GET", "/admin/metrics", "Metrics for Prometheus.", self._metrics, "auditor", media=CONTENT_TYPE),
+            *Backends(portfolio).endpoints(),
+            *litellm_keys.ENDPOINTS,
+        )
         self._document = document(table)
         routes = [*self._routes(table), Route("/admin/openapi.json", self._openapi)]
         self._router = Router(routes=routes, default=_not_found, redirect_slashes=False)
@@ -102,6 +112,9 @@ class AdminSite:
         if actor is None:
             raise _unauthorized("The key is not valid; send the master key or one with a role.")
         return actor
+
+    async def _metrics(self, _call: Call) -> Response:
+        return Response(await self._counted.render(), headers={**_NOT_KEPT, "content-type": CONTENT_TYPE})
 
     async def _openapi(self, _request: Request) -> Response:
         return Response(self._document, media_type="application/json")

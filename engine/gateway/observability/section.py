@@ -26,6 +26,11 @@ class Observability(Section):
     trace_share: float = Field(
         1.0, description="Share of the requests without a `traceparent` of their own that are traced.", ge=0, le=1
     )
+    open_metrics: bool = Field(
+        True,
+        description="Whether `/metrics` answers everybody; it names teams, apps and their cost. `/admin/metrics` "
+        "always wants a key with a role.",
+    )
     accounts: int = Field(
         50,
         description="Most teams, and apps, that metrics name; those met later are counted as `other`.",
@@ -47,4 +52,6 @@ class Observability(Section):
 
     def options(self) -> Options:
         """What the gateway processes are told."""
-        return Options(self.request_log, self.log_bodies, self.traces, self.trace_share, self.accounts)
+        return Options(
+            self.request_log, self.log_bodies, self.traces, self.trace_share, self.open_metrics, self.accounts
+        )

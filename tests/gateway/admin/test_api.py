@@ -4,12 +4,14 @@ import csv
 import io
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.gateway.running import wait_until
 from tests.gateway.workers import MASTER_KEY, Workers
+from tokenmill.engine.gateway.backends import Backend
 
 
 def make_team(workers: Workers, name: str, **limits: Any) -> str:
@@ -194,3 +196,16 @@ def test_no_answer_of_a_model_endpoint_depends_on_a_url_of_the_client(workers: W
     _, key = make_key(workers, metadata={"api_base": "http://169.254.169.254/"})
     status, _, _ = workers.chat(key, api_base="http://169.254.169.254/", base_url="http://[::1]:1/")
     assert status == 200
+
+
+def test_metrics_may_be_for_keys_with_a_role_alone(workers: Workers, tmp_path: Path) -> None:
+    _, auditor = make_key(workers, role="auditor")
+    _, plain = make_key(workers)
+    status, headers, body = workers.send("GET", "/admin/metrics", key=auditor)
+    assert status == 200 and headers["content-type"].startswith("text/plain") and b"tokenmill_requests" in body
+    assert workers.send("GET", "/admin/metrics", key=plain)[0] == 403
+    with Workers(
+        tmp_path, Backend("a", "http://127.0.0.1:9", "t", models=("m",), health_path=None), open_metrics=False
+    ) as closed:
+        assert closed.send("GET", "/metrics")[0] == 403
+        assert closed.send("GET", "/admin/metrics")[0] == 200
