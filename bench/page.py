@@ -277,11 +277,12 @@ def _serving(rows: Sequence[Row]) -> str:
             ours.append(not row["variant"].startswith(("stock", "no-draft")))
         sizes = next(iter(latest.values()))
         parts.append(f"<h3>{html.escape(device)}, {html.escape(isa)}: {html.escape(model)}</h3>")
+        bases = html.escape(" or ".join(dict.fromkeys(row.get("compared_with", "stock") for row in latest.values())))
         loads = [row["load_average"] for row in latest.values() if "load_average" in row]
         load = f" Load average {min(loads):.1f} to {max(loads):.1f}." if loads else ""
         parts.append(
             f"<p>vLLM's own client over HTTP, servers side by side, {sizes['rounds']} rounds in turns; in brackets the "
-            "median over the rounds of how many times better than the first server in the same round. A good request "
+            f"median over the rounds of how many times better than {bases} in the same round. A good request "
             f"has its first token within {sizes['slo_ttft_ms']:g} ms and then one every {sizes['slo_tpot_ms']:g} ms."
             f"{load}</p>"
         )
@@ -321,7 +322,7 @@ def _variant_style(name: str, variants: Sequence[str]) -> str:
 
 def _cells(row: Row) -> list[str]:
     def with_gain(figure: str, gain: str, unit: str) -> str:
-        return f'{row[figure]:.4g}{unit}<span class="times">({row[gain]:.2f}x)</span>'
+        return f'{row[figure]:{".0f" if row[figure] >= 1000 else ".3g"}}{unit}<span class="times">({row[gain]:.2f}x)</span>'
 
     prompt = f"{row['shared_tokens']}+{row['own_tokens']}" if row["shared_tokens"] else str(row["own_tokens"])
     return [

@@ -74,19 +74,24 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def _servers(rows: Sequence[Row]) -> str:
-    """One table a model: medians, and in brackets how many times better than the first server in the same rounds."""
+    """One table a model: medians, and in brackets how many times better than the base."""
     parts = []
     for (device, isa, model), found in served(rows).items():
         loads = [row["load_average"] for row in found if "load_average" in row]
         load = f" (load average up to {max(loads):.1f} while measured)" if loads else ""
-        parts.append(f"**Serving {model} on {device}, {isa}: vLLM with and without our hooks**{load}\n")
-        parts.append("In brackets: how many times better than the first server, by the median of the same rounds.\n")
+        parts.append(
+            f"**Serving {model} on {device}, {isa}{_narrowed(found)}: vLLM with and without our hooks**{load}\n"
+        )
+        bases = " or ".join(dict.fromkeys(row.get("compared_with", "stock") for row in found if "skipped" not in row))
+        parts.append(
+            f"In brackets: how many times better than {bases}, the median over rounds with the same prompts.\n"
+        )
         parts.append("| workload | at once | server | TTFT ms | TPOT ms | output tokens/s |\n|---|---|---|---|---|---|")
         for row in found:
             if "skipped" in row:
                 continue
             cells = [
-                f"{row[figure]:.4g} ({row[f'{figure}_gain']:.2f}x)"
+                f"{row[figure]:{'.0f' if row[figure] >= 100 else '.3g'}} ({row[f'{figure}_gain']:.2f}x)"
                 for figure in ("ttft_p50_ms", "tpot_p50_ms", "output_tokens_per_second")
             ]
             parts.append(f"| {row['workload']} | {row['concurrency']} | {row['variant']} | {' | '.join(cells)} |")

@@ -7,6 +7,7 @@ groups that were measured more than once the least disturbed measurement counts.
 import functools
 import hashlib
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -72,7 +73,11 @@ def least_disturbed(
     runs: dict[tuple[Any, ...], dict[Any, list[Row]]] = {}
     for row in rows:
         runs.setdefault(identity(row, group), {}).setdefault(row.get("time"), []).append(row)
-    return [row for found in runs.values() for row in min(found.values(), key=lambda run: sum(map(seconds, run)))]
+
+    def total(run: Sequence[Row]) -> float:
+        return sum(map(seconds, run)) or math.inf  # nothing but reasons is no measurement
+
+    return [row for found in runs.values() for row in min(found.values(), key=total)]
 
 
 def identity(row: Mapping[str, Any], key: Sequence[str]) -> tuple[Any, ...]:

@@ -59,7 +59,7 @@ class Plan:
 
     Attributes:
         model: In the rows: name, layers, weights.
-        variants: The first that starts is what the others are compared with.
+        variants: Who is compared; see `base`.
         flags: Of `vllm serve`, for all.
         workloads: In this order.
         concurrencies: Requests in flight at once.
@@ -117,7 +117,8 @@ def compare(plan: Plan, facts: Row, out: RowFile, folder: Path, say: Callable[[s
         workloads = {workload.name: workload for workload in plan.workloads}
         for group in missing:
             rows = _measure(plan, group, workloads[group["workload"]], servers, client, folder)
-            rows += [{**group, "variant": name, "skipped": reason} for name, reason in refusals.items()]
+            at = {"time": rows[0]["time"]}
+            rows += [{**group, **at, "variant": name, "skipped": reason} for name, reason in refusals.items()]
             out.append(rows)
             for row in rows:
                 if "skipped" not in row:
@@ -126,6 +127,11 @@ def compare(plan: Plan, facts: Row, out: RowFile, folder: Path, say: Callable[[s
         client.close()
         for server in servers.values():
             server.close()
+
+
+def base(started: Sequence[Variant]) -> str:
+    """What the others are compared with: the first without hooks, else the first."""
+    return next((variant.name for variant in started if variant.hooks == "none"), started[0].name)
 
 
 def _group(plan: Plan, facts: Row, workload: Workload, concurrency: int) -> Row:
@@ -160,7 +166,7 @@ def _measure(
             result = client.run(_client_flags(plan, group, servers[name].url, tokenizer, prompts))
             if turn:
                 found[name].append(_figures(result, before, None if gpu is None else gpu.joules()))
-    first = next(iter(servers))  # stock, where it starts
+    first = base([variant for variant in plan.variants if variant.name in servers])
     return [
         {
             **group,

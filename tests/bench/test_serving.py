@@ -59,6 +59,16 @@ def test_ratios_are_taken_within_a_round() -> None:
     }
 
 
+def test_stock_is_the_base_and_bf16_where_it_does_not_start() -> None:
+    stock, hook, dense = (
+        compare.Variant(name, TARGET, hooks)
+        for name, hooks in (("stock", "none"), ("linear", "linear"), ("stock-bf16", "none"))
+    )
+    assert compare.base([stock, hook, dense]) == "stock"
+    assert compare.base([hook, dense]) == "stock-bf16"
+    assert compare.base([hook]) == "linear"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
