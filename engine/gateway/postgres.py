@@ -48,11 +48,6 @@ class PostgresConnection:
             self._raw = self._connect()
         return self._raw
 
-    @property
-    def broken(self) -> bool:
-        """Whether the connection was lost."""
-        return bool(self._raw.closed)
-
     def execute(self, statement: str, parameters: Sequence[Any] = (), /) -> Cursor:
         """See `store.Connection`."""
         return self.raw.execute(_translated(statement), parameters)
@@ -111,12 +106,14 @@ class Postgres:
             yield
 
     def claim(self, name: str) -> Claim | None:
-        """See `store.Database`."""
+        """See `store.Database`. Asking for a name that is held makes sure that the server still knows."""
         with self._guard:
+            session = self._living_session()
             # A session may take its own lock again and again: what this process holds is known here.
             if name in self._held:
                 return None
-            if not self._take(name):
+            taken: bool = session.execute("SELECT pg_try_advisory_lock(?)", (_lock_number(name),)).fetchone()[0]
+            if not taken:
                 return None
             self._held.add(name)
         return _Held(self, name)
@@ -126,23 +123,27 @@ class Postgres:
         with self._guard:
             self._held.discard(name)
             if self._session is not None:
-                self._session.execute("SELECT pg_advisory_unlock(?)", (_lock_number(name),))
+                with contextlib.suppress(psycopg.OperationalError):  # lost: the server has freed it
+                    self._session.execute("SELECT pg_advisory_unlock(?)", (_lock_number(name),))
 
     def close(self) -> None:
         """See `store.Database`."""
         if self._session is not None:
             self._session.close()
 
-    def _take(self, name: str) -> bool:
-        if self._session is None:
-            self._session = self.connect()
-        elif self._session.broken:
-            # The server has freed our names with the old session; nobody else can have a use for them but to bury us.
-            self._session.close()
-            self._session = self.connect()
-            for held in self._held:
-                self._session.execute("SELECT pg_advisory_lock(?)", (_lock_number(held),))
-        return bool(self._session.execute("SELECT pg_try_advisory_lock(?)", (_lock_number(name),)).fetchone()[0])
+    def _living_session(self) -> PostgresConnection:
+        """The session that holds our names; a new one that takes them again where the server lost it."""
+        if self._session is not None:
+            try:
+                self._session.execute("SELECT 1")
+                return self._session
+            except psycopg.OperationalError:
+                self._session.close()
+        self._session = self.connect()
+        for held in self._held:
+            # Nobody else has a use for it but to bury us; that is short.
+            self._session.execute("SELECT pg_advisory_lock(?)", (_lock_number(held),))
+        return self._session
 
 
 class _Held:

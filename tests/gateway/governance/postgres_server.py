@@ -36,7 +36,8 @@ class PostgresServer:
         self._run(initdb)
         options = f"-c listen_addresses='' -c unix_socket_directories={self._folder} -c fsync=off"
         self._control = [str(folder / "pg_ctl"), "-D", data, "-w", "-s", "-l", str(self._folder / "log")]
-        self._run([*self._control, "-o", options, "start"])
+        self._start = [*self._control, "-o", options, "start"]
+        self._run(self._start)
         self._databases = 0
 
     def _run(self, command: list[str]) -> None:
@@ -57,6 +58,11 @@ class PostgresServer:
 
     def _url(self, database: str) -> str:
         return f"postgresql://tokenmill@/{database}?host={self._folder}"
+
+    def crash(self) -> None:
+        """Ends the server as a power failure would, and starts it again."""
+        self._run([*self._control, "-m", "immediate", "stop"])
+        self._run(self._start)
 
     def stop(self) -> None:
         """Ends the server and removes everything."""

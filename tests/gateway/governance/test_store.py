@@ -1,6 +1,7 @@
 """The store: order, failures, cancelled writes, names that die with their process, old rows that leave."""
 
 import asyncio
+import contextlib
 import subprocess
 import sys
 from functools import partial
@@ -8,12 +9,14 @@ from typing import Any
 
 import pytest
 
+from tests.gateway.governance.postgres_server import PostgresServer
 from tests.gateway.governance.test_budgets import NOW, ask, end, key_with
 from tests.gateway.running import wait_until
-from tokenmill.engine.gateway.governance import accounts, audit, retention
+from tokenmill.engine.gateway.governance import accounts, audit, retention, workers
 from tokenmill.engine.gateway.governance.accounts import Limits
 from tokenmill.engine.gateway.governance.retention import DAY_MS
 from tokenmill.engine.gateway.governance.schema import SCHEMA
+from tokenmill.engine.gateway.governance.workers import WorkerLock
 from tokenmill.engine.gateway.store import Connection, Store, now_ms
 from tokenmill.errors import ConfigurationError
 
@@ -97,6 +100,31 @@ def test_old_rows_leave_and_budgets_keep_what_was_spent(store: Store) -> None:
     last = store.reader.execute("SELECT action, details FROM audit ORDER BY sequence DESC LIMIT 1").fetchone()
     assert last[0] == "ledger.purge" and '"rows":2' in last[1]
     audit.verify(store.reader)
+
+
+def test_postgres_may_come_back(postgres: PostgresServer) -> None:
+    """A server that went away and came back is used again; what was committed is there, our name is ours again."""
+    store = Store(postgres.new_database(), SCHEMA)
+    worker = WorkerLock(store)
+    key = key_with(store, Limits(hard_limit=100))
+    assert ask(store, key, "a", 60) is None
+    postgres.crash()
+    with contextlib.suppress(Exception):
+        store.write_now(lambda connection: connection.execute("SELECT 1"))  # this one may notice the loss
+    assert end(store, "a", 10)
+    for _ in range(2):
+        with contextlib.suppress(Exception):
+            workers.recover(store)
+    other = Store(str(store.place), SCHEMA)
+    assert other.claim(worker.id) is None
+    other.close()
+    rows = store.write_now(lambda connection: connection.execute("SELECT id FROM workers").fetchall())
+    assert rows == [(worker.id,)]
+    with contextlib.suppress(Exception):
+        accounts.find(store.reader, key)
+    assert accounts.find(store.reader, key).spent == 10
+    worker.close()
+    store.close()
 
 
 def test_postgres_that_cannot_be_reached_is_one_line() -> None:
