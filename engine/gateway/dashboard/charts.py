@@ -74,11 +74,11 @@ def meter(share: float, *, mark: float | None = None, held: float = 0.0, good: b
 
 
 def short(value: float) -> str:
-    """A number in at most five characters: `0`, `0.25`, `12.3`, `456`, `7.8k`, `9M`."""
+    """A number in few characters: `0`, `0.00008`, `0.25`, `12.3`, `456`, `7.8k`, `9M`."""
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}" if abs(value) >= 0.01 or value == 0 else f"{value:.1g}"
+    return f"{value:.3g}" if abs(value) >= 0.01 or value == 0 else f"{value:.6f}".rstrip("0")
 
 
 def money(micro_cents: float) -> str:
@@ -88,7 +88,7 @@ def money(micro_cents: float) -> str:
         return "$0"
     if abs(amount) >= 1:
         return f"${amount:,.2f}"
-    return f"${amount:.4f}" if abs(amount) >= 0.001 else f"${amount:.2g}"
+    return f"${amount:.4f}" if abs(amount) >= 0.001 else f"${amount:.6f}" if abs(amount) >= 1e-6 else "<$0.000001"
 
 
 def seconds(value: float | None) -> str:

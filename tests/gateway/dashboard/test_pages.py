@@ -154,7 +154,16 @@ def test_metrics_are_of_both_workers_and_survive_one(workers: Workers) -> None:
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(0, "0"), (0.25, "0.25"), (0.001, "0.001"), (12.34, "12.3"), (999, "999"), (1500, "1.5k"), (2e9, "2G")],
+    [
+        (0, "0"),
+        (0.25, "0.25"),
+        (0.001, "0.001"),
+        (0.00008, "0.00008"),
+        (12.34, "12.3"),
+        (999, "999"),
+        (1500, "1.5k"),
+        (2e9, "2G"),
+    ],
 )
 def test_numbers_are_short(value: float, shown: str) -> None:
     assert charts.short(value) == shown
@@ -162,7 +171,14 @@ def test_numbers_are_short(value: float, shown: str) -> None:
 
 @pytest.mark.parametrize(
     ("amount", "shown"),
-    [(0, "$0"), (1, "$1e-08"), (123_456, "$0.0012"), (250_000_000, "$2.50"), (10**14, "$1,000,000.00")],
+    [
+        (0, "$0"),
+        (1, "<$0.000001"),
+        (8_120, "$0.000081"),
+        (123_456, "$0.0012"),
+        (250_000_000, "$2.50"),
+        (10**14, "$1,000,000.00"),
+    ],
 )
 def test_money_is_readable(amount: int, shown: str) -> None:
     assert charts.money(amount) == shown
