@@ -45,7 +45,7 @@ tokenmill serve --check CONFIG.yaml    # only checks
 
 `--host`, `--port`, `--workers` and `--drain-seconds` on the command line win over the file. Examples:
 [tiny-pair.yaml](../examples/tiny-pair.yaml) is what `tokenmill serve` runs without arguments,
-[tiers.yaml](../examples/tiers.yaml) has several tiers.
+[tiers.yaml](../examples/tiers.yaml) has several tiers, [factory.yaml](../examples/factory.yaml) routes among them.
 
 The file is read strictly. A wrong type, an unknown field, a key that stands twice, a tab or an unknown tag is
 reported with its line and what to do about it. `no`, `on` and `010` are text, as in YAML 1.2. Anchors and aliases
