@@ -22,7 +22,13 @@ class Upstream:
         self.seen: set[str] = set()
 
     async def model(self, request: web.Request) -> web.StreamResponse:
-        """Answers one request."""
+        """Answers one request, as far as its client stays."""
+        try:
+            return await self._answer(request)
+        except ConnectionResetError:
+            return web.Response()
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
         raw = await request.read()
         asked = json.loads(raw)
         identity = request.headers["x-request-id"]
