@@ -322,7 +322,8 @@ def _variant_style(name: str, variants: Sequence[str]) -> str:
 
 def _cells(row: Row) -> list[str]:
     def with_gain(figure: str, gain: str, unit: str) -> str:
-        return f'{row[figure]:{".0f" if row[figure] >= 1000 else ".3g"}}{unit}<span class="times">({row[gain]:.2f}x)</span>'
+        digits = ".0f" if row[figure] >= 1000 else ".3g"
+        return f'{row[figure]:{digits}}{unit}<span class="times">({row[gain]:.2f}x)</span>'
 
     prompt = f"{row['shared_tokens']}+{row['own_tokens']}" if row["shared_tokens"] else str(row["own_tokens"])
     return [
