@@ -83,6 +83,10 @@ _REASONS: Mapping[str, str] = {
     "litellm_settings.drop_params": "every field passes to the backend untouched",
     "litellm_settings.set_verbose": "set the variable TOKENMILL_LOG_LEVEL=debug instead",
     "litellm_settings.cache": "there is no cache here",
+    **dict.fromkeys(
+        ("litellm_settings.callbacks", "litellm_settings.success_callback", "litellm_settings.failure_callback"),
+        "Prometheus' figures are at /metrics; traces need `observability.traces` in our own format",
+    ),
     "litellm_settings.context_window_fallbacks": "use `fallbacks`, or tiers with `context_window` in our own format",
     "litellm_settings.content_policy_fallbacks": "an answer is not judged by its content here",
     "router_settings.redis_host": "workers share limits through the store, no Redis is needed",
@@ -158,6 +162,8 @@ class _Importer:
         self._fall_back(tiers)
         document: dict[str, Any] = {"server": self._server(groups), "tiers": tiers}
         document |= self._governance()
+        if source.flag(("litellm_settings", "json_logs")):
+            document["observability"] = {"request_log": True}
         for field, reason in _REASONS.items():
             section, _, name = field.partition(".")
             if source.peek((section, name)) is not None:

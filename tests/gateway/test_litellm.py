@@ -81,7 +81,9 @@ def test_what_is_not_understood_is_listed_and_nothing_else(tmp_path: Path) -> No
         + "litellm_settings: {success_callback: [langfuse], json_logs: true}\ngeneral_settings: {}\n"
         + "guardrails:\n  - guardrail_name: pii\n"
     )
-    left = [line.removeprefix(f"{tmp_path}/proxy.yaml:") for line in convert(tmp_path, text).left_out]
+    imported = convert(tmp_path, text)
+    assert imported.config.observability.request_log
+    left = [line.removeprefix(f"{tmp_path}/proxy.yaml:") for line in imported.left_out]
     assert [line.partition(": not understood")[0] for line in left] == [
         "2: model_list[0].litellm_params.temperature",
         "2: model_list[0].litellm_params.tags",
@@ -91,7 +93,6 @@ def test_what_is_not_understood_is_listed_and_nothing_else(tmp_path: Path) -> No
         "6: router_settings.routing_strategy",
         "7: router_settings.retry_policy",
         "8: litellm_settings.success_callback",
-        "8: litellm_settings.json_logs",
         "10: guardrails",
     ]
 
