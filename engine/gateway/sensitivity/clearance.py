@@ -4,8 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tokenmill.engine.gateway.body import Body
 from tokenmill.engine.gateway.pipeline import Exchange
 from tokenmill.engine.gateway.portfolio import Route, Target
+from tokenmill.engine.gateway.sensitivity.redaction import Redaction
 from tokenmill.engine.gateway.sensitivity.settings import Action
 
 #: Where a request's clearance stands in `Exchange.notes`.
@@ -21,7 +23,8 @@ class Clearance:
         action: The strictest that any of them asks for.
         zones: Zones that may see the request; None: all.
         regions: Regions that may; None: all.
-        values: What is to be replaced by placeholders, with its kind, where the action is `redact`.
+        redaction: The placeholders, where the action is `redact`.
+        hidden: The request's body with them.
         why: One line for people, without any of the data.
     """
 
@@ -29,7 +32,8 @@ class Clearance:
     action: Action = "allow"
     zones: frozenset[str] | None = None
     regions: frozenset[str] | None = None
-    values: Mapping[str, str] = field(default_factory=dict, repr=False)
+    redaction: Redaction | None = field(default=None, repr=False)
+    hidden: Body | None = field(default=None, repr=False)
     why: str = "nothing sensitive found"
 
     def admits(self, target: Target) -> bool:

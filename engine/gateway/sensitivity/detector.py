@@ -6,7 +6,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from tokenmill.engine.gateway.body import Body
 from tokenmill.engine.gateway.hints import hints_of
 from tokenmill.engine.gateway.pipeline import Exchange
 from tokenmill.engine.gateway.sensitivity.clearance import Clearance
@@ -87,16 +86,14 @@ class Detector:
         if action == "allow":
             return Clearance(kinds)
         values = {text: kind for kind, text in found if text is not None and len(text) >= _SHORTEST_VALUE}
-        if NOT_REDACTABLE & set(kinds) or not await self._hides(exchange.body, query, values):
-            return self._stay(kinds, f"it holds {named} where no placeholder can stand")
-        return Clearance(kinds, "redact", values=values, why=f"placeholders stand for {named}")
-
-    async def _hides(self, body: Body, query: str, values: dict[str, str]) -> bool:
-        """Whether nothing is found any more once these values are replaced."""
-        if len(body.raw) > MOST_REDACTED_BYTES:
-            return False
-        hidden = Redaction(values, body.raw).body(body)
-        return not await self._find(await texts_of(hidden, query))
+        body = exchange.body
+        if not NOT_REDACTABLE & set(kinds) and len(body.raw) <= MOST_REDACTED_BYTES:
+            redaction = Redaction(values, body.raw)
+            hidden = redaction.body(body)
+            if not await self._find(await texts_of(hidden, query)):
+                why = f"placeholders stand for {named}"
+                return Clearance(kinds, "redact", redaction=redaction, hidden=hidden, why=why)
+        return self._stay(kinds, f"it holds {named} where no placeholder can stand")
 
     async def _find(self, texts: Texts) -> list[tuple[str, str | None]]:
         """(kind, the data) of everything; None in the data's place where it shows only without escapes."""

@@ -2,8 +2,9 @@
 
 `Sensitivity` stands above the router: it searches the request and notes its clearance. `Residency` stands below it: it
 takes the backends that may not see the request out of the routes, puts placeholders in, and takes them out of the
-answer again. `Guard` stands directly above the forwarder, under everything that may ask a second time or elsewhere: it
-narrows the routes once more, so that no fallback, retry, escalation or burst can walk around the policy.
+answer again. A stage that changes the body stands below it: what is added above has not been searched. `Guard` stands
+directly above the forwarder, under everything that may ask a second time or elsewhere: it narrows the routes once more,
+so that no fallback, retry, escalation or burst can walk around the policy.
 """
 
 import logging
@@ -19,7 +20,6 @@ from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply
 from tokenmill.engine.gateway.principal import Principal
 from tokenmill.engine.gateway.sensitivity.clearance import NOTE, Clearance
 from tokenmill.engine.gateway.sensitivity.detector import Detector
-from tokenmill.engine.gateway.sensitivity.redaction import Redaction
 from tokenmill.engine.gateway.sensitivity.restoring import restore
 from tokenmill.engine.gateway.sensitivity.settings import SensitivitySettings
 
@@ -78,12 +78,10 @@ class Residency:
         """See `pipeline.Stage`."""
         clearance = exchange.notes[NOTE]
         _narrow(exchange, clearance, self._audit)
-        if clearance.action != "redact" or self._all_trusted(exchange):
+        redaction, hidden = clearance.redaction, clearance.hidden
+        if redaction is None or hidden is None or self._all_trusted(exchange):
             return await proceed(exchange)
-        assert exchange.body is not None
-        redaction = Redaction(clearance.values, exchange.body.raw)
-        exchange.body = redaction.body(exchange.body)
-        exchange.payload = exchange.body.raw
+        exchange.body, exchange.payload = hidden, hidden.raw
         reply = await proceed(exchange)
         restore(reply, redaction)
         return reply
