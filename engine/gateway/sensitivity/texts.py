@@ -74,7 +74,10 @@ class Texts:
             self._joined = ((self._joined or "") + text[-_SEAM:])[-_SEAM:]
         if len(text) <= SHORT:
             self._short.append(f"{key}: {text}{_WALL}" if key else text + _WALL)
-        elif _DATA_URL.match(text):
+            return
+        if key:
+            self._short.append(key + _WALL)
+        if _DATA_URL.match(text):
             self.unreadable = "a file"
         else:
             self.long.append(text)
@@ -91,9 +94,9 @@ class Texts:
             for name, member in value.items():
                 if content and name in _MEDIA and member is not None:
                     self.unreadable = "a picture, sound or file"
+                if isinstance(member, (dict, list)):
+                    self.add("", name)
                 self.walk(member, name, content=content)
-            if not value and key:
-                self.add("", key)
         elif isinstance(value, list):
             self.new_list()
             for item in value:
@@ -117,6 +120,7 @@ async def texts_of(body: Body, query: str = "") -> Texts:
         raw = body.view(name)
         if raw is None or name == "model":
             continue
+        texts.add("", name)
         try:
             await _collect(texts, raw, name, content=name in _CONTENT_FIELDS)
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
@@ -136,6 +140,7 @@ async def _collect(texts: Texts, raw: memoryview, key: str, *, content: bool) ->
         for name, member in msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).items():
             if content and name in _MEDIA:
                 texts.unreadable = "a picture, sound or file"
+            texts.add("", name)
             await _collect(texts, memoryview(member), name, content=content)
     elif raw[0] == _BRACKET:
         await asyncio.sleep(0)

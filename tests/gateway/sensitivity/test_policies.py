@@ -143,6 +143,15 @@ def test_long_bodies_are_searched_to_their_end() -> None:
     assert "email" in clear(SensitivitySettings(), body).kinds
 
 
+@pytest.mark.parametrize("member", ["x", {"a": 1}, ["a"], {}, [], None, 3, [[{"b": {}}]]])
+@pytest.mark.parametrize("filler", [0, 300_000])
+def test_names_of_members_are_searched(member: Any, filler: int) -> None:
+    body = json.dumps({"prompt": "hi", "metadata": {"more": "a " * filler, MAIL: member}}).encode()
+    assert clear(SensitivitySettings(), body).kinds == {"email": 1}
+    body = json.dumps({"prompt": "hi", MAIL: {"more": "a " * filler, "b": member}}).encode()
+    assert clear(SensitivitySettings(), body).kinds == {"email": 1}
+
+
 def test_the_client_may_say_that_it_is_private() -> None:
     settings = SensitivitySettings(default="allow")
     for said in ("private", "secret", "PRIVATE"):
