@@ -9,6 +9,7 @@ asked for; else the backend's context window; else the configured bound. A backe
 from dataclasses import dataclass
 
 import msgspec
+import re2
 
 from tokenmill.engine.gateway.body import Body
 from tokenmill.engine.gateway.pipeline import Exchange
@@ -22,6 +23,8 @@ TOOL_TOKENS = 512
 IMAGE_TOKENS = 4096
 #: What a stated number of tokens counts for at most; 64-bit columns hold its cost at any price.
 _MOST_TOKENS = 100_000_000
+#: An image among the contents, by any of the APIs.
+_IMAGES = re2.compile(rb'"image_url"\s*:|"image"')
 _STATED = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 #: Paths whose answers are not generated.
 _NOT_GENERATING = frozenset(
@@ -90,8 +93,8 @@ def asked(exchange: Exchange) -> Asked:
         return Asked(prompt, 1, 1, None)
     if "tools" in body or "functions" in body:
         prompt += TOOL_TOKENS
-    if b"image_url" in payload or b'"image"' in payload:
-        prompt += IMAGE_TOKENS * (payload.count(b'"image_url"') + payload.count(b'"image"'))
+    if b'"image' in payload:
+        prompt += IMAGE_TOKENS * sum(1 for _ in _IMAGES.finditer(payload))
     prompt = min(prompt, _MOST_TOKENS)
     if endpoint in _NOT_GENERATING:
         return Asked(prompt, 1, 1, 0)
