@@ -4,8 +4,9 @@ Nothing is left out but the model's name: a field that no one knows yet may carr
 """
 
 import asyncio
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -42,7 +43,14 @@ _DATA_URL = re.compile(r"data:[^,]{0,200};base64,")
 
 
 class UnreadableError(Exception):
-    """The body's JSON breaks inside a field."""
+    """The body cannot be read as a model would read it."""
+
+
+class RepeatedError(UnreadableError):
+    """A member stands twice."""
+
+    def __init__(self) -> None:
+        super().__init__("a member stands in it twice")
 
 
 class Texts:
@@ -114,6 +122,7 @@ async def texts_of(body: Body, query: str = "") -> Texts:
         UnreadableError: A field holds broken JSON.
     """
     texts = Texts()
+    _check_distinct(memoryview(body.raw), {name: body.view(name) or memoryview(b"") for name in body.names()})
     if query:
         texts.add("", query)
     for name in body.names():
@@ -123,7 +132,9 @@ async def texts_of(body: Body, query: str = "") -> Texts:
         texts.add("", name)
         try:
             await _collect(texts, raw, name, content=name in _CONTENT_FIELDS)
-        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+        except RepeatedError:
+            raise
+        except (msgspec.MsgspecError, ValueError, RecursionError):
             raise UnreadableError(f"the field {name} cannot be decoded") from None
     return texts
 
@@ -132,12 +143,14 @@ async def _collect(texts: Texts, raw: memoryview, key: str, *, content: bool) ->
     if content and key in ("prompt", "input") and _TOKEN_IDS.match(raw):
         texts.unreadable = "token ids"
     elif len(raw) <= SLICE_BYTES:
-        texts.walk(msgspec.json.decode(raw), key, content=content)
+        texts.walk(_DECODER.decode(str(raw, "utf-8")), key, content=content)
     elif raw[0] == _QUOTE:
         texts.add(key, await _long_string(raw))
     elif raw[0] == _BRACE:
         await asyncio.sleep(0)
-        for name, member in msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).items():
+        members = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+        _check_distinct(raw, {name: memoryview(member) for name, member in members.items()})
+        for name, member in members.items():
             if content and name in _MEDIA:
                 texts.unreadable = "a picture, sound or file"
             texts.add("", name)
@@ -155,6 +168,35 @@ async def _collect(texts: Texts, raw: memoryview, key: str, *, content: bool) ->
                 await asyncio.sleep(0)
     else:
         texts.add(key, bytes(raw).decode())
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise RepeatedError
+    return members
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_distinct)
+_NAME = re.compile(rb'\s*[{,]\s*("(?:[^"\\]|\\.)*")\s*:\s*')
+
+
+def _check_distinct(raw: memoryview, members: Mapping[str, memoryview]) -> None:
+    """Raises where a member stands twice: only one of the two was decoded, but both would be sent."""
+    place = 0
+    for member in members.values():
+        found = _NAME.match(raw, place)
+        if found is None or not _stands_at(raw, found.end(), member):
+            raise RepeatedError
+        place = found.end() + len(member)
+    if bytes(raw[place:]).strip() not in (b"}", b"{}"):
+        raise RepeatedError
+
+
+def _stands_at(raw: memoryview, place: int, member: memoryview) -> bool:
+    """Whether a member's two ends stand where it would; where another does, the walk does not end at the brace."""
+    stop, edge = place + len(member), min(_SEAM, len(member))
+    return raw[place : place + edge] == member[:edge] and raw[stop - edge : stop] == member[len(member) - edge :]
 
 
 async def _long_string(raw: memoryview) -> str:

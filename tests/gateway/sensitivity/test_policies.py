@@ -152,6 +152,32 @@ def test_names_of_members_are_searched(member: Any, filler: int) -> None:
     assert clear(SensitivitySettings(), body).kinds == {"email": 1}
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"prompt": "%s", "prompt": "hi"}',
+        b'{"a": 1, "prompt": "hi", "more": {"x": "%s", "x": 1}}',
+        b'{"messages": [{"role": "user", "content": "%s", "content": "hi"}]}',
+        b'{"long": "' + b"a " * 200_000 + b'", "prompt": "%s", "prompt": "hi"}',
+        b'{"messages": [{"role": "user", "content": "%s", "content": "' + b"a " * 200_000 + b'"}]}',
+    ],
+)
+def test_members_that_stand_twice_cannot_hide_anything(body: bytes) -> None:
+    clearance = clear(SensitivitySettings(), body % MAIL.encode())
+    assert clearance.zones == frozenset({"on-premises"})
+    assert "twice" in clearance.why
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("filler", [0, 300_000])
+def test_spaces_and_escapes_between_members_are_nothing(indent: int | None, filler: int) -> None:
+    fields = {'a "name": {': [1, {}], "é\\": {"b": [], "c": "x" * filler, "d": "}"}, "prompt": "hi", "e": {}}
+    for ascii_only in (False, True):
+        body = b" \n" + json.dumps(fields, indent=indent, ensure_ascii=ascii_only).encode() + b" \n"
+        assert clear(SensitivitySettings(), body).action == "allow"
+    assert clear(SensitivitySettings(), b" {} ").action == "allow"
+
+
 def test_the_client_may_say_that_it_is_private() -> None:
     settings = SensitivitySettings(default="allow")
     for said in ("private", "secret", "PRIVATE"):
