@@ -1,11 +1,16 @@
 """A PostgreSQL server of the tests' own: a fresh cluster in a temporary folder, on a Unix socket, gone afterwards."""
 
+import ctypes
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
 from types import TracebackType
+
+from tests.gateway.running import wait_until
+from tokenmill.engine.gateway.worker import PR_SET_PDEATHSIG
 
 #: PostgreSQL refuses to run as root: whom it runs as then.
 UNPRIVILEGED = "nobody"
@@ -18,6 +23,11 @@ def programs() -> Path | None:
         return Path(found).resolve().parent
     packaged = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     return packaged[-1].parent if packaged else None
+
+
+def _end_with_parent() -> None:
+    """A test run that is killed leaves no server."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGQUIT, 0, 0, 0)
 
 
 class PostgresServer:
@@ -34,11 +44,33 @@ class PostgresServer:
         data = str(self._folder / "data")
         initdb = [str(folder / "initdb"), "-D", data, "-U", "tokenmill", "--auth=trust", "--no-sync", "-E", "UTF8"]
         self._run(initdb)
-        options = f"-c listen_addresses='' -c unix_socket_directories={self._folder} -c fsync=off"
-        self._control = [str(folder / "pg_ctl"), "-D", data, "-w", "-s", "-l", str(self._folder / "log")]
-        self._start = [*self._control, "-o", options, "start"]
-        self._run(self._start)
+        settings = {"listen_addresses": "", "unix_socket_directories": str(self._folder), "fsync": "off"}
+        self._command = [str(folder / "postgres"), "-D", data]
+        self._command += [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
+        self._start()
         self._databases = 0
+
+    def _start(self) -> None:
+        with (self._folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                user=self._user,
+                cwd=self._folder,
+                stdout=log,
+                stderr=log,
+                env={"LC_ALL": "C"},
+                preexec_fn=_end_with_parent,  # noqa: PLW1509 - nothing but a system call
+            )
+        wait_until(self._accepts, 30)
+
+    def _accepts(self) -> bool:
+        import psycopg
+
+        try:
+            psycopg.connect(self._url("postgres")).close()
+        except psycopg.OperationalError:
+            return False
+        return True
 
     def _run(self, command: list[str]) -> None:
         done = subprocess.run(
@@ -61,12 +93,16 @@ class PostgresServer:
 
     def crash(self) -> None:
         """Ends the server as a power failure would, and starts it again."""
-        self._run([*self._control, "-m", "immediate", "stop"])
-        self._run(self._start)
+        self._end()
+        self._start()
+
+    def _end(self) -> None:
+        self._process.send_signal(signal.SIGQUIT)
+        self._process.wait(timeout=30)
 
     def stop(self) -> None:
         """Ends the server and removes everything."""
-        self._run([*self._control, "-m", "immediate", "stop"])
+        self._end()
         shutil.rmtree(self._folder)
 
     def __enter__(self) -> "PostgresServer":
