@@ -234,7 +234,12 @@ CRITERIA: tuple[Criterion, ...] = (
 
 
 def ranked(question: Question, options: Sequence[Option]) -> list[Option]:
-    """The options, the best first."""
+    """The options, the best first; tiers that are down come last, for they may be back in a moment."""
     return sorted(
-        options, key=lambda option: (*(criterion.rank(question, option) for criterion in CRITERIA), -option.quality)
+        options,
+        key=lambda option: (
+            not option.up,
+            *(criterion.rank(question, option) for criterion in CRITERIA),
+            -option.quality,
+        ),
     )

@@ -26,6 +26,7 @@ class Option:
         quality: Share of requests that it answers well; 0 where nobody says.
         cost: Expected cost at the backend that would be asked first, in micro-cents.
         first_token_s: Expected time to the first token there; 0 where none was seen yet, infinite when it is full.
+        up: Whether any of them is not known to be down.
     """
 
     tier: str
@@ -33,6 +34,7 @@ class Option:
     quality: float
     cost: int
     first_token_s: float
+    up: bool = True
 
 
 def options_of(
@@ -100,13 +102,16 @@ def _allowed(tier: str, targets: tuple[Target, ...], principal: Principal | None
 def _option(
     tier: str, targets: tuple[Target, ...], features: Features, settings: RoutingSettings, observed: Observed
 ) -> Option:
-    first = by_preference(targets, settings)[0]
+    groups = by_preference(targets, settings)
+    answering = [tuple(target for target in group if target.up is not False) for group in groups]
+    # What a backend that is down would cost says nothing; where all are, the forwarder will say so.
+    first = next((group for group in answering if group), groups[0])
     expected = min(features.completion_limit or settings.completion_tokens, settings.completion_tokens)
     completion = 0 if features.needs & _NO_TEXT else expected
     cost = min(target.backend.prices.cost(features.prompt_tokens, 0, completion) for target in first)
     wait = min(observed.first_token_s(target) if target.has_room() else float("inf") for target in first)
     quality = min(target.backend.quality or 0.0 for target in targets)
-    return Option(tier, targets, quality, cost, wait)
+    return Option(tier, targets, quality, cost, wait, any(answering))
 
 
 def described(refused: Mapping[str, str]) -> str:

@@ -34,7 +34,7 @@ def backend(name: str, tier: str, price: int, quality: float, **more: Any) -> Ba
 
 
 def routed(
-    backends: Sequence[Backend],
+    backends: Sequence[Backend] | Portfolio,
     settings: RoutingSettings | None = None,
     text: str = HARD,
     principal: Principal | None = None,
@@ -53,7 +53,8 @@ def routed(
     async def last(_: Exchange) -> Reply:
         return Reply(200)
 
-    router = Router(Portfolio(backends, Settings()), settings or RoutingSettings())
+    portfolio = backends if isinstance(backends, Portfolio) else Portfolio(backends, Settings())
+    router = Router(portfolio, settings or RoutingSettings())
     asyncio.run(router.handle(exchange, last))
     return exchange
 
@@ -103,6 +104,22 @@ MIXED = (
     backend("edge", "t", 1, 0.9, zone="edge"),
     backend("here", "t", 1, 0.9, max_concurrency=2),
 )
+
+
+def test_what_is_down_is_neither_counted_nor_preferred() -> None:
+    free, dear = backend("free", "utility", 0, 0.9), backend("dear", "utility", 5 * 10**9, 0.9)
+    portfolio = Portfolio([free, dear, backend("other", "reasoning", 10**9, 0.9)], Settings())
+    exchange = routed(portfolio)
+    assert exchange.decision is not None
+    assert (exchange.decision.tier, exchange.decision.cost) == ("utility", 0)
+    portfolio.targets[0].mark_down("connection refused")
+    exchange = routed(portfolio)
+    assert exchange.decision is not None
+    assert exchange.decision.tier == "reasoning", "the free one is down, and the dear one is dearer"
+    portfolio.targets[2].mark_down("connection refused")
+    exchange = routed(portfolio)
+    assert exchange.decision is not None
+    assert exchange.decision.candidates == ("utility", "reasoning")
 
 
 def test_nearer_zones_go_first() -> None:
