@@ -7,6 +7,8 @@ from typing import Any
 from tokenmill.engine.gateway.pipeline import Exchange
 from tokenmill.engine.gateway.store import now_ms
 
+#: Where `router.escalation` notes what became of a request.
+ESCALATION = "escalation"
 #: Decisions kept.
 KEPT = 50
 
@@ -15,19 +17,17 @@ class Decisions:
     """A ring; `note` belongs into `on_end`."""
 
     def __init__(self) -> None:
-        self._ring: deque[tuple[int, float, Exchange]] = deque(maxlen=KEPT)
+        self._ring: deque[dict[str, Any]] = deque(maxlen=KEPT)
 
     def note(self, exchange: Exchange) -> None:
         """Remembers a request that has ended, if it was routed."""
         if exchange.decision is not None:
-            elapsed = time.perf_counter() - exchange.started
-            exchange.payload = b""  # the prompt need not live as long as the ring
-            exchange.body = None
-            self._ring.append((now_ms(), elapsed, exchange))
+            # At once, not when somebody looks: neither prompt nor key need live as long as the ring.
+            self._ring.append(_described(now_ms(), time.perf_counter() - exchange.started, exchange))
 
     def latest(self) -> list[dict[str, Any]]:
         """The ring, the latest last."""
-        return [_described(*entry) for entry in list(self._ring)]
+        return list(self._ring)
 
 
 def _described(at: int, elapsed: float, exchange: Exchange) -> dict[str, Any]:
@@ -50,12 +50,5 @@ def _described(at: int, elapsed: float, exchange: Exchange) -> dict[str, Any]:
 
 
 def was_escalated(exchange: Exchange) -> bool:
-    """Whether the tier that answers in the end is the one that the router kept for doubtful answers."""
-    decision, calls = exchange.decision, exchange.calls
-    return (
-        decision is not None
-        and decision.escalation is not None
-        and len(calls) > 1
-        and calls[-1].target.backend.tier == decision.escalation
-        and calls[0].target.backend.tier != decision.escalation
-    )
+    """Whether the answer is that of the tier which takes over from one that is not sure."""
+    return bool((exchange.notes.get(ESCALATION) or {}).get("escalated"))
