@@ -34,9 +34,14 @@ def pinned(threads: int, arguments: Sequence[str]) -> None:
     cores = platform.physical_cores()
     if not 1 <= threads <= cores:
         raise ConfigurationError(f"--threads {threads} is not in 1..{cores}, the cores this process may run on")
-    binding = {"OMP_NUM_THREADS": str(threads), "OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
-    if any(os.environ.get(name) != value for name, value in binding.items()):
-        os.execve(sys.executable, [sys.executable, "-m", "tokenmill", *arguments], {**os.environ, **binding})  # noqa: S606
+    bound = binding(threads)
+    if any(os.environ.get(name) != value for name, value in bound.items()):
+        os.execve(sys.executable, [sys.executable, "-m", "tokenmill", *arguments], {**os.environ, **bound})  # noqa: S606
+
+
+def binding(threads: int) -> dict[str, str]:
+    """The environment in which OpenMP binds so many threads to cores; unbound, pools of contestants fight for them."""
+    return {"OMP_NUM_THREADS": str(threads), "OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
 
 
 @dataclass(frozen=True)

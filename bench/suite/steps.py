@@ -5,6 +5,8 @@ Ops and implementations come from the registry: what is registered is checked an
 
 from collections.abc import Iterator, Sequence
 
+from tokenmill import platform
+from tokenmill.bench import timing
 from tokenmill.bench.suite.correctness import SANITIZERS
 from tokenmill.bench.suite.items import Item
 from tokenmill.bench.suite.subjects import subject
@@ -131,9 +133,10 @@ def _other_ops() -> Iterator[Item]:
 def _speed_on_cpu() -> Iterator[Item]:
     """Tiny, to show that measuring works; figures of use come from `tokenmill bench int4 --cpu`."""
     arguments = {"K": 1024, "N": 1024, "group_size": 128, "rows": (1, 8), "cpu": True, "rounds": 1, "quick": True}
-    yield Item("speed", "int4_gemm 1024x1024 M=1,8", _SPEED_INT4, arguments)
+    bound = timing.binding(platform.physical_cores())
+    yield Item("speed", "int4_gemm 1024x1024 M=1,8", _SPEED_INT4, arguments, environment=bound)
     for name in registry.OPS:
         if name != "int4_gemm":
             axes = dict(subject(name).spec.examples[0])
             arguments = {"name": name, "axes": axes, "dtype": "float32", "cpu": True, "rounds": 1}
-            yield Item("speed", f"{name} typical", "tokenmill.bench.suite.speed:op", arguments)
+            yield Item("speed", f"{name} typical", "tokenmill.bench.suite.speed:op", arguments, environment=bound)
