@@ -246,7 +246,6 @@ def test_a_finding_of_the_sanitizer_fails(tmp_path: Path, monkeypatch: pytest.Mo
     assert outcome == Outcome("failed", "memcheck: Invalid __global__ read of size 16 bytes")
 
 
-@pytest.mark.slow
 @pytest.mark.emulator
 def test_the_reduced_suite_continues_after_a_kill(tmp_path: Path) -> None:
     """The command itself, killed in the middle, started again; nothing may fail on a CPU."""

@@ -9,7 +9,7 @@ import pytest
 
 from tokenmill.kernels import emulator
 
-pytestmark = [pytest.mark.emulator, pytest.mark.slow]
+pytestmark = pytest.mark.emulator
 
 KERNELS = Path(__file__).parent / "kernels"
 COMPILERS = [
@@ -81,6 +81,7 @@ def test_compiler(tmp_path: Path, cxx: str) -> None:
     assert answer.returncode == 0, answer.stdout[-3000:]
 
 
+@pytest.mark.slow
 def test_address_sanitizer_finds_nothing(tmp_path: Path) -> None:
     """In the emulator itself; fibers tell the sanitizer about their stacks."""
     sanitize = ("-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-omit-frame-pointer", "-g")

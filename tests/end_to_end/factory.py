@@ -8,7 +8,7 @@ from typing import Any
 from openai import OpenAI
 
 from tests.gateway.upstream import FakeUpstream
-from tests.supervisor.running import REAL, Running, call
+from tests.supervisor.running import REAL, Running, call, until
 
 READY_SECONDS = 300
 MASTER = "sk-master-of-the-factory"
@@ -80,6 +80,8 @@ class Factory:
         factory = cls(server, *others)
         try:
             server.wait_ready(READY_SECONDS)
+            # A tier is ready with any of its backends; here all must be seen before anybody may be asked.
+            until(lambda: all(one["up"] for one in factory.admin("GET", "/admin/backends")["backends"]), 30, "all up")
         except BaseException:
             factory.close()
             raise

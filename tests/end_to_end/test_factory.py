@@ -238,7 +238,7 @@ def test_the_books_hold_every_token_of_a_stream_that_the_client_left(factory: Fa
     stream.close()
     time.sleep(0.1)
     (row,) = until(lambda: factory.ledger(key=identity), 10, "the row of the stream")
-    assert row["outcome"] == "gone"
+    assert row["outcome"] == "gone", row
     assert 10 <= row["completion_tokens"] < 1000
     assert row["prompt_tokens"] > 0
     assert row["cost_dollars"] > 0

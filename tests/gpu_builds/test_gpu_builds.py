@@ -20,8 +20,6 @@ ROOT = Path(__file__).resolve().parents[2]
 SITES = ROOT / "build" / "gpu-builds"
 VERSIONS = ("0.26.0", "0.28.0", "0.32.0")
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module", params=VERSIONS)
 def probe(request: pytest.FixtureRequest) -> dict[str, Any]:

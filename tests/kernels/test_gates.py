@@ -89,7 +89,6 @@ def test_the_table_covers_every_target_and_keeps_every_rule() -> None:
 
 
 @needs_nvcc
-@pytest.mark.slow
 def test_the_kernels_become_what_the_table_says() -> None:
     with ThreadPoolExecutor(platform.physical_cores()) as pool:
         measured = list(pool.map(lambda target: gates.measure(target[1], target[2]), TARGETS))

@@ -119,7 +119,6 @@ def test_objects_of_wider_instruction_sets_share_no_function() -> None:
         assert weak == [], path.name
 
 
-@pytest.mark.slow
 def test_rebuilds_only_what_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -149,7 +148,6 @@ def test_rebuilds_only_what_changed(
     assert output.read_bytes() == first
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(platform.nvcc() is None, reason="needs nvcc")
 def test_touching_one_cuda_file_rebuilds_one_object(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -10,11 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.packaging.packages import LAYERS, Built, source_files
-
-pytestmark = pytest.mark.slow
 
 #: Calls the first op in the environment it runs in and prints what it found there.
 PROBE = """

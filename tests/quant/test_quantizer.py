@@ -137,7 +137,6 @@ quantize_checkpoint(Path(sys.argv[2]), Path(sys.argv[3]), request(text, settings
 """
 
 
-@pytest.mark.slow
 def test_a_killed_run_continues_to_the_same_bytes(dense_model: Path, text: str, tmp_path: Path) -> None:
     (tmp_path / "text").write_text(text)
     command = [sys.executable, "-W", "ignore", "-c", CHILD, str(Path(__file__).parent), str(dense_model)]

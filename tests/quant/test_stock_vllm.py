@@ -19,7 +19,6 @@ from tokenmill.quant.streaming import StreamedModel
 from tokenmill.speculative.pair.corpus import calibration_text
 
 pytest.importorskip("vllm")
-pytestmark = pytest.mark.slow
 
 #: Prints the likelihood that vLLM gives to the prompt's tokens; "absent" where its build has no INT4 operator at all.
 SCRIPT = """

@@ -136,7 +136,7 @@ def test_a_second_signal_does_not_wait(server: Running) -> None:
     asking.start()
     threading.Event().wait(0.5)
     server.signal(signal.SIGINT)
-    until(lambda: "draining" in server.text, 5, "draining")
+    until(lambda: "draining" in server.text, 20, "draining")
     server.signal(signal.SIGINT)
     assert server.wait_end(5) == 0
     asking.join(10)

@@ -67,7 +67,6 @@ def test_without_triton_the_command_says_so(monkeypatch: pytest.MonkeyPatch) -> 
         triton_gates.main([])
 
 
-@pytest.mark.slow
 @needs_disassembler
 @pytest.mark.parametrize("site", ["", str(OLDEST)], ids=["installed", "oldest"])
 def test_the_kernels_become_what_the_table_says(site: str) -> None:

@@ -97,7 +97,6 @@ def test_the_seed_decides_the_pair(pair: Path, arguments: list[str], tmp_path: P
         assert (pair / name).read_bytes() != (tmp_path / "other" / name).read_bytes()
 
 
-@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_weights(pair: Path, arguments: list[str], tmp_path: Path) -> None:
     """Killed without warning in the target's stage and again in the draft's, then left to finish."""
     out = tmp_path / "pair"
