@@ -17,7 +17,8 @@ test: setup-dev check
 
 # What chooses by instruction set, once more as on a processor without AVX-512.
 test-avx2: setup-dev
-	@TOKENMILL_ISA=avx2 $(VENV)/bin/python -m pytest -q tests/engine tests/kernels/spec_verify tests/kernels/int4_gemm/test_cpu.py
+	@TOKENMILL_ISA=avx2 $(VENV)/bin/python -m pytest -q tests/engine/test_isa.py \
+		tests/engine/test_linear.py tests/engine/test_tokens.py tests/kernels/spec_verify tests/kernels/int4_gemm/test_cpu.py
 
 setup:
 	@$(PYTHON) tools/bootstrap.py --venv $(VENV)

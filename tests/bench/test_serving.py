@@ -87,6 +87,7 @@ def test_bad_arguments_are_one_line(arguments: list[str], message: str, tmp_path
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.end_to_end
 def test_a_server_that_fails_is_named_with_its_last_line(tmp_path: Path) -> None:
     server = Server("broken", tmp_path / "nothing", (), "none", tmp_path, {})

@@ -39,8 +39,9 @@ class Running:
     def __init__(self, command: Sequence[str], folder: Path, **environment: str) -> None:
         self.folder = folder
         self.lines: list[str] = []
+        # Tests that run in the background of a script, or under nohup, have signals ignored; the server would, too.
         self._process = subprocess.Popen(
-            list(command),
+            ["env", "--default-signal=INT,HUP,TERM", *command],
             env={**os.environ, "TOKENMILL_CACHE": str(folder), **environment},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
