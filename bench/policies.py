@@ -1,20 +1,23 @@
 """What the policy on sensitive data and the router cost a request of 32,768 characters, without any network.
 
-    python -m tokenmill.bench.policies
+    python -m tokenmill.bench.policies [--out ROWS.jsonl]
 
 Times the four stages (search, route, narrow, guard) around a handler that answers at once: for prompts that are new,
 that were seen, and that were seen and have grown. The last line is the longest turn of the event loop, in processor
 time, that a prompt of 5 MB takes for itself.
 """
 
+import argparse
 import asyncio
 import random
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 
+from tokenmill.bench.rows import Row, RowFile, facts
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.body import Body
 from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply, compose
@@ -109,8 +112,13 @@ async def _longest_turn(handle: Handler) -> float:
     return longest * 1e3
 
 
-async def run() -> None:
-    """Prints the table."""
+async def run(about: Row) -> list[Row]:
+    """Prints the table; the same as rows.
+
+    Args:
+        about: What stands in every row.
+    """
+    rows: list[Row] = []
     handle, dice = handler(), random.Random(1)
     print(f"{'milliseconds, medians':<26}{'new':>8}{'seen':>8}{'grown':>8}")
     for name, make in SORTS.items():
@@ -118,9 +126,27 @@ async def run() -> None:
         new = [await _milliseconds(handle, text) for text in texts]
         seen = [await _milliseconds(handle, text) for text in texts]
         grown = [await _milliseconds(handle, text + " and more") for text in texts]
-        print(f"{name:<26}" + "".join(f"{statistics.median(times):8.2f}" for times in (new, seen, grown)))
-    print(f"longest turn of the loop with 5 MB: {await _longest_turn(handle):.1f} ms of processor time")
+        medians = {
+            f"{when}_ms": round(statistics.median(times), 3)
+            for when, times in (("new", new), ("seen", seen), ("grown", grown))
+        }
+        print(f"{name:<26}" + "".join(f"{median:8.2f}" for median in medians.values()))
+        rows.append({**about, "prompt": name, "prompts": COUNT, **medians})
+    turn_ms = await _longest_turn(handle)
+    print(f"longest turn of the loop with 5 MB: {turn_ms:.1f} ms of processor time")
+    return [*rows, {**about, "prompt": "5 MB", "prompts": 1, "longest_turn_ms": round(turn_ms, 3)}]
+
+
+def main() -> None:
+    """Measures, and appends the rows where asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="JSON lines are appended here")
+    out = parser.parse_args().out
+    command = ["python", "-m", "tokenmill.bench.policies", *(() if out is None else ("--out", out.name))]
+    rows = asyncio.run(run({"op": "policies", "time": int(time.time()), **facts(command)}))
+    if out is not None:
+        RowFile(out).append(rows)
 
 
 if __name__ == "__main__":
-    asyncio.run(run())
+    main()

@@ -161,13 +161,18 @@ class AtenInt4:
         """Codes [N, K] into its blocks; scale and zero of (code - 8) * scale + zero."""
         codes = unpack_codes(weight.codes, weight.K).t().contiguous().int()
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
-        scales = weight.scales.to(torch.bfloat16)
-        zeros = torch.zeros_like(scales)
-        if weight.zeros is not None:
-            zeros = ((8 - weight.zeros.float()) * scales.float()).to(torch.bfloat16)
-        both = torch.stack((scales, zeros), dim=2).contiguous()
+        both = aten_scales(weight)
         multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
         return Layer(lambda x: multiply(x, packed, weight.group_size, both), packed.nbytes + both.nbytes)
+
+
+def aten_scales(weight: Int4Weight) -> torch.Tensor:
+    """[G, N, 2] bfloat16: scale and zero of aten's INT4 kernels, which compute (code - 8) * scale + zero."""
+    scales = weight.scales.to(torch.bfloat16)
+    zeros = torch.zeros_like(scales)
+    if weight.zeros is not None:
+        zeros = ((8 - weight.zeros.float()) * scales.float()).to(torch.bfloat16)
+    return torch.stack((scales, zeros), dim=2).contiguous()
 
 
 def int4_bytes(weight: Int4Weight) -> int:

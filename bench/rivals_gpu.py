@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from tokenmill.bench.rivals import Layer, package_version
+from tokenmill.bench.rivals import Layer, aten_scales, package_version
 from tokenmill.kernels.int4_gemm.weight import Int4Weight, unpack_codes
 
 #: Rows of K that tinygemm's inner tiles span: 8 tiles of 16.
@@ -36,11 +36,7 @@ class AtenTinygemm:
         codes = unpack_codes(weight.codes, weight.K).t().contiguous()
         pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).contiguous()
         packed = torch.ops.aten._convert_weight_to_int4pack(pairs, _INNER_TILES)
-        scales = weight.scales.to(torch.bfloat16)
-        zeros = torch.zeros_like(scales)
-        if weight.zeros is not None:
-            zeros = ((8 - weight.zeros.float()) * scales.float()).to(torch.bfloat16)
-        both = torch.stack((scales, zeros), dim=2).contiguous()
+        both = aten_scales(weight)
         multiply = torch.ops.aten._weight_int4pack_mm
         return Layer(lambda x: multiply(x, packed, weight.group_size, both), packed.nbytes + both.nbytes)
 

@@ -266,18 +266,9 @@ def int4_gemm(
     return out
 
 
-def _op(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    g_idx: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    group_size: int,
-    activation_bits: int,
-) -> torch.Tensor:
-    weight = as_weight(x, codes, scales, zeros, g_idx, bias, group_size)
-    return int4_gemm(x, weight, activation_bits=activation_bits)
+def _op(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    *canonical, activation_bits = arguments
+    return int4_gemm(x, as_weight(x, *canonical), activation_bits=activation_bits)
 
 
 def _fake(x: torch.Tensor, codes: torch.Tensor, *_: Any) -> torch.Tensor:

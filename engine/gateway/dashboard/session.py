@@ -46,10 +46,10 @@ def actor_of(connection: Connection, options: Options, value: str) -> Actor | No
 
 
 def token(options: Options, value: str) -> str:
-    """What a form of this session must bring: another site can neither read nor guess it."""
+    """What a form must bring besides the cookie: another site can neither read nor guess it."""
     return _mac(options, f"form:{value}")
 
 
 def token_fits(options: Options, value: str, said: str) -> bool:
-    """Whether a form brought this session's token."""
+    """Whether a form brought the token that belongs to its cookie."""
     return hmac.compare_digest(token(options, value).encode(), said.encode("utf-8", "replace"))
