@@ -58,6 +58,10 @@ class PostgresConnection:
             self.raw.cursor().executemany(_translated(statement), parameters)
         return None
 
+    def version(self) -> object:
+        """See `store.Connection`: cannot be told."""
+        return None
+
     def close(self) -> None:
         """See `store.Connection`."""
         self._raw.close()
@@ -92,18 +96,21 @@ class Postgres:
         """Its URL without anything secret."""
         return shown(self._url)
 
-    def connect(self) -> PostgresConnection:
+    def connect(self, writes: bool = False, waits: bool = True) -> PostgresConnection:
         """See `store.Database`."""
         return PostgresConnection(self._url)
 
     @contextlib.contextmanager
-    def transaction(self, connection: Connection) -> Iterator[None]:
-        """See `store.Database`."""
+    def transaction(self, connection: Connection, waits: bool = True) -> Iterator[None]:
+        """See `store.Database`; always waits."""
         assert isinstance(connection, PostgresConnection)
         raw = connection.raw
         with raw.transaction():
             raw.execute("SELECT pg_advisory_xact_lock(%s)", (_WRITERS,))
             yield
+
+    def tidy(self) -> None:
+        """See `store.Database`: the server does so itself."""
 
     def claim(self, name: str) -> Claim | None:
         """See `store.Database`. Asking for a name that is held makes sure that the server still knows."""

@@ -8,6 +8,7 @@ lose the last moments, but never consistency.
 
 import contextlib
 import fcntl
+import itertools
 import os
 import sqlite3
 from collections.abc import Iterator
@@ -16,8 +17,40 @@ from pathlib import Path
 from tokenmill.engine.gateway.store import Claim, Connection
 from tokenmill.errors import ConfigurationError
 
-#: Pages in the write-ahead log before they are copied into the file, which waits for the disk: 16 MiB.
-_CHECKPOINT = "wal_autocheckpoint=4096"
+#: Pages in the write-ahead log before they are copied into the file, which waits for the disk: 16 MiB. A connection
+#: that may not wait leaves it to `tidy`.
+_CHECKPOINT_PAGES = 4096
+#: How long a connection that may wait does so for a program that holds the file without our lock, in seconds.
+_PATIENCE_S = 30.0
+
+
+class SqliteConnection(sqlite3.Connection):
+    """A connection; `Sqlite` makes it.
+
+    Attributes:
+        order: The file whose lock orders the writers, opened for this connection alone; -1: it only reads.
+        rollbacks: Transactions that were undone.
+    """
+
+    _serials = itertools.count()
+
+    def prepare(self, order: int) -> None:
+        """Call it once, first."""
+        self.order = order
+        self.rollbacks = 0
+        self._serial = next(self._serials)
+
+    def version(self) -> object:
+        """See `store.Connection`."""
+        (changed,) = self.execute("PRAGMA data_version").fetchone()
+        return self._serial, changed, self.total_changes, self.rollbacks
+
+    def close(self) -> None:
+        """See `store.Connection`."""
+        super().close()
+        order, self.order = self.order, -1
+        if order >= 0:
+            os.close(order)
 
 
 class Sqlite:
@@ -39,7 +72,8 @@ class Sqlite:
             self._claims = path.with_name(path.name + ".claims")
             self._claims.mkdir(exist_ok=True, mode=0o700)
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-            self._lock = _open_lock(Path(f"{path}.lock"))
+            self._order = Path(f"{path}.lock")
+            os.close(_open_lock(self._order))
         except OSError as error:
             raise ConfigurationError(
                 f"{path} cannot be opened: {(error.strerror or str(error)).lower()}; name another file"
@@ -50,11 +84,19 @@ class Sqlite:
         """Its path."""
         return str(self._path)
 
-    def connect(self) -> Connection:
+    def connect(self, writes: bool = False, waits: bool = True) -> SqliteConnection:
         """See `store.Database`."""
-        connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=30.0)
+        connection = sqlite3.connect(
+            self._path,
+            isolation_level=None,
+            check_same_thread=False,
+            timeout=_PATIENCE_S if waits else 0.0,
+            factory=SqliteConnection,
+        )
+        connection.prepare(_open_lock(self._order) if writes else -1)
+        checkpoint = f"wal_autocheckpoint={_CHECKPOINT_PAGES if waits else 0}"
         try:
-            for setting in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", _CHECKPOINT):
+            for setting in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", checkpoint):
                 connection.execute(f"PRAGMA {setting}")
         except sqlite3.Error as error:
             connection.close()
@@ -62,20 +104,39 @@ class Sqlite:
         return connection
 
     @contextlib.contextmanager
-    def transaction(self, connection: Connection) -> Iterator[None]:
+    def transaction(self, connection: Connection, waits: bool = True) -> Iterator[None]:
         """See `store.Database`."""
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        assert isinstance(connection, SqliteConnection)
+        order = connection.order
+        fcntl.flock(order, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
-            connection.execute("BEGIN IMMEDIATE")
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError as error:
+                if waits:
+                    raise
+                raise BlockingIOError(str(error)) from None
             try:
                 yield
                 connection.execute("COMMIT")
             except BaseException:
+                connection.rollbacks += 1
                 with contextlib.suppress(sqlite3.OperationalError):  # a full disk has rolled it back already
                     connection.execute("ROLLBACK")
                 raise
         finally:
-            fcntl.flock(self._lock, fcntl.LOCK_UN)
+            fcntl.flock(order, fcntl.LOCK_UN)
+
+    def tidy(self) -> None:
+        """See `store.Database`: copies the write-ahead log into the file, most of it while others go on writing."""
+        with contextlib.closing(self.connect(writes=True)) as connection:
+            connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            fcntl.flock(connection.order, fcntl.LOCK_EX)
+            try:
+                # What came meanwhile: only a log that is copied whole begins anew.
+                connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            finally:
+                fcntl.flock(connection.order, fcntl.LOCK_UN)
 
     def claim(self, name: str) -> Claim | None:
         """See `store.Database`; the kernel frees the lock of a process that dies."""
@@ -89,8 +150,7 @@ class Sqlite:
         return _LockedFile(path, descriptor)
 
     def close(self) -> None:
-        """See `store.Database`."""
-        os.close(self._lock)
+        """See `store.Database`: there is nothing but connections."""
 
 
 class _LockedFile:

@@ -1,9 +1,12 @@
 """What several gateway processes must agree on, in one database: keys, budgets, ledger, audit trail.
 
-All writes of a process go through one thread, in the order in which they were asked for; what has gathered by the time
-the thread is free is committed in one transaction. The database itself is a `sqlite.Sqlite` file or, for gateways on
-several machines, a `postgres.Postgres` server; statements keep to what both take, with `?` for parameters. Times are
-UTC in milliseconds, money is in micro-cents (`money`).
+The writes of a process are done in the order in which they were asked for, and those that come together are committed
+in one transaction. Where that takes microseconds, the event loop does it itself at the end of its round: handing over
+to a thread and back would take longer. What may wait, for another process or for the disk, is done by a thread.
+
+The database itself is a `sqlite.Sqlite` file or, for gateways on several machines, a `postgres.Postgres` server;
+statements keep to what both take, with `?` for parameters. Times are UTC in milliseconds, money is in micro-cents
+(`money`).
 """
 
 import asyncio
@@ -11,6 +14,7 @@ import contextlib
 import functools
 import itertools
 import logging
+import operator
 import queue
 import threading
 import time
@@ -28,6 +32,10 @@ log = logging.getLogger("tokenmill.gateway.store")
 
 #: Most operations in one transaction: bounds how long the other processes wait.
 MOST_IN_A_BATCH = 256
+#: Most that the event loop does itself in one go: about two milliseconds.
+MOST_AT_ONCE = 64
+#: Transactions of the event loop after which a thread does what they left undone.
+TIDY_AFTER = 400
 #: How long what nobody waits for may wait for company, in seconds: a transaction of its own costs ten times as much.
 POSTED_WAIT_S = 0.005
 #: Version of the tables; a database made by a newer Tokenmill is refused.
@@ -70,6 +78,10 @@ class Connection(Protocol):
         """Runs one statement for each of many sets of parameters."""
         ...
 
+    def version(self) -> object:
+        """Differs from before where anything in the database may; None: nobody can tell. For the writer's."""
+        ...
+
     def close(self) -> None:
         """Closes it."""
         ...
@@ -97,16 +109,29 @@ class Database(Protocol):
         """Its place, for messages."""
         ...
 
-    def connect(self) -> Connection:
+    def connect(self, writes: bool = False, waits: bool = True) -> Connection:
         """A new connection; each statement outside of a transaction is one of its own.
+
+        Args:
+            writes: It is for transactions.
+            waits: It may wait for others, and for the disk.
 
         Raises:
             ConfigurationError: The database cannot be reached, or is none.
         """
         ...
 
-    def transaction(self, connection: Connection) -> AbstractContextManager[None]:
-        """All or nothing, and no other process writes meanwhile."""
+    def transaction(self, connection: Connection, waits: bool = True) -> AbstractContextManager[None]:
+        """All or nothing, and nobody else writes meanwhile.
+
+        Args:
+            connection: One that was made for it.
+            waits: For others to be done; otherwise raises `BlockingIOError` while somebody else writes.
+        """
+        ...
+
+    def tidy(self) -> None:
+        """Does what transactions that may not wait leave undone. Takes its time: call it in a thread of its own."""
         ...
 
     def claim(self, name: str) -> Claim | None:
@@ -119,7 +144,8 @@ class Database(Protocol):
 
 
 Operation = Callable[[Connection], T]
-#: Does many things of one kind in one transaction; answers with a result for each, in their order.
+#: Does many things of one kind in one transaction; answers with a result for each, in their order. Each of them takes
+#: microseconds.
 Collector = Callable[[Connection, list[Any]], Sequence[Any]]
 
 
@@ -164,6 +190,11 @@ class Store:
     def __init__(self, place: Path | str, schema: Sequence[str]) -> None:
         self.place = place
         self._queue: queue.SimpleQueue[list[_Job] | None] = queue.SimpleQueue()
+        #: How many lists the thread has not done yet: until it has, what comes later queues behind them.
+        self._behind = 0
+        self._counting = threading.Lock()
+        self._untidy = 0
+        self._tidier: threading.Thread | None = None
         #: What the event loop asked for since it last came round; one wake-up of the writer is enough for all of it.
         self._gathered: list[_Job] = []
         self._handing_over = False
@@ -172,8 +203,12 @@ class Store:
         self.local = self._database.local
         with contextlib.ExitStack() as undo:
             undo.callback(self._database.close)
-            self._writer = self._database.connect()
+            self._writer = self._database.connect(writes=True)
             undo.callback(self._writer.close)
+            #: For the event loop; never waits.
+            self._quick = self._database.connect(writes=True, waits=False) if self.local else None
+            if self._quick is not None:
+                undo.callback(self._quick.close)
             with self._database.transaction(self._writer):
                 _make_tables(self._writer, schema, self._database.shown)
             undo.pop_all()
@@ -188,7 +223,7 @@ class Store:
         Operations run in the order of their submission. One that raises leaves no trace of itself.
         """
         future: Future[T] = Future()
-        self._queue.put([_Job(_one_by_one, operation, future)])
+        self._put([_Job(_one_by_one, operation, future)])
         return future
 
     def post(self, operation: Operation[object]) -> None:
@@ -218,21 +253,49 @@ class Store:
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
-            self._queue.put([_Job(collector, item, None)])
+            self._put([_Job(collector, item, None)])
         else:
             self._gathered.append(_Job(collector, item, None))
             if self._timer is None:
                 self._timer = loop.call_later(POSTED_WAIT_S, self.hand_over)
 
     def hand_over(self) -> None:
-        """Gives the writer what the event loop has asked for; call it in the loop's thread, before it waits."""
+        """Has done what the event loop has asked for; call it in the loop's thread, before it waits."""
         self._handing_over = False
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         if self._gathered:
             gathered, self._gathered = self._gathered, []
-            self._queue.put(gathered)
+            if not self._do_at_once(gathered):
+                self._put(gathered)
+
+    def _do_at_once(self, batch: list[_Job]) -> bool:
+        """Commits a batch here and now, unless something may have to be waited for."""
+        if self._quick is None or self._behind or len(batch) > MOST_AT_ONCE:
+            return False
+        if any(job.collector is _one_by_one for job in batch):
+            return False  # may take any time
+        wanted = [job for job in batch if _wanted(job)]
+        try:
+            results = self._transact(self._quick, wanted, waits=False) if wanted else []
+        except BlockingIOError:
+            return False
+        except Exception:  # noqa: BLE001 - the thread finds out whose fault it was
+            return False
+        _set_results([(job.waiter, result) for job, result in zip(wanted, results, strict=True) if job.waiter])
+        self._untidy += 1
+        if self._untidy >= TIDY_AFTER and (self._tidier is None or not self._tidier.is_alive()):
+            self._untidy = 0
+            self._tidier = threading.Thread(target=self._tidy, name="store-tidier", daemon=True)
+            self._tidier.start()
+        return True
+
+    def _put(self, batch: list[_Job] | None) -> None:
+        """Hands a batch to the thread."""
+        with self._counting:
+            self._behind += 1
+        self._queue.put(batch)
 
     def write_now(self, operation: Operation[T]) -> T:
         """`submit` for a program that may wait."""
@@ -249,33 +312,36 @@ class Store:
     def close(self) -> None:
         """Commits what was submitted and closes the database."""
         self.hand_over()
-        self._queue.put(None)
+        self._put(None)
         self._thread.join()
+        if self._tidier is not None:
+            self._tidier.join()
+        if self._quick is not None:
+            self._quick.close()
         self._writer.close()
         self.reader.close()
         self._database.close()
 
     def _run(self) -> None:
-        while (first := self._queue.get()) is not None:
-            batch = list(first)
-            last = False
-            while len(batch) < MOST_IN_A_BATCH and not self._queue.empty():
+        last = False
+        while not last:
+            batch: list[_Job] = []
+            taken = 0
+            while not taken or (len(batch) < MOST_IN_A_BATCH and not self._queue.empty()):
                 jobs = self._queue.get()
+                taken += 1
                 if jobs is None:
                     last = True
                     break
                 batch += jobs
             self._commit([job for job in batch if _wanted(job)])
-            if last:
-                return
+            with self._counting:
+                self._behind -= taken
 
     def _commit(self, batch: list[_Job]) -> None:
         """Runs a batch in one transaction; where one operation fails, each runs in a transaction of its own."""
         try:
-            with self._database.transaction(self._writer):
-                results: list[Any] = []
-                for collector, jobs in itertools.groupby(batch, key=lambda job: job.collector):
-                    results += collector(self._writer, [job.item for job in jobs])
+            results = self._transact(self._writer, batch)
         except Exception as error:  # noqa: BLE001 - it goes to whoever waits for the operation
             if len(batch) == 1:
                 _deliver_failure(batch[0], error)
@@ -284,6 +350,23 @@ class Store:
                 self._commit([job])
             return
         _deliver(batch, results)
+
+    def _transact(self, connection: Connection, batch: list[_Job], waits: bool = True) -> list[Any]:
+        results: list[Any] = []
+        if batch:
+            with self._database.transaction(connection, waits):
+                for collector, jobs in itertools.groupby(batch, key=_collector):
+                    results += collector(connection, [job.item for job in jobs])
+        return results
+
+    def _tidy(self) -> None:
+        try:
+            self._database.tidy()
+        except Exception:
+            log.exception("the store could not be tidied up; trying again")
+
+
+_collector = operator.attrgetter("collector")
 
 
 def _wanted(job: _Job) -> bool:
@@ -294,7 +377,7 @@ def _wanted(job: _Job) -> bool:
 
 def _deliver(batch: list[_Job], results: list[Any]) -> None:
     """Hands out results; waking an event loop costs as much as a statement, so it is woken once for all."""
-    woken: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[Any], Any]]] = {}
+    woken: dict[asyncio.AbstractEventLoop, list[tuple[Future[Any] | asyncio.Future[Any], Any]]] = {}
     for job, result in zip(batch, results, strict=True):
         if isinstance(job.waiter, Future):
             job.waiter.set_result(result)
@@ -304,7 +387,7 @@ def _deliver(batch: list[_Job], results: list[Any]) -> None:
         _wake(loop, _set_results, pairs)
 
 
-def _set_results(pairs: "list[tuple[asyncio.Future[Any], Any]]") -> None:
+def _set_results(pairs: "Sequence[tuple[Future[Any] | asyncio.Future[Any], Any]]") -> None:
     for future, result in pairs:
         if not future.done():
             future.set_result(result)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from tokenmill.engine.gateway.api_error import ApiError, Headers, quote, retry_after, unavailable
-from tokenmill.engine.gateway.governance import books, bounds, budgets, charges, identify
+from tokenmill.engine.gateway.governance import bounds, budgets, charges, identify
 from tokenmill.engine.gateway.governance.bounds import Asked
 from tokenmill.engine.gateway.governance.budgets import Granted, Rate, Refusal, Reservation, Settlement
 from tokenmill.engine.gateway.governance.service import Governance
@@ -52,13 +52,13 @@ class Reserve:
         def settle(ended: Exchange) -> None:
             if settles:
                 settlement = Settlement(wanted.call, charges.spending(ended, bound_at))
-                self._governance.store.post_item(books.apply, settlement)
+                self._governance.store.post_item(self._governance.apply, settlement)
 
         # Before the reservation is made: a client that hangs up meanwhile leaves nothing behind.
         exchange.on_end(settle)
         exchange.meter = True
         try:
-            answer = await self._governance.store.write_item(books.apply, wanted)
+            answer = await self._governance.store.write_item(self._governance.apply, wanted)
         except Exception as error:
             log.exception("request %s could not be reserved", exchange.request_id)
             raise unavailable("The gateway's books cannot be written now.", _STORE_RETRY_S) from error

@@ -3,10 +3,12 @@
 import asyncio
 import contextlib
 import logging
+from functools import partial
 
-from tokenmill.engine.gateway.governance import accounts, retention, workers
+from tokenmill.engine.gateway.governance import accounts, books, retention, workers
 from tokenmill.engine.gateway.governance.accounts import Limits
 from tokenmill.engine.gateway.governance.options import Options
+from tokenmill.engine.gateway.governance.pages import Kept
 from tokenmill.engine.gateway.governance.schema import SCHEMA
 from tokenmill.engine.gateway.governance.workers import WorkerLock
 from tokenmill.engine.gateway.store import Connection, Store, now_ms
@@ -28,10 +30,14 @@ class Governance:
 
     Args:
         options: What was configured.
+
+    Attributes:
+        apply: `books.apply` with what this process knows already; for `Store.write_item` and `Store.post_item`.
     """
 
     def __init__(self, options: Options) -> None:
         self.options = options
+        self.apply = partial(books.apply, kept=Kept())
         self._store: Store | None = None
         self._worker: WorkerLock | None = None
         self._housekeeping: asyncio.Task[None] | None = None

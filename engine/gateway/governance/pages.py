@@ -1,0 +1,176 @@
+"""The accounts that transactions work on, as they are in memory, and how long what is there may be trusted.
+
+A process that writes alone would read what it wrote itself a moment before: its pages stay good until somebody else
+has changed anything in the database, which the database says (`store.Connection.version`).
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tokenmill.engine.gateway.governance.accounts import Account
+from tokenmill.engine.gateway.governance.budgets import WINDOW_S, Refusal, Reservation
+from tokenmill.engine.gateway.store import Connection
+
+#: Accounts kept between transactions; beyond it all are forgotten.
+MOST_KEPT = 10_000
+
+
+class Window:
+    """Requests and tokens of one account by second, with sums of the last minute.
+
+    Args:
+        rows: (second, requests, tokens).
+
+    Attributes:
+        requests, tokens: Sums since the second of the last `move`.
+    """
+
+    __slots__ = ("_by_second", "_changed", "_dropped", "_since", "requests", "tokens")
+
+    def __init__(self, rows: Iterable[Sequence[int]]) -> None:
+        self._by_second: dict[int, list[int]] = {row[0]: [row[1], row[2]] for row in rows}
+        self._changed: set[int] = set()
+        self._since = self._dropped = -1
+        self.requests = self.tokens = 0
+
+    def move(self, second: int) -> None:
+        """Has the sums cover the minute before `second` and what came since."""
+        since, before = second - WINDOW_S, self._since
+        if since == before:
+            return
+        self._since = since
+        if before < since <= before + WINDOW_S:
+            for at in range(before, since):
+                pair = self._by_second.get(at)
+                if pair is not None:
+                    self.requests -= pair[0]
+                    self.tokens -= pair[1]
+        else:
+            counted = [pair for at, pair in self._by_second.items() if at >= since]
+            self.requests = sum(pair[0] for pair in counted)
+            self.tokens = sum(pair[1] for pair in counted)
+
+    def oldest(self) -> int | None:
+        """The first second that is counted."""
+        return min((at for at in self._by_second if at >= self._since), default=None)
+
+    def add(self, second: int, requests: int, tokens: int) -> None:
+        """Counts; a second that has left the window already is not counted again."""
+        pair = self._by_second.get(second)
+        if pair is None:
+            if not requests:
+                return
+            pair = self._by_second[second] = [0, 0]
+        pair[0] += requests
+        pair[1] += tokens
+        self._changed.add(second)
+        if second >= self._since:
+            self.requests += requests
+            self.tokens += tokens
+
+    def drop_before(self, second: int) -> int | None:
+        """Forgets the seconds before this one; returns the last of them."""
+        if second == self._dropped:
+            return None
+        self._dropped = second
+        old = [at for at in self._by_second if at < second]
+        for at in old:
+            pair = self._by_second.pop(at)
+            if at >= self._since:
+                self.requests -= pair[0]
+                self.tokens -= pair[1]
+        self._changed.difference_update(old)
+        return max(old, default=None)
+
+    def changed(self) -> list[tuple[int, int, int]]:
+        """(second, requests, tokens) of what was counted since the last call."""
+        changed = [(at, self._by_second[at][0], self._by_second[at][1]) for at in self._changed]
+        self._changed.clear()
+        return changed
+
+
+class Page:
+    """One account as it is being worked on.
+
+    Attributes:
+        account: As it was read; its sums are those of then.
+        revoked: It is a key that is not good any more.
+        window: None: no limit needs one.
+    """
+
+    __slots__ = ("account", "period_start", "reserved", "revoked", "soft_reached_at", "spent", "window")
+
+    def __init__(self, account: Account, revoked: bool, window: Window | None) -> None:
+        self.account = account
+        self.revoked = revoked
+        self.window = window
+        self.period_start = account.period_start
+        self.spent = account.spent
+        self.reserved = account.reserved
+        self.soft_reached_at = account.soft_reached_at
+
+    def renew(self, now: int) -> None:
+        """Begins a new period with nothing spent where the old one is over.
+
+        What requests under way have reserved stays reserved, and is spent in the period in which they end.
+        """
+        length = self.account.limits.period_ms
+        if length is not None and now >= self.period_start + length:
+            self.period_start += (now - self.period_start) // length * length
+            self.spent = 0
+            self.soft_reached_at = None
+
+    def refusal(self, wanted: Reservation, asked: int) -> Refusal | None:
+        """Why the account's limits refuse a request of so many tokens; None when they do not."""
+        limits, window = self.account.limits, self.window
+        most = limits.hard_limit
+        if most is not None and self.spent + self.reserved + wanted.amount > most:
+            end = None if limits.period_ms is None else self.period_start + limits.period_ms - wanted.at
+            return Refusal("budget", self.account, most, self.spent + self.reserved, wanted.amount, end)
+        if window is None:
+            return None
+        window.move(wanted.at // 1000)
+        most = limits.requests_per_minute
+        if most is not None and window.requests + 1 > most:
+            return Refusal("requests", self.account, most, window.requests, 1, _wait(window, wanted.at))
+        most = limits.tokens_per_minute
+        if most is not None and window.tokens + asked > most:
+            wait = _wait(window, wanted.at) if asked <= most else None
+            return Refusal("tokens", self.account, most, window.tokens, asked, wait)
+        return None
+
+
+def _wait(window: Window, at: int) -> int:
+    """Milliseconds until the oldest second is outside of the window, all of it."""
+    oldest = window.oldest()
+    return WINDOW_S * 1000 if oldest is None else (oldest + WINDOW_S + 1) * 1000 - at
+
+
+class Kept:
+    """What one process knows between its transactions.
+
+    Attributes:
+        pages: Accounts by id.
+        reservations: Rows that this process has written and not removed, by call.
+        chains: What reservations say of a chain, by its accounts.
+    """
+
+    def __init__(self) -> None:
+        self.pages: dict[str, Page] = {}
+        self.reservations: dict[str, tuple[Any, ...]] = {}
+        self.chains: dict[tuple[str, ...], str] = {}
+        self._good_for: object = None
+
+    def check(self, connection: Connection) -> None:
+        """Forgets everything unless it is what the database holds; call it at the begin of a transaction."""
+        version = connection.version()
+        if version is None or version != self._good_for or len(self.pages) > MOST_KEPT:
+            self.pages.clear()
+            self.reservations.clear()
+            self.chains.clear()
+        # Until the transaction has written everything.
+        self._good_for = None
+
+    def written(self, connection: Connection) -> None:
+        """The transaction has written what is here; should it be rolled back, the version says so."""
+        self._good_for = connection.version()

@@ -1,0 +1,160 @@
+"""What the event loop writes itself: order, what it must not wait for, and what it may remember in between."""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.gateway.governance.test_budgets import NOW, end, key_with
+from tokenmill.engine.gateway.governance import accounts, books, keys
+from tokenmill.engine.gateway.governance.accounts import Limits
+from tokenmill.engine.gateway.governance.budgets import WINDOW_S, Granted, Reservation, Settlement, Spending
+from tokenmill.engine.gateway.governance.pages import Kept, Window
+from tokenmill.engine.gateway.governance.schema import SCHEMA
+from tokenmill.engine.gateway.store import TIDY_AFTER, Connection, Store
+
+PAGE_BYTES = 4096
+
+
+def where(_connection: Connection, items: list[Any]) -> list[str]:
+    """Says which thread does it; fails on a negative item."""
+    if min(items) < 0:
+        raise ValueError("negative")
+    return [threading.current_thread().name] * len(items)
+
+
+def reservation(key: str, call: str, amount: int, at: int = NOW) -> Reservation:
+    """One of a key in a team."""
+    return Reservation(call, "w", (key, "team"), "r", "m", "t", amount, 1, 0, at)
+
+
+def settlement(call: str, cost: int) -> Settlement:
+    """The end of a request."""
+    return Settlement(call, Spending("b", "t", 1, 0, 0, True, cost, "ok", 200, 1))
+
+
+@pytest.fixture
+def other(store: Store) -> Iterator[Store]:
+    """Another process's hold on the same database."""
+    with contextlib.closing(Store(store.place, SCHEMA)) as opened:
+        yield opened
+
+
+def test_loop_writes_itself_unless_it_would_wait(store: Store, other: Store) -> None:
+    """To a file; what a server does is waited for by the thread. Nothing overtakes what the thread has to do."""
+
+    async def main() -> list[str]:
+        alone = await store.write_item(where, 0)
+        begun, release = threading.Event(), threading.Event()
+
+        def hold(_connection: Connection) -> None:
+            begun.set()
+            assert release.wait(20)
+
+        held = other.submit(hold)
+        await asyncio.to_thread(begun.wait, 20)
+        waiting = asyncio.ensure_future(store.write_item(where, 1))
+        await asyncio.sleep(0.1)
+        assert not waiting.done()
+        later = asyncio.ensure_future(store.write_item(where, 2))
+        await asyncio.sleep(0)
+        release.set()
+        await asyncio.wrap_future(held)
+        return [alone, await waiting, await later]
+
+    here = threading.current_thread().name if store.local else "store-writer"
+    assert asyncio.run(main()) == [here, "store-writer", "store-writer"]
+
+
+def test_log_of_a_file_is_copied_back_while_requests_go_on(store: Store) -> None:
+    if not store.local:
+        pytest.skip("a server does that itself")
+    key = key_with(store, Limits())
+    apply = partial(books.apply, kept=Kept())
+    rounds = 4
+
+    async def main() -> None:
+        for call in range(rounds * TIDY_AFTER):
+            await store.write_item(apply, reservation(key, str(call), 1))
+            if call % TIDY_AFTER == 0:
+                await asyncio.sleep(0.2)  # the thread may be slow to begin
+
+    asyncio.run(main())
+    least_pages_each = 2
+    assert Path(f"{store.place}-wal").stat().st_size < (rounds - 1) * TIDY_AFTER * least_pages_each * PAGE_BYTES
+    assert accounts.find(store.reader, key).reserved == rounds * TIDY_AFTER
+
+
+def test_what_is_kept_is_forgotten_when_somebody_else_writes(store: Store, other: Store) -> None:
+    """A request settled, a limit lowered, a key revoked elsewhere: the next request knows."""
+    key = key_with(store, Limits(hard_limit=100, requests_per_minute=1000))
+    apply = partial(books.apply, kept=Kept())
+
+    def do(item: Reservation | Settlement) -> Any:
+        async def main() -> Any:
+            return await store.write_item(apply, item)
+
+        return asyncio.run(main())
+
+    assert isinstance(do(reservation(key, "a", 30)), Granted)
+    assert isinstance(do(reservation(key, "b", 30)), Granted)
+    assert end(other, "a", 20)
+    assert do(settlement("a", 20)) is False
+    assert isinstance(do(reservation(key, "c", 50)), Granted)
+    assert do(reservation(key, "d", 1)).used == 100
+    assert do(settlement("c", 1)) is True
+    other.write_now(lambda connection: accounts.set_limits(connection, "team", Limits(hard_limit=51), "t"))
+    assert do(reservation(key, "e", 1)).allowed == 51
+    other.write_now(lambda connection: keys.revoke(connection, key, "t"))
+    assert do(reservation(key, "f", 0)).limit == "revoked"
+    found = accounts.find(store.reader, "team")
+    assert (found.spent, found.reserved) == (21, 30)
+
+
+def test_what_was_rolled_back_is_not_kept(store: Store) -> None:
+    key = key_with(store, Limits(hard_limit=100))
+    apply = partial(books.apply, kept=Kept())
+
+    async def main() -> list[Any]:
+        first = await store.write_item(apply, reservation(key, "a", 10))
+        together = (
+            store.write_item(apply, reservation(key, "b", 10)),
+            store.write_item(where, -1),
+            store.write_item(apply, reservation(key, "c", 90)),
+        )
+        second, failed, refused = await asyncio.gather(*together, return_exceptions=True)
+        settled = [await store.write_item(apply, settlement("b", 4)) for _ in range(2)]
+        return [first, second, failed, refused, *settled]
+
+    first, second, failed, refused, *settled = asyncio.run(main())
+    assert isinstance(first, Granted)
+    assert isinstance(second, Granted)
+    assert isinstance(failed, ValueError)
+    assert refused.used == 20
+    assert settled == [True, False]
+    for account in accounts.chain(store.reader, key):
+        assert (account.spent, account.reserved) == (4, 10)
+
+
+def test_window_slides_as_if_it_were_counted_anew() -> None:
+    """Whatever the order of seconds; seconds that were dropped are not counted any more."""
+    rows = {100: [1, 10], 130: [2, 20]}
+    window = Window([(second, *pair) for second, pair in rows.items()])
+    for second, tokens in ((150, 5), (159, 7), (161, 1), (158, 2), (191, 3), (260, 4)):
+        window.move(second)
+        window.add(second, 1, tokens)
+        pair = rows.setdefault(second, [0, 0])
+        pair[0] += 1
+        pair[1] += tokens
+        anew = [pair for at, pair in rows.items() if at >= second - WINDOW_S]
+        assert (window.requests, window.tokens) == (sum(p[0] for p in anew), sum(p[1] for p in anew)), second
+    window.move(300)
+    assert window.oldest() == 260
+    assert window.drop_before(261) == 260
+    window.move(310)
+    assert (window.requests, window.tokens) == (0, 0)
