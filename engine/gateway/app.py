@@ -25,7 +25,16 @@ from tokenmill.engine.gateway.health import Prober
 from tokenmill.engine.gateway.pipeline import Exchange, Outcome, Reply, Stage, compose
 from tokenmill.engine.gateway.portfolio import Portfolio
 from tokenmill.engine.gateway.principal import Principal
-from tokenmill.engine.gateway.request import ClientGoneError, Receive, Scope, Send, exchange_of, read_body, request_id
+from tokenmill.engine.gateway.request import (
+    ON_HANGUP,
+    ClientGoneError,
+    Receive,
+    Scope,
+    Send,
+    exchange_of,
+    read_body,
+    request_id,
+)
 from tokenmill.engine.gateway.upstream import Upstream
 from tokenmill.errors import TokenmillError
 
@@ -34,8 +43,6 @@ log = logging.getLogger("tokenmill.gateway")
 Endpoint = Callable[[], Awaitable[Reply]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-#: How long after a request's body has come its client's hang-up is first looked for.
-HANGUP_GRACE_S = 0.005
 #: Inference paths outside /v1 that vLLM has too.
 BARE_PATHS = frozenset({"/rerank", "/v2/rerank", "/score", "/pooling", "/classify", "/tokenize", "/detokenize"})
 #: What may stand in a path that is passed on: nothing that another server could read as another path.
@@ -194,7 +201,7 @@ class Gateway:
         started = time.perf_counter()
         payload = await read_body(receive, scope["headers"], self.settings)
         exchange = await exchange_of(scope, payload, identity, started)
-        hangup = _Hangup(receive)
+        hangup = _Hangup(scope)
         try:
             try:
                 reply = await self._handle(exchange)
@@ -296,42 +303,29 @@ class Gateway:
 
 
 class _Hangup:
-    """Cancels the task it was made in when the client hangs up.
+    """Cancels the task it was made in when the client hangs up."""
 
-    Watching starts a moment late: most answers of a fast backend are done by then, and the watch, a task of its own,
-    costs as much as half of everything else that the gateway does for a request.
-    """
+    __slots__ = ("_task", "happened")
 
-    __slots__ = ("_receive", "_stop", "_task", "happened")
-
-    _stop: Callable[[], object]
-
-    def __init__(self, receive: Receive) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._task = task
-        self._receive = receive
+    def __init__(self, scope: Scope) -> None:
+        self._task = asyncio.current_task()
         self.happened = False
-        self._stop = asyncio.get_running_loop().call_later(HANGUP_GRACE_S, self._start).cancel
+        scope[ON_HANGUP](self._cancel)
 
-    def _start(self) -> None:
-        self._stop = asyncio.get_running_loop().create_task(self._watch()).cancel
-
-    async def _watch(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-        self.happened = True
-        self._task.cancel()
+    def _cancel(self) -> None:
+        if self._task is not None:
+            self.happened = True
+            self._task.cancel()
 
     def swallow(self) -> bool:
         """Whether the cancellation that has just arrived was this one; if so, it is over."""
-        if self.happened:
+        if self.happened and self._task is not None:
             self._task.uncancel()
         return self.happened
 
     def stop(self) -> None:
         """The request has ended; nothing is cancelled any more."""
-        self._stop()
+        self._task = None
 
 
 def _is_passed(path: str) -> bool:

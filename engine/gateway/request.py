@@ -16,6 +16,9 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
+#: A member of a scope: call it with a function that is to be called when the client hangs up before its answer is
+#: written.
+ON_HANGUP = "tokenmill.on_hangup"
 #: How much of a body that is too long is read and dropped before the refusal, so that a client that sends it all
 #: first reads the refusal and not a reset connection.
 DRAINED = 4

@@ -1,7 +1,7 @@
 """Stages in order, a reply on its way back, and an end that comes once however the request ends."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 import pytest
 
@@ -10,6 +10,7 @@ from tokenmill.engine.gateway.app import Gateway
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply, Stage, compose
 from tokenmill.engine.gateway.portfolio import Portfolio
+from tokenmill.engine.gateway.request import ON_HANGUP
 from tokenmill.engine.gateway.settings import Settings
 
 
@@ -70,25 +71,20 @@ def run(stages: list[Stage], gone_after: int | None = None) -> list[dict[str, ob
     sent: list[dict[str, object]] = []
 
     async def main() -> None:
-        gone = asyncio.Event()
-        first = True
+        hang_up: list[Callable[[], None]] = []
 
         async def receive() -> dict[str, object]:
-            nonlocal first
-            if first:
-                first = False
-                return {"type": "http.request", "body": b'{"model":"m"}'}
-            await gone.wait()
-            return {"type": "http.disconnect"}
+            return {"type": "http.request", "body": b'{"model":"m"}'}
 
         async def send(message: object) -> None:
             assert isinstance(message, dict)
             sent.append(message)
             if len(sent) == gone_after:
-                gone.set()
+                hang_up[0]()
                 await asyncio.sleep(1)
 
         scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+        scope[ON_HANGUP] = hang_up.append
         await gateway(scope, receive, send)  # type: ignore[arg-type]
 
     asyncio.run(main())
