@@ -5,6 +5,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 // Absent from CPU builds of torch, where the library must load all the same; a CUDA tensor implies that it is there.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
@@ -16,7 +17,7 @@ namespace tokenmill {
 class DeviceScope {
   public:
     explicit DeviceScope(const torch::stable::Tensor& tensor) : guard_(tensor.get_device_index()) {
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_));
     }
 
     void* stream() const { return stream_; }

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
-from tokenmill import platform
+from tokenmill import native_build, platform
 from tokenmill.bench import nvml, roofline
 from tokenmill.bench.machines import machine
 from tokenmill.bench.rows import Row, metadata_version
 from tokenmill.bench.suite.items import Outcome, Skip
+from tokenmill.errors import TokenmillError
 from tokenmill.kernels import extension, micro
 
 #: Modules of rivals, and the distributions that may bring them.
@@ -53,12 +54,15 @@ def build(about: Row, cuda: bool) -> Outcome:
         return Outcome("proven", f"loads: CUDA {info['cuda']}, {', '.join(info['isa'])}")
     if cuda and platform.nvcc() is None and reason is None:
         raise Skip("the native library has no CUDA kernels, and there is no nvcc on PATH or in CUDA_HOME")
+    try:
+        native_build.find_toolchain()
+    except TokenmillError as missing:
+        raise Skip(str(missing)) from None
     answer = subprocess.run([sys.executable, "-m", "tokenmill", "build"], capture_output=True, text=True, check=False)
     said = [line for line in (answer.stdout + answer.stderr).splitlines() if line.strip()]
-    if answer.returncode == 2:  # a tool is missing
-        raise Skip(said[-1])
     if answer.returncode:
-        return Outcome("failed", said[-1] if said else f"`tokenmill build` ended with {answer.returncode}")
+        error = next((line for line in said if " error: " in line), said[-1] if said else "it said nothing")
+        return Outcome("failed", f"`tokenmill build` ended with {answer.returncode}: {error}")
     return Outcome("proven", f"built: {said[-1]}" if said else "built")
 
 

@@ -6,6 +6,7 @@ An op that is not listed here is checked on its spec's examples with its spec's 
 import random
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
@@ -62,6 +63,8 @@ def implementation(spec: OpSpec, problem: Problem, name: str) -> Implementation:
         return registry.choose(spec, problem, name)
     if spec.name not in _INTERPRETED:
         raise UnsupportedError(str(problem), {name: "the suite does not know how to run it in Triton's interpreter"})
+    if find_spec("numpy") is None:
+        raise UnsupportedError(str(problem), {name: "Triton's interpreter needs numpy, which is not installed"})
     found = _INTERPRETED[spec.name]()
     refusal = found.why_not(problem)
     if refusal is not None:

@@ -16,9 +16,9 @@ from tokenmill.bench import ops
 from tokenmill.bench.machines import Cpu, Machine
 from tokenmill.bench.roofline import Roofs
 from tokenmill.bench.rows import Row, RowFile, read_rows
-from tokenmill.bench.suite import command, correctness, runner, steps, subjects
+from tokenmill.bench.suite import command, correctness, hardware, runner, steps, subjects
 from tokenmill.bench.suite.items import Item, Outcome
-from tokenmill.errors import ConfigurationError
+from tokenmill.errors import ConfigurationError, UnsupportedError
 from tokenmill.kernels import registry
 from tokenmill.kernels.registry import Implementation
 
@@ -221,6 +221,26 @@ def test_bad_arguments_are_one_line() -> None:
         command.main(["--minutes", "0"])
     with pytest.raises(ConfigurationError, match="--steps speed,x"):
         command.main(["--steps", "speed,x"])
+
+
+def test_a_compiler_that_fails_is_a_failure_and_a_missing_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "ninja: Entering directory\nbinding.cpp:19:9: error: 'X' was not declared\ntokenmill build: it failed\n"
+    monkeypatch.setattr(hardware.extension, "why_not_loaded", lambda: "it is not built")
+    monkeypatch.setattr(hardware.native_build, "find_toolchain", lambda: None)
+    monkeypatch.setattr(
+        hardware.subprocess, "run", lambda command, **how: subprocess.CompletedProcess(command, 2, said, "")
+    )
+    item = Item("build", "native library", "tokenmill.bench.suite.hardware:build", {"cuda": True})
+    wanted = "`tokenmill build` ended with 2: binding.cpp:19:9: error: 'X' was not declared"
+    assert item.run({}) == Outcome("failed", wanted)
+
+    def lacks() -> None:
+        raise UnsupportedError("building the native library", {"ninja": "not found; pip install ninja"})
+
+    monkeypatch.setattr(hardware.native_build, "find_toolchain", lacks)
+    outcome = item.run({})
+    assert outcome.verdict == "skipped"
+    assert "pip install ninja" in outcome.detail
 
 
 def test_without_the_sanitizer_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
