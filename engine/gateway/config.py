@@ -58,8 +58,8 @@ class Server(Section):
     )
     retries: int | None = Field(
         None,
-        description="Most times that one request is sent again, to another backend and only where that is safe; "
-        "default: until every backend was asked.",
+        description="Most times that one request is sent again to another backend of the same tier, only where that "
+        "is safe; default: until every backend was asked.",
         ge=0,
         le=100,
     )
@@ -281,7 +281,16 @@ class Tier(Section):
     )
     fallbacks: list[str] = Field(
         default_factory=list,
-        description="Tiers that take over, in this order, when none of this one's backends can serve a request.",
+        description="Tiers that take over, in this order, when none of this one's backends can serve a request, or all "
+        "that were asked failed (408, 429, 5xx, silence; 401, 403, 404 where the client is not to blame).",
+    )
+    context_window_fallbacks: list[str] = Field(
+        default_factory=list,
+        description="Tiers that take over when a prompt is too long for this one; default: `fallbacks`.",
+    )
+    content_policy_fallbacks: list[str] = Field(
+        default_factory=list,
+        description="Tiers that take over when a backend of this one refuses a request for its content; default: none.",
     )
     backends: list[AnyBackend] = Field(
         description="One or more. With `url` it is a server elsewhere, otherwise a local vLLM server.", min_length=1
@@ -327,7 +336,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _fallbacks_exist(self) -> "Config":
         for name, tier in self.tiers.items():
-            for other in tier.fallbacks:
+            for other in (*tier.fallbacks, *tier.context_window_fallbacks, *tier.content_policy_fallbacks):
                 if other == name or other not in self.tiers:
                     raise ValueError(f"tier {name!r} falls back to {other!r}; name another tier of this file")
         return self

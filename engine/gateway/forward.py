@@ -1,8 +1,8 @@
 """The bottom of the pipeline: sends a request to a backend of its routes and relays the answer.
 
 A request is sent again, to another backend, only where that is safe: no connection was made, the connection broke
-before any byte of an answer, or the backend said that it did not take the request (429, 503). All but the first draw
-on a retry budget. After the first byte of an answer nothing is repeated.
+before any byte of an answer, or the backend answered with an error of its own. Within a tier all but the first draw on
+a retry budget; `fallback` says which tier is asked next. After the first byte of an answer nothing is repeated.
 """
 
 import contextlib
@@ -24,8 +24,9 @@ from tokenmill.engine.gateway.api_error import (
 from tokenmill.engine.gateway.balance import Balancer, refusal
 from tokenmill.engine.gateway.breaker import RetryBudget
 from tokenmill.engine.gateway.connection import ConnectFailedError, CutError, NoAnswerError, SilenceError
+from tokenmill.engine.gateway.fallback import Failure, Trouble, Way, trouble_of
 from tokenmill.engine.gateway.pipeline import Call, Exchange, Reply
-from tokenmill.engine.gateway.portfolio import Route, Target
+from tokenmill.engine.gateway.portfolio import FALLBACK, Route, Target
 from tokenmill.engine.gateway.settings import Settings
 from tokenmill.engine.gateway.upstream import Answer, Upstream
 from tokenmill.engine.gateway.usage import HiddenUsage, StreamUsage, counting_options, read_usage
@@ -34,6 +35,8 @@ from tokenmill.engine.gateway.usage import HiddenUsage, StreamUsage, counting_op
 _NOT_TAKEN = (429, 503)
 #: The backend is at fault: counted by the circuit breaker.
 _FAULT = (500, 502, 503, 504, 529)
+#: What the gateway says where a backend took a request and was not heard of again; see `Forwarder._attempt`.
+_LOST = (502, 504)
 #: Headers that hold a client's credentials for the gateway.
 _CREDENTIALS = frozenset({b"authorization", b"x-api-key", b"api-key"})
 
@@ -90,44 +93,38 @@ class Forwarder:
         self._retries = RetryBudget(settings.retry_ratio)
 
     async def handle(self, exchange: Exchange) -> Reply:
-        """The answer of the first backend that gives one; raises `ApiError` when none does."""
+        """The answer of the first backend that gives one, or the first tier's error; raises `ApiError` as such."""
         self._retries.earn()
-        tried: list[Target] = []
-        refused: Reply | ApiError | None = None
-        repeated = False
-        most = self._settings.most_retries
-        while (choice := self._next(exchange, tried)) is not None:
-            if tried and most is not None and len(tried) > most:
-                break
-            if repeated and not self._retries.spend():
-                break
+        way = Way(exchange.routes, self._settings.most_retries, self._retries)
+        while (choice := way.next(exchange, self._balancer)) is not None:
             route, target = choice
-            tried.append(target)
+            answer: Reply | ApiError
+            trouble: Trouble
             try:
-                reply = await self._attempt(exchange, target, route)
+                answer = await self._attempt(exchange, target, route)
             except ConnectFailedError:
                 # Nothing was sent: trying the next backend repeats nothing.
                 target.mark_down("connection refused")
-                refused = self._unavailable(target, "cannot be reached")
-                continue
+                answer, trouble = self._unavailable(target, "cannot be reached"), "unsent"
             except NoAnswerError:
-                refused = self._unavailable(target, "closed the connection without an answer")
+                answer, trouble = self._unavailable(target, "closed the connection without an answer"), "failed"
+            except ApiError as error:
+                answer, trouble = error, "lost" if error.status in _LOST else "final"
             else:
-                if reply.status not in _NOT_TAKEN:
-                    return reply
-                refused = reply
-            repeated = True
-        if isinstance(refused, Reply):
-            return refused
-        raise refused or refusal(exchange.routes, self._settings)
-
-    def _next(self, exchange: Exchange, tried: list[Target]) -> tuple[Route, Target] | None:
-        """The best route that has a backend which can serve now and was not tried."""
-        for route in exchange.routes:
-            target = self._balancer.choose(route, exchange, tried)
-            if target is not None:
-                return route, target
-        return None
+                if answer.status < 400:
+                    if route.why == FALLBACK:
+                        answer.headers = [*answer.headers, (b"x-tokenmill-fallback", target.backend.tier.encode())]
+                    return answer
+                trouble = trouble_of(answer, exchange, target)
+            if not way.failed(Failure(target, answer), trouble):
+                break
+        failure = way.failure
+        if failure is None:
+            raise refusal(way.candidates, self._settings)
+        exchange.target = failure.target
+        if isinstance(failure.answer, ApiError):
+            raise failure.answer
+        return failure.answer
 
     def _unavailable(self, target: Target, what: str) -> ApiError:
         return unavailable(f"The backend {target.backend.name} {what}.", self._settings.retry_after_s)
@@ -154,10 +151,12 @@ class Forwarder:
             raise
         except SilenceError:
             lease.failed()
+            lease.close()
             silence_s = self._settings.read_timeout_s
             raise ApiError(504, f"The backend {name} was silent for {silence_s:g} s.", code="timeout") from None
         except CutError:
             lease.failed()
+            lease.close()
             raise ApiError(
                 502, f"The backend {name} broke off in the middle of its answer.", code="upstream_cut"
             ) from None

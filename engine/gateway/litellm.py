@@ -77,6 +77,8 @@ _MODES = {"embedding": "embeddings", "rerank": "rerank"}
 #: Strategies that ours stands in for: the fewest open requests per weight.
 _STRATEGIES = ("simple-shuffle", "least-busy")
 _WEIGHTS = ("weight", "rpm", "tpm")
+#: What takes over from a model, named here as there.
+_FALLBACKS = ("fallbacks", "context_window_fallbacks", "content_policy_fallbacks")
 
 #: Why some fields are not used.
 _REASONS: Mapping[str, str] = {
@@ -87,13 +89,13 @@ _REASONS: Mapping[str, str] = {
         ("litellm_settings.callbacks", "litellm_settings.success_callback", "litellm_settings.failure_callback"),
         "Prometheus' figures are at /metrics; traces need `observability.traces` in our own format",
     ),
-    "litellm_settings.context_window_fallbacks": "use `fallbacks`, or tiers with `context_window` in our own format",
-    "litellm_settings.content_policy_fallbacks": "an answer is not judged by its content here",
     "router_settings.redis_host": "workers share limits through the store, no Redis is needed",
     "router_settings.redis_port": "workers share limits through the store, no Redis is needed",
     "router_settings.redis_password": "workers share limits through the store, no Redis is needed",
-    "router_settings.enable_pre_call_checks": "a backend's `rpm`, `tpm` and context window always count",
+    "router_settings.enable_pre_call_checks": "`rpm` and `tpm` always count, `max_input_tokens` decides about "
+    "`context_window_fallbacks`",
     "router_settings.retry_policy": "`num_retries` counts for every kind of failure",
+    "router_settings.allowed_fails_policy": "`allowed_fails` counts for every kind of failure",
     "general_settings.database_url": "keys and books are kept in the store of `governance`",
     "general_settings.background_health_checks": "backends are always watched",
     "general_settings.store_model_in_db": "models are those of this file",
@@ -321,30 +323,34 @@ class _Importer:
                 backend["models"][alias] = backend["models"].get(name, name)
 
     def _fall_back(self, tiers: dict[str, dict[str, Any]]) -> None:
-        """`fallbacks: [{model: [others]}]` and `default_fallbacks`, in either section; the router's own wins."""
+        """`fallbacks: [{model: [others]}]` and their kin, in either section; the router's own wins."""
         source = self._source
+        for field in _FALLBACKS:
+            for section in ("router_settings", "litellm_settings"):
+                place: Place = (section, field)
+                source.kind(place, list, "a list like [{model: [another]}]")
+                for index in source.keys(place):
+                    if source.kind((*place, index), dict, "a mapping like {model: [another]}") is None:
+                        continue
+                    for name in source.keys((*place, index)):
+                        found = self._named((*place, index, name))
+                        if name == "*":
+                            self._fall_back_all(tiers, field, found)
+                        elif name not in self._tiers:
+                            source.problem((*place, index, name), f"{name[:60]!r} is no model_name of this file")
+                        else:
+                            own = self._tiers[name]
+                            tiers[own].setdefault(field, [other for other in found if other != own])
         for section in ("router_settings", "litellm_settings"):
-            place: Place = (section, "fallbacks")
-            source.kind(place, list, "a list like [{model: [another]}]")
-            for index in source.keys(place):
-                if source.kind((*place, index), dict, "a mapping like {model: [another]}") is None:
-                    continue
-                for name in source.keys((*place, index)):
-                    found = self._named((*place, index, name))
-                    if name == "*":
-                        self._fall_back_all(tiers, found)
-                    elif name not in self._tiers:
-                        source.problem((*place, index, name), f"{name[:60]!r} is no model_name of this file")
-                    else:
-                        own = self._tiers[name]
-                        tiers[own].setdefault("fallbacks", [other for other in found if other != own])
-        for section in ("router_settings", "litellm_settings"):
-            self._fall_back_all(tiers, self._named((section, "default_fallbacks")))
+            self._fall_back_all(tiers, "fallbacks", self._named((section, "default_fallbacks")))
+            most = source.whole((section, "max_fallbacks"), 0, 100)
+            for tier in tiers.values() if most is not None else ():
+                tier.update({field: tier[field][:most] for field in _FALLBACKS if field in tier})
 
-    def _fall_back_all(self, tiers: dict[str, dict[str, Any]], others: list[str]) -> None:
+    def _fall_back_all(self, tiers: dict[str, dict[str, Any]], field: str, others: list[str]) -> None:
         for name, tier in tiers.items():
             if others:
-                tier.setdefault("fallbacks", [other for other in others if other != name])
+                tier.setdefault(field, [other for other in others if other != name])
 
     def _named(self, place: Place) -> list[str]:
         """The tiers of a list of model names."""

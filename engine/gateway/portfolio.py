@@ -1,9 +1,9 @@
 """The backends as they are now: who serves which model, who is up, how busy each is."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from tokenmill.engine.gateway.api_error import ApiError, model_not_found, unavailable
 from tokenmill.engine.gateway.backends import Backend
@@ -12,6 +12,11 @@ from tokenmill.engine.gateway.pace import Pace, share
 from tokenmill.engine.gateway.principal import Principal
 from tokenmill.engine.gateway.settings import Settings
 from tokenmill.engine.gateway.upstream import Origin
+
+#: What must have happened before a route is taken; see `Route`.
+After = Literal["", "error", "context", "policy"]
+#: `Route.why` of a route that the configuration names as another's fallback.
+FALLBACK = "fallback"
 
 
 class Target:
@@ -89,11 +94,18 @@ class Route:
         targets: The backends, all equal but for weight and load.
         model: The model; None: the request names none, or a tier, and each backend uses its first.
         why: The reason, for the response header and the log.
+        after: What must have happened before it is taken; empty: nothing. `error`: those before it cannot serve or
+            have failed; `context`: the prompt is too long for them; `policy`: they do not answer such content.
     """
 
     targets: tuple[Target, ...]
     model: str | None
     why: str = "model"
+    after: After = ""
+
+    def only(self, targets: tuple[Target, ...]) -> "Route":
+        """The same with some of its backends."""
+        return Route(targets, self.model, self.why, self.after)
 
 
 class Portfolio:
@@ -170,21 +182,27 @@ class Portfolio:
         raise model_not_found(wanted)
 
     def _fallbacks(self, route: Route, principal: Principal | None) -> Iterator[Route]:
-        """Where a request goes when none of the route's backends can serve it."""
-        configured = self.settings.fallbacks
-        if not configured:
+        """Where a request goes when none of the route's backends can serve it, or does."""
+        settings = self.settings
+        if not (settings.fallbacks or settings.context_window_fallbacks or settings.content_policy_fallbacks):
             return
         tiers = dict.fromkeys(target.backend.tier for target in route.targets)
-        for other in dict.fromkeys(other for tier in tiers for other in configured.get(tier, ())):
-            targets = () if other in tiers else self.tiers.get(other, ())
-            if principal is None or principal.may_ask_for(other):
-                if targets:
-                    yield Route(targets, None, "fallback")
-                continue
-            for model in principal.models or ():
-                serving = tuple(target for target in targets if model in target.models)
-                if serving:
-                    yield Route(serving, model, "fallback")
+        configured: tuple[tuple[After, Mapping[str, tuple[str, ...]]], ...] = (
+            ("error", settings.fallbacks),
+            ("context", settings.context_window_fallbacks),
+            ("policy", settings.content_policy_fallbacks),
+        )
+        for after, named in configured:
+            for other in dict.fromkeys(other for tier in tiers for other in named.get(tier, ())):
+                targets = () if other in tiers else self.tiers.get(other, ())
+                if principal is None or principal.may_ask_for(other):
+                    if targets:
+                        yield Route(targets, None, FALLBACK, after)
+                    continue
+                for model in principal.models or ():
+                    serving = tuple(target for target in targets if model in target.models)
+                    if serving:
+                        yield Route(serving, model, FALLBACK, after)
 
     def models(self) -> list[dict[str, Any]]:
         """The merged model list in the order of the configuration; a backend's own objects stay as they are."""

@@ -1,5 +1,6 @@
 """The stage that turns a request's model into the routes it may take; policies below narrow them."""
 
+from tokenmill.engine.gateway.fallback import fitting
 from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply
 from tokenmill.engine.gateway.portfolio import Portfolio
 
@@ -14,5 +15,5 @@ class ResolveModel:
 
     async def handle(self, exchange: Exchange, proceed: Handler) -> Reply:
         """See `pipeline.Stage`."""
-        exchange.routes = self._portfolio.routes(exchange.model, exchange.principal)
+        exchange.routes = fitting(self._portfolio.routes(exchange.model, exchange.principal), exchange)
         return await proceed(exchange)

@@ -33,8 +33,10 @@ class Settings:
         breaker_cooldown_s: How long it stays open the first time; doubles up to 16 times that.
         retry_ratio: Upstream requests that may be repeated, per request made: bounds retry storms.
         retry_after_s: What `Retry-After` says when no backend can serve and none said anything itself.
-        most_retries: Most times one request is sent again; None: until every backend was asked.
-        fallbacks: Tier to the tiers that take over, in this order, when none of its backends can serve.
+        most_retries: Most times one request is sent again within a tier; None: until every backend was asked.
+        fallbacks: Tier to the tiers that take over, in this order, when none of its backends can serve, or does.
+        context_window_fallbacks: Tier to those that take over from it when a prompt is too long for it.
+        content_policy_fallbacks: Tier to those that take over when its backends refuse a request's content.
         workers: Gateway processes that share what a backend may be sent in a minute.
         default_model: What a request without `model` means. None: the sole tier's model, if there is one tier.
     """
@@ -55,6 +57,8 @@ class Settings:
     retry_after_s: int = 2
     most_retries: int | None = None
     fallbacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    context_window_fallbacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    content_policy_fallbacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     workers: int = 1
     default_model: str | None = None
 

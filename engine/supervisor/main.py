@@ -87,7 +87,12 @@ def _summary(plan: Plan, source: Path | None) -> str:
     lines = [f"{source or 'the command line'}: good"]
     lines += [f"  tier {engine.tier}: {' '.join(engine.command[4:])}" for engine in plan.engines]
     lines += [f"  tier {remote.tier}: {_remote(remote)}" for remote in plan.remotes]
-    lines += [f"  tier {tier} falls back to {', '.join(others)}" for tier, others in plan.fallbacks.items()]
+    for when, named in (
+        ("", plan.fallbacks),
+        (", for a long prompt,", plan.context_window_fallbacks),
+        (", for refused content,", plan.content_policy_fallbacks),
+    ):
+        lines += [f"  tier {tier} falls back{when} to {', '.join(others)}" for tier, others in named.items()]
     if plan.governance is not None:
         lines.append(f"  keys and budgets in {plan.governance.store}")
     return "\n".join(lines)

@@ -64,7 +64,8 @@ class Plan:
         server: Where clients connect.
         engines: The vLLM servers to start.
         remotes: The servers elsewhere, as the gateway sees them.
-        fallbacks: Tier to the tiers that take over from it.
+        fallbacks, context_window_fallbacks, content_policy_fallbacks: Tier to the tiers that take over from it, when
+            it fails, when a prompt is too long for it, when it refuses a request's content.
         governance: Who may ask for what; None: everybody for everything.
         observability: What the gateway tells about its work.
         routing: How requests are routed that name no concrete model; None: they are not.
@@ -75,6 +76,8 @@ class Plan:
     engines: tuple[Engine, ...]
     remotes: tuple[Backend, ...]
     fallbacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    context_window_fallbacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    content_policy_fallbacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     governance: Options | None = None
     observability: ObservabilityOptions = field(default_factory=ObservabilityOptions)
     routing: RoutingSettings | None = None
@@ -90,6 +93,8 @@ class Plan:
             breaker_cooldown_s=self.server.breaker_cooldown_seconds,
             most_retries=self.server.retries,
             fallbacks=self.fallbacks,
+            context_window_fallbacks=self.context_window_fallbacks,
+            content_policy_fallbacks=self.content_policy_fallbacks,
             workers=self.server.workers,
             default_model=self.server.default_model,
         )
@@ -114,13 +119,18 @@ def make_plan(config: Config, engine_arguments: Sequence[str] = ()) -> Plan:
             arguments = [*engine_flags(backend), *engine_arguments]
             command = (*ENGINE_COMMAND, resolve_model(backend.model), *arguments)
             engines.append(Engine(backend, name, tier, quality, command, _environment(backend)))
-    fallbacks = {name: tuple(tier.fallbacks) for name, tier in config.tiers.items() if tier.fallbacks}
-    governance = None if config.governance is None else config.governance.options()
-    observability = config.observability.options()
-    routing = None if config.routing is None else config.routing.settings()
-    sensitivity = None if config.sensitivity is None else config.sensitivity.settings()
+    tiers = config.tiers.items()
     return Plan(
-        config.server, tuple(engines), tuple(remotes), fallbacks, governance, observability, routing, sensitivity
+        config.server,
+        tuple(engines),
+        tuple(remotes),
+        {name: tuple(tier.fallbacks) for name, tier in tiers if tier.fallbacks},
+        {name: tuple(tier.context_window_fallbacks) for name, tier in tiers if tier.context_window_fallbacks},
+        {name: tuple(tier.content_policy_fallbacks) for name, tier in tiers if tier.content_policy_fallbacks},
+        None if config.governance is None else config.governance.options(),
+        config.observability.options(),
+        None if config.routing is None else config.routing.settings(),
+        None if config.sensitivity is None else config.sensitivity.settings(),
     )
 
 

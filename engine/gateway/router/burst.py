@@ -40,4 +40,4 @@ def spread(route: Route, settings: RoutingSettings) -> tuple[Route, ...]:
     groups = by_preference(route.targets, settings)
     if len(groups) == 1 and len(groups[0]) == len(route.targets):
         return (route,)
-    return tuple(Route(group, route.model, route.why) for group in groups)
+    return tuple(route.only(group) for group in groups)

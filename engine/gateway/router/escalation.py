@@ -16,6 +16,7 @@ from typing import Any
 
 from tokenmill.engine.gateway.api_error import ApiError
 from tokenmill.engine.gateway.body import Body
+from tokenmill.engine.gateway.fallback import passes_on, trouble_of
 from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply
 from tokenmill.engine.gateway.portfolio import Route
 from tokenmill.engine.gateway.router.confidence import confidence, logprobs_of, without_logprobs
@@ -49,18 +50,16 @@ class Escalation:
         if not asked:
             exchange.body = Body(body.with_fields({"logprobs": True}))
             exchange.payload = exchange.body.raw
+        reply: Reply | ApiError
         try:
             reply = await proceed(exchange)
         except ApiError as error:
-            if error.status not in (429, 503):
-                raise
-            reply = None
+            reply = error
         exchange.body, exchange.payload = body, payload
-        if reply is None or reply.status in (429, 503):
-            exchange.routes = _untried(routes, exchange)
-            if exchange.routes:
-                return await proceed(exchange)
-            return reply or await _as_before(exchange, routes, proceed)
+        if _another_may_do_better(reply, exchange):
+            return await _instead(exchange, proceed, _without(routes, first) if exchange.calls else routes, reply)
+        if isinstance(reply, ApiError):
+            raise reply
         if reply.status >= 400:
             return reply
         release = _unchanged if asked else _cleaned
@@ -109,12 +108,6 @@ class Escalation:
         return _with_note(better, note)
 
 
-async def _as_before(exchange: Exchange, routes: Sequence[Route], proceed: Handler) -> Reply:
-    """Has the forwarder say why nobody can serve."""
-    exchange.routes = routes
-    return await proceed(exchange)
-
-
 def _of_tier(routes: Sequence[Route], tier: str, *, logprobs: bool = False) -> list[Route]:
     """The routes' backends of one tier; with `logprobs`, those that can tell the probabilities."""
     found = []
@@ -125,19 +118,46 @@ def _of_tier(routes: Sequence[Route], tier: str, *, logprobs: bool = False) -> l
             if target.backend.tier == tier and (not logprobs or "logprobs" in target.backend.capabilities)
         )
         if kept:
-            found.append(Route(kept, route.model, route.why))
+            found.append(route.only(kept))
     return found
 
 
-def _untried(routes: Sequence[Route], exchange: Exchange) -> list[Route]:
-    """The routes without the backends that were asked already."""
-    tried = {call.target for call in exchange.calls}
+def _without(routes: Sequence[Route], others: Sequence[Route]) -> list[Route]:
+    """The routes without the backends of others."""
+    left_out = {target for route in others for target in route.targets}
     found = []
     for route in routes:
-        kept = tuple(target for target in route.targets if target not in tried)
+        kept = tuple(target for target in route.targets if target not in left_out)
         if kept:
-            found.append(Route(kept, route.model, route.why))
+            found.append(route.only(kept))
     return found
+
+
+def _another_may_do_better(reply: Reply | ApiError, exchange: Exchange) -> bool:
+    if isinstance(reply, ApiError) or reply.status < 400 or exchange.target is None:
+        return passes_on(reply.status)
+    return trouble_of(reply, exchange, exchange.target) == "failed"
+
+
+async def _instead(exchange: Exchange, proceed: Handler, routes: Sequence[Route], failed: Reply | ApiError) -> Reply:
+    """Another tier's answer where the first one failed or could not be asked.
+
+    Where the others fail, too, the first one's error goes back, if it has given one.
+    """
+    target, asked = exchange.target, bool(exchange.calls)
+    exchange.routes = routes
+    if not asked:
+        return await proceed(exchange)
+    try:
+        other = await proceed(exchange) if routes else None
+    except ApiError:
+        other = None
+    if other is not None and other.status < 400:
+        return other
+    exchange.target = target
+    if isinstance(failed, ApiError):
+        raise failed
+    return failed
 
 
 def _with_note(reply: Reply, note: dict[str, Any]) -> Reply:

@@ -12,6 +12,7 @@ import orjson
 
 from tokenmill.engine.gateway.api_error import JSON, ApiError
 from tokenmill.engine.gateway.decision import Decision, Reason
+from tokenmill.engine.gateway.fallback import fitting
 from tokenmill.engine.gateway.hints import hints_of, strip
 from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply
 from tokenmill.engine.gateway.portfolio import Portfolio, Route
@@ -70,7 +71,7 @@ class Router:
             self._decide(exchange)
         else:
             hints_of(exchange)  # a hint that cannot be meant is refused for every model alike
-            named = self._portfolio.routes(exchange.model, exchange.principal)
+            named = fitting(self._portfolio.routes(exchange.model, exchange.principal), exchange)
             exchange.routes = [part for route in named for part in spread(route, self._settings)]
         exchange.on_end(self._observed.learn)
         reply = await proceed(exchange)

@@ -50,7 +50,7 @@ class Clearance:
         for route in routes:
             kept = tuple(target for target in route.targets if self.admits(target))
             if kept:
-                narrowed.append(route if len(kept) == len(route.targets) else Route(kept, route.model, route.why))
+                narrowed.append(route if len(kept) == len(route.targets) else route.only(kept))
         return tuple(narrowed)
 
     def described(self) -> dict[str, Any]:

@@ -1,0 +1,291 @@
+"""Fallbacks after errors: which errors lead to which tier, what goes back when all fail, what none gets around."""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from tests.gateway.governance.governed import MASTER_KEY, Governed, options
+from tests.gateway.running import RunningGateway, wait_until
+from tests.gateway.upstream import Books, FakeUpstream
+from tokenmill.engine.gateway.backends import Backend
+from tokenmill.engine.gateway.governance.accounts import Limits
+from tokenmill.engine.gateway.governance.schema import SCHEMA
+from tokenmill.engine.gateway.money import Prices
+from tokenmill.engine.gateway.sensitivity.settings import SensitivitySettings
+from tokenmill.engine.gateway.settings import Settings
+from tokenmill.engine.gateway.store import Store
+
+CHAT = "/v1/chat/completions"
+JSON = {"content-type": "application/json"}
+#: `small` falls back to `large`, for long prompts to `long`, for refused content to `lax`.
+TIERS = ("small", "large", "long", "lax")
+FALLBACKS = {
+    "fallbacks": {"small": ("large",)},
+    "context_window_fallbacks": {"small": ("long",)},
+    "content_policy_fallbacks": {"small": ("lax",)},
+}
+TOO_LONG = "This model's maximum context length is 100 tokens. However, your messages resulted in 200 tokens."
+
+
+@pytest.fixture(scope="module")
+def upstreams() -> Iterator[dict[str, FakeUpstream]]:
+    servers = {name: FakeUpstream((name,)).start() for name in TIERS}
+    yield servers
+    for server in servers.values():
+        server.stop()
+
+
+@pytest.fixture
+def servers(upstreams: dict[str, FakeUpstream]) -> dict[str, FakeUpstream]:
+    """The backends with empty books, one for each tier."""
+    for server in upstreams.values():
+        server.books = Books()
+    return upstreams
+
+
+@contextmanager
+def running(servers: dict[str, FakeUpstream], key: str | None = "sk-gateway", **more: Any) -> Iterator[RunningGateway]:
+    """A gateway of the four tiers."""
+    backends = [Backend(name, server.url, name, (name,), api_key=key) for name, server in servers.items()]
+    # No circuit opens here: what a single error leads to must not depend on those before it.
+    settings = Settings(breaker_failures=10_000, read_timeout_s=0.5, **FALLBACKS)
+    with RunningGateway(*backends, settings=settings, **more) as gateway:
+        yield gateway
+
+
+@pytest.fixture(scope="module")
+def gateway(upstreams: dict[str, FakeUpstream]) -> Iterator[RunningGateway]:
+    with running(upstreams) as found:
+        yield found
+
+
+def error(status: int, message: str = "no", code: Any = None) -> dict[str, Any]:
+    """What a backend is to do: answer with this error."""
+    body = json.dumps({"error": {"message": message, "type": "t", "param": None, "code": code}})
+    return {"status": status, "body": body, "headers": JSON}
+
+
+def asked(servers: dict[str, FakeUpstream]) -> dict[str, int]:
+    """How many requests each has seen, without those that have seen none."""
+    return {name: len(server.books.requests) for name, server in servers.items() if server.books.requests}
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 408, 429, 500, 501, 502, 503, 504, 529])
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_error_of_the_first_tier_leads_to_the_second(
+    gateway: RunningGateway, servers: dict[str, FakeUpstream], status: int, stream: bool
+) -> None:
+    body = {"model": "small", "stream": stream, "act": {"small": error(status), "large": {}}}
+    got, headers, answer = gateway.post(CHAT, body)
+    assert (got, headers["x-tokenmill-fallback"]) == (200, "large")
+    assert b"[DONE]" in answer if stream else json.loads(answer)["model"] == "large"
+    assert asked(servers) == {"small": 1, "large": 1}
+
+
+@pytest.mark.parametrize("status", [400, 409, 413, 422])
+def test_the_requests_own_fault_goes_back(
+    gateway: RunningGateway, servers: dict[str, FakeUpstream], status: int
+) -> None:
+    got, headers, _ = gateway.post(CHAT, {"model": "small", "act": {"small": error(status), "large": {}}})
+    assert got == status
+    assert "x-tokenmill-fallback" not in headers
+    assert asked(servers) == {"small": 1}
+
+
+def test_a_client_with_a_key_of_his_own_is_told_that_it_is_wrong(servers: dict[str, FakeUpstream]) -> None:
+    with running(servers, key=None) as gateway:
+        for status in (401, 403):
+            assert gateway.post(CHAT, {"model": "small", "act": {"small": error(status)}})[0] == status
+    assert asked(servers) == {"small": 2}
+
+
+def test_a_thing_that_is_kept_at_a_backend_is_not_looked_for_elsewhere(
+    gateway: RunningGateway, servers: dict[str, FakeUpstream]
+) -> None:
+    assert gateway.post("/v1/responses/r1/cancel", {"model": "small", "act": {"small": error(404)}})[0] == 404
+    assert gateway.post("/v1/responses", {"model": "small", "act": {"small": error(404)}})[0] == 404
+    assert asked(servers) == {"small": 2}
+
+
+@pytest.mark.parametrize("last", [error(500, "other"), error(400, "other"), {"cut_after": 0}, {"delay_s": 5}])
+def test_the_first_error_goes_back_untouched_when_all_fail(
+    gateway: RunningGateway, servers: dict[str, FakeUpstream], last: dict[str, Any]
+) -> None:
+    first = error(502, "the first tier's own words", "its_code")
+    status, headers, answer = gateway.post(CHAT, {"model": "small", "act": {"small": first, "large": last}})
+    assert (status, answer) == (502, first["body"].encode())
+    assert "x-tokenmill-fallback" not in headers
+    assert asked(servers) == {"small": 1, "large": 1}
+    metrics = gateway.get("/metrics")[2].decode()
+    assert 'tier="large"' not in "".join(line for line in metrics.splitlines() if 'status="502"' in line)
+
+
+def test_silence_leads_to_another_tier_and_not_to_the_same_one(servers: dict[str, FakeUpstream]) -> None:
+    backends = [Backend(f"s{number}", servers["small"].url, "small", ("small",)) for number in range(2)]
+    backends.append(Backend("large", servers["large"].url, "large", ("large",)))
+    settings = Settings(read_timeout_s=0.5, fallbacks={"small": ("large",)})
+    with RunningGateway(*backends, settings=settings) as gateway:
+        body = {"model": "small", "act": {"small": {"delay_s": 5}, "large": {}}}
+        assert gateway.post(CHAT, body)[0] == 200
+        assert asked(servers) == {"small": 1, "large": 1}
+        # The silent one is hung up on: it may stop.
+        wait_until(lambda: servers["small"].books.cancelled == 1)
+
+
+def test_a_stream_that_has_begun_is_not_begun_elsewhere(
+    gateway: RunningGateway, servers: dict[str, FakeUpstream]
+) -> None:
+    body = {"model": "small", "stream": True, "act": {"small": {"cut_after": 3}, "large": {}}}
+    raw = json.dumps(body).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: "
+    answer = gateway.raw(head + str(len(raw)).encode() + b"\r\n\r\n" + raw)
+    assert b"w2" in answer and b"upstream_cut" in answer and b"[DONE]" not in answer
+    assert asked(servers) == {"small": 1}
+
+
+@pytest.mark.parametrize(
+    "said", [error(400, "x", "context_length_exceeded"), error(400, TOO_LONG, 400), error(413, "Prompt is too long: 9")]
+)
+def test_a_prompt_that_is_too_long_goes_where_it_fits(
+    gateway: RunningGateway, servers: dict[str, FakeUpstream], said: dict[str, Any]
+) -> None:
+    # As many bytes as may be more tokens than the 4096 that the backend's own list says.
+    talk = [{"role": "user", "content": "x" * 5000}]
+    status, headers, _ = gateway.post(CHAT, {"model": "small", "messages": talk, "act": {"small": said, "long": {}}})
+    assert (status, headers["x-tokenmill-fallback"]) == (200, "long")
+    assert asked(servers) == {"small": 1, "long": 1}
+
+
+def test_a_prompt_that_cannot_fit_is_not_sent_first(servers: dict[str, FakeUpstream]) -> None:
+    backends = [
+        Backend("small", servers["small"].url, "small", ("small",), context_window=400),
+        Backend("long", servers["long"].url, "long", ("long",), prices=Prices(10**6, 10**6, 10**6)),
+    ]
+    settings = Settings(context_window_fallbacks={"small": ("long",)})
+    with RunningGateway(*backends, settings=settings) as gateway:
+        for size, expected in ((100, "small"), (1200, "small"), (1700, "long")):
+            body = {"model": "small", "messages": [{"role": "user", "content": "x" * size}], "max_tokens": 10}
+            status, headers, answer = gateway.post(CHAT, body)
+            assert (status, json.loads(answer)["model"]) == (200, expected)
+            assert headers.get("x-tokenmill-fallback") == (None if expected == "small" else expected)
+    assert asked(servers) == {"small": 2, "long": 1}
+
+
+def test_refused_content_goes_only_where_that_is_meant(
+    gateway: RunningGateway, servers: dict[str, FakeUpstream]
+) -> None:
+    refused = error(400, "filtered", "content_filter")
+    status, headers, _ = gateway.post(CHAT, {"model": "small", "act": {"small": refused, "lax": {}}})
+    assert (status, headers["x-tokenmill-fallback"]) == (200, "lax")
+    status, _, answer = gateway.post(CHAT, {"model": "large", "act": {"large": refused}})
+    assert (status, answer) == (400, refused["body"].encode())
+    assert asked(servers) == {"small": 1, "lax": 1, "large": 1}
+
+
+def test_no_tier_is_asked_much_more_often_than_requests_come(servers: dict[str, FakeUpstream]) -> None:
+    backends = [Backend(f"s{number}", servers["small"].url, "small", ("small",)) for number in range(3)]
+    backends += [Backend(f"l{number}", servers["large"].url, "large", ("large",)) for number in range(3)]
+    settings = Settings(breaker_failures=10_000, retry_ratio=0.1, fallbacks={"small": ("large",)})
+    with RunningGateway(*backends, settings=settings) as gateway:
+        for _ in range(150):
+            assert gateway.post(CHAT, {"model": "small", "act": error(500)})[0] == 500
+    assert max(asked(servers).values()) <= 150 * 1.1 + 10
+    assert sum(asked(servers).values()) <= 150 * 2.1 + 10
+
+
+def test_retries_are_counted_within_a_tier(servers: dict[str, FakeUpstream]) -> None:
+    backends = [Backend(f"s{number}", servers["small"].url, "small", ("small",)) for number in range(3)]
+    backends.append(Backend("large", servers["large"].url, "large", ("large",)))
+    for most, expected in ((0, 1), (1, 2)):
+        servers["small"].books, servers["large"].books = Books(), Books()
+        settings = Settings(breaker_failures=10_000, most_retries=most, fallbacks={"small": ("large",)})
+        with RunningGateway(*backends, settings=settings) as gateway:
+            assert gateway.post(CHAT, {"model": "small", "act": {"small": error(500), "large": {}}})[0] == 200
+        assert asked(servers) == {"small": expected, "large": 1}
+
+
+@pytest.fixture(scope="module")
+def governed(upstreams: dict[str, FakeUpstream], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Governed]:
+    """`small` stands here and is cheap, `large` in the cloud and dear."""
+    place = str(tmp_path_factory.mktemp("books") / "gateway.db")
+    # Micro-cents a token, times a million.
+    cheap, dear = Prices(10**6, 10**6, 10**6), Prices(10**9, 10**9, 10**9)
+    small, large = upstreams["small"].url, upstreams["large"].url
+    backends = (
+        Backend("small", small, "small", ("small",), prices=cheap, context_window=4096),
+        Backend("large", large, "large", ("large",), prices=dear, context_window=4096, zone="cloud"),
+    )
+    settings = Settings(breaker_failures=10_000, fallbacks={"small": ("large",)})
+    sensitivity = SensitivitySettings(default="stay")
+    with RunningGateway(
+        *backends, settings=settings, governance=options(place), key=MASTER_KEY, sensitivity=sensitivity
+    ) as gateway:
+        store = Store(place, SCHEMA)
+        yield Governed(gateway, store)
+        store.close()
+
+
+def ask(governed: Governed, key: str, content: str = "hello", small: Any = None) -> tuple[int, Any]:
+    act = {"small": small or error(500), "large": {}}
+    body = {"model": "small", "messages": [{"role": "user", "content": content}], "max_tokens": 5, "act": act}
+    status, _, answer = governed.ask(key, body)
+    return status, json.loads(answer)
+
+
+def test_personal_data_stays_whatever_fails(governed: Governed, servers: dict[str, FakeUpstream]) -> None:
+    _, key = governed.key()
+    for failing in (error(500), error(429), error(401), error(404), {"cut_after": 0}, error(400, TOO_LONG)):
+        status, _ = ask(governed, key, "write to jane.doe@example.com", failing)
+        assert status >= 400
+        assert ask(governed, key, "write to nobody", failing)[0] == 200
+    assert asked(servers)["large"] == 6
+    assert all(b"jane" not in raw for _, _, raw in servers["large"].books.requests)
+
+
+def test_a_key_falls_back_only_to_what_it_may_ask_for(governed: Governed, servers: dict[str, FakeUpstream]) -> None:
+    _, key = governed.key(models=["small"])
+    assert ask(governed, key)[0] == 500
+    _, key = governed.key(models=["small", "large"])
+    assert ask(governed, key)[0] == 200
+    assert asked(servers) == {"small": 2, "large": 1}
+
+
+def test_the_fallbacks_price_is_reserved_and_its_tokens_are_charged(
+    governed: Governed, servers: dict[str, FakeUpstream]
+) -> None:
+    key_id, key = governed.key(Limits(hard_limit=10_000))
+    status, answer = ask(governed, key, small={})
+    assert (status, answer["error"]["code"]) == (429, "insufficient_quota"), "the dear fallback does not fit"
+    assert asked(servers) == {}
+    key_id, key = governed.key()
+    status, answer = ask(governed, key)
+    assert status == 200
+    wait_until(lambda: len(governed.ledger(key_id)) == 1)
+    (row,) = governed.ledger(key_id)
+    usage = answer["usage"]
+    assert (row.backend, row.attempts, row.outcome) == ("large", 2, "ok")
+    assert (row.prompt, row.completion) == (usage["prompt_tokens"], usage["completion_tokens"])
+    assert row.cost == 1000 * (row.prompt + row.completion) == governed.account(key_id).spent
+
+
+def test_budgets_hold_while_everything_falls_back(governed: Governed, servers: dict[str, FakeUpstream]) -> None:
+    key_id, key = governed.key(Limits(hard_limit=1_500_000))
+    statuses: list[int] = []
+
+    def spend() -> None:
+        for _ in range(20):
+            statuses.append(ask(governed, key)[0])
+
+    clients = [threading.Thread(target=spend) for _ in range(8)]
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.join()
+    wait_until(lambda: governed.account(key_id).reserved == 0)
+    books = servers["large"].books
+    assert set(statuses) == {200, 429}
+    assert governed.account(key_id).spent == 1000 * (books.prompt_tokens + books.completion_tokens) <= 1_500_000
