@@ -210,6 +210,7 @@ def all_contestants(*, cpu: bool) -> tuple[Contestant, ...]:
 
 
 def _on_cpu() -> tuple[Contestant, ...]:
+    from tokenmill.bench.rivals_ggml import GgmlQ40
     from tokenmill.bench.rivals_onnxruntime import OnnxRuntimeInt4
     from tokenmill.bench.rivals_vllm import VllmInt4
 
@@ -222,6 +223,7 @@ def _on_cpu() -> tuple[Contestant, ...]:
         AtenInt4(),
         VllmInt4(),
         OnnxRuntimeInt4(),
+        GgmlQ40(),
     )
 
 

@@ -128,6 +128,12 @@ COMMIT = Variable(
     str,
     "The commit that measured rows name where there is no git, as on a machine that got a copy of the tree.",
 )
+GGML: Variable[Path | None] = Variable(
+    "TOKENMILL_GGML",
+    None,
+    _directory,
+    "Folder with libggml.so and its parts, a rival of `tokenmill bench int4 --cpu`; default: llama-cpp-python's.",
+)
 
 #: The table that `tokenmill doctor` prints; a new variable is added here.
 VARIABLES: tuple[Variable[object], ...] = (  # type: ignore[assignment]
@@ -140,4 +146,5 @@ VARIABLES: tuple[Variable[object], ...] = (  # type: ignore[assignment]
     STATUS_FILE,
     PARENT_FD,
     COMMIT,
+    GGML,
 )
