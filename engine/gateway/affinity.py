@@ -24,15 +24,16 @@ def prompt_blocks(body: Body | None, model: str | None) -> list[int]:
     if body is None:
         return []
     for name in _PROMPT_FIELDS:
-        text = body.raw_field(name)
-        if text is not None:
+        field = body.view(name)
+        if field is not None:
             break
     else:
         return []
+    text = bytes(field[: BLOCK_BYTES * MAX_BLOCKS])
     # Tool definitions stand before the messages in every chat template.
     chain = hash((model, body.raw_field("tools")))
     blocks = []
-    for start in range(0, min(len(text), BLOCK_BYTES * MAX_BLOCKS) - BLOCK_BYTES + 1, BLOCK_BYTES):
+    for start in range(0, len(text) - BLOCK_BYTES + 1, BLOCK_BYTES):
         chain = hash((chain, text[start : start + BLOCK_BYTES]))
         blocks.append(chain)
     return blocks

@@ -127,7 +127,8 @@ class Gateway:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""
         if scope["type"] == "http":
-            site = self._site(scope["path"]) if self._sites else None
+            path = scope["path"]
+            site = None if path in _POST_ONLY or not self._sites else self._site(path)
             await (self._http if site is None else site)(scope, receive, send)
         elif scope["type"] == "lifespan":
             await self._lifespan(receive, send)
@@ -159,7 +160,7 @@ class Gateway:
         method: str = scope["method"]
         identity = request_id(scope["headers"])
         try:
-            if method == "POST" and (path in BARE_PATHS or _is_passed(path)) and path not in self._endpoints:
+            if method == "POST" and (path in _POST_ONLY or _is_passed(path)) and path not in self._endpoints:
                 await self._inference(scope, receive, send, identity)
                 return
             reply = await self._local(method, path, scope["headers"])
@@ -346,12 +347,12 @@ def _error_reply(error: ApiError) -> Reply:
 
 def _head(reply: Reply, identity: str) -> Headers:
     """The reply's headers with the request's id; a backend's own id goes on under another name."""
-    head = [
-        (b"x-upstream-request-id", value) if name == b"x-request-id" and value != identity.encode() else (name, value)
-        for name, value in reply.headers
-        if name != b"x-request-id" or value != identity.encode()
-    ]
-    head.append((b"x-request-id", identity.encode()))
+    ours = identity.encode()
+    head = [header for header in reply.headers if header[0] != b"x-request-id"]
+    if len(head) < len(reply.headers):
+        others = [value for name, value in reply.headers if name == b"x-request-id" and value != ours]
+        head += [(b"x-upstream-request-id", value) for value in others]
+    head.append((b"x-request-id", ours))
     return head
 
 

@@ -7,6 +7,8 @@ import re
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import TYPE_CHECKING, Any
 
+from tokenmill.engine.gateway.request import ON_HANGUP
+
 if TYPE_CHECKING:
     from tokenmill.engine.gateway.protocol import GatewayProtocol
 
@@ -141,6 +143,9 @@ class Cycle:
             elif not self.complete and not self._gone:
                 # An answer that is broken off on purpose: the client must see that it is not whole.
                 self._connection.close()
+        finally:
+            # It leads back here: nothing that a request leaves may need the collector.
+            self.scope.pop(ON_HANGUP, None)
 
     async def _fail(self) -> None:
         headers = [(b"content-length", b"0"), (b"connection", b"close")]

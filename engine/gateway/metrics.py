@@ -1,18 +1,17 @@
 """Prometheus metrics of the gateway, and the stage that counts.
 
 Labels are bounded: endpoints are those of the API (others are `other`), tiers and backends those of the
-configuration, teams and apps the first ones met (others are `other`). Counters are kept children, so that counting
-costs well under a microsecond each. With several workers, `/metrics` has the sums of all of them.
+configuration, teams and apps the first ones met (others are `other`). With several workers, `/metrics` has the sums
+of all of them.
 """
 
 import asyncio
-import functools
 import os
 import time
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from tokenmill.engine.gateway.money import MICRO_CENTS_PER_DOLLAR
@@ -21,6 +20,7 @@ from tokenmill.engine.gateway.observability.bounded import Bounded
 from tokenmill.engine.gateway.observability.decisions import Decisions, was_escalated
 from tokenmill.engine.gateway.observability.options import Options
 from tokenmill.engine.gateway.observability.shared import Board, Report
+from tokenmill.engine.gateway.observability.tally import Histogram, Tally
 from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply
 from tokenmill.engine.gateway.portfolio import Portfolio, Target
 
@@ -55,66 +55,62 @@ class Metrics:
         self._teams, self._apps = Bounded(options.accounts), Bounded(options.accounts)
         self._decisions = Decisions()
         self.board = Board(Path(options.shared) if options.shared else None, self.report)
-        self.registry = CollectorRegistry()
         where = ("tier", "backend")
-        self._requests = Counter(
+        whose = ("team", "app", "tier")
+        self._requests = Tally(
             "tokenmill_requests",
             "Requests to models by how they ended.",
             ("endpoint", *where, "status", "outcome"),
-            registry=self.registry,
         )
         self._duration = Histogram(
             "tokenmill_request_duration_seconds",
             "From a request's head to the last byte of its reply.",
             where,
-            buckets=_SECONDS,
-            registry=self.registry,
+            _SECONDS,
         )
         self._first_token = Histogram(
             "tokenmill_time_to_first_token_seconds",
             "From a request's head to the first byte of a streamed reply.",
             where,
-            buckets=_SECONDS,
-            registry=self.registry,
+            _SECONDS,
         )
         self._per_token = Histogram(
             "tokenmill_time_per_output_token_seconds",
             "Time between the output tokens of a streamed reply, its mean.",
             where,
-            buckets=_SECONDS_PER_TOKEN,
-            registry=self.registry,
+            _SECONDS_PER_TOKEN,
         )
-        self._tokens = Counter("tokenmill_tokens", "Tokens by kind.", (*where, "kind"), registry=self.registry)
-        whose = ("team", "app", "tier")
-        self._owned_requests = Counter(
-            "tokenmill_account_requests", "Requests to models by who asked.", whose, registry=self.registry
-        )
-        self._owned_tokens = Counter(
-            "tokenmill_account_tokens", "Tokens by who asked.", (*whose, "kind"), registry=self.registry
-        )
-        self._cost = Counter(
-            "tokenmill_cost_dollars", "What the tokens cost, by who asked.", whose, registry=self.registry
-        )
-        self._escalations = Counter(
+        self._tokens = Tally("tokenmill_tokens", "Tokens by kind.", (*where, "kind"))
+        self._owned_requests = Tally("tokenmill_account_requests", "Requests to models by who asked.", whose)
+        self._owned_tokens = Tally("tokenmill_account_tokens", "Tokens by who asked.", (*whose, "kind"))
+        self._cost = Tally("tokenmill_cost_dollars", "What the tokens cost, by who asked.", whose)
+        self._escalations = Tally(
             "tokenmill_escalations",
             "Answers that were not confident enough and were asked of another tier.",
             ("tier", "to"),
-            registry=self.registry,
         )
-        self._attempts = Counter(
-            "tokenmill_upstream_requests",
-            "Requests sent to backends, repeated ones included.",
-            where,
-            registry=self.registry,
+        self._attempts = Tally(
+            "tokenmill_upstream_requests", "Requests sent to backends, repeated ones included.", where
         )
-        self._outstanding = Gauge(
-            "tokenmill_outstanding_requests", "Requests open at a backend.", where, registry=self.registry
-        )
-        self._up = Gauge("tokenmill_backend_up", "1 when a backend is up.", where, registry=self.registry)
+        self._outstanding = Tally("tokenmill_outstanding_requests", "Requests open at a backend.", where, "gauge")
+        self._up = Tally("tokenmill_backend_up", "1 when a backend is up.", where, "gauge")
         self.open = 0
-        self._open = Gauge("tokenmill_open_requests", "Requests that have not ended.", registry=self.registry)
-        # Kept children: labels() costs a microsecond, a kept child a third of one.
-        self._child = functools.lru_cache(maxsize=4096)(lambda metric, *labels: metric.labels(*labels))
+        self._open = Tally("tokenmill_open_requests", "Requests that have not ended.", kind="gauge")
+        self._all: tuple[Tally | Histogram, ...] = (
+            self._requests,
+            self._duration,
+            self._first_token,
+            self._per_token,
+            self._tokens,
+            self._owned_requests,
+            self._owned_tokens,
+            self._cost,
+            self._escalations,
+            self._attempts,
+            self._outstanding,
+            self._up,
+            self._open,
+        )
         self._rendered = b""
         self._rendered_at = 0.0
         self._rendering: asyncio.Future[bytes] | None = None
@@ -123,30 +119,29 @@ class Metrics:
         """Counts a request that has ended."""
         self.open -= 1
         target = exchange.target
-        tier, backend = (target.backend.tier, target.backend.name) if target else ("", "")
+        tier, backend = where = (target.backend.tier, target.backend.name) if target else ("", "")
         endpoint = exchange.endpoint if exchange.endpoint in _ENDPOINTS else "other"
-        child = self._child
-        child(self._requests, endpoint, tier, backend, str(exchange.status), exchange.outcome).inc()
+        self._requests.add((endpoint, tier, backend, str(exchange.status), exchange.outcome))
         if target is None:
             return
-        child(self._duration, tier, backend).observe(time.perf_counter() - exchange.started)
-        child(self._attempts, tier, backend).inc(exchange.attempts)
+        self._duration.observe(where, time.perf_counter() - exchange.started)
+        self._attempts.add(where, exchange.attempts)
         usage = exchange.usage
         if usage.prompt:
-            child(self._tokens, tier, backend, "prompt").inc(usage.prompt)
+            self._tokens.add((tier, backend, "prompt"), usage.prompt)
         if usage.cached:
-            child(self._tokens, tier, backend, "cached").inc(usage.cached)
+            self._tokens.add((tier, backend, "cached"), usage.cached)
         if usage.completion:
-            child(self._tokens, tier, backend, "completion").inc(usage.completion)
+            self._tokens.add((tier, backend, "completion"), usage.completion)
         if exchange.first_chunk_at:
-            child(self._first_token, tier, backend).observe(exchange.first_chunk_at - exchange.started)
+            self._first_token.observe(where, exchange.first_chunk_at - exchange.started)
             if usage.completion > 1:
                 span = exchange.last_chunk_at - exchange.first_chunk_at
-                child(self._per_token, tier, backend).observe(span / (usage.completion - 1))
+                self._per_token.observe(where, span / (usage.completion - 1))
         self._count_owner(exchange, tier)
         if exchange.decision is not None:
             if was_escalated(exchange):
-                child(self._escalations, exchange.decision.tier, tier).inc()
+                self._escalations.add((exchange.decision.tier, tier))
             self._decisions.note(exchange)
 
     def _count_owner(self, exchange: Exchange, tier: str) -> None:
@@ -154,18 +149,18 @@ class Metrics:
         principal = exchange.principal
         team = self._teams.name(principal.team) if principal else ""
         app = self._apps.name(principal.app) if principal else ""
-        child = self._child
-        child(self._owned_requests, team, app, tier).inc()
+        whose = (team, app, tier)
+        self._owned_requests.add(whose)
         cost = 0
         for call in exchange.calls:
             usage, prices = call.usage, call.target.backend.prices
             cost += prices.cost(usage.prompt, usage.cached, usage.completion)
             if usage.prompt:
-                child(self._owned_tokens, team, app, tier, "prompt").inc(usage.prompt)
+                self._owned_tokens.add((*whose, "prompt"), usage.prompt)
             if usage.completion:
-                child(self._owned_tokens, team, app, tier, "completion").inc(usage.completion)
+                self._owned_tokens.add((*whose, "completion"), usage.completion)
         if cost:
-            child(self._cost, team, app, tier).inc(cost / MICRO_CENTS_PER_DOLLAR)
+            self._cost.add(whose, cost / MICRO_CENTS_PER_DOLLAR)
 
     async def start(self) -> None:
         """Begins to tell the other workers."""
@@ -177,13 +172,13 @@ class Metrics:
 
     def report(self) -> Report:
         """What this worker has to tell; may be called in a thread."""
-        self._open.set(self.open)
+        self._open.set((), self.open)
         targets = self._portfolio.targets
         for target in targets:
-            labels = (target.backend.tier, target.backend.name)
-            self._child(self._outstanding, *labels).set(target.outstanding)
-            self._child(self._up, *labels).set(1 if target.ready else 0)
-        families = snapshot.take(self.registry)
+            where = (target.backend.tier, target.backend.name)
+            self._outstanding.set(where, target.outstanding)
+            self._up.set(where, 1 if target.ready else 0)
+        families = [one.family() for one in self._all]
         return Report(os.getpid(), families, self._decisions.latest(), [_state(target) for target in targets])
 
     def _everybodys(self) -> bytes:
@@ -234,8 +229,8 @@ class MetricsStage:
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
 
-    async def handle(self, exchange: Exchange, proceed: Handler) -> Reply:
+    def handle(self, exchange: Exchange, proceed: Handler) -> Awaitable[Reply]:
         """See `pipeline.Stage`."""
         self._metrics.open += 1
         exchange.on_end(self._metrics.count)
-        return await proceed(exchange)
+        return proceed(exchange)

@@ -238,8 +238,11 @@ class Stage(Protocol):
 
     name: str
 
-    async def handle(self, exchange: Exchange, proceed: Handler) -> Reply:
-        """Answers, refuses (`ApiError`), or calls `proceed` and returns its reply, changed or not."""
+    def handle(self, exchange: Exchange, proceed: Handler) -> Awaitable[Reply]:
+        """Answers, refuses (`ApiError`), or calls `proceed` and returns its reply, changed or not.
+
+        One that does nothing with the reply needs not be a coroutine: it returns what `proceed` does.
+        """
         ...
 
 

@@ -58,6 +58,10 @@ class PostgresConnection:
             self.raw.cursor().executemany(_translated(statement), parameters)
         return None
 
+    def make(self, statement: str) -> None:
+        """See `store.Connection`."""
+        self.execute(statement)
+
     def version(self) -> object:
         """See `store.Connection`: cannot be told."""
         return None

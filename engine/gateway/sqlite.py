@@ -24,6 +24,10 @@ _CHECKPOINT_PAGES = 4096
 _PATIENCE_S = 30.0
 
 
+#: What stands in a table's statement where its rows are to lie in the order of its primary key (`governance.schema`).
+_CLUSTERED = "/* clustered */"
+
+
 class SqliteConnection(sqlite3.Connection):
     """A connection; `Sqlite` makes it.
 
@@ -39,6 +43,10 @@ class SqliteConnection(sqlite3.Connection):
         self.order = order
         self.rollbacks = 0
         self._serial = next(self._serials)
+
+    def make(self, statement: str) -> None:
+        """See `store.Connection`."""
+        self.execute(statement.replace(_CLUSTERED, "WITHOUT ROWID"))
 
     def version(self) -> object:
         """See `store.Connection`."""

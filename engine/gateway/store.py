@@ -78,6 +78,10 @@ class Connection(Protocol):
         """Runs one statement for each of many sets of parameters."""
         ...
 
+    def make(self, statement: str) -> None:
+        """Runs a statement that makes a table or an index."""
+        ...
+
     def version(self) -> object:
         """Differs from before where anything in the database may; None: nobody can tell. For the writer's."""
         ...
@@ -425,7 +429,7 @@ def _make_tables(connection: Connection, schema: Sequence[str], shown: str) -> N
     row = connection.execute("SELECT version FROM schema_version").fetchone()
     if row is None:
         for statement in schema:
-            connection.execute(statement)
+            connection.make(statement)
         connection.execute("INSERT INTO schema_version (version) VALUES (?)", (SCHEMA_VERSION,))
     elif row[0] > SCHEMA_VERSION:
         raise ConfigurationError(

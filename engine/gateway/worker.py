@@ -22,7 +22,6 @@ import signal
 import socket
 import sys
 
-import prometheus_client
 import uvicorn
 
 from tokenmill import env
@@ -107,8 +106,6 @@ def main(arguments: list[str] | None = None) -> int:
     die_with_parent(document.parent_pid)
     give_memory_back()
     log_to_stderr()
-    # One more series per counter, which nobody reads.
-    prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     # uvicorn raises the signal again after draining; a drained worker has done what it was asked to and exits with 0.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

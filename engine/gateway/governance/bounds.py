@@ -6,7 +6,7 @@ asked for; else the backend's context window; else the configured bound. A backe
 `max_tokens`, or price things that are no tokens): `books` says what is done then.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import msgspec
 import re2
@@ -26,6 +26,9 @@ _MOST_TOKENS = 100_000_000
 #: An image among the contents, by any of the APIs.
 _IMAGES = re2.compile(rb'"image_url"\s*:|"image"')
 _STATED = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+_ANSWERS = ("n", "best_of")
+#: Fields that say something about a request's size.
+_TELLING = frozenset({*_STATED, *_ANSWERS, "tools", "functions"})
 #: Paths whose answers are not generated.
 _NOT_GENERATING = frozenset(
     {
@@ -37,8 +40,7 @@ _NOT_GENERATING = frozenset(
 _FREE = frozenset({"/tokenize", "/detokenize"})
 
 
-@dataclass(frozen=True)
-class Bound:
+class Bound(NamedTuple):
     """Tokens; neither can be exceeded by a backend that does what it was asked."""
 
     prompt: int
@@ -50,8 +52,7 @@ class Bound:
         return self.prompt + self.completion
 
 
-@dataclass(frozen=True)
-class Asked:
+class Asked(NamedTuple):
     """What a request says about its own size.
 
     Attributes:
@@ -91,15 +92,17 @@ def asked(exchange: Exchange) -> Asked:
     prompt = len(payload) + TEMPLATE_TOKENS
     if body is None:
         return Asked(prompt, 1, 1, None)
-    if "tools" in body or "functions" in body:
+    named = body.those_of(_TELLING)
+    if "tools" in named or "functions" in named:
         prompt += TOOL_TOKENS
-    if b'"image' in payload:
+    # Not `in`: it takes twenty times as long.
+    if _IMAGES.search(payload):
         prompt += IMAGE_TOKENS * sum(1 for _ in _IMAGES.finditer(payload))
     prompt = min(prompt, _MOST_TOKENS)
     if endpoint in _NOT_GENERATING:
         return Asked(prompt, 1, 1, 0)
-    stated = [value for name in _STATED if name in body and (value := body.get(name, int)) is not None]
-    answers = max(_count(body, "n"), _count(body, "best_of"))
+    stated = [value for name in _STATED if name in named and (value := body.get(name, int)) is not None]
+    answers = max([_count(body, name) for name in _ANSWERS if name in named], default=1)
     prompts = _prompts(body) if endpoint == "/v1/completions" else 1
     # Some servers take a negative number for "as many as there is room for".
     completion = min(max(stated), _MOST_TOKENS) if stated and min(stated) >= 0 else None
@@ -116,8 +119,6 @@ def context_window(target: Target) -> int | None:
 
 
 def _count(body: Body, name: str) -> int:
-    if name not in body:
-        return 1
     return min(max(body.get(name, int) or 1, 1), _MOST_TOKENS)
 
 

@@ -1,12 +1,14 @@
 """The stage that says whose request it is, and refuses those of nobody.
 
 What is known of a key is kept in memory. Every change to keys and accounts is audited in its own transaction, so the
-number of the audit trail's last row is the version of what was kept. From a file it is read for every request (3 us),
-from a server a few times a second. Either way a key that was revoked by any process is refused from the next request
-on: the transaction that reserves looks again (`books`).
+number of the audit trail's last row is the version of what was kept. From a file it is read in every round of the
+event loop that has requests, from a server a few times a second. Either way a key that was revoked by any process is
+refused from the next request on: the transaction that reserves looks again (`books`).
 """
 
+import asyncio
 import time
+from collections.abc import Awaitable
 from dataclasses import dataclass
 
 from tokenmill.engine.gateway.api_error import ApiError, Headers, quote
@@ -45,6 +47,7 @@ class Identities:
         self._known: dict[str, _Known] = {}
         self._version = -1
         self._read_at = 0.0
+        self._read_in_this_round = False
 
     def of(self, headers: Headers) -> Principal:
         """The owner of a request with these headers, names in lower case.
@@ -57,9 +60,7 @@ class Identities:
             return Principal(MASTER)
         store = self._governance.store
         reader = store.reader
-        tick = time.monotonic()
-        if store.local or tick - self._read_at > VERSION_KEPT_S:
-            self._read_at = tick
+        if not self._is_fresh(store.local):
             version = audit.sequence(reader)
             if version != self._version or len(self._known) > MOST_KEPT:
                 self._known.clear()
@@ -69,6 +70,23 @@ class Identities:
         if known is None or (known.until is not None and now >= known.until):
             known = self._known[hashed] = _look_up(reader, hashed, now)
         return known.principal
+
+    def _is_fresh(self, local: bool) -> bool:
+        """Whether the version that is known was read just now; it is going to be read otherwise."""
+        if local:
+            if self._read_in_this_round:
+                return True
+            self._read_in_this_round = True
+            asyncio.get_running_loop().call_soon(self._forget_round)
+            return False
+        tick = time.monotonic()
+        if tick - self._read_at <= VERSION_KEPT_S:
+            return True
+        self._read_at = tick
+        return False
+
+    def _forget_round(self) -> None:
+        self._read_in_this_round = False
 
 
 def _credential(headers: Headers) -> str:
@@ -133,7 +151,7 @@ class Identify:
         self._identities = identities
         self._default_model = default_model
 
-    async def handle(self, exchange: Exchange, proceed: Handler) -> Reply:
+    def handle(self, exchange: Exchange, proceed: Handler) -> Awaitable[Reply]:
         """See `pipeline.Stage`."""
         exchange.principal = principal = self._identities.of(exchange.headers)
         exchange.forward = [header for header in exchange.forward if header[0] not in CREDENTIALS]
@@ -146,4 +164,4 @@ class Identify:
                 code="model_not_allowed",
                 param="model",
             )
-        return await proceed(exchange)
+        return proceed(exchange)

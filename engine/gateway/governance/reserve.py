@@ -23,6 +23,8 @@ _RATE_NAMES = {
     kind: tuple(f"x-ratelimit-{name}-{kind}".encode() for name in ("limit", "remaining", "reset"))
     for kind in ("requests", "tokens")
 }
+#: Seconds after which a limit is whole again, the request that was just counted included.
+_RESET_S = budgets.WINDOW_S + 1
 #: OpenAI's clients do not wait longer than this, but try again at once; it is better to tell them not to.
 _CLIENT_PATIENCE_MS = 60_000
 
@@ -127,7 +129,7 @@ def _rate(kind: str, rate: Rate | None) -> Headers:
     """The usual headers; the limit is whole again when this request has left the window."""
     if rate is None:
         return []
-    return _rate_headers(kind, rate.limit, rate.remaining, budgets.WINDOW_S + 1)
+    return _rate_headers(kind, rate.limit, rate.remaining, _RESET_S)
 
 
 def _rate_headers(kind: str, limit: int, remaining: int, reset_s: float) -> Headers:
@@ -135,7 +137,7 @@ def _rate_headers(kind: str, limit: int, remaining: int, reset_s: float) -> Head
     return [
         (limit_name, b"%d" % limit),
         (remaining_name, b"%d" % max(remaining, 0)),
-        (reset_name, f"{reset_s:g}s".encode()),
+        (reset_name, b"%ds" % reset_s if reset_s == _RESET_S else f"{reset_s:g}s".encode()),
     ]
 
 
@@ -155,7 +157,7 @@ def refusal(found: Refusal) -> ApiError:
         wait = [(b"x-should-retry", b"false")]
     else:
         wait = [retry_after(found.retry_ms / 1000 + 0.5)]
-    reset_s = budgets.WINDOW_S + 1 if found.retry_ms is None else round(found.retry_ms / 1000, 3)
+    reset_s = _RESET_S if found.retry_ms is None else round(found.retry_ms / 1000, 3)
     headers = [*wait, *_rate_headers(found.limit, found.allowed, found.allowed - found.used, reset_s)]
     return ApiError(429, message, code="rate_limit_exceeded", kind=found.limit, headers=headers)
 

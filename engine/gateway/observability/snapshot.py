@@ -19,14 +19,6 @@ class Family(msgspec.Struct, array_like=True):
     samples: list[tuple[str, dict[str, str], float]]
 
 
-def take(registry: CollectorRegistry) -> list[Family]:
-    """The registry's state now. Takes milliseconds for thousands of series; call it in a thread."""
-    return [
-        Family(metric.name, metric.documentation, metric.type, [(s.name, s.labels, s.value) for s in metric.samples])
-        for metric in registry.collect()
-    ]
-
-
 def total(snapshots: Sequence[Sequence[Family]], live: Sequence[bool]) -> list[Family]:
     """The sums over processes, in the order in which families and samples are first met.
 

@@ -8,7 +8,7 @@ so that no fallback, retry, escalation or burst can walk around the policy.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -102,10 +102,10 @@ class Guard:
     def __init__(self, audit: Audit = log_decision) -> None:
         self._audit = audit
 
-    async def handle(self, exchange: Exchange, proceed: Handler) -> Reply:
+    def handle(self, exchange: Exchange, proceed: Handler) -> Awaitable[Reply]:
         """See `pipeline.Stage`."""
         _narrow(exchange, exchange.notes[NOTE], self._audit)
-        return await proceed(exchange)
+        return proceed(exchange)
 
 
 def confined(clearance: Clearance, principal: Principal | None) -> Clearance:

@@ -7,26 +7,56 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import prometheus_client
 import pytest
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry
 
 from tokenmill.engine.gateway.observability import engines, gpus, snapshot
 from tokenmill.engine.gateway.observability.bounded import Bounded
 from tokenmill.engine.gateway.observability.quantiles import quantiles
 from tokenmill.engine.gateway.observability.shared import Board, Report
 from tokenmill.engine.gateway.observability.snapshot import Family
+from tokenmill.engine.gateway.observability.tally import Histogram, Tally
 
 
 def figures(count: float, open_now: float, times: tuple[float, ...] = ()) -> list[Family]:
     """What a process with these values tells."""
-    registry = CollectorRegistry()
-    Counter("asked", "Text.", ("tier",), registry=registry).labels('a"b\\c').inc(count)
-    Gauge("open", "Text.", registry=registry).set(open_now)
-    Gauge("backend_up", "Text.", registry=registry).set(open_now > 0)
-    histogram = Histogram("took", "Text.", ("tier",), buckets=(1, 2, 4), registry=registry)
+    asked = Tally("asked", "Text.", ("tier",))
+    asked.add(('a"b\\c',), count)
+    now, up = (Tally(name, "Text.", kind="gauge") for name in ("open", "backend_up"))
+    now.set((), open_now)
+    up.set((), open_now > 0)
+    took = Histogram("took", "Text.", ("tier",), (1, 2, 4))
     for time in times:
-        histogram.labels("a").observe(time)
-    return snapshot.take(registry)
+        took.observe(("a",), time)
+    return [one.family() for one in (asked, now, up, took)]
+
+
+def test_text_is_that_of_prometheus_own_client() -> None:
+    registry = CollectorRegistry()
+    theirs = prometheus_client.Counter("asked", "Text.", ("tier", "to"), registry=registry)
+    times = prometheus_client.Histogram("took", "Text.", ("tier",), registry=registry, buckets=(0.005, 1, 2.5))
+    prometheus_client.Counter("never", "Text.", ("tier",), registry=registry)
+    prometheus_client.Gauge("now", "Text.", registry=registry).set(3)
+    asked, never, now = (
+        Tally("asked", "Text.", ("tier", "to")),
+        Tally("never", "Text.", ("tier",)),
+        Tally("now", "Text.", kind="gauge"),
+    )
+    took = Histogram("took", "Text.", ("tier",), (0.005, 1, 2.5))
+    now.set((), 3)
+    for tier, to, amount in (("a", "b", 1.0), ("a", 'c"', 2.5), ("a", "b", 4.0)):
+        theirs.labels(tier, to).inc(amount)
+        asked.add((tier, to), amount)
+    for figure in (0.001, 0.005, 0.0051, 1.0, 2.0, 7.0):
+        times.labels("a").observe(figure)
+        took.observe(("a",), figure)
+    ours = snapshot.text([one.family() for one in (asked, took, never, now)]).decode().splitlines()
+    # When a series began is not told here.
+    expected = [
+        line for line in prometheus_client.generate_latest(registry).decode().splitlines() if "_created" not in line
+    ]
+    assert ours == expected
 
 
 def test_sums_keep_counts_of_the_dead_and_drop_their_gauges() -> None:
