@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 ARGS ?=
+# As many processes as cores, up to four; what is dear to make is made by one of them (tests/conftest.py).
+PYTEST := $(VENV)/bin/python -m pytest -n auto --maxprocesses 4
 
 .PHONY: serve test test-avx2 check format setup setup-dev lock clean
 
@@ -13,11 +15,11 @@ serve: setup
 test: setup-dev check
 	-@$(VENV)/bin/python tools/gpu_build_site.py  # offline, the tests that need them say so and are skipped
 	-@$(VENV)/bin/python tools/triton_site.py
-	@$(VENV)/bin/python -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 # What chooses by instruction set, once more as on a processor without AVX-512.
 test-avx2: setup-dev
-	@TOKENMILL_ISA=avx2 $(VENV)/bin/python -m pytest -q tests/engine/test_isa.py \
+	@TOKENMILL_ISA=avx2 $(PYTEST) -q tests/engine/test_isa.py \
 		tests/engine/test_linear.py tests/engine/test_tokens.py tests/kernels/spec_verify tests/kernels/int4_gemm/test_cpu.py
 
 setup:

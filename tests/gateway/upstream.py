@@ -3,6 +3,7 @@
 It does what the request's own `act` field says, so that a test reads in one place what the backend does:
 
     {"model": "tiny", "act": {"delay_s": 1}}         answers after a second
+    {"act": {"until_open": 16}}                      answers once 16 requests have been open together
     {"stream": true, "act": {"chunks": 50}}          50 events at once, then usage and [DONE]
     {"stream": true, "act": {"interval_s": 0.01}}    events 10 ms apart
     {"stream": true, "act": {"cut_after": 3}}        breaks the connection after 3 events
@@ -138,6 +139,8 @@ class FakeUpstream:
         act = act.get(asked.get("model"), act)
         if "delay_s" in act:
             await asyncio.sleep(act["delay_s"])
+        while self.books.most_open < act.get("until_open", 0):
+            await asyncio.sleep(0.01)
         if "status" in act:
             body = act.get("body", "").encode()
             self.books.sent.append(body)
