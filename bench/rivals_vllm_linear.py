@@ -86,8 +86,11 @@ def prepare(kernel: str, weight: Int4Weight, dtype: torch.dtype) -> Layer:
         data=weight.codes.clone(), packed_dim=0, packed_factor=CODES_PER_WORD, **directions
     )
     layer.scales = GroupQuantScaleParameter(data=weight.scales.to(dtype), **directions)
-    layer.input_size_per_partition, layer.output_size_per_partition = weight.K, weight.N
-    layer.params_dtype = dtype
+    # What vLLM's linear layers say of themselves; Humming asks for more of it than the others.
+    layer.input_size = layer.input_size_per_partition = weight.K
+    layer.output_size = layer.output_size_per_partition = weight.N
+    layer.output_partition_sizes = [weight.N]
+    layer.params_dtype, layer.has_bias = dtype, False
     with set_current_vllm_config(VllmConfig()):
         chosen = getattr(linear, kernel)(
             _config(weight.K, weight.N, weight.group_size, dtype), w_q_param_name="qweight", w_s_param_name="scales"
