@@ -125,42 +125,39 @@ class Metrics:
         if target is None:
             return
         self._duration.observe(where, time.perf_counter() - exchange.started)
-        self._attempts.add(where, exchange.attempts)
-        usage = exchange.usage
-        if usage.prompt:
-            self._tokens.add((tier, backend, "prompt"), usage.prompt)
-        if usage.cached:
-            self._tokens.add((tier, backend, "cached"), usage.cached)
-        if usage.completion:
-            self._tokens.add((tier, backend, "completion"), usage.completion)
         if exchange.first_chunk_at:
             self._first_token.observe(where, exchange.first_chunk_at - exchange.started)
-            if usage.completion > 1:
+            completion = exchange.usage.completion
+            if completion > 1:
                 span = exchange.last_chunk_at - exchange.first_chunk_at
-                self._per_token.observe(where, span / (usage.completion - 1))
-        self._count_owner(exchange, tier)
+                self._per_token.observe(where, span / (completion - 1))
+        self._count_calls(exchange, tier)
         if exchange.decision is not None:
             if was_escalated(exchange):
                 self._escalations.add((exchange.decision.tier, tier))
             self._decisions.note(exchange)
 
-    def _count_owner(self, exchange: Exchange, tier: str) -> None:
-        """Counts what a request used for its team and app."""
+    def _count_calls(self, exchange: Exchange, tier: str) -> None:
+        """Counts what each call used, at its own backend, for the request's team and app."""
         principal = exchange.principal
         team = self._teams.name(principal.team) if principal else ""
         app = self._apps.name(principal.app) if principal else ""
-        whose = (team, app, tier)
-        self._owned_requests.add(whose)
-        cost = 0
+        self._owned_requests.add((team, app, tier))
         for call in exchange.calls:
-            usage, prices = call.usage, call.target.backend.prices
-            cost += prices.cost(usage.prompt, usage.cached, usage.completion)
+            usage, asked = call.usage, call.target.backend
+            where, whose = (asked.tier, asked.name), (team, app, asked.tier)
+            self._attempts.add(where)
             if usage.prompt:
+                self._tokens.add((*where, "prompt"), usage.prompt)
                 self._owned_tokens.add((*whose, "prompt"), usage.prompt)
+            if usage.cached:
+                self._tokens.add((*where, "cached"), usage.cached)
             if usage.completion:
+                self._tokens.add((*where, "completion"), usage.completion)
                 self._owned_tokens.add((*whose, "completion"), usage.completion)
-        if cost:
-            self._cost.add(whose, cost / MICRO_CENTS_PER_DOLLAR)
+            cost = asked.prices.cost(usage.prompt, usage.cached, usage.completion)
+            if cost:
+                self._cost.add(whose, cost / MICRO_CENTS_PER_DOLLAR)
 
     async def start(self) -> None:
         """Begins to tell the other workers."""

@@ -18,7 +18,7 @@ import operator
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -38,8 +38,12 @@ MOST_AT_ONCE = 64
 TIDY_AFTER = 400
 #: How long what nobody waits for may wait for company, in seconds: a transaction of its own costs ten times as much.
 POSTED_WAIT_S = 0.005
-#: Version of the tables; a database made by a newer Tokenmill is refused.
-SCHEMA_VERSION = 1
+#: What made each version of the tables from the one before; both databases take the statements.
+CHANGES: Mapping[int, Sequence[str]] = {
+    2: ("ALTER TABLE ledger ADD COLUMN kind TEXT NOT NULL DEFAULT 'answer'",),
+}
+#: Version of the tables; a database made by a newer Tokenmill is refused, one by an older is changed.
+SCHEMA_VERSION = max(CHANGES)
 
 
 def now_ms() -> int:
@@ -435,3 +439,8 @@ def _make_tables(connection: Connection, schema: Sequence[str], shown: str) -> N
         raise ConfigurationError(
             f"{shown} has schema version {row[0]}, this Tokenmill knows {SCHEMA_VERSION}; upgrade Tokenmill"
         )
+    elif row[0] < SCHEMA_VERSION:
+        for version in range(row[0] + 1, SCHEMA_VERSION + 1):
+            for statement in CHANGES[version]:
+                connection.execute(statement)
+        connection.execute("UPDATE schema_version SET version = ?", (SCHEMA_VERSION,))

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from tokenmill.engine.gateway.store import Connection
 
-Column = Literal["organisation", "team", "app", "key", "tier", "backend", "model", "outcome", "day"]
+Column = Literal["organisation", "team", "app", "key", "tier", "backend", "model", "outcome", "kind", "day"]
 COLUMNS: tuple[Column, ...] = get_args(Column)
 DAY_MS = 86_400_000
 MINUTE_MS = 60_000
@@ -23,10 +23,13 @@ _SQL: Mapping[Column, str] = {
     "backend": "backend",
     "model": "model",
     "outcome": "outcome",
+    "kind": "kind",
     "day": f"ended_at / {DAY_MS}",
 }
+#: A request has one row of this kind; its other rows are calls that cost something, too.
+_ANSWERS = "coalesce(sum(CASE WHEN kind = 'answer' THEN 1 ELSE 0 END), 0)"
 _SUMS = (
-    "count(*), coalesce(sum(prompt_tokens), 0), coalesce(sum(cached_tokens), 0), "
+    f"{_ANSWERS}, coalesce(sum(prompt_tokens), 0), coalesce(sum(cached_tokens), 0), "
     "coalesce(sum(completion_tokens), 0), coalesce(sum(cost), 0)"
 )
 SUM_NAMES = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "cost")
@@ -103,8 +106,8 @@ def minutes(connection: Connection, count: int, now: int) -> list[Minute]:
     last = now // MINUTE_MS
     first = last - count + 1
     query = (
-        f"SELECT ended_at / {MINUTE_MS}, count(*), sum(prompt_tokens + completion_tokens), sum(cost), "  # noqa: S608
-        "sum(CASE WHEN outcome = 'ok' THEN 0 ELSE 1 END) FROM ledger WHERE ended_at >= ? GROUP BY 1"
+        f"SELECT ended_at / {MINUTE_MS}, {_ANSWERS}, sum(prompt_tokens + completion_tokens), sum(cost), "  # noqa: S608
+        "sum(CASE WHEN outcome = 'ok' OR kind <> 'answer' THEN 0 ELSE 1 END) FROM ledger WHERE ended_at >= ? GROUP BY 1"
     )
     found = {int(row[0]): row[1:] for row in connection.execute(query, (first * MINUTE_MS,))}
     return [
@@ -122,7 +125,7 @@ def latencies(connection: Connection, since: int, most: int = 20_000) -> dict[st
         most: Only the last so many.
     """
     query = (
-        "SELECT tier, ended_at - started_at FROM ledger WHERE ended_at >= ? AND outcome = 'ok' "
+        "SELECT tier, ended_at - started_at FROM ledger WHERE ended_at >= ? AND outcome = 'ok' AND kind = 'answer' "
         "ORDER BY ended_at DESC LIMIT ?"
     )
     found: dict[str, list[int]] = {}

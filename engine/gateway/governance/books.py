@@ -30,10 +30,12 @@ from tokenmill.engine.gateway.governance.budgets import (
 from tokenmill.engine.gateway.governance.pages import Kept, Page, Window
 from tokenmill.engine.gateway.store import Connection, now_ms, placeholders
 
+#: Kind of the one row that every request has in the ledger.
+ANSWER = "answer"
 _RESERVATION = "call, worker, amount, prompt_bound, completion_bound, chain, request_id, model, tier, started_at"
 _LEDGER = (
     "call, request_id, key_id, app, team, organisation, tier, backend, model, prompt_tokens, cached_tokens, "
-    "completion_tokens, exact, cost, excess, outcome, status, attempts, started_at, ended_at"
+    "completion_tokens, exact, cost, excess, outcome, status, attempts, started_at, ended_at, kind"
 )
 
 
@@ -156,8 +158,10 @@ class _Books:
             return False
         call, _, amount, prompt_bound, completion_bound, chain_text, request_id, model, tier, started_at = row
         spending: Spending = item.spending
-        charged = min(spending.cost, amount)
+        charged = min(spending.total, amount)
         surplus = prompt_bound + completion_bound - spending.prompt - spending.completion
+        for part in spending.others:
+            surplus -= part.prompt + part.completion
         identities, by_kind = _chain(chain_text)
         for identity in identities:
             page = self._page(identity)
@@ -169,14 +173,37 @@ class _Books:
             soft = page.account.limits.soft_limit
             if soft is not None and page.soft_reached_at is None and page.spent >= soft:
                 self._note_soft_limit(page, soft)
+        whose = (by_kind["key"], by_kind.get("app"), by_kind.get("team"), by_kind.get("organisation"))
+        for number, part in enumerate(spending.others, start=1):
+            paid = min(part.cost, charged)
+            charged -= paid
+            self._ledger.append(
+                (
+                    f"{call}/{number}",
+                    request_id,
+                    *whose,
+                    part.tier,
+                    part.backend,
+                    model,
+                    part.prompt,
+                    part.cached,
+                    part.completion,
+                    int(part.exact),
+                    paid,
+                    part.cost - paid,
+                    spending.outcome,
+                    part.status,
+                    0,
+                    started_at,
+                    self._now,
+                    part.kind,
+                )
+            )
         self._ledger.append(
             (
                 call,
                 request_id,
-                by_kind["key"],
-                by_kind.get("app"),
-                by_kind.get("team"),
-                by_kind.get("organisation"),
+                *whose,
                 spending.tier or tier,
                 spending.backend,
                 model,
@@ -191,6 +218,7 @@ class _Books:
                 spending.attempts,
                 started_at,
                 self._now,
+                ANSWER,
             )
         )
         return True

@@ -34,13 +34,35 @@ class Reservation(NamedTuple):
     at: int
 
 
+class Part(NamedTuple):
+    """A call of a request that is charged beside the one that answered; tokens, micro-cents.
+
+    Attributes:
+        kind: `escalated-from`: its answer was not sure enough; `failed`: it gave none, but may have done the work.
+        status: Of its answer; 0: there was none.
+    """
+
+    kind: Literal["escalated-from", "failed"]
+    backend: str
+    tier: str
+    prompt: int
+    cached: int
+    completion: int
+    exact: bool
+    cost: int
+    status: int
+
+
 class Spending(NamedTuple):
     """What one request used in the end; tokens, micro-cents.
 
     Attributes:
         backend, tier: Who answered; empty: nobody, or nobody knows.
+        prompt, cached, completion: Tokens of the call that answered.
         exact: The backend counted the tokens.
-        cost: What it cost; charged up to the amount reserved.
+        cost: What that call cost; what all cost is charged up to the amount reserved.
+        attempts: Calls, those that cost nothing included.
+        others: The other calls that cost something.
     """
 
     backend: str
@@ -53,6 +75,12 @@ class Spending(NamedTuple):
     outcome: str
     status: int
     attempts: int
+    others: tuple[Part, ...] = ()
+
+    @property
+    def total(self) -> int:
+        """What all of its calls cost."""
+        return self.cost + sum(part.cost for part in self.others)
 
 
 class Rate(NamedTuple):

@@ -13,9 +13,11 @@ Nothing is charged above the call's bound but what a backend counted itself; of 
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 from tokenmill.engine.gateway.governance.bounds import Bound
-from tokenmill.engine.gateway.governance.budgets import Spending
+from tokenmill.engine.gateway.governance.budgets import Part, Spending
+from tokenmill.engine.gateway.observability.decisions import was_escalated
 from tokenmill.engine.gateway.pipeline import Call, Exchange, Usage
 from tokenmill.engine.gateway.portfolio import Target
 
@@ -33,31 +35,56 @@ def used(call: Call, bound: Bound) -> Usage:
 
 
 def spending(exchange: Exchange, bound_at: Callable[[Target], Bound]) -> Spending:
-    """What a request used, all its calls together, each at its backend's prices.
+    """What a request used, each call at its backend's prices.
 
     Args:
         exchange: The request, ended or with its whole answer there.
         bound_at: The bound of a call to a backend.
     """
-    prompt = cached = completion = cost = 0
-    exact = True
-    for call in exchange.calls:
-        usage = call.usage if call.usage.exact else used(call, bound_at(call.target))
-        prompt += usage.prompt
-        cached += usage.cached
-        completion += usage.completion
-        exact = exact and usage.exact
-        cost += call.target.backend.prices.cost(usage.prompt, usage.cached, usage.completion)
-    backend = exchange.calls[-1].target.backend if exchange.calls else None
+    calls = exchange.calls
+    if not calls:
+        return Spending("", "", 0, 0, 0, True, 0, exchange.outcome, exchange.status, 0)
+    answering = calls[0] if len(calls) == 1 else _answering(exchange)
+    usage, cost = _charge(answering, bound_at)
+    backend = answering.target.backend
     return Spending(
-        backend.name if backend else "",
-        backend.tier if backend else "",
-        prompt,
-        cached,
-        completion,
-        exact,
+        backend.name,
+        backend.tier,
+        usage.prompt,
+        usage.cached,
+        usage.completion,
+        usage.exact,
         cost,
         exchange.outcome,
         exchange.status,
-        len(exchange.calls),
+        len(calls),
+        _parts(exchange, answering, bound_at) if len(calls) > 1 else (),
     )
+
+
+def _answering(exchange: Exchange) -> Call:
+    """The call whose answer, or error, the client got."""
+    return next((call for call in reversed(exchange.calls) if call.target is exchange.target), exchange.calls[-1])
+
+
+def _parts(exchange: Exchange, answering: Call, bound_at: Callable[[Target], Bound]) -> tuple[Part, ...]:
+    parts = []
+    escalated = was_escalated(exchange)
+    for call in exchange.calls:
+        if call is answering:
+            continue
+        usage, cost = _charge(call, bound_at)
+        if usage.prompt or usage.completion or cost:
+            backend = call.target.backend
+            kind: Literal["escalated-from", "failed"] = "escalated-from" if escalated and call.status else "failed"
+            parts.append(
+                Part(kind, backend.name, backend.tier, usage.prompt, usage.cached, usage.completion, usage.exact, cost,
+                     call.status)
+            )  # fmt: skip
+    return tuple(parts)
+
+
+def _charge(call: Call, bound_at: Callable[[Target], Bound]) -> tuple[Usage, int]:
+    """(tokens, micro-cents) of one call."""
+    usage = call.usage if call.usage.exact else used(call, bound_at(call.target))
+    return usage, call.target.backend.prices.cost(usage.prompt, usage.cached, usage.completion)

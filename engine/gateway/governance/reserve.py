@@ -114,7 +114,7 @@ class Reserve:
         headers = [*_rate("requests", granted.requests), *_rate("tokens", granted.tokens)]
         spent = granted.spent
         if reply.body is not None:
-            cost = charges.spending(exchange, bound_at).cost
+            cost = charges.spending(exchange, bound_at).total
             spent += cost
             headers.append((b"x-tokenmill-cost", _exact_dollars(cost)))
         headers.append((b"x-tokenmill-key-spend", _exact_dollars(spent)))

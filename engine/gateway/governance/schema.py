@@ -57,8 +57,11 @@ CREATE TABLE windows (
     tokens BIGINT NOT NULL,
     PRIMARY KEY (account, second)
 ) /* clustered */"""
-#: One row per request that has ended. `exact`: the backend counted the tokens; otherwise they are what was seen or
-#: bounds. `cost` is what was charged, `excess` what the request cost above its reservation: nobody is charged for it.
+#: One row per request that has ended, of the kind `answer`, with what the call cost whose answer the client got; one
+#: more for every other call that cost something, by its kind (`budgets.Part`), with its own backend, tokens, cost and
+#: status, no attempts, and all else like the request's. So sums by whatever column agree, and requests are the rows of
+#: the kind `answer`. `exact`: the backend counted the tokens; otherwise they are what was seen or bounds. `cost` is
+#: what was charged, `excess` what the calls cost above the reservation: nobody is charged for it.
 LEDGER = """
 CREATE TABLE ledger (
     call TEXT PRIMARY KEY,
@@ -80,7 +83,8 @@ CREATE TABLE ledger (
     status INTEGER NOT NULL,
     attempts INTEGER NOT NULL,
     started_at BIGINT NOT NULL,
-    ended_at BIGINT NOT NULL
+    ended_at BIGINT NOT NULL,
+    kind TEXT NOT NULL DEFAULT 'answer'
 )"""
 #: Every change by an administrator and every rule that took effect; each row's hash covers the row before it.
 AUDIT = """

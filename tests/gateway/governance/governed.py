@@ -20,7 +20,7 @@ def options(place: str, **fields: Any) -> Options:
 
 @dataclass
 class Row:
-    """A request as the ledger has it."""
+    """A row of the ledger."""
 
     prompt: int
     cached: int
@@ -32,6 +32,8 @@ class Row:
     status: int
     backend: str
     attempts: int
+    tier: str
+    kind: str
 
 
 @dataclass
@@ -61,7 +63,7 @@ class Governed:
         """The key's rows, the oldest first."""
         rows = self.store.reader.execute(
             "SELECT prompt_tokens, cached_tokens, completion_tokens, exact, cost, excess, outcome, status, backend, "
-            "attempts FROM ledger WHERE key_id = ? ORDER BY ended_at, call",
+            "attempts, tier, kind FROM ledger WHERE key_id = ? ORDER BY ended_at, call",
             (key_id,),
         )
         return [Row(*row[:3], bool(row[3]), *row[4:]) for row in rows]

@@ -111,5 +111,11 @@ def test_each_call_is_charged_at_its_own_backends_prices() -> None:
         Call(dear, "m", Usage(10, 4, 20, exact=True), 200, taken=True),
     ]
     spent = charges.spending(ended, lambda _: BOUND)
-    assert (spent.cost, spent.prompt, spent.cached, spent.completion) == (30 + 6 * 5 + 4 + 20 * 9, 20, 4, 40)
-    assert (spent.exact, spent.attempts) == (True, 3)
+    assert (spent.cost, spent.prompt, spent.cached, spent.completion) == (6 * 5 + 4 + 20 * 9, 10, 4, 20)
+    assert (spent.exact, spent.attempts, spent.total) == (True, 3, 30 + 6 * 5 + 4 + 20 * 9)
+    (other,) = spent.others
+    assert (other.kind, other.cost, other.prompt, other.completion) == ("failed", 30, 10, 20)
+    # The answer may be an earlier call's: that of the backend that the exchange names.
+    ended.target, ended.notes["escalation"] = cheap, {"escalated": True}
+    spent = charges.spending(ended, lambda _: BOUND)
+    assert (spent.status, [part.kind for part in spent.others]) == (0, ["escalated-from", "escalated-from"])

@@ -10,7 +10,7 @@ import pytest
 
 from tokenmill.engine.gateway.governance import accounts, audit, books, keys, workers
 from tokenmill.engine.gateway.governance.accounts import Limits
-from tokenmill.engine.gateway.governance.budgets import Granted, Refusal, Reservation, Spending
+from tokenmill.engine.gateway.governance.budgets import Granted, Part, Refusal, Reservation, Spending
 from tokenmill.engine.gateway.governance.workers import WorkerLock
 from tokenmill.engine.gateway.store import Store
 
@@ -53,6 +53,39 @@ def test_reserved_counts_and_settling_twice_charges_once(store: Store) -> None:
         assert (account.spent, account.reserved) == (50, 50)
     actions = [row[0] for row in store.reader.execute("SELECT action FROM audit ORDER BY sequence")]
     assert actions == ["team.create", "key.create", "budget.soft_limit"]
+
+
+@pytest.mark.parametrize(
+    ("reserved", "charged", "excess"), [(100, (30, 7, 50), (0, 0, 0)), (40, (30, 7, 3), (0, 0, 47))]
+)
+def test_every_call_is_a_row_of_its_own_and_no_more_is_charged_than_was_reserved(
+    store: Store, reserved: int, charged: tuple[int, ...], excess: tuple[int, ...]
+) -> None:
+    key = key_with(store, Limits(hard_limit=1000, tokens_per_minute=1000))
+    assert ask(store, key, "a", reserved, tokens=500) is None
+    others = (
+        Part("escalated-from", "b1", "utility", 20, 5, 10, True, 30, 200),
+        Part("failed", "b2", "reasoning", 7, 0, 0, False, 7, 0),
+    )
+    spending = Spending("b3", "reasoning", 40, 0, 10, True, 50, "ok", 200, 4, others)
+    for first in (True, False):
+        assert store.write_now(lambda connection: books.settle(connection, "a", spending)) is first
+    rows = store.reader.execute(
+        "SELECT kind, backend, tier, prompt_tokens, completion_tokens, cost, excess, request_id, outcome FROM ledger "
+        "ORDER BY backend"
+    ).fetchall()
+    assert [row[:5] for row in rows] == [
+        ("escalated-from", "b1", "utility", 20, 10),
+        ("failed", "b2", "reasoning", 7, 0),
+        ("answer", "b3", "reasoning", 40, 10),
+    ]
+    assert (tuple(row[5] for row in rows), tuple(row[6] for row in rows)) == (charged, excess)
+    assert {row[7:] for row in rows} == {("r", "ok")}
+    for account in accounts.chain(store.reader, key):
+        assert (account.spent, account.reserved) == (sum(charged), 0)
+    # The window of tokens holds what all calls used.
+    assert ask(store, key, "b", 1, tokens=1000 - 87) is None
+    assert ask(store, key, "c", 1, tokens=1) is not None
 
 
 def test_revoked_key_reserves_nothing(store: Store) -> None:

@@ -5,19 +5,22 @@ import contextlib
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.gateway.governance.conftest import KINDS, new_place
 from tests.gateway.governance.postgres_server import PostgresServer
 from tests.gateway.governance.test_budgets import NOW, ask, end, key_with
 from tests.gateway.running import wait_until
+from tokenmill.engine.gateway.admin import books
 from tokenmill.engine.gateway.governance import accounts, audit, retention, workers
 from tokenmill.engine.gateway.governance.accounts import Limits
 from tokenmill.engine.gateway.governance.retention import DAY_MS
 from tokenmill.engine.gateway.governance.schema import SCHEMA
 from tokenmill.engine.gateway.governance.workers import WorkerLock
-from tokenmill.engine.gateway.store import Connection, Store, now_ms
+from tokenmill.engine.gateway.store import SCHEMA_VERSION, Connection, Store, now_ms
 from tokenmill.errors import ConfigurationError
 
 HOLDER = "import sys; from tokenmill.engine.gateway.store import Store; "
@@ -81,6 +84,42 @@ def test_newer_tables_are_refused(store: Store) -> None:
     store.write_now(lambda connection: connection.execute("UPDATE schema_version SET version = 1000"))
     with pytest.raises(ConfigurationError, match="schema version 1000"):
         Store(store.place, SCHEMA)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tables_of_an_older_version_are_changed(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """A store of version 1 had one row for a request; what it holds keeps its sums, new rows go beside it."""
+    place = new_place(kind, tmp_path, request)
+    first = [statement.replace(",\n    kind TEXT NOT NULL DEFAULT 'answer'", "") for statement in SCHEMA]
+    assert first != list(SCHEMA)
+    old = Store(place, first)
+    key = key_with(old, Limits(hard_limit=1000))
+
+    def write_as_then(connection: Connection) -> None:
+        connection.execute("UPDATE schema_version SET version = 1")
+        connection.execute(
+            "INSERT INTO ledger (call, request_id, key_id, app, team, organisation, tier, backend, model, "
+            "prompt_tokens, cached_tokens, completion_tokens, exact, cost, excess, outcome, status, attempts, "
+            "started_at, ended_at) VALUES ('old', 'r', ?, NULL, 'team', NULL, 't', 'b', 'm', 5, 0, 2, 1, 9, 0, 'ok', "
+            "200, 2, ?, ?)",
+            (key, NOW, NOW),
+        )
+
+    old.write_now(write_as_then)
+    old.close()
+    for _ in range(2):
+        store = Store(place, SCHEMA)
+        assert store.reader.execute("SELECT version FROM schema_version").fetchall() == [(SCHEMA_VERSION,)]
+        assert books.sums(store.reader, ("kind",))[0] == {
+            "kind": "answer", "requests": 1, "prompt_tokens": 5, "cached_tokens": 0, "completion_tokens": 2, "cost": 9
+        }  # fmt: skip
+        store.close()
+    store = Store(place, SCHEMA)
+    assert ask(store, key, "new", 10, at=NOW) is None
+    assert end(store, "new", 7)
+    (total,) = books.sums(store.reader, ())
+    assert (total["requests"], total["cost"]) == (2, 16)
+    store.close()
 
 
 def test_old_rows_leave_and_budgets_keep_what_was_spent(store: Store) -> None:

@@ -4,12 +4,16 @@ Every trial has a team with a budget and keys of its own; clients ask until each
 streamed, retried, escalated and abandoned requests. Workers get SIGKILL and are started again. Afterwards, the team's
 account, the ledger, the audit trail and the backend's own books must agree; `Trials.check` says on what.
 
-    python -m tests.gateway.governance.trial --trials 200 --clients 512 [--store postgresql://...]
+    python -m tests.gateway.governance.trial --trials 200 --clients 512 [--store postgresql://... | --postgres]
+
+With `--out`, every trial is a row of a file, and those that are there already are not run again.
 """
 
 import argparse
 import asyncio
+import contextlib
 import json
+import os
 import random
 import socket
 import subprocess
@@ -20,12 +24,15 @@ import urllib.request
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
 
 from tests.gateway.governance.governed import options
+from tests.gateway.governance.postgres_server import PostgresServer
 from tests.gateway.running import wait_until
+from tokenmill.bench.rows import RowFile, facts, identity, read_rows
+from tokenmill.engine.gateway.admin import books as admin_books
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.governance import accounts, audit, keys
 from tokenmill.engine.gateway.governance.accounts import Limits
@@ -46,6 +53,7 @@ TIERS = ("utility", "utility", "reasoning")
 #: Tokens that a client asks for at most, and gets at most.
 MOST_TOKENS = 8
 KEYS = 4
+MODULE = "tests.gateway.governance.trial"
 
 
 @dataclass
@@ -58,6 +66,22 @@ class Outcome:
     rows: Counter[str]
     escalated: int
     kills: int
+    calls: int
+
+
+class Row(NamedTuple):
+    """A row of the ledger."""
+
+    request_id: str
+    key_id: str
+    backend: str
+    kind: str
+    prompt: int
+    completion: int
+    exact: int
+    cost: int
+    excess: int
+    outcome: str
 
 
 class Trials:
@@ -212,47 +236,78 @@ class Trials:
         """Asserts that all books agree.
 
         * The team spent at most its budget, exactly what its rows in the ledger say, and so did its keys.
-        * Every request that was answered with 200 has one row; every one that the backend counted has one, too.
-        * Requests that ended well have the backends' own counts, and cost what these cost at each backend.
+        * Every request that was answered with 200 has one row of the kind `answer`; so has every one that the backends
+          counted.
+        * Calls of requests that ended well have the backend's own counts, each at its backend, and cost what these
+          cost there; so has every other call of which the gateway says that it was counted.
         * Requests that were lost with their worker are charged no less than that.
+        * Sums by tier, backend, key, outcome and kind are the sum of all.
         * Nothing is reserved any more; the audit trail is whole.
         """
         with urllib.request.urlopen(self._books_url) as answer:  # noqa: S310
             books: dict[str, list[list[int]]] = json.load(answer)
         reader = self.store.reader
-        rows = reader.execute(
-            "SELECT request_id, key_id, prompt_tokens, completion_tokens, exact, cost, excess, outcome "
-            "FROM ledger WHERE team = ?",
-            (team,),
-        ).fetchall()
+        rows = [
+            Row(*row)
+            for row in reader.execute(
+                "SELECT request_id, key_id, backend, kind, prompt_tokens, completion_tokens, exact, cost, excess, "
+                "outcome FROM ledger WHERE team = ?",
+                (team,),
+            )
+        ]
         account = accounts.find(reader, team)
         assert account.spent <= budget, f"{account.spent} spent of {budget}"
         assert account.reserved == 0
-        assert account.spent == sum(row[5] for row in rows)
+        assert account.spent == sum(row.cost for row in rows)
         for key_id in key_ids:
             one = accounts.find(reader, key_id)
-            assert (one.spent, one.reserved) == (sum(row[5] for row in rows if row[1] == key_id), 0)
-        by_id = {row[0]: row for row in rows}
-        assert len(by_id) == len(rows), "a request has two rows"
+            assert (one.spent, one.reserved) == (sum(row.cost for row in rows if row.key_id == key_id), 0)
+        by_id: dict[str, list[Row]] = {}
+        for row in rows:
+            by_id.setdefault(row.request_id, []).append(row)
+        assert all(sum(row.kind == "answer" for row in found) == 1 for found in by_id.values()), "not one answer"
         answered = {identity for identity, status in statuses.items() if status == 200}
         assert answered <= by_id.keys(), "an answered request has no row"
         assert books.keys() <= by_id.keys(), "a counted request has no row"
-        escalated = 0
-        for identity, _, prompt, completion, exact, cost, excess, outcome in rows:
-            assert excess == 0
-            counted = books.get(identity, [])
-            used = (sum(one[1] for one in counted), sum(one[2] for one in counted))
-            true_cost = sum(self._prices[port].cost(prompt, 0, completion) for port, prompt, completion in counted)
-            if outcome == "ok":
-                assert exact
-                assert (prompt, completion) == used, f"{identity}: {(prompt, completion)} is not {used}"
-                assert cost == true_cost, f"{identity}: {cost} is not {true_cost}"
-                escalated += len(counted) > 1
-            elif outcome == "lost":
-                assert prompt >= used[0] and completion >= used[1] and cost >= true_cost
+        escalated = sum(self._check_calls(found, books.get(identity, [])) for identity, found in by_id.items())
+        self._check_sums(team, rows, len(by_id))
         audit.verify(reader)
-        outcomes = Counter(row[7] for row in rows)
-        return Outcome(budget, account.spent, Counter(statuses.values()), outcomes, escalated, kills)
+        outcomes = Counter(found[0].outcome for found in by_id.values())
+        return Outcome(budget, account.spent, Counter(statuses.values()), outcomes, escalated, kills, len(rows))
+
+    def _check_calls(self, rows: list[Row], counted: list[list[int]]) -> bool:
+        """One request's rows against what the backends counted of it; returns whether it was escalated."""
+        told = Counter((f"b{port}", prompt, completion) for port, prompt, completion in counted)
+        exact = Counter((row.backend, row.prompt, row.completion) for row in rows if row.exact and row.backend)
+        # An answer without tokens is a call that failed or was never sent: no backend counts that.
+        exact = Counter({call: times for call, times in exact.items() if call[1] or call[2]})
+        assert not exact - told, f"{rows[0].request_id}: {exact} is not in {told}"
+        assert all(row.excess == 0 for row in rows)
+        for row in rows:
+            if row.exact and row.backend:
+                assert row.cost == self._prices[int(row.backend[1:])].cost(row.prompt, 0, row.completion)
+        outcome = rows[0].outcome
+        if outcome == "ok":
+            assert exact == told, f"{rows[0].request_id}: {exact} is not {told}"
+        elif outcome == "lost":
+            used = [sum(one[column] for one in counted) for column in (1, 2)]
+            true_cost = sum(self._prices[port].cost(prompt, 0, completion) for port, prompt, completion in counted)
+            (row,) = rows
+            assert row.prompt >= used[0] and row.completion >= used[1] and row.cost >= true_cost
+        return any(row.kind == "escalated-from" for row in rows)
+
+    def _check_sums(self, team: str, rows: list[Row], requests: int) -> None:
+        expected = (
+            requests,
+            sum(row.prompt for row in rows),
+            sum(row.completion for row in rows),
+            sum(row.cost for row in rows),
+        )
+        columns: tuple[admin_books.Column, ...] = ("team", "tier", "backend", "key", "outcome", "kind")
+        for column in columns:
+            found = admin_books.sums(self.store.reader, (column,), conditions={"team": team})
+            names = ("requests", "prompt_tokens", "completion_tokens", "cost")
+            assert tuple(sum(one[name] for one in found) for name in names) == expected, f"sums by {column} differ"
 
 
 def main() -> None:
@@ -261,27 +316,56 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--clients", type=int, default=512)
     parser.add_argument("--requests", type=int, default=4, help="of each client in a trial")
-    parser.add_argument("--store", help="a PostgreSQL URL; default: an SQLite file")
+    store = parser.add_mutually_exclusive_group()
+    store.add_argument("--store", help="a PostgreSQL URL; default: an SQLite file")
+    store.add_argument("--postgres", action="store_true", help="start a PostgreSQL server and use it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no new trial after this time")
+    parser.add_argument("--out", type=Path, help="file that gets a row for each trial")
     asked = parser.parse_args()
+    kind = "postgresql" if asked.store or asked.postgres else "sqlite"
+    done = _seeds_done(asked, kind)
+    left = [seed for seed in range(asked.seed, asked.seed + asked.trials) if seed not in done]
+    with contextlib.ExitStack() as stack:
+        place = asked.store or f"{stack.enter_context(tempfile.TemporaryDirectory())}/gateway.db"
+        if asked.postgres:
+            place = stack.enter_context(PostgresServer()).new_database()
+        _run(asked, left, kind, place)
+
+
+def _seeds_done(asked: argparse.Namespace, kind: str) -> set[int]:
+    """The trials of the same size and store that stand in the file."""
+    if asked.out is None or not asked.out.exists():
+        return set()
+    size = ("trial", kind, asked.clients, asked.requests)
+    found = read_rows([asked.out])
+    return {row["seed"] for row in found if identity(row, ("op", "store", "clients", "requests")) == size}
+
+
+def _run(asked: argparse.Namespace, seeds: list[int], kind: str, place: str) -> None:
     begun = time.monotonic()
-    done, kills, escalated, rows = 0, 0, 0, Counter[str]()
-    with tempfile.TemporaryDirectory() as folder:
-        trials = Trials(asked.store or f"{folder}/gateway.db")
-        try:
-            for seed in range(asked.seed, asked.seed + asked.trials):
-                if time.monotonic() - begun > asked.seconds:
-                    break
-                outcome = trials.run(seed, asked.clients, asked.requests, random.Random(seed).randint(1, 3))
-                done, kills, rows = done + 1, kills + outcome.kills, rows + outcome.rows
-                escalated += outcome.escalated
-                print(f"{seed}: {outcome}", flush=True)
-        finally:
-            trials.close()
+    outcomes: list[Outcome] = []
+    rows = None if asked.out is None else RowFile(asked.out)
+    about = facts(["python", "-m", MODULE, *sys.argv[1:]], sources=("engine/gateway", "tests/gateway/governance"))
+    trials = Trials(place)
+    try:
+        for seed in seeds:
+            if time.monotonic() - begun > asked.seconds:
+                break
+            started = time.monotonic()
+            outcome = trials.run(seed, asked.clients, asked.requests, random.Random(seed).randint(1, 3))
+            outcomes.append(outcome)
+            print(f"{seed}: {outcome}", flush=True)
+            if rows is not None:
+                row = {"op": "trial", "store": kind, "clients": asked.clients, "requests": asked.requests, "seed": seed}
+                took = {"seconds": round(time.monotonic() - started, 1), "load_average": os.getloadavg()[0]}
+                rows.append([{**row, **vars(outcome), **took, "time": int(time.time()), **about}])
+    finally:
+        trials.close()
+    requests = sum((outcome.rows for outcome in outcomes), Counter[str]())
     print(
-        f"{done} trials, {kills} kills, {rows.total()} requests settled {dict(rows)}, {escalated} escalated; "
-        "no budget exceeded"
+        f"{len(outcomes)} trials, {sum(one.kills for one in outcomes)} kills, {requests.total()} requests settled "
+        f"{dict(requests)}, {sum(one.escalated for one in outcomes)} escalated; no budget exceeded"
     )
 
 

@@ -77,6 +77,29 @@ def test_an_escalated_request_is_charged_for_both_answers(
                       zip((CHEAP, DEAR), used, strict=True))  # fmt: skip
     assert all(prompt and completion for prompt, completion in used)
     wait_until(lambda: spent(gateway, key) == pytest.approx(micro_cents / 1e8, rel=1e-9))
+    # Each answer is a row of its own, with its own tier, and sums by whatever column agree.
+    first, then = used
+    expected = {
+        "utility": (0, *first, CHEAP.cost(first[0], 0, first[1])),
+        "reasoning": (1, *then, DEAR.cost(then[0], 0, then[1])),
+    }
+    assert summed(gateway, key, "tier") == expected
+    assert summed(gateway, key, "backend") == {"small": expected["utility"], "large": expected["reasoning"]}
+    assert set(summed(gateway, key, "kind")) == {"answer", "escalated-from"}
+    total = tuple(map(sum, zip(*expected.values(), strict=True)))
+    assert total[0] == 1
+    for column in ("key", "team", "organisation", "outcome", "day"):
+        assert list(summed(gateway, key, column).values()) == [total], column
+
+
+def summed(gateway: RunningGateway, key: str, column: str) -> dict[str, tuple[int, ...]]:
+    """The ledger's sums of one key: value of the column to (requests, prompt, completion, micro-cents)."""
+    headers = {"authorization": f"Bearer {MASTER}"}
+    identity = json.loads(gateway.send("GET", f"/key/info?key={key}", None, headers)[2])["info"]["key_name"]
+    found = json.loads(gateway.send("GET", f"/admin/ledger?by={column}&key={identity}", None, headers)[2])["rows"]
+    return {
+        row[column]: (row["requests"], row["prompt_tokens"], row["completion_tokens"], row["cost"]) for row in found
+    }
 
 
 def test_a_key_bounds_the_tiers(gateway: RunningGateway) -> None:
