@@ -31,7 +31,7 @@ import aiohttp
 from tests.gateway.governance.governed import options
 from tests.gateway.governance.postgres_server import PostgresServer
 from tests.gateway.running import wait_until
-from tokenmill.bench.rows import RowFile, facts, identity, read_rows
+from tokenmill.bench.rows import RowFile, facts, identity, read_rows, source_digest
 from tokenmill.engine.gateway.admin import books as admin_books
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.governance import accounts, audit, keys
@@ -54,6 +54,8 @@ TIERS = ("utility", "utility", "reasoning")
 MOST_TOKENS = 8
 KEYS = 4
 MODULE = "tests.gateway.governance.trial"
+#: What decides about the outcome.
+SOURCES = ("engine/gateway", "tests/gateway/governance")
 
 
 @dataclass
@@ -334,19 +336,19 @@ def main() -> None:
 
 
 def _seeds_done(asked: argparse.Namespace, kind: str) -> set[int]:
-    """The trials of the same size and store that stand in the file."""
+    """The trials of the same size, store and code that stand in the file."""
     if asked.out is None or not asked.out.exists():
         return set()
-    size = ("trial", kind, asked.clients, asked.requests)
+    same = ("trial", kind, asked.clients, asked.requests, source_digest(SOURCES))
     found = read_rows([asked.out])
-    return {row["seed"] for row in found if identity(row, ("op", "store", "clients", "requests")) == size}
+    return {row["seed"] for row in found if identity(row, ("op", "store", "clients", "requests", "source")) == same}
 
 
 def _run(asked: argparse.Namespace, seeds: list[int], kind: str, place: str) -> None:
     begun = time.monotonic()
     outcomes: list[Outcome] = []
     rows = None if asked.out is None else RowFile(asked.out)
-    about = facts(["python", "-m", MODULE, *sys.argv[1:]], sources=("engine/gateway", "tests/gateway/governance"))
+    about = facts(["python", "-m", MODULE, *sys.argv[1:]], sources=SOURCES)
     trials = Trials(place)
     try:
         for seed in seeds:
