@@ -71,6 +71,27 @@ def test_check_says_what_became_of_it(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert f"{EXAMPLE}:45: litellm_settings.drop_params" in shown.err
 
 
+def test_fallbacks_of_every_kind(tmp_path: Path) -> None:
+    text = (
+        "model_list:\n"
+        + "".join(model(name, "model: openai/x, api_key: k") for name in ("a", "b", "c", "d"))
+        + "router_settings:\n  fallbacks: [{a: [b, c]}]\n  max_fallbacks: 1\n  enable_pre_call_checks: true\n"
+        + "  context_window_fallbacks: [{a: [c]}, {'*': [d]}]\n"
+        + "  retry_policy: {TimeoutErrorRetries: 3}\n  allowed_fails_policy: {TimeoutErrorAllowedFails: 3}\n"
+        + "litellm_settings:\n  content_policy_fallbacks: [{a: [d]}]\n  context_window_fallbacks: [{a: [b]}]\n"
+        + "  default_fallbacks: [d]\n"
+    )
+    imported = convert(tmp_path, text)
+    settings_ = make_plan(imported.config).settings()
+    assert settings_.fallbacks == {"a": ("b",), "b": ("d",), "c": ("d",)}
+    assert settings_.context_window_fallbacks == {"a": ("c",), "b": ("d",), "c": ("d",)}
+    assert settings_.content_policy_fallbacks == {"a": ("d",)}
+    left = [line.partition(": ")[2].partition(":")[0] for line in imported.left_out]
+    assert left == [
+        f"router_settings.{name}" for name in ("enable_pre_call_checks", "retry_policy", "allowed_fails_policy")
+    ]
+
+
 def test_what_is_not_understood_is_listed_and_nothing_else(tmp_path: Path) -> None:
     text = (
         "model_list:\n"
@@ -174,10 +195,13 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("model_list:\n" + model("a", "model: [1]"), 2, "a list is not text"),
     ("model_list:\n" + model("a", "model: azure/a"), 1, "no deployment can be served"),
     ("model_list:\n" + model("a", "model: openai/a") + "router_settings: 3\n", 3, "not a mapping of settings"),
-    (
-        "model_list:\n" + model("a", "model: openai/a") + "router_settings: {fallbacks: [{a: [z]}]}\n",
-        3,
-        "'z' is no model_name",
+    *(
+        (
+            "model_list:\n" + model("a", "model: openai/a") + f"router_settings: {{{field}: [{{a: [z]}}]}}\n",
+            3,
+            "'z' is no model_name",
+        )
+        for field in ("fallbacks", "context_window_fallbacks", "content_policy_fallbacks")
     ),
     ("model_list:\n" + model("a", "model: openai/a") + "router_settings: {num_retries: 1.5}\n", 3, "whole number"),
     ("model_list: !!python/object/apply:os.system [ls]\n", 1, "tag"),
@@ -209,7 +233,20 @@ _PARAMETERS = st.fixed_dictionaries(
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.fixed_dictionaries({"model_name": _VALUES, "litellm_params": _PARAMETERS | _VALUES}), max_size=3),
-    st.dictionaries(st.sampled_from(["fallbacks", "num_retries", "model_group_alias", "timeout", "x"]), _VALUES),
+    st.dictionaries(
+        st.sampled_from(
+            [
+                "fallbacks",
+                "context_window_fallbacks",
+                "max_fallbacks",
+                "num_retries",
+                "model_group_alias",
+                "timeout",
+                "x",
+            ]
+        ),
+        _VALUES,
+    ),
 )
 def test_no_value_raises_anything_else(deployments: list[Any], router: dict[str, Any]) -> None:
     file = yaml_file.YamlFile(Path("c.yaml"), {"model_list": deployments, "router_settings": router})

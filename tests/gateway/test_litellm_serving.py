@@ -41,6 +41,7 @@ model_list:
     litellm_params: {{model: hosted_vllm/spare, api_base: {second.url}, api_key: sk-literal}}
 router_settings:
   fallbacks: [{{chat/small: [backup]}}]
+  context_window_fallbacks: [{{chat/small: [backup]}}]
   model_group_alias: {{gpt-4o: chat/small}}
   num_retries: 3
 general_settings: {{master_key: os.environ/LITELLM_MASTER_KEY}}
@@ -98,3 +99,20 @@ def test_a_backend_that_is_gone_falls_back(serving: Running, upstreams: tuple[Fa
         assert upstreams[1].books.requests[-1][1]["authorization"] == "Bearer sk-literal"
     finally:
         upstreams[0].start()
+
+
+@pytest.mark.parametrize("status", [401, 429, 500])
+def test_a_backend_that_fails_falls_back(
+    serving: Running, upstreams: tuple[FakeUpstream, FakeUpstream], status: int
+) -> None:
+    _, made = call(serving, "POST", "/key/generate", {})
+    failing = {
+        "status": status,
+        "body": '{"error": {"message": "no"}}',
+        "headers": {"content-type": "application/json"},
+    }
+    for act, expected in (({"tiny": failing, "spare": {}}, 200), (failing, status)):
+        body = {"model": "chat/small", "messages": [], "act": act}
+        got, answer = call(serving, "POST", "/v1/chat/completions", body, made["key"])
+        assert got == expected
+        assert answer.get("model") == "spare" if expected == 200 else answer == {"error": {"message": "no"}}
