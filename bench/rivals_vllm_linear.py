@@ -5,6 +5,7 @@ Works with vLLM 0.26 to 0.32: up to 0.28 the configuration also says whether the
 
 import dataclasses
 import functools
+import os
 import tempfile
 from typing import Any
 
@@ -60,6 +61,8 @@ def _one_process() -> None:
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
 
+    # A machine without network may not know its own name, by which gloo would look for an address.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with set_current_vllm_config(VllmConfig()):
         rendezvous = f"file://{tempfile.mkdtemp(prefix='tokenmill-')}/rendezvous"
         backend = "nccl" if torch.cuda.is_available() else "gloo"
