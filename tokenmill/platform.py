@@ -6,6 +6,7 @@ Torch is imported only by the functions that need it.
 
 import functools
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -40,14 +41,20 @@ def cpu_flags() -> frozenset[str]:
 
 
 def cpu_model() -> str:
-    """The processor's name, e.g. `AMD EPYC 9554`; `unknown` where Linux does not say."""
+    """The processor's name, e.g. `AMD EPYC 9554`; `unknown` where Linux does not say.
+
+    Virtual machines may leave the number out: then family and model tell generations apart, e.g. `AMD EPYC (family 25,
+    model 17)`.
+    """
     try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        pass
-    return "unknown"
+        return "unknown"
+    fields = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+?)\s*$", text, re.MULTILINE))
+    name = fields.get("model name", "unknown")
+    if re.search(r"\d", name) or not {"cpu family", "model"} <= fields.keys():
+        return name
+    return f"{name} (family {fields['cpu family']}, model {fields['model']})"
 
 
 def isa_levels() -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tokenmill import platform
 from tokenmill.bench import report, rows, shapes, timing
 from tokenmill.bench.roofline import Roofs
 from tokenmill.bench.rows import RowFile, facts, least_disturbed, read_rows
@@ -153,3 +154,17 @@ def test_a_roof_is_no_lower_than_what_was_seen() -> None:
     assert roofs.raised([5.0, 12.0], [90.0]) == Roofs(12.0, 100.0, "bfloat16")
     assert roofs.floor_seconds(nbytes=20, flops=100) == 2.0
     assert roofs.floor_seconds(nbytes=1, flops=300) == 3.0
+
+
+@pytest.mark.parametrize(
+    ("model_name", "device"),
+    [
+        ("AMD EPYC", "AMD EPYC (family 25, model 1)"),
+        ("AMD EPYC 9554 64-Core Processor", "AMD EPYC 9554 64-Core Processor"),
+    ],
+)
+def test_generations_of_one_name_are_two_devices(model_name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A virtual machine's processor has no number in its name; rows of one must not be compared with another's."""
+    text = f"processor\t: 0\ncpu family\t: 25\nmodel\t\t: 1\nmodel name\t: {model_name}\nstepping\t: 1\n"
+    monkeypatch.setattr(Path, "read_text", lambda path, **how: text)
+    assert platform.cpu_model() == device
