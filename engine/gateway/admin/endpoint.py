@@ -88,6 +88,7 @@ class Endpoint:
         query: Query parameters.
         status: Of a good answer.
         media: Its media type.
+        scoped: A team's administrator may call it, too; it keeps him within his account (`scope`).
     """
 
     method: Method
@@ -99,3 +100,8 @@ class Endpoint:
     query: tuple[Parameter, ...] = ()
     status: int = 200
     media: str = "application/json"
+    scoped: bool = False
+
+    def admits(self, actor: Actor) -> bool:
+        """Whether an actor may call it."""
+        return self.role is None or actor.may(self.role) or (self.scoped and actor.scope is not None)

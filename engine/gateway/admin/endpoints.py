@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 import orjson
 from starlette.responses import Response
 
-from tokenmill.engine.gateway.admin import books, canaries, keyring, roles, views
+from tokenmill.engine.gateway.admin import books, canaries, keyring, roles, scope, views
 from tokenmill.engine.gateway.admin.bodies import AccountBody, CanaryBody, KeyBody, LimitsBody, RoleBody
 from tokenmill.engine.gateway.admin.duration import milliseconds
 from tokenmill.engine.gateway.admin.endpoint import Call, Endpoint, Parameter
@@ -54,7 +54,9 @@ async def in_thread(call: Call, read: Callable[[Connection], T]) -> T:
 async def list_accounts(call: Call) -> Any:
     """All accounts but keys."""
     kind = call.query("kind")
-    found = accounts.every(call.governance.store.reader)
+    reader = call.governance.store.reader
+    seen = None if call.actor.scope is None else scope.below(reader, call.actor.scope)
+    found = [one for one in accounts.every(reader) if seen is None or one.id in seen]
     return {"accounts": [views.account(one) for one in found if kind is None or one.kind == kind]}
 
 
@@ -72,7 +74,7 @@ async def create_account(call: Call) -> Any:
 
 async def show_account(call: Call) -> Any:
     """One account."""
-    return views.account(accounts.find(call.governance.store.reader, call.path("account")))
+    return views.account(scope.account(call.governance.store.reader, call, call.path("account")))
 
 
 async def set_limits(call: Call) -> Any:
@@ -86,7 +88,8 @@ async def set_limits(call: Call) -> Any:
 async def list_keys(call: Call) -> Any:
     """All keys."""
     reader = call.governance.store.reader
-    return {"keys": [views.key(reader, key) for key in keys.every(reader)]}
+    seen = None if call.actor.scope is None else scope.below(reader, call.actor.scope)
+    return {"keys": [views.key(reader, key) for key in keys.every(reader) if seen is None or key.id in seen]}
 
 
 async def create_key(call: Call) -> Any:
@@ -95,15 +98,16 @@ async def create_key(call: Call) -> Any:
     metadata = checked_metadata(body.metadata)
 
     def make(connection: Connection) -> tuple[str, str]:
+        models, kept = scope.restricted(connection, call, body.models, metadata, body.role)
         identity, secret = keys.create(
             connection,
             call.by,
             name=body.name,
-            parent=body.parent,
-            models=body.models,
+            parent=scope.parent(connection, call, body.parent),
+            models=models,
             limits=body.limits.limits(),
             lifetime_ms=None if body.duration is None else milliseconds(body.duration),
-            metadata=metadata,
+            metadata=kept,
         )
         if body.role is not None:
             roles.give(connection, identity, body.role, call.by)
@@ -117,12 +121,17 @@ async def create_key(call: Call) -> Any:
 async def show_key(call: Call) -> Any:
     """One key."""
     reader = call.governance.store.reader
-    return views.key(reader, keys.by_id(reader, call.path("key")))
+    return views.key(reader, scope.key(reader, call, call.path("key")))
 
 
 async def revoke_key(call: Call) -> Any:
     """Revokes a key."""
-    await call.governance.store.write(partial(keys.revoke, key=call.path("key"), actor=call.by))
+
+    def run(connection: Connection) -> None:
+        scope.revocable(connection, call, call.path("key"))
+        keys.revoke(connection, call.path("key"), call.by)
+
+    await call.governance.store.write(run)
     return await show_key(call)
 
 
@@ -158,7 +167,11 @@ async def ledger(call: Call) -> Any:
     span = books.Span(call.number("since", None, 0, most), call.number("until", None, 0, most))
     limit = call.number("limit", 1000, 1, 10_000)
     assert limit is not None
-    rows = await in_thread(call, lambda connection: books.sums(connection, by, span, conditions, limit))
+
+    def read(connection: Connection) -> list[dict[str, Any]]:
+        return books.sums(connection, by, span, scope.conditions(connection, call, conditions), limit)
+
+    rows = await in_thread(call, read)
     if shape == "csv":
         shown = [{**row, "cost_dollars": f"{dollars(row['cost']):.8f}"} for row in rows]
         text = books.as_csv(shown, (*by, *books.SUM_NAMES[:-1], "cost_dollars"))
@@ -275,18 +288,20 @@ class Backends:
 
 ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("GET", "/admin/accounts", "Organisations, teams and apps.", list_accounts, "auditor",
-             query=(Parameter("kind", "Only these.", {"enum": ["organisation", "team", "app"]}),)),
+             query=(Parameter("kind", "Only these.", {"enum": ["organisation", "team", "app"]}),), scoped=True),
     Endpoint("POST", "/admin/accounts", "Makes an organisation, team or app.", create_account, body=AccountBody,
              status=201),
-    Endpoint("GET", "/admin/accounts/{account}", "One account, also a key's.", show_account, "auditor"),
+    Endpoint("GET", "/admin/accounts/{account}", "One account, also a key's.", show_account, "auditor",
+             scoped=True),
     Endpoint("PUT", "/admin/accounts/{account}/limits", "Replaces an account's limits.", set_limits, body=LimitsBody),
-    Endpoint("GET", "/admin/keys", "All keys, without their secrets.", list_keys, "auditor"),
-    Endpoint("POST", "/admin/keys", "Makes a key; it is shown once.", create_key, body=KeyBody, status=201),
-    Endpoint("GET", "/admin/keys/{key}", "One key.", show_key, "auditor"),
-    Endpoint("DELETE", "/admin/keys/{key}", "Revokes a key.", revoke_key),
+    Endpoint("GET", "/admin/keys", "All keys, without their secrets.", list_keys, "auditor", scoped=True),
+    Endpoint("POST", "/admin/keys", "Makes a key; it is shown once.", create_key, body=KeyBody, status=201,
+             scoped=True),
+    Endpoint("GET", "/admin/keys/{key}", "One key.", show_key, "auditor", scoped=True),
+    Endpoint("DELETE", "/admin/keys/{key}", "Revokes a key.", revoke_key, scoped=True),
     Endpoint("POST", "/admin/keys/{key}/rotate", "A new secret; the old one is refused at once.", rotate_key),
     Endpoint("PUT", "/admin/keys/{key}/role", "Gives a key a role, or takes it.", set_role, body=RoleBody),
-    Endpoint("GET", "/admin/ledger", "Requests, tokens and cost, summed.", ledger, "auditor", query=(
+    Endpoint("GET", "/admin/ledger", "Requests, tokens and cost, summed.", ledger, "auditor", scoped=True, query=(
         Parameter("by", "Columns to group by, comma-separated: " + ", ".join(books.COLUMNS)),
         Parameter("since", "Milliseconds since 1970; only what ended from then on.", _WHOLE),
         Parameter("until", "Milliseconds since 1970; only what ended before.", _WHOLE),

@@ -92,7 +92,7 @@ async def info(call: Call) -> Any:
     if asked is None and call.actor.role is not None and call.actor.name == "master":
         raise ApiError(400, "`key` is missing; name a key, its token or its id.", code="missing", param="key")
     found = keyring.named(reader, asked if asked is not None else call.actor.name)
-    if call.actor.role is None and found.id != call.actor.name:
+    if not call.actor.may("auditor") and found.id != call.actor.name:
         raise ApiError(403, "This key may only ask about itself.", code="forbidden")
     shown = views.litellm_key(reader, found)
     return {"key": shown["token"], "info": shown}

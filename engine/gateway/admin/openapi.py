@@ -9,6 +9,7 @@ import orjson
 
 from tokenmill import __version__
 from tokenmill.engine.gateway.admin.endpoint import Endpoint
+from tokenmill.engine.gateway.admin.roles import TEAM_ADMIN
 
 _ERRORS = {
     "400": "The request is malformed.",
@@ -62,7 +63,7 @@ def _operation(endpoint: Endpoint, schema: dict[str, Any] | None) -> dict[str, A
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     operation: dict[str, Any] = {
         "summary": endpoint.summary,
-        "description": f"Needs the role `{endpoint.role}`." if endpoint.role else "Needs any valid key.",
+        "description": _needed(endpoint),
         "responses": {
             str(endpoint.status): good,
             **{status: {"description": text, "content": error} for status, text in _ERRORS.items()},
@@ -73,3 +74,10 @@ def _operation(endpoint: Endpoint, schema: dict[str, Any] | None) -> dict[str, A
     if schema is not None:
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
     return operation
+
+
+def _needed(endpoint: Endpoint) -> str:
+    if endpoint.role is None:
+        return "Needs any valid key."
+    below = f"; with `{TEAM_ADMIN}` it shows and takes what belongs to the key's account" if endpoint.scoped else ""
+    return f"Needs the role `{endpoint.role}`{below}."

@@ -3,12 +3,15 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from tokenmill.engine.gateway.governance import audit, keys
+from tokenmill.engine.gateway.governance import accounts, audit, keys
 from tokenmill.engine.gateway.governance.options import Options, digest
 from tokenmill.engine.gateway.store import Connection, now_ms
+from tokenmill.errors import InputError
 
-#: `admin` may do everything; `auditor` may look at everything.
-Role = Literal["admin", "auditor"]
+#: `admin` may do everything; `auditor` may look at everything; `team-admin` may make, list and revoke keys and see the
+#: ledger below the account that his key belongs to (`scope`).
+Role = Literal["admin", "auditor", "team-admin"]
+TEAM_ADMIN: Role = "team-admin"
 ROLES: tuple[Role, ...] = get_args(Role)
 MASTER = "master"
 
@@ -20,10 +23,12 @@ class Actor:
     Attributes:
         name: For the audit trail: `master` or the key's id.
         role: What he may do; None: only ask about his own key.
+        scope: The account that he may not leave; None: he may see all that his role shows.
     """
 
     name: str
     role: Role | None
+    scope: str | None = None
 
     def may(self, needed: Role) -> bool:
         """Whether this role is enough."""
@@ -38,7 +43,16 @@ def identify(connection: Connection, options: Options, key: str) -> Actor | None
     found = keys.by_hash(connection, hashed)
     if found is None or found.refusal(now_ms()) is not None:
         return None
-    return Actor(found.id, role_of(connection, found.id))
+    return actor_of(connection, found.id)
+
+
+def actor_of(connection: Connection, key: str) -> Actor:
+    """Whoever holds a key that is valid."""
+    role = role_of(connection, key)
+    if role != TEAM_ADMIN:
+        return Actor(key, role)
+    above = accounts.find(connection, key).parent
+    return Actor(key, None) if above is None else Actor(key, role, above)
 
 
 def role_of(connection: Connection, key: str) -> Role | None:
@@ -51,9 +65,13 @@ def give(connection: Connection, key: str, role: Role | None, actor: str) -> Non
     """Gives a key a role, or takes it.
 
     Raises:
-        InputError: There is no such key.
+        InputError: There is no such key, or it belongs to no account that a `team-admin` could look after.
     """
     keys.by_id(connection, key)
+    if role == TEAM_ADMIN and accounts.find(connection, key).parent is None:
+        raise InputError(
+            f"the key {key[:80]!r} belongs to no team; make one below the account that it is to look after"
+        )
     before = role_of(connection, key)
     connection.execute("DELETE FROM roles WHERE key_id = ?", (key,))
     if role is not None:

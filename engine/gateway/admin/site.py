@@ -91,7 +91,7 @@ class AdminSite:
 
     async def _run(self, endpoint: Endpoint, request: Request) -> Response:
         actor = self._actor(request)
-        if endpoint.role is not None and not actor.may(endpoint.role):
+        if not endpoint.admits(actor):
             raise ApiError(403, f"This needs the role {endpoint.role}; this key has none such.", code="forbidden")
         body = None
         if endpoint.body is not None:

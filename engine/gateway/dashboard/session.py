@@ -4,7 +4,8 @@ import hashlib
 import hmac
 import re
 
-from tokenmill.engine.gateway.admin.roles import MASTER, Actor, role_of
+from tokenmill.engine.gateway.admin import roles
+from tokenmill.engine.gateway.admin.roles import MASTER, Actor
 from tokenmill.engine.gateway.governance import keys
 from tokenmill.engine.gateway.governance.options import Options
 from tokenmill.engine.gateway.store import Connection, now_ms
@@ -28,7 +29,7 @@ def cookie(options: Options, actor: Actor) -> str:
 
 
 def actor_of(connection: Connection, options: Options, value: str) -> Actor | None:
-    """Whose session a cookie stands for; None when it is forged or over, or its key was revoked or lost its role."""
+    """Whose session a cookie stands for; None when it is forged or over, or its key was revoked or may not see all."""
     found = _SHAPE.fullmatch(value)
     if found is None:
         return None
@@ -41,8 +42,8 @@ def actor_of(connection: Connection, options: Options, value: str) -> Actor | No
         key = keys.by_id(connection, name)
     except InputError:
         return None
-    role = role_of(connection, name)
-    return None if key.refusal(now_ms()) is not None or role is None else Actor(name, role)
+    actor = roles.actor_of(connection, name)
+    return None if key.refusal(now_ms()) is not None or not actor.may("auditor") else actor
 
 
 def token(options: Options, value: str) -> str:

@@ -129,9 +129,11 @@ class DashboardSite:
         key = fields.get("key", "").strip()
         store = self._sources.governance.store
         actor = roles.identify(store.reader, self._options, key) if key else None
-        if actor is None or actor.role is None:
+        if actor is None or not actor.may("auditor"):
             log.warning("a login at the dashboard was refused")
-            return self._page("login.html.jinja", 403, problem="This is neither the master key nor one with a role.")
+            return self._page(
+                "login.html.jinja", 403, problem="This is neither the master key nor one that may see all."
+            )
         answer = RedirectResponse(PREFIX, 303, _HEADERS)
         secure = "https" in (request.url.scheme, request.headers.get("x-forwarded-proto"))
         answer.set_cookie(

@@ -109,8 +109,13 @@ def find(connection: Connection, account: str) -> Account:
     """
     row = connection.execute(f"SELECT {_COLUMNS} FROM accounts WHERE id = ?", (account,)).fetchone()  # noqa: S608
     if row is None:
-        raise InputError(f"there is no account {account[:80]!r}; create it first")
+        raise InputError(missing(account))
     return _account(row)
+
+
+def missing(account: str) -> str:
+    """What is said about an account that does not exist."""
+    return f"there is no account {account[:80]!r}; create it first"
 
 
 def every(connection: Connection) -> list[Account]:
@@ -192,6 +197,5 @@ def several(connection: Connection, identities: Sequence[str]) -> list[Account]:
     query = f"SELECT {_COLUMNS} FROM accounts WHERE id IN {placeholders(len(identities))}"  # noqa: S608
     found = {row[0]: _account(row) for row in connection.execute(query, identities)}
     if len(found) != len(identities):
-        missing = next(identity for identity in identities if identity not in found)
-        raise InputError(f"there is no account {missing[:80]!r}; create it first")
+        raise InputError(missing(next(identity for identity in identities if identity not in found)))
     return [found[identity] for identity in identities]

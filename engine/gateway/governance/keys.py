@@ -111,8 +111,13 @@ def by_id(connection: Connection, key: str) -> Key:
     """
     row = connection.execute(f"SELECT {_COLUMNS} FROM keys WHERE id = ?", (key,)).fetchone()  # noqa: S608
     if row is None:
-        raise InputError(f"there is no key {key[:80]!r}; `tokenmill admin key list` shows those there are")
+        raise InputError(missing(key))
     return _key(row)
+
+
+def missing(key: str) -> str:
+    """What is said about a key that does not exist."""
+    return f"there is no key {key[:80]!r}; `tokenmill admin key list` shows those there are"
 
 
 def every(connection: Connection) -> list[Key]:
