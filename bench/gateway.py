@@ -6,7 +6,9 @@ runs in rounds, each gateway after the other within a round; a row holds medians
     python -m tokenmill.bench.gateway --out bench/results/DEVICE/gateway.jsonl \\
         --vllm-router /path/to/vllm-router --litellm /path/to/litellm
 
-`added` latencies are the gateway's minus direct's in the same rounds. With `--realtime` (needs the privilege) all
+`added` latencies are the gateway's minus direct's in the same rounds. Before the rounds each gateway is started alone
+(`start`: until it answers a request); after them the governed one serves 100,000 requests and 20,000 streams that
+their clients break off (`growth`: what its memory gained). With `--realtime` (needs the privilege) all
 processes get a real-time priority, so that other work on the machine disturbs less; the kernel then stops them for
 50 ms of each second that they fill a core, which shows in the p99 of scenarios that do.
 """
@@ -32,13 +34,17 @@ from tokenmill.engine.gateway.governance.accounts import Limits
 from tokenmill.engine.gateway.governance.options import Options, digest
 from tokenmill.engine.gateway.governance.schema import SCHEMA
 from tokenmill.engine.gateway.money import Prices, micro_cents
+from tokenmill.engine.gateway.router.settings import RoutingSettings
 from tokenmill.engine.gateway.settings import Document
 from tokenmill.engine.gateway.store import Connection, Store
 
 PROMPT = b'{"model":"tiny","messages":[{"role":"user","content":"%s"}],"max_tokens":50%s}'
 STREAM = b',"stream":true'
+#: Requests and broken streams of `growth`, and what of each comes before memory is looked at first.
+GROWTH, GROWTH_ABORTED, WARM_UP = 100_000, 20_000, 0.1
 #: What the backend's tokens cost; only the governed gateway asks.
 PRICES = Prices(micro_cents(0.5), micro_cents(0.1), micro_cents(1.5))
+DEARER = Prices(micro_cents(5), micro_cents(1), micro_cents(15))
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,12 @@ class Contender:
     port: int
     process: "subprocess.Popen[bytes] | None" = None
     key: str = "sk-bench"
+    start_s: float = 0.0
+    model: bytes = b"tiny"
+
+    def request(self, body: bytes) -> bytes:
+        """A scenario's request as this one takes it."""
+        return http_load.request_bytes(self.port, body.replace(b'"tiny"', b'"%b"' % self.model, 1), self.key)
 
     def cpu_s(self) -> float:
         """Processor time of all its threads until now, in seconds."""
@@ -129,7 +141,7 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def wait_for(port: int, timeout_s: float = 120.0, key: str = "sk-bench") -> None:
+def wait_for(port: int, timeout_s: float = 120.0, key: str = "sk-bench", pause_s: float = 0.02) -> None:
     """Returns when chat completions on the port are answered with 200."""
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
@@ -137,11 +149,13 @@ def wait_for(port: int, timeout_s: float = 120.0, key: str = "sk-bench") -> None
             seen = http_load.run_load(port, http_load.request_bytes(port, SHORT, key), 1, 60.0, limit=1)
             if seen.latencies_s and not seen.errors:
                 return
-        time.sleep(0.2)
+        time.sleep(pause_s)
     raise SystemExit(f"nothing answers on port {port}")
 
 
-def ours(stage: Stage, upstream: int, governance: Options | None = None) -> Contender:
+def ours(
+    stage: Stage, upstream: int, governance: Options | None = None, routing: RoutingSettings | None = None
+) -> Contender:
     """Tokenmill's gateway, as its parent runs it."""
     with socket.create_server(("127.0.0.1", 0), backlog=4096) as listener:
         fd = listener.fileno()
@@ -149,16 +163,27 @@ def ours(stage: Stage, upstream: int, governance: Options | None = None) -> Cont
         process = stage.start(0, command, stdin=subprocess.PIPE, pass_fds=[fd])
         port = int(listener.getsockname()[1])
     assert process.stdin is not None
-    backend = Backend("upstream", f"http://127.0.0.1:{upstream}", "utility", prices=PRICES)
+    url = f"http://127.0.0.1:{upstream}"
+    backends = [Backend("upstream", url, "utility", prices=PRICES, quality=0.7)]
+    if routing is not None:
+        backends.append(Backend("better", url, "reasoning", prices=DEARER, quality=0.9))
     with process.stdin as stdin:
-        stdin.write(Document((backend,), governance=governance).to_json())
+        stdin.write(Document(tuple(backends), governance=governance, routing=routing).to_json())
     return Contender("tokenmill", port, process)
 
 
-def governed(stage: Stage, upstream: int, folder: str) -> Contender:
-    """Tokenmill's gateway with keys, budgets, rate limits and ledger: a key in a team in an organisation."""
-    place = f"{folder}/gateway.db"
-    contender = ours(stage, upstream, Options(place, digest("a master key of the benchmark")))
+def governed(stage: Stage, upstream: int, folder: str, routed: bool = False) -> Contender:
+    """Tokenmill's gateway with keys, budgets, rate limits and ledger: a key in a team in an organisation.
+
+    Args:
+        stage: Starts it.
+        upstream: The backend's port.
+        folder: For its file.
+        routed: It also chooses between two tiers by all criteria; otherwise requests name their model.
+    """
+    place = f"{folder}/{'routed' if routed else 'governed'}.db"
+    options = Options(place, digest("a master key of the benchmark"))
+    contender = ours(stage, upstream, options, RoutingSettings() if routed else None)
     limits = Limits(hard_limit=10**14, requests_per_minute=10**9, tokens_per_minute=10**12)
     store = Store(place, SCHEMA)
 
@@ -170,6 +195,8 @@ def governed(stage: Stage, upstream: int, folder: str) -> Contender:
     contender.key = store.write_now(make)
     store.close()
     contender.name = "tokenmill-governed"
+    if routed:
+        contender.name, contender.model = "tokenmill-routed", b"auto"
     return contender
 
 
@@ -216,7 +243,7 @@ def disturbed(stage: Stage, scenario: Scenario, contender: Contender) -> Iterato
 
 def measure(stage: Stage, scenario: Scenario, contender: Contender, seconds: float) -> dict[str, float]:
     """One run of one scenario against one contender."""
-    request = http_load.request_bytes(contender.port, scenario.body, contender.key)
+    request = contender.request(scenario.body)
     with disturbed(stage, scenario, contender):
         before = contender.cpu_s()
         limit, seconds = (1, 600.0) if scenario.once else (sys.maxsize, seconds)
@@ -235,6 +262,31 @@ def measure(stage: Stage, scenario: Scenario, contender: Contender, seconds: flo
         "errors": seen.errors,
         "resident_mb": contender.resident_mb(),
     }
+
+
+def growth(contender: Contender, scale: float) -> dict[str, float]:
+    """What its memory gains over many requests and streams that their clients break off.
+
+    Args:
+        contender: A gateway.
+        scale: Share of the full number of requests.
+    """
+
+    def spend(share: float) -> float:
+        begun = time.monotonic()
+        plain, stream = contender.request(SHORT), contender.request(SPACED % b"0.01")
+        clients = 32
+        seen = http_load.run_load(contender.port, plain, clients, 3600.0, int(GROWTH * share) // clients)
+        http_load.run_abort(contender.port, stream, clients, int(GROWTH_ABORTED * share))
+        if seen.errors:
+            raise SystemExit(f"{seen.errors} requests failed")
+        return time.monotonic() - begun
+
+    spend(scale * WARM_UP)
+    before = contender.resident_mb()
+    elapsed = spend(scale)
+    after = contender.resident_mb()
+    return {"resident_mb_before": before, "resident_mb": after, "growth_mb": after - before, "elapsed_s": elapsed}
 
 
 def summarise(
@@ -265,6 +317,11 @@ def facts(options: argparse.Namespace, arguments: Sequence[str]) -> rows.Row:
     return {**about, "realtime": options.realtime, "rounds": options.rounds, "seconds": options.seconds}
 
 
+def load_average() -> dict[str, float]:
+    """How busy the machine is now, the benchmark itself included."""
+    return {"load_average": round(os.getloadavg()[0], 2)}
+
+
 def version_beside(program: str, distribution: str) -> str:
     """The version of a distribution in the environment that a program of it lies in."""
     ask = f"from importlib.metadata import version; print(version({distribution!r}))"
@@ -282,7 +339,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--realtime", action="store_true", help="real-time priority for everything")
     parser.add_argument("--vllm-router", help="its program, in an environment of its own")
     parser.add_argument("--litellm", help="its program, in an environment of its own")
-    parser.add_argument("--only", help="run only scenarios whose name holds this")
+    parser.add_argument("--only", help="run only scenarios whose name holds this; `start` and `growth` are two of them")
+    parser.add_argument("--growth-scale", type=float, default=1.0, help="share of the requests of `growth`")
     options = parser.parse_args(arguments)
 
     stage = Stage(options.realtime)
@@ -301,14 +359,15 @@ def main(arguments: list[str] | None = None) -> int:
             lambda: Contender("direct", upstream),
             lambda: ours(stage, upstream),
             lambda: governed(stage, upstream, folder),
+            lambda: governed(stage, upstream, folder, routed=True),
         ]
         if options.vllm_router:
             starters.append(lambda: vllm_router(stage, upstream, options.vllm_router))
         if options.litellm:
             starters.append(lambda: litellm(stage, upstream, options.litellm, folder))
-        contenders = [start() for start in starters]
-        for contender in contenders:
-            wait_for(contender.port, key=contender.key)
+        contenders = [started(start) for start in starters]
+        if options.only is None or options.only in "start":
+            report_starts(contenders[1:], known, out)
         for scenario in SCENARIOS:
             if options.only and options.only not in scenario.name:
                 continue
@@ -316,8 +375,39 @@ def main(arguments: list[str] | None = None) -> int:
             for _ in range(options.rounds):
                 for contender in contenders:
                     runs[contender.name].append(measure(stage, scenario, contender, options.seconds))
-            report(summarise(runs, scenario, known), out)
+            report(summarise(runs, scenario, {**known, **load_average()}), out)
+        if options.only is None or options.only in "growth":
+            report_growth(contenders[2], options.growth_scale, known, out)
     return 0
+
+
+def started(start: Callable[[], Contender]) -> Contender:
+    """Starts a gateway and waits until it answers."""
+    begun = time.monotonic()
+    contender = start()
+    wait_for(contender.port, key=contender.key)
+    contender.start_s = time.monotonic() - begun
+    return contender
+
+
+def report_starts(contenders: Sequence[Contender], known: rows.Row, out: rows.RowFile | None) -> None:
+    """How long each gateway took from its process's start to its first answer."""
+    for contender in contenders:
+        row = {"op": "gateway-start", "scenario": "start", "clients": 1, "implementation": contender.name}
+        row |= {"elapsed_s": round(contender.start_s, 3), "resident_mb": round(contender.resident_mb(), 3)}
+        print(f"start {contender.name:<18} {contender.start_s:.2f} s {contender.resident_mb():.0f} MiB", flush=True)
+        if out is not None:
+            out.append([{**row, **known, **load_average()}])
+
+
+def report_growth(contender: Contender, scale: float, known: rows.Row, out: rows.RowFile | None) -> None:
+    """Runs `growth` and says what came out."""
+    found = {name: round(value, 3) for name, value in growth(contender, scale).items()}
+    counts = {"requests": int(GROWTH * scale), "aborted_streams": int(GROWTH_ABORTED * scale)}
+    print(f"growth {contender.name} {counts} {found}", flush=True)
+    if out is not None:
+        row = {"op": "gateway-growth", "scenario": "growth", "clients": 32, "implementation": contender.name}
+        out.append([{**row, **counts, **found, **known, **load_average()}])
 
 
 def report(made: list[dict[str, Any]], out: rows.RowFile | None) -> None:

@@ -32,6 +32,10 @@ LAST = (
 MODELS = b'{"object":"list","data":[{"id":"tiny","object":"model","created":1,"owned_by":"bench"}]}'
 
 
+#: How much of the end of a request's body the backend keeps.
+LOOKED_AT = 64 * 1024
+
+
 def _json(body: bytes) -> bytes:
     return b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body
 
@@ -73,6 +77,11 @@ class UpstreamProtocol(asyncio.Protocol):
                 self.head = bytes(self.buffer[:end])
                 del self.buffer[: end + 4]
                 self.missing = content_length(self.head)
+            # Megabytes are not kept: copying them would stall whoever else asks, and what is looked for ends a body.
+            surplus = min(len(self.buffer), self.missing) - LOOKED_AT
+            if surplus > 0:
+                del self.buffer[:surplus]
+                self.missing -= surplus
             if len(self.buffer) < self.missing:
                 return
             self.body = bytes(self.buffer[: self.missing])
@@ -188,6 +197,51 @@ class LoadProtocol(asyncio.Protocol):
             self.load.errors += 1
         if not self.done.done():
             self.done.set_result(None)
+
+
+class AbortProtocol(asyncio.Protocol):
+    """A client that asks for a stream and breaks the connection at the first bytes of it."""
+
+    def __init__(self, request: bytes, done: "asyncio.Future[None]") -> None:
+        self.request = request
+        self.done = done
+        self.buffer = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See asyncio."""
+        self.transport = cast("asyncio.Transport", transport)
+        self.transport.write(self.request)
+
+    def data_received(self, data: bytes) -> None:
+        """See asyncio."""
+        self.buffer += data
+        if b"data: " in self.buffer:
+            self.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See asyncio."""
+        if b"data: " in self.buffer:
+            self.done.set_result(None)
+        else:
+            self.done.set_exception(ConnectionError(f"no stream to abort: {self.buffer[:200]!r}"))
+
+
+async def abort(port: int, request: bytes, clients: int, count: int) -> None:
+    """Begins `count` streams, `clients` at once, and breaks each off."""
+    loop = asyncio.get_running_loop()
+
+    async def client(share: int) -> None:
+        for _ in range(share):
+            done: asyncio.Future[None] = loop.create_future()
+            await loop.create_connection(functools.partial(AbortProtocol, request, done), "127.0.0.1", port)
+            await done
+
+    await asyncio.gather(*(client(count // clients) for _ in range(clients)))
+
+
+def run_abort(port: int, request: bytes, clients: int, count: int) -> None:
+    """`abort` in an event loop of its own."""
+    uvloop.run(abort(port, request, clients, count))
 
 
 def request_bytes(port: int, body: bytes, key: str = "sk-bench") -> bytes:

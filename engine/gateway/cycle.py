@@ -20,7 +20,7 @@ Application = Callable[
 ]
 
 #: A client is not read further while this much of its body waits to be taken, in bytes.
-HIGH_WATER = 1 << 20
+HIGH_WATER = 256 * 1024
 _TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 #: What may stand in no header's value (RFC 9110, 5.5), tab aside.
 _CONTROLS = bytes([*range(9), *range(10, 32), 127])

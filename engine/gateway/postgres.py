@@ -62,6 +62,9 @@ class PostgresConnection:
         """See `store.Connection`."""
         self.execute(statement)
 
+    def announce(self) -> None:
+        """See `store.Connection`: nobody could tell."""
+
     def version(self) -> object:
         """See `store.Connection`: cannot be told."""
         return None
@@ -112,6 +115,10 @@ class Postgres:
         with raw.transaction():
             raw.execute("SELECT pg_advisory_xact_lock(%s)", (_WRITERS,))
             yield
+
+    def news(self) -> object:
+        """See `store.Database`: asking takes too long."""
+        return None
 
     def tidy(self) -> None:
         """See `store.Database`: the server does so itself."""

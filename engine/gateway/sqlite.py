@@ -24,6 +24,8 @@ _CHECKPOINT_PAGES = 4096
 _PATIENCE_S = 30.0
 
 
+#: Size of the number that counts what was announced.
+_NEWS_BYTES = 8
 #: What stands in a table's statement where its rows are to lie in the order of its primary key (`governance.schema`).
 _CLUSTERED = "/* clustered */"
 
@@ -34,6 +36,7 @@ class SqliteConnection(sqlite3.Connection):
     Attributes:
         order: The file whose lock orders the writers, opened for this connection alone; -1: it only reads.
         rollbacks: Transactions that were undone.
+        announces: The transaction under way is announced.
     """
 
     _serials = itertools.count()
@@ -42,11 +45,16 @@ class SqliteConnection(sqlite3.Connection):
         """Call it once, first."""
         self.order = order
         self.rollbacks = 0
+        self.announces = False
         self._serial = next(self._serials)
 
     def make(self, statement: str) -> None:
         """See `store.Connection`."""
         self.execute(statement.replace(_CLUSTERED, "WITHOUT ROWID"))
+
+    def announce(self) -> None:
+        """See `store.Connection`."""
+        self.announces = True
 
     def version(self) -> object:
         """See `store.Connection`."""
@@ -62,7 +70,7 @@ class SqliteConnection(sqlite3.Connection):
 
 
 class Sqlite:
-    """One file and what stands beside it: `FILE.lock` for the order of writers, `FILE.claims/` for names.
+    """One file and what stands beside it: `FILE.lock` for the order of writers and for news, `FILE.claims/` for names.
 
     Args:
         path: The file.
@@ -81,7 +89,7 @@ class Sqlite:
             self._claims.mkdir(exist_ok=True, mode=0o700)
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
             self._order = Path(f"{path}.lock")
-            os.close(_open_lock(self._order))
+            self._announced = _open_lock(self._order)
         except OSError as error:
             raise ConfigurationError(
                 f"{path} cannot be opened: {(error.strerror or str(error)).lower()}; name another file"
@@ -124,9 +132,15 @@ class Sqlite:
                 if waits:
                     raise
                 raise BlockingIOError(str(error)) from None
+            connection.announces = False
             try:
                 yield
+                if connection.announces:
+                    _count_up(order)
                 connection.execute("COMMIT")
+                if connection.announces:
+                    # Who looked in between has read what was before.
+                    _count_up(order)
             except BaseException:
                 connection.rollbacks += 1
                 with contextlib.suppress(sqlite3.OperationalError):  # a full disk has rolled it back already
@@ -134,6 +148,10 @@ class Sqlite:
                 raise
         finally:
             fcntl.flock(order, fcntl.LOCK_UN)
+
+    def news(self) -> object:
+        """See `store.Database`: a number in the file whose lock orders the writers."""
+        return os.pread(self._announced, _NEWS_BYTES, 0)
 
     def tidy(self) -> None:
         """See `store.Database`: copies the write-ahead log into the file, most of it while others go on writing."""
@@ -158,7 +176,8 @@ class Sqlite:
         return _LockedFile(path, descriptor)
 
     def close(self) -> None:
-        """See `store.Database`: there is nothing but connections."""
+        """See `store.Database`."""
+        os.close(self._announced)
 
 
 class _LockedFile:
@@ -170,6 +189,11 @@ class _LockedFile:
         """See `store.Claim`."""
         self._path.unlink(missing_ok=True)
         os.close(self._descriptor)
+
+
+def _count_up(descriptor: int) -> None:
+    known = int.from_bytes(os.pread(descriptor, _NEWS_BYTES, 0))
+    os.pwrite(descriptor, (known + 1).to_bytes(_NEWS_BYTES), 0)
 
 
 def _open_lock(path: Path) -> int:

@@ -34,6 +34,8 @@ log = logging.getLogger("tokenmill.gateway.store")
 MOST_IN_A_BATCH = 256
 #: Most that the event loop does itself in one go: about two milliseconds.
 MOST_AT_ONCE = 64
+#: A transaction that took longer, in seconds, has waited for the disk: the thread does those of the next moment, too.
+SLOW_S, SLOW_FOR_S = 0.005, 1.0
 #: Transactions of the event loop after which a thread does what they left undone.
 TIDY_AFTER = 400
 #: How long what nobody waits for may wait for company, in seconds: a transaction of its own costs ten times as much.
@@ -86,6 +88,10 @@ class Connection(Protocol):
         """Runs a statement that makes a table or an index."""
         ...
 
+    def announce(self) -> None:
+        """Has `Database.news` change with this transaction."""
+        ...
+
     def version(self) -> object:
         """Differs from before where anything in the database may; None: nobody can tell. For the writer's."""
         ...
@@ -136,6 +142,10 @@ class Database(Protocol):
             connection: One that was made for it.
             waits: For others to be done; otherwise raises `BlockingIOError` while somebody else writes.
         """
+        ...
+
+    def news(self) -> object:
+        """Differs from before where a transaction was announced; None: nobody can tell. Takes a microsecond."""
         ...
 
     def tidy(self) -> None:
@@ -201,6 +211,7 @@ class Store:
         #: How many lists the thread has not done yet: until it has, what comes later queues behind them.
         self._behind = 0
         self._counting = threading.Lock()
+        self._slow_until = 0.0
         self._untidy = 0
         self._tidier: threading.Thread | None = None
         #: What the event loop asked for since it last came round; one wake-up of the writer is enough for all of it.
@@ -243,15 +254,24 @@ class Store:
         result: T = await self.write_item(_one_by_one, operation)
         return result
 
-    def write_item(self, collector: Collector, item: Any) -> "asyncio.Future[Any]":
+    def write_item(self, collector: Collector, item: Any, alone: bool = False) -> "asyncio.Future[Any]":
         """`write` for one of many things that are done at less cost together: `collector(connection, items)`.
 
         Items that stand next to each other in the order of submission, with the same collector, are done together.
+
+        Args:
+            collector: Does it.
+            item: What is to be done.
+            alone: No others are to be expected in this round of the event loop: nothing waits for its end.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
         self._gathered.append(_Job(collector, item, future, loop))
-        if not self._handing_over:
+        if self._handing_over:
+            return future
+        if alone:
+            self.hand_over()
+        else:
             self._handing_over = True
             loop.call_soon(self.hand_over)
         return future
@@ -282,6 +302,9 @@ class Store:
         """Commits a batch here and now, unless something may have to be waited for."""
         if self._quick is None or self._behind or len(batch) > MOST_AT_ONCE:
             return False
+        begun = time.perf_counter()
+        if begun < self._slow_until:
+            return False
         if any(job.collector is _one_by_one for job in batch):
             return False  # may take any time
         wanted = [job for job in batch if _wanted(job)]
@@ -291,6 +314,9 @@ class Store:
             return False
         except Exception:  # noqa: BLE001 - the thread finds out whose fault it was
             return False
+        ended = time.perf_counter()
+        if ended - begun > SLOW_S:
+            self._slow_until = ended + SLOW_FOR_S
         _set_results([(job.waiter, result) for job, result in zip(wanted, results, strict=True) if job.waiter])
         self._untidy += 1
         if self._untidy >= TIDY_AFTER and (self._tidier is None or not self._tidier.is_alive()):
@@ -308,6 +334,10 @@ class Store:
     def write_now(self, operation: Operation[T]) -> T:
         """`submit` for a program that may wait."""
         return self.submit(operation).result()
+
+    def news(self) -> object:
+        """See `Database.news`."""
+        return self._database.news()
 
     def connect_reader(self) -> Connection:
         """One more connection for reading, e.g. for a long query in another thread; close it afterwards."""

@@ -51,9 +51,9 @@ def forwarded_headers(headers: Headers, request_id: str) -> Headers:
     return kept
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Origin:
-    """Where connections go.
+    """Where connections go; each has a pool of its own.
 
     Attributes:
         host: Name or address.

@@ -36,6 +36,7 @@ def append(connection: Connection, actor: str, action: str, subject: str, detail
         subject: To which account or worker.
         details: Anything else; no secrets.
     """
+    connection.announce()
     head = _head(connection)
     row = (head.sequence + 1, now_ms(), actor, action, subject, orjson.dumps(details).decode())
     digest = _digest(head.hash, row)

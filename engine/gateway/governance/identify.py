@@ -1,12 +1,11 @@
 """The stage that says whose request it is, and refuses those of nobody.
 
 What is known of a key is kept in memory. Every change to keys and accounts is audited in its own transaction, so the
-number of the audit trail's last row is the version of what was kept. From a file it is read in every round of the
-event loop that has requests, from a server a few times a second. Either way a key that was revoked by any process is
-refused from the next request on: the transaction that reserves looks again (`books`).
+number of the audit trail's last row is the version of what was kept. It is read a few times a second, and from a file
+also when there is news. Either way a key that was revoked by any process is refused from the next request on: the
+transaction that reserves looks again (`books`).
 """
 
-import asyncio
 import time
 from collections.abc import Awaitable
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from tokenmill.engine.gateway.store import Connection, now_ms
 CREDENTIALS = frozenset({b"authorization", b"x-api-key", b"api-key", b"cookie", b"proxy-authorization"})
 #: Keys kept in memory; beyond it all are forgotten.
 MOST_KEPT = 10_000
-#: Seconds for which the version read from a server is good.
+#: Seconds for which a version is good: of a server; of a file as long as there is no news.
 VERSION_KEPT_S = 0.1
 
 
@@ -47,7 +46,7 @@ class Identities:
         self._known: dict[str, _Known] = {}
         self._version = -1
         self._read_at = 0.0
-        self._read_in_this_round = False
+        self._news: object = None
 
     def of(self, headers: Headers) -> Principal:
         """The owner of a request with these headers, names in lower case.
@@ -60,7 +59,9 @@ class Identities:
             return Principal(MASTER)
         store = self._governance.store
         reader = store.reader
-        if not self._is_fresh(store.local):
+        tick, news = time.monotonic(), store.news()
+        if news != self._news or tick - self._read_at > VERSION_KEPT_S:
+            self._read_at, self._news = tick, news
             version = audit.sequence(reader)
             if version != self._version or len(self._known) > MOST_KEPT:
                 self._known.clear()
@@ -70,23 +71,6 @@ class Identities:
         if known is None or (known.until is not None and now >= known.until):
             known = self._known[hashed] = _look_up(reader, hashed, now)
         return known.principal
-
-    def _is_fresh(self, local: bool) -> bool:
-        """Whether the version that is known was read just now; it is going to be read otherwise."""
-        if local:
-            if self._read_in_this_round:
-                return True
-            self._read_in_this_round = True
-            asyncio.get_running_loop().call_soon(self._forget_round)
-            return False
-        tick = time.monotonic()
-        if tick - self._read_at <= VERSION_KEPT_S:
-            return True
-        self._read_at = tick
-        return False
-
-    def _forget_round(self) -> None:
-        self._read_in_this_round = False
 
 
 def _credential(headers: Headers) -> str:

@@ -43,6 +43,7 @@ class Reserve:
         self._governance = governance
         self._portfolio = portfolio
         self._numbers = itertools.count()
+        self._open = 0
 
     async def handle(self, exchange: Exchange, proceed: Handler) -> Reply:
         """See `pipeline.Stage`."""
@@ -52,15 +53,18 @@ class Reserve:
         settles = True
 
         def settle(ended: Exchange) -> None:
+            self._open -= 1
             if settles:
                 settlement = Settlement(wanted.call, charges.spending(ended, bound_at))
-                self._governance.store.post_item(self._governance.apply, settlement)
+                store.post_item(apply, settlement)
 
         # Before the reservation is made: a client that hangs up meanwhile leaves nothing behind.
         exchange.on_end(settle)
         exchange.meter = True
+        self._open += 1
+        store, apply = self._governance.store, self._governance.apply
         try:
-            answer = await self._governance.store.write_item(self._governance.apply, wanted)
+            answer = await store.write_item(apply, wanted, alone=self._open == 1)
         except Exception as error:
             log.exception("request %s could not be reserved", exchange.request_id)
             raise unavailable("The gateway's books cannot be written now.", _STORE_RETRY_S) from error

@@ -76,18 +76,18 @@ def test_log_of_a_file_is_copied_back_while_requests_go_on(store: Store) -> None
         pytest.skip("a server does that itself")
     key = key_with(store, Limits())
     apply = partial(books.apply, kept=Kept())
-    rounds = 4
+    most_bytes, least_pages_each = 32 * 2**20, 2
+    count = 2 * most_bytes // (least_pages_each * PAGE_BYTES)
 
     async def main() -> None:
-        for call in range(rounds * TIDY_AFTER):
+        for call in range(count):
             await store.write_item(apply, reservation(key, str(call), 1))
             if call % TIDY_AFTER == 0:
-                await asyncio.sleep(0.2)  # the thread may be slow to begin
+                await asyncio.sleep(0.05)  # the thread may be slow to begin
 
     asyncio.run(main())
-    least_pages_each = 2
-    assert Path(f"{store.place}-wal").stat().st_size < (rounds - 1) * TIDY_AFTER * least_pages_each * PAGE_BYTES
-    assert accounts.find(store.reader, key).reserved == rounds * TIDY_AFTER
+    assert Path(f"{store.place}-wal").stat().st_size < most_bytes
+    assert accounts.find(store.reader, key).reserved == count
 
 
 def test_what_is_kept_is_forgotten_when_somebody_else_writes(store: Store, other: Store) -> None:
@@ -139,6 +139,29 @@ def test_what_was_rolled_back_is_not_kept(store: Store) -> None:
     assert settled == [True, False]
     for account in accounts.chain(store.reader, key):
         assert (account.spent, account.reserved) == (4, 10)
+
+
+def test_changes_to_keys_are_news_and_money_is_not(store: Store, other: Store) -> None:
+    key = key_with(store, Limits(hard_limit=100))
+    before = store.news()
+    if not store.local:
+        assert before is None
+        return
+    assert end(other, "nothing", 1) is False
+    assert store.news() == before == other.news()
+    other.write_now(lambda connection: keys.revoke(connection, key, "t"))
+    after = store.news()
+    assert after == other.news() != before
+    with pytest.raises(ZeroDivisionError):
+        other.write_now(lambda _: 1 / 0)
+    assert store.news() == after
+
+
+def test_lonely_write_is_done_before_the_loop_goes_on(store: Store) -> None:
+    async def main() -> bool:
+        return store.write_item(where, 0, alone=True).done()
+
+    assert asyncio.run(main()) is store.local
 
 
 def test_window_slides_as_if_it_were_counted_anew() -> None:

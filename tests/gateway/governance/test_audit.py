@@ -8,15 +8,17 @@ from hypothesis import strategies as st
 
 from tokenmill.engine.gateway.governance import audit
 from tokenmill.engine.gateway.governance.schema import AUDIT, AUDIT_HEAD
+from tokenmill.engine.gateway.sqlite import SqliteConnection
 from tokenmill.errors import CheckpointError
 
 ROWS = 8
 COLUMNS = ("at", "actor", "action", "subject", "details", "hash")
 
 
-def trail(rows: int = ROWS) -> sqlite3.Connection:
+def trail(rows: int = ROWS) -> SqliteConnection:
     """A trail in memory."""
-    connection = sqlite3.connect(":memory:", isolation_level=None)
+    connection = sqlite3.connect(":memory:", isolation_level=None, factory=SqliteConnection)
+    connection.prepare(-1)
     connection.execute(AUDIT)
     connection.execute(AUDIT_HEAD)
     for index in range(rows):
