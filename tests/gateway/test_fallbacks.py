@@ -219,7 +219,7 @@ def governed(upstreams: dict[str, FakeUpstream], tmp_path_factory: pytest.TempPa
         Backend("small", small, "small", ("small",), prices=cheap, context_window=4096),
         Backend("large", large, "large", ("large",), prices=dear, context_window=4096, zone="cloud"),
     )
-    settings = Settings(breaker_failures=10_000, fallbacks={"small": ("large",)})
+    settings = Settings(breaker_failures=10_000, read_timeout_s=0.5, fallbacks={"small": ("large",)})
     sensitivity = SensitivitySettings(default="stay")
     with RunningGateway(
         *backends, settings=settings, governance=options(place), key=MASTER_KEY, sensitivity=sensitivity
@@ -270,6 +270,21 @@ def test_the_fallbacks_price_is_reserved_and_its_tokens_are_charged(
     assert (row.backend, row.attempts, row.outcome) == ("large", 2, "ok")
     assert (row.prompt, row.completion) == (usage["prompt_tokens"], usage["completion_tokens"])
     assert row.cost == 1000 * (row.prompt + row.completion) == governed.account(key_id).spent
+
+
+def test_a_silent_backend_is_charged_beside_the_fallback_and_never_above_the_reservation(
+    governed: Governed, servers: dict[str, FakeUpstream]
+) -> None:
+    key_id, key = governed.key(Limits(hard_limit=1_000_000))
+    assert ask(governed, key, small={"delay_s": 5})[0] == 200
+    wait_until(lambda: len(governed.ledger(key_id)) == 2)
+    answer, silent = sorted(governed.ledger(key_id), key=lambda row: row.kind)
+    assert (answer.kind, answer.tier, answer.exact, answer.attempts) == ("answer", "large", True, 2)
+    assert (silent.kind, silent.tier, silent.exact, silent.completion) == ("failed", "small", False, 5)
+    books = servers["large"].books
+    assert (answer.prompt, answer.completion) == (books.prompt_tokens, books.completion_tokens)
+    assert silent.cost + silent.excess == silent.prompt + silent.completion
+    assert governed.account(key_id).spent == answer.cost + silent.cost
 
 
 def test_budgets_hold_while_everything_falls_back(governed: Governed, servers: dict[str, FakeUpstream]) -> None:
