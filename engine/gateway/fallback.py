@@ -4,7 +4,7 @@ Within a tier a request goes on to another backend, a bounded number of times. E
 once more at most, in their order: the tiers that the router ranked below, and the ones that the configuration names as
 fallbacks after errors, after a prompt that is too long, after a refusal of its content. The routes are those that
 policies, allow-lists and the reservation have left: nothing here adds one. When every tier fails, the first one's error
-goes back as it came.
+goes back as it came; where it gave none, because nobody there answered, a fallback's verdict on the request does.
 """
 
 from collections.abc import Iterable, Sequence
@@ -174,7 +174,15 @@ class Way:
         if trouble != "unsent":
             self._resent.add(tier)
         if not first:
-            return True
+            if (
+                trouble != "final"
+                or not isinstance(self.failure.answer, ApiError)
+                or isinstance(failure.answer, ApiError)
+            ):
+                return True
+            # Of the first tier nobody has answered; what is wrong with the request says more than that.
+            self.failure = failure
+            return False
         if trouble == "context":
             self._now = self._after("context") or self._after("error")
         elif trouble == "policy":

@@ -124,6 +124,19 @@ def test_the_first_error_goes_back_untouched_when_all_fail(
     assert 'tier="large"' not in "".join(line for line in metrics.splitlines() if 'status="502"' in line)
 
 
+def test_a_verdict_on_the_request_says_more_than_that_nobody_answered(
+    gateway: RunningGateway, servers: dict[str, FakeUpstream]
+) -> None:
+    wrong = error(422, "this field is wrong")
+    body = {"model": "small", "act": {"small": {"cut_after": 0}, "large": wrong}}
+    status, _, answer = gateway.post(CHAT, body)
+    assert (status, answer) == (422, wrong["body"].encode())
+    body = {"model": "small", "act": {"small": {"cut_after": 0}, "large": error(500)}}
+    status, _, answer = gateway.post(CHAT, body)
+    assert (status, json.loads(answer)["error"]["code"]) == (503, "service_unavailable")
+    assert asked(servers) == {"small": 2, "large": 2}
+
+
 def test_silence_leads_to_another_tier_and_not_to_the_same_one(servers: dict[str, FakeUpstream]) -> None:
     backends = [Backend(f"s{number}", servers["small"].url, "small", ("small",)) for number in range(2)]
     backends.append(Backend("large", servers["large"].url, "large", ("large",)))
