@@ -303,10 +303,10 @@ def _serving(rows: Sequence[Row]) -> str:
         )
         parts.append(_table(head, body, text=2, ours=lambda number, marks=tuple(ours): marks[number]))  # type: ignore[misc]
         hooks = [
-            f"{v}: {row['hooks'].get(v)}"
-            for v in variants
+            f"{row['variant']}: {state}"
             for row in latest.values()
-            if row["variant"] == v and row["hooks"].get(v)
+            for hook, state in row["hooks"].items()
+            if row["variant"] == hook or row["variant"].startswith(f"{hook}-")
         ]
         hooks += [f"{name}: not measured: {reason}" for name, reason in reasons.items()]
         parts.append("".join(f'<p class="faint">{html.escape(line)}</p>' for line in dict.fromkeys(hooks)))

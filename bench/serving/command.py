@@ -5,7 +5,7 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from tokenmill import platform
+from tokenmill import env, platform
 from tokenmill.bench import nvml
 from tokenmill.bench.rows import Row, RowFile, facts
 from tokenmill.bench.serving import models, workloads
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     about["device_state"] = _state()
     with tempfile.TemporaryDirectory(prefix="tokenmill-serve-") as name:
         folder = Path(name)
-        variants = _variants(arguments, folder)
+        variants = _variants(arguments, folder, on_gpu=gpu is not None)
         plan = Plan(
             model=_model_name(arguments),
             variants=variants,
@@ -80,8 +80,8 @@ def _model_name(arguments: argparse.Namespace) -> str:
     return f"{arguments.model}, {arguments.layers} layers, {arguments.weights}"
 
 
-def _variants(arguments: argparse.Namespace, folder: Path) -> tuple[Variant, ...]:
-    """Stock first, then each hook; INT4 weights also against the dense model on stock vLLM."""
+def _variants(arguments: argparse.Namespace, folder: Path, *, on_gpu: bool) -> tuple[Variant, ...]:
+    """Stock first, then each hook; INT4 weights also with 8-bit activations, and the dense model on stock vLLM."""
     if arguments.model == "pair":
         target, draft = tiny_pair()
         drafting = f'{{"model": "{draft}", "num_speculative_tokens": {_DRAFTED}}}'
@@ -92,9 +92,12 @@ def _variants(arguments: argparse.Namespace, folder: Path) -> tuple[Variant, ...
     if arguments.weights == "bf16":
         dense = models.write_dense(folder / "dense", sizes, arguments.layers)
         return _with_hooks(arguments, dense, ("all",), ("--load-format", "dummy"))
-    compared = _with_hooks(arguments, models.write_int4(folder / "int4", sizes, arguments.layers), ("linear",), ())
+    int4 = models.write_int4(folder / "int4", sizes, arguments.layers)
+    compared = _with_hooks(arguments, int4, ("linear",), ())
     if arguments.hooks:
         return compared
+    if not on_gpu:
+        compared = (*compared, Variant("linear-a8", int4, "linear", environment={env.INT4_ACTIVATION_BITS.name: "8"}))
     dense = models.write_dense(folder / "dense", sizes, arguments.layers)
     return (*compared, Variant("stock-bf16", dense, "none", ("--load-format", "dummy")))
 

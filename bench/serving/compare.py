@@ -8,7 +8,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,14 @@ class Variant:
         model: Its checkpoint.
         hooks: The value of `TOKENMILL_HOOKS`.
         flags: Beyond those that all share.
+        environment: Likewise.
     """
 
     name: str
     model: Path
     hooks: str
     flags: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ def compare(plan: Plan, facts: Row, out: RowFile, folder: Path, say: Callable[[s
     try:
         for variant in plan.variants:  # one after the other: each takes its memory from what is free
             flags = (*plan.flags, *variant.flags)
-            server = Server(variant.name, variant.model, flags, variant.hooks, folder, dict(plan.environment))
+            environment = {**plan.environment, **variant.environment}
+            server = Server(variant.name, variant.model, flags, variant.hooks, folder, environment)
             servers[variant.name] = server
             try:
                 server.wait()

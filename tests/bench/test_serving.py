@@ -69,6 +69,15 @@ def test_stock_is_the_base_and_bf16_where_it_does_not_start() -> None:
     assert compare.base([hook]) == "linear"
 
 
+def test_int4_is_served_with_both_kinds_of_activations_on_a_cpu(tmp_path: Path) -> None:
+    arguments = command.parser().parse_args(["--model", "mini", "--layers", "1"])
+    found = {one.name: one for one in command._variants(arguments, tmp_path, on_gpu=False)}
+    assert list(found) == ["stock", "linear", "linear-a8", "stock-bf16"]
+    assert found["linear-a8"].environment == {"TOKENMILL_INT4_ACTIVATION_BITS": "8"}
+    assert found["linear-a8"].model == found["linear"].model
+    assert "linear-a8" not in {one.name for one in command._variants(arguments, tmp_path, on_gpu=True)}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
