@@ -117,8 +117,19 @@ def test_eight_bit_activations(isa: str, symmetric: bool) -> None:
 @pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
 def test_any_shape_and_group(isa: str, K: int, N: int, group_size: int, act_order: bool) -> None:
     for bits in (16, 8) if isa != "plain" else (16,):
-        for M in (1, 7):
+        for M in (1, 2, 4, 7):
             weight = random_weight(K, N, group_size, symmetric=False, act_order=act_order, bias=False)
+            check(activations(M, K, torch.bfloat16), weight, bits)
+
+
+@pytest.mark.parametrize(("K", "group_size"), [(384, 128), (600, 300), (136, 32), (1000, 1000)])
+def test_many_rows(isa: str, K: int, group_size: int) -> None:
+    """Several passes over the same weight, and last tiles of every height, in groups that are one step and several."""
+    if isa == "plain":
+        pytest.skip("one tile height, one pass")
+    weight = random_weight(K, 150, group_size, symmetric=False)
+    for bits in (16, 8):
+        for M in (8, 127, 128, 129, 130, 259):
             check(activations(M, K, torch.bfloat16), weight, bits)
 
 
@@ -130,7 +141,8 @@ def test_extreme_codes_and_activations_do_not_overflow(isa: str) -> None:
         pack_codes(codes), torch.ones(1, N, dtype=torch.float16), K, K, torch.zeros(1, N, dtype=torch.uint8)
     )
     for bits in (16, 8) if isa != "plain" else (16,):
-        check(torch.full((2, K), -1.0, dtype=torch.bfloat16), weight, bits)
+        for M in (2, 9):
+            check(torch.full((M, K), -1.0, dtype=torch.bfloat16), weight, bits)
 
 
 @pytest.mark.parametrize("bits", [16, 8])
@@ -146,15 +158,18 @@ def test_rows_do_not_depend_on_their_batch(isa: str, bits: int) -> None:
         assert_bit_equal(alone, together[row : row + 1])
 
 
-def test_threads_do_not_change_a_bit() -> None:
+@pytest.mark.parametrize("bits", [16, 8])
+def test_threads_do_not_change_a_bit(isa: str, bits: int) -> None:
+    if bits == 8 and isa == "plain":
+        pytest.skip("there is no 8-bit kernel in plain C++")
     weight = random_weight(512, 400, 64)
     x = activations(21, 512, torch.bfloat16)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = op.int4_gemm(x, weight, implementation="cpu")
+        one = op.int4_gemm(x, weight, activation_bits=bits, implementation="cpu")
         torch.set_num_threads(2)
-        two = op.int4_gemm(x, weight, implementation="cpu")
+        two = op.int4_gemm(x, weight, activation_bits=bits, implementation="cpu")
     finally:
         torch.set_num_threads(threads)
     assert_bit_equal(one, two)

@@ -1,0 +1,168 @@
+// The inner loops of W4A8 with AVX2: VPMADDUBSW multiplies unsigned codes by signed activations and adds pairs in
+// int16. A pair is at most 2 * 15 * 127 = 3810, so eight of them are added before they have to be widened.
+#pragma once
+
+#include "cpu_int8.h"
+
+namespace tokenmill::int4 {
+namespace {
+
+constexpr int kPanelUnit = 2 * kLine;  // bytes of one unit of one block, a byte a code
+constexpr int kUnitsPerWidening = 4;   // two pairs a unit
+
+// Codes as they are stored, a nibble each.
+struct Nibbles {
+  static constexpr int kUnitBytes = kLine;
+
+  // Four codes of each of eight columns, of the even or of the odd rows of a unit.
+  template <int kOdd>
+  TM_INLINE static __m256i four(const uint8_t* unit, int part) {
+    const __m256i words = Vector::load(unit + part * 32);
+    return _mm256_and_si256(kOdd ? _mm256_srli_epi32(words, 4) : words, _mm256_set1_epi8(0x0f));
+  }
+};
+
+// Codes that `unpack` has made bytes of: even rows, then odd rows.
+struct Bytes {
+  static constexpr int kUnitBytes = kPanelUnit;
+
+  template <int kOdd>
+  TM_INLINE static __m256i four(const uint8_t* unit, int part) {
+    return Vector::load(unit + kOdd * kLine + part * 32);
+  }
+};
+
+// Takes `units` units of NB blocks apart, unit by unit, so that the memory is read in NB streams. Blocks are `stride`
+// bytes apart, and `panel_stride` afterwards. Fetches the first half of the next panel: the processor's own prefetching
+// stops while a panel is multiplied, and all of it would be evicted again.
+template <int NB>
+TM_INLINE void unpack(const uint8_t* lines, int64_t stride, int32_t units, uint8_t* panel, int64_t panel_stride) {
+  for (int32_t u = 0; u < units; ++u, lines += kLine, panel += kPanelUnit) {
+    unroll<0, NB>([&](auto b) {
+      const uint8_t* line = lines + b.value * stride;
+      _mm_prefetch(reinterpret_cast<const char*>(line + 8 * kLine), _MM_HINT_T0);
+      unroll<0, 2>([&](auto part) {
+        __m256i* out = reinterpret_cast<__m256i*>(panel + b.value * panel_stride) + part.value;
+        _mm256_store_si256(out, Nibbles::four<0>(line, part.value));
+        _mm256_store_si256(out + 2, Nibbles::four<1>(line, part.value));
+      });
+    });
+  }
+}
+
+// sum += codes * values, in int16. The addition is written out: GCC would make a tree of several, and spill what waits
+// for its turn.
+TM_INLINE void add_pairs(__m256i& sum, __m256i codes, __m256i values) {
+  __m256i added = sum;  // a copy: `sum` itself, an element of an array, would have to be in memory
+  asm("vpaddw %1, %0, %0" : "+x"(added) : "x"(_mm256_maddubs_epi16(codes, values)));
+  sum = added;
+}
+
+// Adds the products of the even or the odd rows of one unit: NR registers of columns (two a block) and MB rows of
+// activations. Whichever are fewer are kept in registers. The first products of a sum are the sum.
+template <class Codes, int kOdd, bool kFirst, int MB, int NR>
+TM_INLINE void add_half(__m256i (&narrow)[NR][MB], const uint8_t* codes, int64_t stride, const uint8_t* x) {
+  const auto column = [&](int r) { return Codes::template four<kOdd>(codes + r / 2 * stride, r % 2); };
+  const auto row = [&](int m) { return _mm256_set1_epi32(four_bytes(x + m * kInt8UnitBytes + kOdd * 4)); };
+  const auto add = [&](auto r, auto m, __m256i four, __m256i values) {
+    if constexpr (kFirst) {
+      narrow[r.value][m.value] = _mm256_maddubs_epi16(four, values);
+    } else {
+      add_pairs(narrow[r.value][m.value], four, values);
+    }
+  };
+  if constexpr (MB < NR) {
+    __m256i values[MB];
+    unroll<0, MB>([&](auto m) { values[m.value] = row(m.value); });
+    unroll<0, NR>([&](auto r) {
+      const __m256i four = column(r.value);
+      unroll<0, MB>([&](auto m) { add(r, m, four, values[m.value]); });
+    });
+  } else {
+    __m256i fours[NR];
+    unroll<0, NR>([&](auto r) { fours[r.value] = column(r.value); });
+    unroll<0, MB>([&](auto m) {
+      const __m256i values = row(m.value);
+      unroll<0, NR>([&](auto r) { add(r, m, fours[r.value], values); });
+    });
+  }
+}
+
+// Codes and activations of a group, or of a part of one.
+struct Chunk {
+  const uint8_t* codes;
+  int64_t stride;  // bytes from block to block
+  int32_t units;
+  const uint8_t* x;
+};
+
+// Adds kUnits units to sums in int32. A unit of activations has kRows rows.
+template <class Codes, int kUnits, int kRows, int MB, int NR>
+TM_INLINE void add_units(__m256i (&wide)[NR][MB], const Chunk& c) {
+  static_assert(kUnits <= kUnitsPerWidening);
+  __m256i narrow[NR][MB];
+  unroll<0, kUnits>([&](auto u) {
+    const uint8_t* codes = c.codes + u.value * Codes::kUnitBytes;
+    const uint8_t* x = c.x + u.value * kRows * kInt8UnitBytes;
+    add_half<Codes, 0, u.value == 0>(narrow, codes, c.stride, x);
+    add_half<Codes, 1, false>(narrow, codes, c.stride, x);
+  });
+  unroll<0, NR>([&](auto r) {
+    unroll<0, MB>([&](auto m) {
+      const __m256i sums = _mm256_madd_epi16(narrow[r.value][m.value], _mm256_set1_epi16(1));
+      wide[r.value][m.value] = _mm256_add_epi32(wide[r.value][m.value], sums);
+    });
+  });
+}
+
+// What makes numbers of the sums of a group, and where they are added: rows `columns` floats apart.
+struct Group {
+  const float *scales, *zeros;         // of the columns
+  const float *row_scales, *row_sums;  // of the activations
+  float* totals;
+  int columns;
+};
+
+// Multiplies a chunk of MB rows by NB blocks. `dots`, int32 [MB][NB][16], holds what the chunks before it came to,
+// unless it is the first of its group, and receives the sums, unless it is the last.
+template <class Codes, int kRows, int MB, int NB>
+TM_INLINE void multiply_chunk(Chunk c, const Group& group, int32_t* dots, bool first, bool last) {
+  constexpr int NR = NB * 2;
+  __m256i* memory = reinterpret_cast<__m256i*>(dots);
+  __m256i wide[NR][MB];
+  unroll<0, NR>([&](auto r) {
+    unroll<0, MB>([&](auto m) {
+      wide[r.value][m.value] = first ? _mm256_setzero_si256() : _mm256_load_si256(memory + m.value * NR + r.value);
+    });
+  });
+  for (; c.units >= kUnitsPerWidening; c.units -= kUnitsPerWidening) {
+    add_units<Codes, kUnitsPerWidening, kRows>(wide, c);
+    c.codes += kUnitsPerWidening * Codes::kUnitBytes;
+    c.x += kUnitsPerWidening * kRows * kInt8UnitBytes;
+  }
+  for (; c.units > 0; --c.units) {
+    add_units<Codes, 1, kRows>(wide, c);
+    c.codes += Codes::kUnitBytes;
+    c.x += kRows * kInt8UnitBytes;
+  }
+  if (!last) {
+    unroll<0, NR>([&](auto r) {
+      unroll<0, MB>([&](auto m) { _mm256_store_si256(memory + m.value * NR + r.value, wide[r.value][m.value]); });
+    });
+    return;
+  }
+  unroll<0, NR>([&](auto r) {
+    const Vector::Float zero = Vector::load(group.zeros + r.value * kLanes);
+    const Vector::Float scale = Vector::load(group.scales + r.value * kLanes);
+    unroll<0, MB>([&](auto m) {
+      float* total = group.totals + m.value * group.columns + r.value * kLanes;
+      const Vector::Float value = Vector::subtract_product(zero, Vector::all(group.row_sums[m.value]),
+                                                           Vector::to_float(wide[r.value][m.value]));
+      const Vector::Float both = Vector::multiply(scale, Vector::all(group.row_scales[m.value]));
+      Vector::store(total, Vector::multiply_add(value, both, Vector::load(total)));
+    });
+  });
+}
+
+}  // namespace
+}  // namespace tokenmill::int4
