@@ -70,16 +70,8 @@ def _one_process() -> None:
         ensure_model_parallel_initialized(1, 1)
 
 
-def prepare(kernel: str, weight: Int4Weight, dtype: torch.dtype) -> Layer:
-    """Packs a symmetric weight for the kernel and returns the layer that multiplies by it.
-
-    Args:
-        kernel: As for `why_not`.
-        weight: On the device where it will run.
-        dtype: Of the activations.
-    """
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.model_executor.kernels import linear
+def linear_layer(weight: Int4Weight, dtype: torch.dtype) -> Any:
+    """What vLLM's kernels expect: a linear layer of one process, filled from a symmetric GPTQ checkpoint."""
     from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedvLLMParameter
 
     _one_process()
@@ -94,6 +86,21 @@ def prepare(kernel: str, weight: Int4Weight, dtype: torch.dtype) -> Layer:
     layer.output_size = layer.output_size_per_partition = weight.N
     layer.output_partition_sizes = [weight.N]
     layer.params_dtype, layer.has_bias = dtype, False
+    return layer
+
+
+def prepare(kernel: str, weight: Int4Weight, dtype: torch.dtype) -> Layer:
+    """Packs a symmetric weight for the kernel and returns the layer that multiplies by it.
+
+    Args:
+        kernel: As for `why_not`.
+        weight: On the device where it will run.
+        dtype: Of the activations.
+    """
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.kernels import linear
+
+    layer = linear_layer(weight, dtype)
     with set_current_vllm_config(VllmConfig()):
         chosen = getattr(linear, kernel)(
             _config(weight.K, weight.N, weight.group_size, dtype), w_q_param_name="qweight", w_s_param_name="scales"

@@ -79,6 +79,13 @@ def test_the_rivals_of_a_gpu_can_be_asked(probe: dict[str, Any]) -> None:
     assert probe["sampler"][:8] == needed
 
 
+def test_the_adapters_call_the_builds_operators_as_their_schemas_want(probe: dict[str, Any]) -> None:
+    """Packing runs for real on the CPU but for what only a GPU can do."""
+    assert probe["reached"]["MarlinLinearKernel"].endswith("::marlin_gemm"), probe["reached"]
+    assert probe["reached"]["MacheteLinearKernel"].endswith("::machete_mm"), probe["reached"]
+    assert probe["humming_lacks"] == []
+
+
 def test_flags_pass_through_the_launcher(probe: dict[str, Any]) -> None:
     assert probe["flags"] == ["a/model", 2, 3, 4, "ray", "fp8"]
 
