@@ -59,8 +59,8 @@ def least_disturbed(
 ) -> list[Row]:
     """Of several measurements of one group, the one whose contestants took the least time together.
 
-    A neighbour's load only ever adds time. The rule looks at the sum over all contestants, not at any ratio between
-    them, so it favours nobody; the other measurements stay in the file.
+    A neighbour's load only ever adds time. The rule looks at the sum over the contestants that all of the measurements
+    timed, not at any ratio between them, so it favours nobody; the other measurements stay in the file.
 
     Args:
         rows: Rows with the fields of `group` and the `time` at which their group was measured.
@@ -74,10 +74,18 @@ def least_disturbed(
     for row in rows:
         runs.setdefault(identity(row, group), {}).setdefault(row.get("time"), []).append(row)
 
-    def total(run: Sequence[Row]) -> float:
-        return sum(map(seconds, run)) or math.inf  # nothing but reasons is no measurement
+    chosen: list[Row] = []
+    for found in runs.values():
+        timed = [{_contestant(row): seconds(row) for row in run if seconds(row)} for run in found.values()]
+        common = set.intersection(*(set(one) for one in timed if one)) if any(timed) else set()
+        # Nothing but reasons is no measurement.
+        totals = [sum(one[who] for who in common or one) if one else math.inf for one in timed]
+        chosen += list(found.values())[totals.index(min(totals))]
+    return chosen
 
-    return [row for found in runs.values() for row in min(found.values(), key=total)]
+
+def _contestant(row: Row) -> Any:
+    return row.get("implementation", row.get("variant"))
 
 
 def identity(row: Mapping[str, Any], key: Sequence[str]) -> tuple[Any, ...]:

@@ -63,6 +63,12 @@ def test_the_least_disturbed_measurement_counts() -> None:
     assert least_disturbed([*disturbed, *ROWS]) == ROWS
 
 
+def test_a_measurement_with_one_more_contestant_is_not_the_slower_for_it() -> None:
+    more = [{**one, "time": 2, **({"p50": 0.9 * one["p50"]} if "p50" in one else {})} for one in ROWS]  # type: ignore[operator]
+    more += [{**row(M, "newcomer", "rival", 5e-3), "time": 2} for M in {one["M"] for one in ROWS}]  # type: ignore[arg-type]
+    assert {one["time"] for one in least_disturbed([*ROWS, *more])} == {2}
+
+
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"op": "int4_gemm"}\nnonsense\n')
