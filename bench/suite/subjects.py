@@ -6,6 +6,7 @@ An op that is not listed here is checked on its spec's examples with its spec's 
 import random
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, cast
 
@@ -63,13 +64,23 @@ def implementation(spec: OpSpec, problem: Problem, name: str) -> Implementation:
         return registry.choose(spec, problem, name)
     if spec.name not in _INTERPRETED:
         raise UnsupportedError(str(problem), {name: "the suite does not know how to run it in Triton's interpreter"})
-    if find_spec("numpy") is None:
-        raise UnsupportedError(str(problem), {name: "Triton's interpreter needs numpy, which is not installed"})
+    if missing := _missing_for_interpreter():
+        raise UnsupportedError(str(problem), {name: missing})
     found = _INTERPRETED[spec.name]()
     refusal = found.why_not(problem)
     if refusal is not None:
         raise UnsupportedError(str(problem), {name: refusal})
     return found
+
+
+def _missing_for_interpreter() -> str | None:
+    """What Triton's interpreter lacks here."""
+    if find_spec("numpy") is None:
+        return "Triton's interpreter needs numpy, which is not installed"
+    triton, numpy = version("triton") if find_spec("triton") else "", version("numpy")
+    if triton.startswith("3.6.") and tuple(map(int, numpy.split(".")[:2])) >= (2, 4):
+        return f"the interpreter of Triton {triton} needs numpy before 2.4, and this is {numpy}"
+    return None
 
 
 def _interpreted_int4() -> Implementation:
