@@ -108,9 +108,11 @@ class Setup:
             self.pip("install", *self.torch_source(), "torch")
 
     def install_packages(self) -> None:
-        extras = ["gpu" if self.gpu else "cpu", "bench"] + (["dev", "browser", "presidio"] if self.dev else [])
+        extras = ["gpu" if self.gpu else "cpu", "bench"] + (["dev", "browser"] if self.dev else [])
         # The project's own dependencies without the project: its native build wants torch first.
-        self.pip("install", *self.torch_source(), *requirements(extras))
+        # A third of the time would go to compiling modules that no test imports.
+        compiling = ["--no-compile"] if self.dev else []
+        self.pip("install", *compiling, *self.torch_source(), *requirements(extras))
         if not self.gpu and "+cpu" in self.installed("torch"):
             self.pip("uninstall", "--yes", *BROKEN_BESIDE_CPU_TORCH)
 

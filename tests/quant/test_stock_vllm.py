@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tokenmill.bench.rivals_vllm import VllmInt4
 from tokenmill.models import tiny_pair
 from tokenmill.quant.block import BlockSettings
 from tokenmill.quant.checkpoint import Checkpoint
@@ -20,15 +21,10 @@ from tokenmill.speculative.pair.corpus import calibration_text
 
 pytest.importorskip("vllm")
 
-#: Prints the likelihood that vLLM gives to the prompt's tokens; "absent" where its build has no INT4 operator at all.
+#: Prints the likelihood that vLLM gives to the prompt's tokens.
 SCRIPT = """
 import json, sys
-import torch
-import vllm._custom_ops
 from vllm import LLM, SamplingParams
-if not hasattr(torch.ops._C, "cpu_gemm_wna16") and not torch.cuda.is_available():
-    print("RESULT", json.dumps("absent"))
-    raise SystemExit
 tokens = json.loads(sys.argv[2])
 model = LLM(sys.argv[1], dtype="bfloat16", enforce_eager=True, max_model_len=512, max_num_seqs=2)
 parameters = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
@@ -45,6 +41,8 @@ print("RESULT", json.dumps(-sum(logprobs)))
 def test_stock_vllm_predicts_what_the_reference_predicts(
     tmp_path: Path, name: str, method: str, group_size: int, symmetric: bool
 ) -> None:
+    if not torch.cuda.is_available() and (lacking := VllmInt4().why_not(256, 192, 128)):
+        pytest.skip(lacking)
     target, _ = tiny_pair()
     block = BlockSettings(method, group_size, symmetric, torch.bfloat16, GptqOptions())  # type: ignore[arg-type]
     text = calibration_text("held_out", 1200)
@@ -67,8 +65,6 @@ def test_stock_vllm_predicts_what_the_reference_predicts(
     results = [line for line in answer.stdout.splitlines() if line.startswith("RESULT ")]
     assert results, answer.stderr[-3000:]
     nats = json.loads(results[0].removeprefix("RESULT "))
-    if nats == "absent":
-        pytest.skip("this build of vLLM has no INT4 operator")
     ours = perplexity(model, text, 512)
     assert ours.num_tokens == len(tokens) - 1
     assert nats == pytest.approx(ours.nats, rel=0.01)  # vLLM computes in bfloat16
