@@ -212,7 +212,7 @@ def all_contestants(*, cpu: bool) -> tuple[Contestant, ...]:
 def _on_cpu() -> tuple[Contestant, ...]:
     from tokenmill.bench.rivals_ggml import GgmlQ40
     from tokenmill.bench.rivals_onnxruntime import OnnxRuntimeInt4
-    from tokenmill.bench.rivals_vllm import VllmInt4
+    from tokenmill.bench.rivals_vllm import VllmInt4, VllmInt4A8
 
     return (
         Ours(16),
@@ -222,6 +222,7 @@ def _on_cpu() -> tuple[Contestant, ...]:
         TorchLinear(torch.float32),
         AtenInt4(),
         VllmInt4(),
+        VllmInt4A8(),
         OnnxRuntimeInt4(),
         GgmlQ40(),
     )

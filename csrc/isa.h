@@ -9,4 +9,5 @@ enum Isa : int {
     ISA_AVX512,
     ISA_AVX512_VNNI,
     ISA_AVX512_BF16,
+    ISA_AMX,
 };

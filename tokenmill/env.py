@@ -71,7 +71,7 @@ def _directory(text: str) -> Path:
 
 #: Instruction sets that CPU kernels dispatch on, from narrow to wide; each contains the ones before it
 #: except that `avx_vnni` (client CPUs) and `avx512` are siblings above `avx2`.
-ISA_LEVELS = ("plain", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16")
+ISA_LEVELS = ("plain", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx")
 
 ISA = Variable(
     "TOKENMILL_ISA",

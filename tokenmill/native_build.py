@@ -50,13 +50,15 @@ DEFAULT_ARCHITECTURES = ("90a", "100a")
 #: Compiler flags of each instruction-set level of `env.ISA_LEVELS`.
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
+_AVX512_BF16 = (*_AVX512, "-mavx512vnni", "-mavx512bf16")
 ISA_FLAGS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "avx2": _AVX2,
     "avx_vnni": (*_AVX2, "-mavxvnni"),
     "avx512": _AVX512,
     "avx512_vnni": (*_AVX512, "-mavx512vnni"),
-    "avx512_bf16": (*_AVX512, "-mavx512vnni", "-mavx512bf16"),
+    "avx512_bf16": _AVX512_BF16,
+    "amx": (*_AVX512_BF16, "-mbmi2", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
 }
 
 _DIRECTIVE = re.compile(r"^//\s*build:\s*(arch|flags)=(.*\S)\s*$")

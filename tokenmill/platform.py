@@ -4,6 +4,7 @@ Kernels ask here and nowhere else, so that a test or `TOKENMILL_ISA` can narrow 
 Torch is imported only by the functions that need it.
 """
 
+import ctypes
 import functools
 import os
 import re
@@ -14,6 +15,9 @@ from pathlib import Path
 
 from tokenmill import env
 
+_AVX512_BF16 = frozenset(
+    {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"}
+)
 #: /proc/cpuinfo flags that each instruction-set level needs.
 _ISA_FLAGS: dict[str, frozenset[str]] = {
     "plain": frozenset(),
@@ -21,9 +25,8 @@ _ISA_FLAGS: dict[str, frozenset[str]] = {
     "avx_vnni": frozenset({"avx2", "fma", "f16c", "avx_vnni"}),
     "avx512": frozenset({"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq"}),
     "avx512_vnni": frozenset({"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}),
-    "avx512_bf16": frozenset(
-        {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"}
-    ),
+    "avx512_bf16": _AVX512_BF16,
+    "amx": _AVX512_BF16 | {"bmi2", "amx_tile", "amx_bf16", "amx_int8"},
 }
 
 
@@ -57,6 +60,16 @@ def cpu_model() -> str:
     return f"{name} (family {fields['cpu family']}, model {fields['model']})"
 
 
+@functools.cache
+def _may_use_tiles() -> bool:
+    """Asks Linux for AMX's tile registers, once for the whole process; it may refuse.
+
+    Source: Linux, Documentation/arch/x86/xstate.rst, ARCH_REQ_XCOMP_PERM.
+    """
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return int(ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data)) == 0
+
+
 def isa_levels() -> tuple[str, ...]:
     """The instruction-set levels usable now, narrow to wide, after `TOKENMILL_ISA`.
 
@@ -64,6 +77,8 @@ def isa_levels() -> tuple[str, ...]:
     when that level contains it.
     """
     usable = [level for level in env.ISA_LEVELS if _ISA_FLAGS[level] <= cpu_flags()]
+    if "amx" in usable and not _may_use_tiles():
+        usable.remove("amx")
     limit = env.ISA.get()
     if limit:
         usable = [level for level in usable if _ISA_FLAGS[level] <= _ISA_FLAGS[limit]]

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "int4_gemm/cpu.h"
+#include "int4_gemm/cpu_memory.h"
 
 namespace {
 
@@ -39,7 +40,7 @@ Type type_of(ScalarType dtype) {
 
 // Working memory that a thread keeps from call to call.
 struct Workspace {
-    std::vector<uint8_t> values;
+    Memory values;
     std::vector<float> sums, scales;
 
     Rows rows(const Kernel& kernel, const Problem& p) {
@@ -47,11 +48,11 @@ struct Workspace {
         rows.split = kernel.split(p.type);
         rows.rows = kernel.tile_rows(p.M * rows.split);
         rows.tiles = (p.M * rows.split + rows.rows - 1) / rows.rows;
+        rows.row_bytes = kernel.row_bytes(p.weight);
         const size_t packed = size_t(rows.tiles) * size_t(rows.rows);
-        grow(values, packed * size_t(p.weight.units * kernel.unit_bytes) + kLine);
         grow(sums, packed * size_t(p.weight.groups));
         grow(scales, packed * size_t(p.weight.groups));
-        rows.values = values.data() + (kLine - reinterpret_cast<uintptr_t>(values.data()) % kLine) % kLine;
+        rows.values = values.at_least(packed * size_t(rows.row_bytes));
         rows.sums = sums.data();
         rows.scales = scales.data();
         return rows;
@@ -78,9 +79,9 @@ void pack(const Kernel& kernel, const Problem& p, const Rows& rows) {
 
 void multiply(const Kernel& kernel, const Problem& p, const Rows& rows) {
     const int64_t blocks = p.weight.blocks;
-    // Chunks as wide as the widest tile, unless threads would go without.
+    // Chunks as wide as the kernel likes best, unless threads would go without.
     const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
-    const int64_t chunk = std::clamp<int64_t>(blocks / threads, 1, 8);
+    const int64_t chunk = std::clamp<int64_t>(blocks / threads, 1, kernel.blocks);
     torch::stable::parallel_for(0, (blocks + chunk - 1) / chunk, 1, [&](int64_t first, int64_t last) {
         kernel.multiply(p, rows, first * chunk, std::min(last * chunk, blocks));
     });
@@ -91,6 +92,7 @@ void int4_gemm_cpu(Tensor out, const Tensor& x, const Tensor& lines, const Tenso
                    const std::optional<Tensor>& bias, const std::string& arithmetic, const std::string& level) {
     const Kernel* kernel = kernel_for(arithmetic.c_str(), level.c_str());
     STD_TORCH_CHECK(kernel, "int4_gemm has no kernel for arithmetic ", arithmetic, " at instruction set ", level);
+    if (x.size(0) <= kernel->few_rows) kernel = kernel->few;
     Problem p{};
     p.weight.lines = static_cast<const uint8_t*>(lines.const_data_ptr());
     p.weight.scales = scales.const_data_ptr();

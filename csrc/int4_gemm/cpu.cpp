@@ -64,7 +64,7 @@ struct PlainFloat {
 
 }  // namespace
 
-const Kernel kPlainFloat = {"plain",          PlainFloat::kUnitBytes, no_split,
+const Kernel kPlainFloat = {"plain", kStrip, unit_row_bytes<PlainFloat>, no_split,
                             tile_rows<PlainFloat>, pack<PlainFloat>,   multiply<PlainFloat>};
 
 namespace {
@@ -81,6 +81,7 @@ const Entry kEntries[] = {
 #if defined(__x86_64__)
     {"a16", "avx2", &kAvx2Float},          {"a16", "avx512", &kAvx512Float}, {"a16", "avx512_bf16", &kAvx512Bf16},
     {"a8", "avx2", &kAvx2Int8},            {"a8", "avx_vnni", &kAvxVnniInt8}, {"a8", "avx512_vnni", &kAvx512VnniInt8},
+    {"a16", "amx", &kAmxBf16},             {"a8", "amx", &kAmxInt8},
 #endif
 };
 

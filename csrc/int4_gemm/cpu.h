@@ -55,16 +55,20 @@ struct Rows {
   int64_t tiles;
   int rows;   // rows of a tile
   int split;  // packed rows per row of x: 2 where a row is the sum of a coarse and a fine part
+  int64_t row_bytes;  // of one packed row
 };
 
 // One arithmetic on one instruction set.
 struct Kernel {
   const char* name;
-  int unit_bytes;                           // of one packed row in one unit
+  int blocks;                               // that `multiply` should be given at a time
+  int64_t (*row_bytes)(const Weight&);      // of one packed row
   int (*split)(Type type);                  // packed rows per row
   int (*tile_rows)(int64_t packed_rows);    // rows of a tile for so many packed rows
   void (*pack)(const Problem&, const Rows&, int64_t first_tile, int64_t last_tile, float* scratch);
   void (*multiply)(const Problem&, const Rows&, int64_t first_block, int64_t last_block);
+  const Kernel* few = nullptr;  // what is faster for at most `few_rows` rows, and equal to the last bit
+  int64_t few_rows = 0;
 };
 
 // The kernel written for one level of platform.ISA_LEVELS; null where there is none. `arithmetic` is "a16" (activations
@@ -77,5 +81,6 @@ extern const Kernel kAvxVnniInt8;
 extern const Kernel kAvx512Float;
 extern const Kernel kAvx512VnniInt8;
 extern const Kernel kAvx512Bf16;
+extern const Kernel kAmxBf16, kAmxInt8;
 
 }  // namespace tokenmill::int4

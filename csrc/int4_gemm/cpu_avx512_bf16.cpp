@@ -88,6 +88,7 @@ int split(Type type) { return type == Type::kBFloat16 ? 1 : 2; }
 
 }  // namespace
 
-const Kernel kAvx512Bf16 = {"avx512_bf16", Bf16::kUnitBytes, split, tile_rows<Bf16>, pack<Bf16>, multiply<Bf16>};
+const Kernel kAvx512Bf16 = {"avx512_bf16", kStrip, unit_row_bytes<Bf16>, split, tile_rows<Bf16>, pack<Bf16>,
+                            multiply<Bf16>};
 
 }  // namespace tokenmill::int4

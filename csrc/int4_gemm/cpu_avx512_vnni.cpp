@@ -13,7 +13,7 @@ namespace {
 
 namespace tokenmill::int4 {
 
-const Kernel kAvx512VnniInt8 = {"avx512_vnni",   Dot4::kUnitBytes, no_split, tile_rows<Dot4>, pack<Dot4>,
+const Kernel kAvx512VnniInt8 = {"avx512_vnni", kStrip, unit_row_bytes<Dot4>, no_split, tile_rows<Dot4>, pack<Dot4>,
                                 multiply<Dot4>};
 
 }  // namespace tokenmill::int4

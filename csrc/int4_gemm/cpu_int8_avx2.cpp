@@ -166,6 +166,8 @@ void multiply_panel(const Problem& p, const Rows& rows, const Strip& strip, int6
   }
 }
 
+int64_t row_bytes(const Weight& w) { return w.units * kInt8UnitBytes; }
+
 int rows_of_tile(int64_t rows) { return rows < kTileRows ? int(rows) : kTileRows; }
 
 void multiply_int8(const Problem& p, const Rows& rows, int64_t first, int64_t last) {
@@ -186,6 +188,6 @@ void multiply_int8(const Problem& p, const Rows& rows, int64_t first, int64_t la
 
 }  // namespace
 
-const Kernel kAvx2Int8 = {"avx2", kInt8UnitBytes, no_split, rows_of_tile, pack_int8, multiply_int8};
+const Kernel kAvx2Int8 = {"avx2", kStrip, row_bytes, no_split, rows_of_tile, pack_int8, multiply_int8};
 
 }  // namespace tokenmill::int4

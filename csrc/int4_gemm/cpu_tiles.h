@@ -87,6 +87,11 @@ void multiply(const Problem& p, const Rows& rows, int64_t first, int64_t last) {
 inline int no_split(Type) { return 1; }
 
 template <class A>
+int64_t unit_row_bytes(const Weight& w) {
+  return w.units * A::kUnitBytes;
+}
+
+template <class A>
 int tile_rows(int64_t packed_rows) {
   return best_height(packed_rows, A::kMaxRows);
 }

@@ -15,15 +15,15 @@ _LIMITS: dict[str, dict[str, str]] = {
     "avx512": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
     "avx512_vnni": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"},
     "avx512_bf16": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
+    "amx": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX"},
 }
 #: Questions that vLLM asks torch to choose its libraries and kernels, and the level each needs.
-#: AMX is above every level we name.
 _QUESTIONS: dict[str, str] = {
     "_is_avx2_supported": "avx2",
     "_is_avx512_supported": "avx512",
     "_is_vnni_supported": "avx512_vnni",
     "_is_avx512_bf16_supported": "avx512_bf16",
-    "_is_amx_tile_supported": "",
+    "_is_amx_tile_supported": "amx",
     "_is_amx_fp16_supported": "",
 }
 

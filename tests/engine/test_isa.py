@@ -33,5 +33,5 @@ def test_narrowed(level: str) -> None:
     expected = TORCH_NAME.get(level) or ("AVX512" if "avx512f" in flags else "AVX2")
     assert found["torch"] == expected
     assert found["_is_avx512_supported"] == (allows and "avx512f" in flags)
-    assert found["_is_avx512_bf16_supported"] == (level == "avx512_bf16" and "avx512_bf16" in flags)
-    assert not found["_is_amx_tile_supported"]
+    assert found["_is_avx512_bf16_supported"] == (level in ("avx512_bf16", "amx") and "avx512_bf16" in flags)
+    assert found["_is_amx_tile_supported"] == (level == "amx" and "amx_tile" in flags)
