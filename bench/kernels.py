@@ -109,13 +109,14 @@ def measure_shape(
     refusals = {one.name: one.why_not(K, N, group_size) for one in contestants}
     weight = random_weight(K, N, group_size, machine.device)
     roofs = machine.roofs()
-    rings = []
+    rings: list[_Ring] = []
+    taking_part = sum(reason is None for reason in refusals.values())
     for contestant in contestants:
         if refusals[contestant.name] is None:
             try:
                 first = contestant.prepare(weight)
                 first.call(torch.zeros(1, K, dtype=contestant.dtype, device=machine.device))
-                rest = [contestant.prepare(weight) for _ in range(machine.copies(first.nbytes) - 1)]
+                rest = [contestant.prepare(weight) for _ in range(machine.copies(first.nbytes, taking_part) - 1)]
                 rings.append(_Ring(contestant, [first, *rest]))
             except Exception as error:  # noqa: BLE001 - one that raises is a row, too
                 refusals[contestant.name] = broken(error)

@@ -16,6 +16,8 @@ from tokenmill.bench.rows import Row, cpu_device
 
 #: A ring of copies is so many times the largest cache.
 _CPU_RING, _GPU_RING = 3, 4
+#: All rings together take this part of the free memory, as they count their bytes: a rival may keep several copies.
+_SHARE = 4
 #: Rings of tiny buffers end here, though a cache may hold them: more copies cost more than they tell.
 _MOST_COPIES = 512
 
@@ -39,8 +41,8 @@ class Machine(Protocol):
     @property
     def threads(self) -> int | None: ...
 
-    def copies(self, nbytes: int) -> int:
-        """How many copies of a buffer no cache holds."""
+    def copies(self, nbytes: int, rings: int = 1) -> int:
+        """How many copies of a buffer no cache holds, when so many rings of them have to be in memory together."""
         ...
 
     def take_turns(self, rings: Mapping[str, Sequence[Call]], rounds: int) -> dict[str, Timed]:
@@ -63,10 +65,13 @@ class Cpu:
 
     def __init__(self) -> None:
         self.name, self.kind, self.threads = cpu_device(), platform.isa(), torch.get_num_threads()
+        self._memory = platform.available_memory()
 
-    def copies(self, nbytes: int) -> int:
-        """As many as fill its caches several times."""
-        return min(timing.copies(nbytes, _CPU_RING * timing.last_level_cache_bytes()), _MOST_COPIES)
+    def copies(self, nbytes: int, rings: int = 1) -> int:
+        """As many as fill its caches several times; where a server's cache is large and its memory small, fewer."""
+        wanted = _CPU_RING * timing.last_level_cache_bytes()
+        most = self._memory // (_SHARE * rings) or wanted
+        return min(timing.copies(nbytes, min(wanted, most)), _MOST_COPIES)
 
     def take_turns(self, rings: Mapping[str, Sequence[Call]], rounds: int) -> dict[str, Timed]:
         """One sample a call."""
@@ -96,8 +101,8 @@ class Gpu:
         self._cache = torch.cuda.get_device_properties(gpu.index).L2_cache_size
         self._nvml = nvml.device(gpu.index)
 
-    def copies(self, nbytes: int) -> int:
-        """As many as fill its L2 cache several times."""
+    def copies(self, nbytes: int, rings: int = 1) -> int:
+        """As many as fill its L2 cache several times; all rings together are small beside its memory."""
         return min(timing.copies(nbytes, _GPU_RING * self._cache), _MOST_COPIES)
 
     def take_turns(self, rings: Mapping[str, Sequence[Call]], rounds: int) -> dict[str, Timed]:

@@ -56,14 +56,21 @@ def why_not(kernel: str, K: int, N: int, group_size: int, dtype: torch.dtype) ->
 
 
 @functools.cache
+def _vllm_config() -> Any:
+    from vllm.config import VllmConfig
+
+    return VllmConfig()
+
+
+@functools.cache
 def _one_process() -> None:
     """vLLM's parameters ask which shard this process holds; there is one."""
-    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.config import set_current_vllm_config
     from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
 
     # A machine without network may not know its own name, by which gloo would look for an address.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    with set_current_vllm_config(VllmConfig()):
+    with set_current_vllm_config(_vllm_config()):
         rendezvous = f"file://{tempfile.mkdtemp(prefix='tokenmill-')}/rendezvous"
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         init_distributed_environment(1, 0, rendezvous, 0, backend)
@@ -97,11 +104,11 @@ def prepare(kernel: str, weight: Int4Weight, dtype: torch.dtype) -> Layer:
         weight: On the device where it will run.
         dtype: Of the activations.
     """
-    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.config import set_current_vllm_config
     from vllm.model_executor.kernels import linear
 
     layer = linear_layer(weight, dtype)
-    with set_current_vllm_config(VllmConfig()):
+    with set_current_vllm_config(_vllm_config()):
         chosen = getattr(linear, kernel)(
             _config(weight.K, weight.N, weight.group_size, dtype),
             w_q_param_name="qweight",

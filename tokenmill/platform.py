@@ -90,6 +90,16 @@ def isa() -> str:
     return isa_levels()[-1]
 
 
+def available_memory() -> int:
+    """Bytes that can be allocated without swapping, as Linux estimates them; 0 where it does not say."""
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+    except OSError:
+        return 0
+    found = re.search(r"^MemAvailable:\s+(\d+) kB$", text, re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
+
+
 def physical_cores() -> int:
     """Cores this process may run on (its affinity mask, not the machine's total)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)

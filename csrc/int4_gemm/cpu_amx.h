@@ -32,6 +32,8 @@ constexpr int kTileFloats = kTileRows * kBlock;
 constexpr int kSegment = 4;  // steps in a panel; the sums of a longer group wait in memory from segment to segment
 constexpr int64_t kStripBlocks = 16;  // blocks that meet a group of the activations before the next group does
 
+constexpr int kLinesAhead = 32;       // how far ahead of decoding codes are asked for: the processor's own looks shorter
+
 // What is written before tiles are loaded must have been written: GCC 12 does not say so of its tile loads.
 TM_INLINE void written() { asm volatile("" ::: "memory"); }
 
@@ -164,18 +166,18 @@ class Strip {
     return segment(group, w_.group_units[group], step);
   }
 
-  // Decoding takes longer than multiplying: while one pair of blocks is multiplied the next is decoded, tile by tile.
+  // Decoding takes longer than multiplying: while one segment is multiplied the next is decoded, tile by tile. Pair after
+  // pair, so that the codes are read from memory as two long streams, which the processor sees coming.
   void few_rows() {
     Segment s = first_segment();
-    int slot = 0;
+    int64_t pair = 0;
     for (int i = 0; i < s.steps; ++i) decode(s, 0, 0, i);
-    while (s.steps > 0) {
-      const Segment following = next(s);
-      for (int64_t pair = 0; pair < pairs_; ++pair, slot ^= 1) {
-        const bool same = pair + 1 < pairs_;
-        multiply<true>(s, 0, pair, slot, same ? s : following, same ? pair + 1 : 0);
-      }
-      s = following;
+    for (int slot = 0; pair < pairs_ && s.steps > 0; slot ^= 1) {
+      Segment later = next(s);
+      int64_t later_pair = pair;
+      if (later.steps == 0 && ++later_pair < pairs_) later = first_segment();
+      multiply<true>(s, 0, pair, slot, later, later_pair);
+      s = later, pair = later_pair;
     }
   }
 
@@ -203,8 +205,11 @@ class Strip {
 
   TM_INLINE void decode_one(const Segment& s, int64_t pair, int slot, int i, int b) {
     const int32_t unit = s.first + i * A::kStepUnits;
-    A::decode(w_.lines + ((block_ + 2 * pair + b) * w_.units + unit) * kLine, s.last - unit,
-              panel_ + slot * kSlotBytes + (b * kSegment + i) * kTileBytes);
+    const uint8_t* lines = w_.lines + ((block_ + 2 * pair + b) * w_.units + unit) * kLine;
+    for (int u = 0; u < A::kStepUnits; ++u) {
+      _mm_prefetch(reinterpret_cast<const char*>(lines + (u + kLinesAhead) * kLine), _MM_HINT_T0);
+    }
+    A::decode(lines, s.last - unit, panel_ + slot * kSlotBytes + (b * kSegment + i) * kTileBytes);
     written();
   }
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenmill import env
+from tokenmill import env, platform
 from tokenmill.engine.vllm import compat, hooks, isa, lifetime
 from tokenmill.errors import CheckpointError, TokenmillError
 from tokenmill.quant.checkpoint import Checkpoint
@@ -109,7 +109,7 @@ def cpu_defaults(arguments: Namespace) -> dict[str, str]:
     """
     chosen: dict[str, str] = {}
     if getattr(arguments, "kv_cache_memory_bytes", None) is None:
-        chosen["VLLM_CPU_KVCACHE_SPACE"] = str(kv_cache_gib(_free_memory()))
+        chosen["VLLM_CPU_KVCACHE_SPACE"] = str(kv_cache_gib(platform.available_memory()))
     workers = arguments.tensor_parallel_size * arguments.pipeline_parallel_size * arguments.data_parallel_size
     if workers == 1 and arguments.distributed_executor_backend is None:
         chosen["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -120,15 +120,6 @@ def cpu_defaults(arguments: Namespace) -> dict[str, str]:
 def kv_cache_gib(free_bytes: int) -> int:
     """The KV cache's size in GiB for this much free memory in bytes."""
     return max(KV_CACHE_LEAST, min(KV_CACHE_MOST, free_bytes // KV_CACHE_PART // GIB))
-
-
-def _free_memory() -> int:
-    """Bytes that Linux could give to a new program; 0 where it does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
 
 
 def one_line(error: BaseException) -> str:
