@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tokenmill.kernels import huge_pages
 from tokenmill.kernels.int4_gemm.weight import CODES_PER_WORD, Int4Weight, pack_codes, unpack_codes
 
 BLOCK = 16  #: Columns of a block.
@@ -75,7 +76,8 @@ def pack(weight: Int4Weight) -> CpuWeight:
     if not in_order:
         codes = _rearranged(codes, source, K)
     padded = torch.nn.functional.pad(codes, (0, -N % BLOCK)) if N % BLOCK else codes
-    lines = padded.view(total, -1, BLOCK).transpose(0, 1).contiguous()
+    in_blocks = padded.view(total, -1, BLOCK).transpose(0, 1)
+    lines = huge_pages.empty(in_blocks.shape, in_blocks.dtype).copy_(in_blocks)
     zeros = None if weight.zeros is None else _blocks(weight.zeros.cpu())
     return CpuWeight(lines, _blocks(weight.scales.cpu()), zeros, group_units.int(), source, in_order, K, N)
 
