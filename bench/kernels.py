@@ -115,8 +115,13 @@ def measure_shape(
         if refusals[contestant.name] is None:
             try:
                 first = contestant.prepare(weight)
-                first.call(torch.zeros(1, K, dtype=contestant.dtype, device=machine.device))
+                row = torch.zeros(1, K, dtype=contestant.dtype, device=machine.device)
+                first.call(row)
                 rest = [contestant.prepare(weight) for _ in range(machine.copies(first.nbytes, taking_part) - 1)]
+                for (
+                    layer
+                ) in rest:  # what was only ever written is slower to read the first time; a server reads it often
+                    layer.call(row)
                 rings.append(_Ring(contestant, [first, *rest]))
             except Exception as error:  # noqa: BLE001 - one that raises is a row, too
                 refusals[contestant.name] = broken(error)
