@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tokenmill.bench import timing
 from tokenmill.bench.cuda_timing import Call, Timed
 from tokenmill.bench.machines import Machine
 from tokenmill.bench.rivals import WRONG, Contestant, Layer, broken, int4_bytes
@@ -110,14 +111,14 @@ def measure_shape(
     weight = random_weight(K, N, group_size, machine.device)
     roofs = machine.roofs()
     rings: list[_Ring] = []
-    taking_part = sum(reason is None for reason in refusals.values())
+    ring_bytes = machine.ring_bytes(sum(reason is None for reason in refusals.values()))
     for contestant in contestants:
         if refusals[contestant.name] is None:
             try:
                 first = contestant.prepare(weight)
                 row = torch.zeros(1, K, dtype=contestant.dtype, device=machine.device)
                 first.call(row)
-                rest = [contestant.prepare(weight) for _ in range(machine.copies(first.nbytes, taking_part) - 1)]
+                rest = [contestant.prepare(weight) for _ in range(timing.copies(first.nbytes, ring_bytes) - 1)]
                 for (
                     layer
                 ) in rest:  # what was only ever written is slower to read the first time; a server reads it often

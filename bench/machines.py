@@ -18,8 +18,6 @@ from tokenmill.bench.rows import Row, cpu_device
 _CPU_RING, _GPU_RING = 3, 4
 #: All rings together take this part of the free memory, as they count their bytes: a rival may keep several copies.
 _SHARE = 4
-#: Rings of tiny buffers end here, though a cache may hold them: more copies cost more than they tell.
-_MOST_COPIES = 512
 
 
 class Machine(Protocol):
@@ -41,8 +39,8 @@ class Machine(Protocol):
     @property
     def threads(self) -> int | None: ...
 
-    def copies(self, nbytes: int, rings: int = 1) -> int:
-        """How many copies of a buffer no cache holds, when so many rings of them have to be in memory together."""
+    def ring_bytes(self, rings: int = 1) -> int:
+        """Bytes that no cache holds, when so many rings of them have to be in memory together."""
         ...
 
     def take_turns(self, rings: Mapping[str, Sequence[Call]], rounds: int) -> dict[str, Timed]:
@@ -65,13 +63,11 @@ class Cpu:
 
     def __init__(self) -> None:
         self.name, self.kind, self.threads = cpu_device(), platform.isa(), torch.get_num_threads()
-        self._memory = platform.available_memory()
 
-    def copies(self, nbytes: int, rings: int = 1) -> int:
-        """As many as fill its caches several times; where a server's cache is large and its memory small, fewer."""
+    def ring_bytes(self, rings: int = 1) -> int:
+        """Several times its caches; where a server's cache is large and the memory free now is small, less."""
         wanted = _CPU_RING * timing.last_level_cache_bytes()
-        most = self._memory // (_SHARE * rings) or wanted
-        return min(timing.copies(nbytes, min(wanted, most)), _MOST_COPIES)
+        return min(wanted, platform.available_memory() // (_SHARE * rings) or wanted)
 
     def take_turns(self, rings: Mapping[str, Sequence[Call]], rounds: int) -> dict[str, Timed]:
         """One sample a call."""
@@ -101,9 +97,9 @@ class Gpu:
         self._cache = torch.cuda.get_device_properties(gpu.index).L2_cache_size
         self._nvml = nvml.device(gpu.index)
 
-    def copies(self, nbytes: int, rings: int = 1) -> int:
-        """As many as fill its L2 cache several times; all rings together are small beside its memory."""
-        return min(timing.copies(nbytes, _GPU_RING * self._cache), _MOST_COPIES)
+    def ring_bytes(self, rings: int = 1) -> int:
+        """Several times its L2 cache; all rings together are small beside its memory."""
+        return _GPU_RING * self._cache
 
     def take_turns(self, rings: Mapping[str, Sequence[Call]], rounds: int) -> dict[str, Timed]:
         """One sample a replay of a ring's graph."""

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 import tokenmill
+from tokenmill.bench import timing
 from tokenmill.bench.machines import Machine
 from tokenmill.bench.rivals import WRONG, broken
 from tokenmill.bench.rivals_verify import TorchGreedy, VllmGreedy
@@ -97,7 +98,7 @@ def measure(
     ours = [_Ours(spec, f"tokenmill-{one}", one) for one in registry.names(spec) if one not in skipped]
     contestants: Sequence[_Ours | Rival] = [*ours, *RIVALS.get(name, ())]
     nbytes, flops = spec.bytes_moved(problem), spec.flops(problem)
-    ring = [spec.inputs_for(problem, seed) for seed in range(machine.copies(nbytes))]
+    ring = [spec.inputs_for(problem, seed) for seed in range(timing.copies(nbytes, machine.ring_bytes()))]
     refusals = {one.name: one.why_not(problem) for one in contestants}
     calls: dict[str, list[Callable[[], torch.Tensor]]] = {}
     for one in contestants:

@@ -17,6 +17,8 @@ from tokenmill.errors import ConfigurationError
 
 #: ONNX Runtime's workers spin for tens of milliseconds after their last task, OpenMP's for a few.
 _PAUSE_SECONDS = 0.06
+#: Rings of tiny buffers end here, though a cache may hold them: more copies cost more than they tell.
+_MOST_COPIES = 512
 
 
 def pinned(threads: int, arguments: Sequence[str]) -> None:
@@ -115,5 +117,5 @@ def last_level_cache_bytes() -> int:
 
 
 def copies(nbytes: int, cache_bytes: int) -> int:
-    """How many copies of a buffer fill so many bytes of cache; two at least."""
-    return max(2, -(-cache_bytes // max(nbytes, 1)))
+    """How many copies of a buffer fill so many bytes of cache; two at least, 512 at most."""
+    return max(2, min(-(-cache_bytes // max(nbytes, 1)), _MOST_COPIES))

@@ -85,7 +85,7 @@ def test_rows_of_the_gpus_contestants(monkeypatch: pytest.MonkeyPatch) -> None:
     """On CPU tensors: the baseline computes, everyone else has a reason, and nobody ends the measurement."""
     found = machines.Cpu()
     monkeypatch.setattr(found, "roofs", lambda: Roofs(1e10, 1e11, "float32"))
-    monkeypatch.setattr(found, "copies", lambda nbytes: 2)
+    monkeypatch.setattr(found, "ring_bytes", lambda rings=1: 0)
     monkeypatch.setattr(speed, "machine", lambda cpu: found)
     monkeypatch.setattr(rivals_gpu, "find_spec", lambda name: None)
     outcome = speed.int4({"device": "here"}, 256, 64, 128, (1, 3), cpu=False, rounds=1, quick=False)
@@ -103,7 +103,7 @@ def test_rows_of_the_gpus_contestants(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_of_ours_that_raises_fails_but_the_others_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     found = machines.Cpu()
     monkeypatch.setattr(found, "roofs", lambda: Roofs(1e10, 1e11, "float32"))
-    monkeypatch.setattr(found, "copies", lambda nbytes: 2)
+    monkeypatch.setattr(found, "ring_bytes", lambda rings=1: 0)
     monkeypatch.setattr(speed, "machine", lambda cpu: found)
 
     def explode(self: rivals.Ours, weight: Any) -> Any:

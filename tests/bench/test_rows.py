@@ -143,6 +143,7 @@ def test_shapes_and_sizes() -> None:
 def test_a_ring_outgrows_the_cache() -> None:
     assert timing.copies(8 << 20, 96 << 20) == 12
     assert timing.copies(1 << 40, 32 << 20) == 2
+    assert timing.copies(100, 32 << 20) == 512
 
 
 def test_everybody_takes_turns() -> None:
