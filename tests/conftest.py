@@ -10,7 +10,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # As many processes as cores compute at once: threads of one would wait, spinning, for a core that another has.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tokenmill.engine.vllm import isa
+from tokenmill.engine.vllm import compiler, isa
 
 if TYPE_CHECKING:
     from xdist.scheduler import LoadScopeScheduling
@@ -32,6 +32,8 @@ TOGETHER = (
 
 # Before any test computes: TOKENMILL_ISA makes the whole suite run as on a machine with less.
 isa.narrow()
+if compiler.why_not() is not None:
+    compiler.disable()
 
 
 def together(nodeid: str) -> str:

@@ -35,7 +35,7 @@ constexpr int64_t kStripBlocks = 16;  // blocks that meet a group of the activat
 constexpr int kLinesAhead = 32;       // how far ahead of decoding codes are asked for: the processor's own looks shorter
 
 // What is written before tiles are loaded must have been written: GCC 12 does not say so of its tile loads.
-TM_INLINE void written() { asm volatile("" ::: "memory"); }
+TM_INLINE void written() { __atomic_signal_fence(__ATOMIC_SEQ_CST); }
 
 // Steps of all groups: each group is filled up to whole steps.
 template <class A>

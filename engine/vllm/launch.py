@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenmill import env, platform
-from tokenmill.engine.vllm import compat, hooks, isa, lifetime
+from tokenmill.engine.vllm import compat, compiler, hooks, isa, lifetime
 from tokenmill.errors import CheckpointError, TokenmillError
 from tokenmill.quant.checkpoint import Checkpoint
 from tokenmill.quant.format import parse_config
@@ -64,6 +64,10 @@ def _serve(argv: list[str]) -> None:
     refuse_incomplete(arguments.model_tag or arguments.model)
     if compat.on_cpu():
         os.environ.update(cpu_defaults(arguments))
+        if (reason := compiler.why_not()) is not None:
+            logging.getLogger("tokenmill.launch").warning("the model runs uncompiled: %s", reason)
+            compiler.disable()
+            arguments.enforce_eager = True
     subcommand.cmd(arguments)
 
 

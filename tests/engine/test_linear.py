@@ -15,6 +15,7 @@ import torch
 from tests.engine import conftest
 from tests.engine.int4_models import VARIANTS, Variant, quantization_config, write_pair
 from tokenmill import env
+from tokenmill.engine.vllm import compiler
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
@@ -103,6 +104,7 @@ def test_a_scale_that_is_not_finite_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(compiler.why_not() is not None, reason=str(compiler.why_not()))
 def test_tokens_are_the_same_where_vllm_compiles_the_model(tmp_path: Path) -> None:
     compare(VARIANTS[0], tmp_path, enforce_eager=False)
 
