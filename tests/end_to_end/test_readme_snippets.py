@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def snippet(language: str, word: str, server: Running) -> str:
     return str(block.replace("http://127.0.0.1:8000", server.url))
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_curl(server: Running) -> None:
     answer = subprocess.run(
         ["bash", "-c", snippet("bash", "curl", server)], capture_output=True, text=True, timeout=120, check=True
