@@ -119,9 +119,8 @@ def measure_shape(
                 row = torch.zeros(1, K, dtype=contestant.dtype, device=machine.device)
                 first.call(row)
                 rest = [contestant.prepare(weight) for _ in range(timing.copies(first.nbytes, ring_bytes) - 1)]
-                for (
-                    layer
-                ) in rest:  # what was only ever written is slower to read the first time; a server reads it often
+                # What was only ever written is slower to read the first time; a server reads it often.
+                for layer in rest:
                     layer.call(row)
                 rings.append(_Ring(contestant, [first, *rest]))
             except Exception as error:  # noqa: BLE001 - one that raises is a row, too

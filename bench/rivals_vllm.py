@@ -91,10 +91,13 @@ class VllmInt4A8:
 
     def why_not(self, K: int, N: int, group_size: int) -> str | None:
         """Its sizes, builds without it, and processors for which vLLM does not choose it."""
-        refused = _refuses(K, N, group_size) or _missing()
-        if refused is None and not torch.cpu._is_amx_tile_supported():
-            return "vLLM takes activations in 8 bits only with AMX"
-        return refused
+        if (refused := _refuses(K, N, group_size) or _missing()) is not None:
+            return refused
+        from vllm import envs
+
+        if not envs.VLLM_CPU_INT4_W4A8:
+            return "VLLM_CPU_INT4_W4A8=0 makes vLLM keep activations in 16 bits"
+        return None if torch.cpu._is_amx_tile_supported() else "vLLM takes activations in 8 bits only with AMX"
 
     def prepare(self, weight: Int4Weight) -> Layer:
         """A layer as a symmetric GPTQ checkpoint fills it, packed by vLLM's kernel itself."""

@@ -1,7 +1,7 @@
 """Large CPU tensors on large pages.
 
-A weight that comes from memory once a token is read faster by a quarter when the translation of its addresses does not
-have to come from memory, too: with pages of 4 KiB a layer of 8 MiB needs two thousand of them.
+A weight that comes from memory once a token is read faster when the translation of its addresses does not have to come
+from memory, too: with pages of 4 KiB a layer of 8 MiB needs two thousand of them.
 """
 
 import ctypes

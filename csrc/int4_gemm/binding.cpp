@@ -92,7 +92,7 @@ void int4_gemm_cpu(Tensor out, const Tensor& x, const Tensor& lines, const Tenso
                    const std::optional<Tensor>& bias, const std::string& arithmetic, const std::string& level) {
     const Kernel* kernel = kernel_for(arithmetic.c_str(), level.c_str());
     STD_TORCH_CHECK(kernel, "int4_gemm has no kernel for arithmetic ", arithmetic, " at instruction set ", level);
-    if (x.size(0) <= kernel->few_rows) kernel = kernel->few;
+    if (kernel->few && x.size(0) <= kernel->few_rows) kernel = kernel->few;
     Problem p{};
     p.weight.lines = static_cast<const uint8_t*>(lines.const_data_ptr());
     p.weight.scales = scales.const_data_ptr();

@@ -31,8 +31,7 @@ constexpr int kTileBytes = kTileRows * kLine;  // bytes of one
 constexpr int kTileFloats = kTileRows * kBlock;
 constexpr int kSegment = 4;  // steps in a panel; the sums of a longer group wait in memory from segment to segment
 constexpr int64_t kStripBlocks = 16;  // blocks that meet a group of the activations before the next group does
-
-constexpr int kLinesAhead = 32;       // how far ahead of decoding codes are asked for: the processor's own looks shorter
+constexpr int kLinesAhead = 32;  // how far ahead of decoding codes are asked for: the processor's own looks shorter
 
 // What is written before tiles are loaded must have been written: GCC 12 does not say so of its tile loads.
 TM_INLINE void written() { __atomic_signal_fence(__ATOMIC_SEQ_CST); }
@@ -166,8 +165,8 @@ class Strip {
     return segment(group, w_.group_units[group], step);
   }
 
-  // Decoding takes longer than multiplying: while one segment is multiplied the next is decoded, tile by tile. Pair after
-  // pair, so that the codes are read from memory as two long streams, which the processor sees coming.
+  // Decoding takes longer than multiplying: while one segment is multiplied the next is decoded, tile by tile. Pair
+  // after pair, so that the codes are read from memory as two long streams, which the processor sees coming.
   void few_rows() {
     Segment s = first_segment();
     int64_t pair = 0;

@@ -23,8 +23,7 @@ class Memory {
   uint8_t* at_least(size_t wanted) {
     if (wanted > size_) {
       release();
-      // Several megabytes are read in large strides: with small pages the translation of addresses takes as long as
-      // the arithmetic.
+      // Several megabytes are read in large strides: with small pages each of them waits for another translation.
       alignment_ = wanted >= kHugePage ? kHugePage : 64;
       const size_t size = (wanted + alignment_ - 1) / alignment_ * alignment_;
       bytes_ = static_cast<uint8_t*>(::operator new(size, std::align_val_t(alignment_)));
