@@ -25,6 +25,7 @@ import sys
 import uvicorn
 
 from tokenmill import env
+from tokenmill.engine.gateway.acceptor import Server
 from tokenmill.engine.gateway.assembly import create_app
 from tokenmill.engine.gateway.protocol import protocol_class
 from tokenmill.engine.gateway.settings import Document
@@ -82,9 +83,8 @@ def serve(document: Document, listener: socket.socket) -> None:
         proxy_headers=False,
         timeout_keep_alive=int(settings.keep_alive_s),
         timeout_graceful_shutdown=int(settings.drain_s),
-        backlog=4096,
     )
-    server = uvicorn.Server(config)
+    server = Server(config)
     # What is loaded by now lives as long as the process: keep the collector from walking it again and again.
     gc.collect()
     gc.freeze()
