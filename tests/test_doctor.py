@@ -1,6 +1,9 @@
 """The doctor tells what is there, names what stands in the way, and its exit status follows."""
 
 import json
+import sys
+import sysconfig
+from pathlib import Path
 
 import pytest
 
@@ -58,9 +61,34 @@ def test_a_driver_without_a_gpu_for_torch_is_a_problem(
     assert "CUDA build of torch" in str(report["problems"])
 
 
+def test_a_model_that_runs_uncompiled_is_no_problem(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)
+    monkeypatch.setenv("CXX", sys.executable)
+    monkeypatch.setenv("COLUMNS", "200")
+    path, header = sysconfig.get_path, tmp_path / "Python.h"
+    monkeypatch.setattr(
+        sysconfig, "get_path", lambda name, *rest: str(tmp_path) if name == "include" else path(name, *rest)
+    )
+    header.touch()
+    status, report = report_of(capsys)
+    assert report["torch_compile"] == {"works": True, "detail": f"{sys.executable}, Python's headers", "remedy": ""}
+    header.unlink()
+    assert report_of(capsys)[0] == status
+    doctor.main(["--no-hooks"])
+    shown = capsys.readouterr().out
+    assert "does not work: the headers of this Python are not installed; models on the CPU run uncompiled" in shown
+    if status == 0:
+        assert "Nothing stands in the way, but" in shown
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    _, report = report_of(capsys)
+    assert report["torch_compile"]["remedy"] == "unset TORCH_COMPILE_DISABLE"  # type: ignore[index]
+
+
 def test_people_see_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     status = doctor.main(["--no-hooks"])
     shown = capsys.readouterr().out
     assert status in (0, 1)
-    for word in ("processor", "Operations", "Settings", "TOKENMILL_ISA", "int4_gemm"):
+    for word in ("processor", "torch.compile", "Operations", "Settings", "TOKENMILL_ISA", "int4_gemm"):
         assert word in shown

@@ -1,6 +1,7 @@
 """`tokenmill doctor`: what this machine has, what would run on it, and the reason for everything that would not.
 
-Exit status 0: nothing stands in the way; 1: something does, named under "problems"; 2: bad arguments.
+Exit status 0: nothing stands in the way; 1: something does, named under "problems"; 2: bad arguments. Where
+torch.compile does not work, models run all the same, only slower: that is no problem, and the last line names it.
 """
 
 import argparse
@@ -44,6 +45,15 @@ class OpReport:
 
 
 @dataclass(frozen=True)
+class CompileReport:
+    """Whether torch.compile works on the CPU: with which compiler and headers, or why not, and what to do about it."""
+
+    works: bool
+    detail: str
+    remedy: str
+
+
+@dataclass(frozen=True)
 class Report:
     """All that the doctor found; `--json` prints it."""
 
@@ -55,6 +65,7 @@ class Report:
     gpus: tuple[str, ...]
     nvidia_driver: bool
     nvcc: str | None
+    torch_compile: CompileReport
     packages: dict[str, str | None]
     native: dict[str, object]
     ops: tuple[OpReport, ...]
@@ -94,6 +105,7 @@ def examine(*, with_hooks: bool = True) -> Report:
         gpus=tuple(f"{gpu.name} ({gpu.family}, {gpu.memory_bytes / 2**30:.0f} GiB)" for gpu in gpus),
         nvidia_driver=platform.has_nvidia_driver(),
         nvcc=platform.nvcc_version(),
+        torch_compile=_torch_compile(),
         packages=packages,
         native=native,
         ops=ops,
@@ -110,6 +122,16 @@ def _version(names: tuple[str, ...]) -> str | None:
         except importlib.metadata.PackageNotFoundError:
             continue
     return None
+
+
+def _torch_compile() -> CompileReport:
+    from tokenmill.engine.vllm import compiler
+
+    if compiler.switched_off() is not None:
+        return CompileReport(False, f"{compiler.SWITCH}=1 switches it off", f"unset {compiler.SWITCH}")
+    if (lack := compiler.why_not()) is not None:
+        return CompileReport(False, lack.reason, lack.remedy)
+    return CompileReport(True, f"{compiler.program()}, Python's headers", "")
 
 
 def _variables(problems: list[str]) -> Iterator[tuple[str, str]]:
@@ -169,6 +191,7 @@ def show(report: Report, console: Console) -> None:
     machine.add_row("instruction sets", ", ".join(report.isa) + forced)
     machine.add_row("GPU", ", ".join(report.gpus) or "none" + (", but a driver" if report.nvidia_driver else ""))
     machine.add_row("CUDA compiler", f"nvcc {report.nvcc}" if report.nvcc else "none: CUDA kernels are not built")
+    machine.add_row("torch.compile", _compile_line(report.torch_compile))
     machine.add_row("Python", report.python)
     for (names, purpose), version in zip(_PACKAGES, report.packages.values(), strict=True):
         machine.add_row("/".join(names), version or Text(f"not installed ({purpose})", style="dim"))
@@ -199,8 +222,17 @@ def show(report: Report, console: Console) -> None:
         console.print(Text("problems", style="bold red"))
         for problem in report.problems:
             console.print(Text(f"  - {problem}"))
+    elif not report.torch_compile.works:
+        console.print(Text("Nothing stands in the way, but models on the CPU run uncompiled, slower.", style="yellow"))
     else:
         console.print(Text("Nothing stands in the way.", style="bold green"))
+
+
+def _compile_line(found: CompileReport) -> Text:
+    if found.works:
+        return Text(f"works ({found.detail})")
+    text = f"does not work: {found.detail}; models on the CPU run uncompiled; remedy: {found.remedy}"
+    return Text(text, style="yellow")
 
 
 def _table(*headers: str) -> Table:

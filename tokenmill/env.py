@@ -5,6 +5,7 @@ A value that cannot be parsed raises `ConfigurationError`; nothing falls back si
 `tokenmill doctor` prints this table.
 """
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -65,6 +66,13 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(part.strip() for part in text.split(",") if part.strip())
 
 
+def _texts(text: str) -> dict[str, str]:
+    found = json.loads(text)
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise ValueError("it must be a JSON object of texts")
+    return found
+
+
 def _directory(text: str) -> Path:
     return Path(text).expanduser()
 
@@ -121,6 +129,12 @@ PARENT_FD: Variable[int | None] = Variable(
     int,
     "Read end of a pipe that the supervisor holds open; when it closes, the server ends itself and its children.",
 )
+UNCOMPILED: Variable[dict[str, str] | None] = Variable(
+    "TOKENMILL_UNCOMPILED",
+    None,
+    _texts,
+    "Why the model runs uncompiled, as JSON; set by the launcher for the processes of its server.",
+)
 
 COMMIT = Variable(
     "TOKENMILL_COMMIT",
@@ -145,6 +159,7 @@ VARIABLES: tuple[Variable[object], ...] = (  # type: ignore[assignment]
     LOG_LEVEL,
     STATUS_FILE,
     PARENT_FD,
+    UNCOMPILED,
     COMMIT,
     GGML,
 )

@@ -1,4 +1,7 @@
-"""What the panel says once the servers are ready: address, models, which of our parts run, where the logs are."""
+"""What the panel says once the servers are ready.
+
+Address, models, those that run uncompiled and why, which of our parts run, where the logs are.
+"""
 
 import json
 import shlex
@@ -31,14 +34,18 @@ def panel_facts(
         url: Base URL of the API.
         engines: The local servers.
         remotes: The servers elsewhere.
-        status_files: Where the engines say which hooks run, in their order.
+        status_files: Where the engines say which hooks run and whether they compile, in their order.
         logs: Folder of the log files.
     """
-    models = [*(_local_model(engine) for engine in engines), *(_remote_model(remote) for remote in remotes)]
+    reports = [_report(status_file) for status_file in status_files]
+    models = []
+    for engine, report in zip(engines, reports, strict=True):
+        models += [_local_model(engine), *_uncompiled(report)]
+    models += [_remote_model(remote) for remote in remotes]
     facts = [Fact("URL", f"{url}/v1"), *_labelled("Models", models)]
     shown: list[list[Fact]] = []
-    for engine, status_file in zip(engines, status_files, strict=True):
-        hooks = list(_hooks(status_file))
+    for engine, report in zip(engines, reports, strict=True):
+        hooks = list(_hooks(report))
         if hooks not in shown:  # the same machine, the same hooks: once is enough
             shown.append(hooks)
             facts += _labelled("Ours in vLLM" if len(shown) == 1 else f"Ours in {engine.name}", hooks)
@@ -81,11 +88,28 @@ def _remote_model(remote: Backend) -> Fact:
     return Fact("", ", ".join(remote.models) or "all that it lists", f"tier {remote.tier}; {remote.root}")
 
 
-def _hooks(status_file: Path) -> Iterator[Fact]:
+def _report(status_file: Path) -> dict[str, Any]:
+    """What an engine wrote about itself; empty where it wrote nothing that can be read."""
     try:
         report = json.loads(status_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return report if isinstance(report, dict) else {}
+
+
+def _uncompiled(report: dict[str, Any]) -> Iterator[Fact]:
+    """A line of its own, for it is too long beside a model; none for a compiled model."""
+    match report.get("uncompiled"):
+        case {"reason": str(reason), "remedy": str(remedy)} if remedy:
+            yield Fact("", f"uncompiled: {reason}; remedy: {remedy}", mood="bad")
+        case {"reason": str(reason)}:
+            yield Fact("", f"uncompiled: {reason}", mood="quiet")
+
+
+def _hooks(report: dict[str, Any]) -> Iterator[Fact]:
+    try:
         for hook in report["hooks"]:
             note = hook["detail"] if hook["state"] == "active" else f"{hook['state']}: {hook['detail']}"
             yield Fact("", hook["hook"], note, _MOODS.get(hook["state"], ""))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         yield Fact("", "nothing", "the plug-in was not loaded; is Tokenmill installed beside this vLLM?", "bad")

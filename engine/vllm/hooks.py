@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import Literal, cast
 
 from tokenmill import env
-from tokenmill.engine.vllm import compat
+from tokenmill.engine.vllm import compat, compiler
 from tokenmill.errors import ConfigurationError
 
 logger = logging.getLogger("tokenmill.plugin")
@@ -132,12 +132,16 @@ def statuses() -> tuple[HookStatus, ...]:
 
 
 def report() -> dict[str, object]:
-    """The table of this process, ready for JSON: vLLM's version, the process, and its hooks."""
+    """What this process says of itself, ready for JSON.
+
+    vLLM's version, the process, its hooks, and why the model runs uncompiled (see `compiler.announced`).
+    """
     return {
         "vllm": compat.vllm_version(),
         "process": multiprocessing.current_process().name,
         "pid": os.getpid(),
         "hooks": [asdict(status) for status in statuses()],
+        "uncompiled": compiler.announced(),
     }
 
 

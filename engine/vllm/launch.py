@@ -62,12 +62,17 @@ def _serve(argv: list[str]) -> None:
     subcommand, arguments = parse(argv)
     subcommand.validate(arguments)
     refuse_incomplete(arguments.model_tag or arguments.model)
-    if compat.on_cpu():
+    on_cpu = compat.on_cpu()
+    uncompiled = compiler.asked_for(arguments, on_cpu=on_cpu)
+    if on_cpu:
         os.environ.update(cpu_defaults(arguments))
-        if (reason := compiler.why_not()) is not None:
-            logging.getLogger("tokenmill.launch").warning("the model runs uncompiled: %s", reason)
-            compiler.disable()
+        if (lack := compiler.why_not()) is not None:
+            if uncompiled is None:
+                uncompiled = lack
+                logging.getLogger("tokenmill.launch").warning("the model runs uncompiled: %s", lack)
+            compiler.disable()  # also then: vLLM has functions of its own that are compiled whatever the model does
             arguments.enforce_eager = True
+    compiler.announce(uncompiled)
     subcommand.cmd(arguments)
 
 

@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.engine.int4_models import VARIANTS, write_pair
-from tokenmill.engine.vllm import launch
+from tokenmill.engine.vllm import compat, compiler, hooks, isa, launch, lifetime
 from tokenmill.errors import CheckpointError
 
 
@@ -98,6 +98,78 @@ def test_a_wrong_setting_is_one_line(variables: dict[str, str], message: str) ->
 )
 def test_any_failure_is_one_line(error: Exception, line: str) -> None:
     assert launch.one_line(error) == line
+
+
+@pytest.mark.filterwarnings("ignore")  # vLLM's own, at its import
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ((), None),
+        (("-O2",), None),
+        (("--enforce-eager",), "--enforce-eager"),
+        (("-O0",), "-O0"),
+        (("-cc.mode=0",), "--compilation-config has mode 0"),
+        (("-O0", "-cc.mode=3"), None),
+        (("--enable-lora",), "--enable-lora; vLLM's CPU build does not compile models with adapters"),
+    ],
+)
+def test_flags_that_keep_a_model_uncompiled(
+    flags: tuple[str, ...], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(compiler.SWITCH, raising=False)
+    found = compiler.asked_for(launch.parse(["model", *flags])[1], on_cpu=True)
+    assert found == (None if reason is None else compiler.Uncompiled(reason))
+
+
+def test_torchs_own_variable_keeps_a_model_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(compiler.SWITCH, "1")
+    found = compiler.asked_for(Namespace(enforce_eager=False), on_cpu=False)
+    assert found == compiler.Uncompiled("TORCH_COMPILE_DISABLE=1")
+
+
+LACK = compiler.Uncompiled("no headers", "install them")
+
+
+@pytest.mark.parametrize(
+    ("on_cpu", "eager", "lack", "reported"),
+    [
+        (True, False, None, None),
+        (True, False, LACK, {"reason": "no headers", "remedy": "install them"}),
+        (True, True, LACK, {"reason": "--enforce-eager", "remedy": ""}),
+        (False, False, LACK, None),
+        (False, True, None, {"reason": "--enforce-eager", "remedy": ""}),
+    ],
+)
+def test_every_process_of_a_server_says_why_it_runs_uncompiled(
+    on_cpu: bool,
+    eager: bool,
+    lack: compiler.Uncompiled | None,
+    reported: dict[str, str] | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    served: list[tuple[bool, object]] = []
+
+    class Subcommand:
+        """In the place of vLLM's."""
+
+        def validate(self, parsed: Namespace) -> None:
+            pass
+
+        def cmd(self, parsed: Namespace) -> None:
+            served.append((parsed.enforce_eager, hooks.report()["uncompiled"]))
+
+    parsed = arguments(model_tag="organisation/model", enforce_eager=eager)
+    monkeypatch.setattr(launch, "parse", lambda argv: (Subcommand(), parsed))
+    monkeypatch.setattr(isa, "narrow", lambda: None)
+    monkeypatch.setattr(lifetime, "watch_supervisor", lambda: None)
+    monkeypatch.setattr(compat, "on_cpu", lambda: on_cpu)
+    monkeypatch.setattr(compiler, "why_not", lambda: lack)
+    monkeypatch.setattr(compiler, "disable", lambda: None)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    os.environ.pop(compiler.SWITCH, None)
+    os.environ["TOKENMILL_UNCOMPILED"] = '{"reason": "of another server"}'
+    assert launch.main([]) == 0
+    assert served == [(eager or (on_cpu and lack is not None), reported)]
 
 
 @pytest.fixture(scope="module")

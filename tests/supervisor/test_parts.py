@@ -196,3 +196,25 @@ def test_the_panel_tells_what_runs_and_what_does_not(tmp_path: Path) -> None:
     for broken in ("", "{", '{"hooks": 3}', "[]"):
         status.write_text(broken)
         assert any(fact.mood == "bad" for fact in facts.panel_facts("http://h:1", [engine], [], [status], tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("uncompiled", "expected"),
+    [
+        (None, None),
+        ({"reason": "--enforce-eager", "remedy": ""}, Fact("", "uncompiled: --enforce-eager", mood="quiet")),
+        ({"reason": "no headers", "remedy": "do"}, Fact("", "uncompiled: no headers; remedy: do", mood="bad")),
+        ("nonsense", None),
+    ],
+)
+def test_the_panel_tells_below_a_model_why_it_runs_uncompiled(
+    uncompiled: object, expected: Fact | None, tmp_path: Path
+) -> None:
+    engines = [Engine(LocalBackend(model=name), name, "t", None, ("x",), {}) for name in ("a", "b")]
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    files[0].write_text(json.dumps({"hooks": [], "uncompiled": uncompiled}))
+    files[1].write_text(json.dumps({"hooks": []}))  # as an older plug-in writes it
+    told = facts.panel_facts("http://h:1", engines, [], files, tmp_path)
+    models = [Fact("Models", "a", "tier t"), *([expected] if expected else []), Fact("", "b", "tier t")]
+    assert told[1 : 1 + len(models)] == models
+    assert sum(fact.value.startswith("uncompiled") for fact in told) == (expected is not None)
