@@ -36,6 +36,7 @@ class Backend:
         version: Free text that names the model's version; shown in metrics and response headers.
         prices: What its tokens cost.
         context_window: Most tokens of a prompt and its answer together; None: not known.
+        max_output_tokens: Most tokens of one answer; None: not known.
         capabilities: What its models can do beyond text in and text out.
         quality: Share of requests that it is expected to answer well, 0 to 1; None: not stated.
     """
@@ -58,6 +59,7 @@ class Backend:
     version: str | None = None
     prices: Prices = field(default_factory=Prices)
     context_window: int | None = None
+    max_output_tokens: int | None = None
     capabilities: tuple[Capability, ...] = ()
     quality: float | None = None
 

@@ -129,6 +129,9 @@ class Backend(Section):
     context_window: int | None = Field(
         None, description="Most tokens of a prompt and its answer together; longer requests are not routed here.", ge=1
     )
+    max_output_tokens: int | None = Field(
+        None, description="Most tokens of one answer: what budgets reserve for a request without `max_tokens`.", ge=1
+    )
     capabilities: list[Capability] = Field(
         default_factory=list, description="What it can do beyond text in, text out; requests that need more avoid it."
     )

@@ -223,6 +223,7 @@ def _common(name: str, tier: str, backend: LocalBackend | RemoteBackend, quality
         "version": backend.version,
         "prices": prices(backend.price),
         "context_window": backend.context_window,
+        "max_output_tokens": backend.max_output_tokens,
         "capabilities": tuple(backend.capabilities),
         "quality": quality,
     }

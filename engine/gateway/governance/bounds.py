@@ -2,8 +2,8 @@
 
 Prompt: byte-level tokenizers make at most one token of each byte, so the bytes of the request's body bound its text;
 what is not text there, or is added to it, is counted apart. Completion: what the request states, times the answers
-asked for; else the backend's context window; else the configured bound. A backend may still use more (it may ignore
-`max_tokens`, or price things that are no tokens): `books` says what is done then.
+asked for; else the backend's longest answer or its context window; else the configured bound. A backend may still use
+more (it may ignore `max_tokens`, or price things that are no tokens): `books` says what is done then.
 """
 
 from typing import NamedTuple
@@ -69,10 +69,12 @@ class Asked(NamedTuple):
 
     def at(self, target: Target, completion_bound: int) -> Bound:
         """The most that it can use at one backend."""
-        window = context_window(target)
+        window, longest = context_window(target), target.backend.max_output_tokens
         each = self.completion
         if each is None:
-            each = completion_bound if window is None else window
+            each = longest or window or completion_bound
+        if longest is not None:
+            each = min(each, longest)
         prompt = self.prompt
         if window is not None:
             each = min(each, window)

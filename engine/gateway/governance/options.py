@@ -23,7 +23,7 @@ class Options:
         store: Path of the SQLite file, absolute, or the URL of a PostgreSQL database.
         master_digest: `digest` of the master key; no gateway process ever holds the key itself.
         completion_bound: Completion tokens to reserve for an answer where neither the request nor the backend's
-            context window bounds it.
+            longest answer or context window bounds it.
         retention_days: Ledger rows older than this are removed; None: never.
     """
 

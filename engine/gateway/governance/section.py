@@ -31,7 +31,7 @@ class Governance(Section):
     completion_bound: int = Field(
         4096,
         description="Completion tokens to reserve for an answer that neither the request (`max_tokens`) nor the "
-        "backend's context window bounds.",
+        "backend's longest answer or context window bounds.",
         ge=1,
         le=100_000_000,
     )

@@ -57,6 +57,21 @@ def test_completion_bound(endpoint: str, body: dict[str, Any], window: int | Non
     assert asked.at(target(window), CONFIGURED).completion == completion
 
 
+@pytest.mark.parametrize(
+    ("body", "window", "completion"),
+    [
+        ({}, None, 300),
+        ({}, WINDOW, 300),
+        ({}, 200, 200),
+        ({"max_tokens": 5}, None, 5),
+        ({"max_tokens": 900}, None, 300),
+    ],
+)
+def test_a_backends_longest_answer_bounds_each(body: dict[str, Any], window: int | None, completion: int) -> None:
+    asked = bounds.asked(exchange("/v1/chat/completions", body | {"n": 2}))
+    assert asked.at(target(window, max_output_tokens=300), CONFIGURED).completion == 2 * completion
+
+
 def test_prompt_bound_is_above_every_byte_level_count() -> None:
     body = {"messages": [{"role": "user", "content": "ü€😀" * 50}], "max_tokens": 1}
     asked = bounds.asked(exchange("/v1/chat/completions", body))
