@@ -148,6 +148,13 @@ GGML: Variable[Path | None] = Variable(
     _directory,
     "Folder with libggml.so and its parts, a rival of `tokenmill bench int4 --cpu`; default: llama-cpp-python's.",
 )
+LITELLM_PRICES: Variable[Path | None] = Variable(
+    "TOKENMILL_LITELLM_PRICES",
+    None,
+    _directory,
+    "LiteLLM's cost map (model_prices_and_context_window.json), for what a LiteLLM file leaves unsaid; "
+    "default: an installed litellm package's.",
+)
 
 #: The table that `tokenmill doctor` prints; a new variable is added here.
 VARIABLES: tuple[Variable[object], ...] = (  # type: ignore[assignment]
@@ -162,4 +169,5 @@ VARIABLES: tuple[Variable[object], ...] = (  # type: ignore[assignment]
     UNCOMPILED,
     COMMIT,
     GGML,
+    LITELLM_PRICES,
 )

@@ -6,8 +6,9 @@ used or listed, with its line and the reason; nothing is dropped silently. The f
 """
 
 import ipaddress
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,9 +16,13 @@ from urllib.parse import urlsplit
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from tokenmill import env
+from tokenmill.engine.gateway import litellm_prices
 from tokenmill.engine.gateway.admin.duration import milliseconds
 from tokenmill.engine.gateway.config import Config, RemoteBackend
 from tokenmill.engine.gateway.foreign_file import ForeignFile, dotted
+from tokenmill.engine.gateway.litellm_models import Describer
+from tokenmill.engine.gateway.litellm_prices import CostMap
 from tokenmill.engine.gateway.yaml_file import Place, YamlFile
 from tokenmill.errors import InputError
 
@@ -66,14 +71,6 @@ _BARE_MODELS = (
     (re.compile(r"(gpt|chatgpt|o[0-9]|text-embedding|davinci)"), "openai"),
     (re.compile("claude"), "anthropic"),
 )
-#: What a model's description says it can do, and what we call it.
-_CAPABILITIES = {
-    "supports_function_calling": "tools",
-    "supports_vision": "vision",
-    "supports_audio_input": "audio",
-    "supports_response_schema": "json",
-}
-_MODES = {"embedding": "embeddings", "rerank": "rerank"}
 #: Strategies that ours stands in for: the fewest open requests per weight.
 _STRATEGIES = ("simple-shuffle", "least-busy")
 _WEIGHTS = ("weight", "rpm", "tpm")
@@ -109,10 +106,12 @@ class Imported:
     Attributes:
         config: Our configuration.
         left_out: `file:line: field: reason`, one line for each thing that was not understood.
+        notes: Where prices come from, what is wrong there, and which models have none, one line each.
     """
 
     config: Config
     left_out: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def is_litellm(value: Any) -> bool:
@@ -121,28 +120,43 @@ def is_litellm(value: Any) -> bool:
 
 
 def convert(file: YamlFile) -> Imported:
-    """Makes our configuration of a LiteLLM proxy's file that was read.
+    """Makes our configuration of a LiteLLM proxy's file that was read; what it does not state is in LiteLLM's cost map.
 
     Raises:
-        ConfigurationError: It cannot be used; one line `file:line: field: problem` for each thing that is wrong.
+        ConfigurationError: It cannot be used, or the cost map that the user named cannot; one line
+            `file:line: field: problem` for each thing that is wrong.
     """
     source = ForeignFile(file)
-    importer = _Importer(source)
-    document = importer.document()
+    prices = litellm_prices.find()
+    describer = Describer(source, prices)
+    document = _Importer(source, describer).document()
+    if prices.stated:
+        source.problems += prices.problems
     source.check()
     imported = Config.model_validate(document)
     lines = [
         f"{file.where(place)}: {dotted(place)}: not understood{'; ' if reason else ''}{reason}"
         for place, reason in source.left_over()
     ]
-    return Imported(imported, tuple(lines))
+    lines += _url_is_not_fetched(source, prices)
+    return Imported(imported, tuple(lines), tuple(describer.notes(governed=imported.governance is not None)))
+
+
+def _url_is_not_fetched(source: ForeignFile, prices: CostMap) -> Iterator[str]:
+    """A line for the variable by which LiteLLM fetches its cost map; its value may hold a password."""
+    name = litellm_prices.URL_VARIABLE
+    if source.environment.get(name) or os.environ.get(name):
+        used = f"{prices.path} is read instead" if prices.path is not None else "download it"
+        remedy = "" if prices.stated else f"; set {env.LITELLM_PRICES.name} to a copy of it"
+        yield f"{name}: not understood; no cost map is fetched; {used}{remedy}"
 
 
 class _Importer:
     """One file on its way to our format."""
 
-    def __init__(self, source: ForeignFile) -> None:
+    def __init__(self, source: ForeignFile, describer: Describer) -> None:
         self._source = source
+        self._describer = describer
         self._tiers: dict[str, str] = {}  # model_name to tier
 
     def document(self) -> dict[str, Any]:
@@ -243,7 +257,8 @@ class _Importer:
             "models": {} if wildcard else {name: upstream},
             **self._key(parameters, provider),
             **self._limits(parameters),
-            **self._described(place, parameters),
+            "region": source.text((*parameters, "region_name")),
+            **self._describer.describe(place, name, prefix, upstream),
         }
         backend = {field: value for field, value in backend.items() if value is not None or field == "health_path"}
         try:
@@ -277,33 +292,6 @@ class _Importer:
             "max_concurrency": source.whole((*parameters, "max_parallel_requests"), 1, 10**6)
             or source.whole(("general_settings", "max_parallel_requests"), 1, 10**6)
             or source.whole(("router_settings", "default_max_parallel_requests"), 1, 10**6),
-        }
-
-    def _described(self, place: Place, parameters: Place) -> dict[str, Any]:
-        """What `model_info` says; prices may stand in `litellm_params`, too."""
-        source = self._source
-        info: Place = (*place, "model_info")
-        source.kind(info, dict, "a mapping")
-        mode = source.text((*info, "mode"))
-        capabilities = [ours for theirs, ours in _CAPABILITIES.items() if source.flag((*info, theirs))]
-        if mode in _MODES:
-            capabilities.append(_MODES[mode])
-        per_million = {}
-        for theirs, ours in (
-            ("input_cost_per_token", "input"),
-            ("cache_read_input_token_cost", "cached"),
-            ("output_cost_per_token", "output"),
-        ):
-            found = [source.number((*where, theirs), 0, 1) for where in (parameters, info)]
-            price = next((one for one in found if one is not None), None)
-            if price is not None:
-                per_million[ours] = price * 1e6
-        return {
-            "capabilities": capabilities or None,
-            "price": per_million or None,
-            "context_window": source.whole((*info, "max_input_tokens"), 1, 10**9),
-            "version": source.text((*info, "version")),
-            "region": source.text((*parameters, "region_name")),
         }
 
     def _alias(self, tiers: dict[str, dict[str, Any]]) -> None:

@@ -50,7 +50,8 @@ class Request:
         check_only: Stop after checking.
         verbose: Show the engines' output.
         headless: The engine takes no requests: it is one node of several, and needs no gateway.
-        left_out: What was not understood of a file made for another program, one line each.
+        left_out: What was not understood of a file made for another program, and what its models' prices need, one line
+            each.
     """
 
     config: Config
@@ -140,7 +141,7 @@ def _from_file(path: Path, own: argparse.Namespace, engine_arguments: list[str])
         config = loaded.model_copy(update={"server": _server(own, loaded.server)})
     except ValidationError as error:
         raise ConfigurationError(_first_problem(error)) from None
-    left_out = imported.left_out if imported is not None else ()
+    left_out = (*imported.left_out, *imported.notes) if imported is not None else ()
     return Request(config, (), path, own.check, own.verbose, False, left_out)
 
 

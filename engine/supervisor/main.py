@@ -10,6 +10,7 @@ from rich.console import Console
 
 from tokenmill import env
 from tokenmill.engine.gateway.backends import Backend
+from tokenmill.engine.gateway.money import Prices, dollars
 from tokenmill.engine.supervisor import arguments
 from tokenmill.engine.supervisor.display import Display
 from tokenmill.engine.supervisor.keeper import StartError
@@ -80,7 +81,15 @@ def _remote(backend: Backend) -> str:
         if value is not None
     ]
     parts = [backend.root, names or "all that it lists", backend.zone, f"weight {backend.weight:g}", *limits]
-    return "; ".join(parts)
+    return "; ".join([*parts, *_price(backend.prices)])
+
+
+def _price(prices: Prices) -> list[str]:
+    """What a million tokens cost; nothing where they cost nothing."""
+    each = ((prices.prompt, "in"), (prices.cached, "cached"), (prices.completion, "out"))
+    if not any(price for price, _ in each):
+        return []
+    return [", ".join(f"${dollars(price):g} {what}" for price, what in each) + " per million tokens"]
 
 
 def _summary(plan: Plan, source: Path | None) -> str:

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenmill.engine.gateway import litellm, yaml_file
+from tokenmill import env
+from tokenmill.engine.gateway import litellm, litellm_prices, yaml_file
 from tokenmill.engine.gateway.config import Config, RemoteBackend
 from tokenmill.engine.supervisor import arguments
 from tokenmill.engine.supervisor.main import main
@@ -16,6 +17,14 @@ from tokenmill.errors import ConfigurationError
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "litellm.yaml"
 MASTER = "sk-0123456789abcdef0123456789"
+
+
+@pytest.fixture(autouse=True)
+def no_cost_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the file says is all that there is; test_litellm_prices.py is about the rest."""
+    monkeypatch.delenv(env.LITELLM_PRICES.name, raising=False)
+    monkeypatch.delenv(litellm_prices.URL_VARIABLE, raising=False)
+    monkeypatch.setattr(litellm_prices, "installed", lambda: None)
 
 
 def convert(folder: Path, text: str) -> litellm.Imported:

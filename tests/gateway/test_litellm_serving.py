@@ -39,6 +39,8 @@ model_list:
     model_info: {{input_cost_per_token: 0.001, output_cost_per_token: 0.001}}
   - model_name: backup
     litellm_params: {{model: hosted_vllm/spare, api_base: {second.url}, api_key: sk-literal}}
+  - model_name: mapped
+    litellm_params: {{model: openai/spare, api_base: {second.url}, api_key: sk-literal}}
 router_settings:
   fallbacks: [{{chat/small: [backup]}}]
   context_window_fallbacks: [{{chat/small: [backup]}}]
@@ -49,8 +51,17 @@ litellm_settings: {{drop_params: true}}
 """,
         encoding="utf-8",
     )
+    prices = folder / "prices.json"
+    entry = {"litellm_provider": "openai", "input_cost_per_token": 0.004, "output_cost_per_token": 0.004}
+    prices.write_text(json.dumps({"spare": entry}), encoding="utf-8")
     command = [*REAL, str(config), "--port", "0", "--workers", "2"]
-    running = Running(command, folder, FIRST_KEY="sk-upstream", LITELLM_MASTER_KEY=MASTER_KEY)
+    running = Running(
+        command,
+        folder,
+        FIRST_KEY="sk-upstream",
+        LITELLM_MASTER_KEY=MASTER_KEY,
+        TOKENMILL_LITELLM_PRICES=str(prices),
+    )
     running.wait_ready()
     yield running
     running.close()
@@ -88,6 +99,28 @@ def test_keys_models_aliases_and_budgets(serving: Running, upstreams: tuple[Fake
         wait_until(lambda: call(serving, "GET", f"/key/info?key={made['key']}")[1]["info"]["spend"] == cost)
         with pytest.raises(openai.RateLimitError):
             client.chat.completions.create(model="chat/small", messages=[], max_tokens=5000)
+
+
+def test_a_budget_stops_a_model_that_only_the_cost_map_prices(serving: Running) -> None:
+    assert "'backup': no price: costs nothing, budgets do not bind" in serving.text
+    assert "'mapped': no price" not in serving.text
+    _, made = call(serving, "POST", "/key/generate", {"max_budget": 1.0})
+
+    def ask(model: str) -> tuple[int, Any]:
+        body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
+        return call(serving, "POST", "/v1/chat/completions", body, made["key"])
+
+    def spent() -> float:
+        return float(call(serving, "GET", f"/key/info?key={made['key']}")[1]["info"]["spend"])
+
+    status, answer = ask("mapped")
+    assert status == 200
+    # A request is settled after its answer has gone out.
+    wait_until(lambda: spent() == pytest.approx(0.004 * answer["usage"]["total_tokens"]))
+    refused = next(found for found in (ask("mapped") for _ in range(200)) if found[0] != 200)
+    assert refused[0] == 429 and "budget" in refused[1]["error"]["message"]
+    assert spent() <= 1.0
+    assert ask("backup")[0] == 200  # it costs nothing, as the start said
 
 
 def test_a_backend_that_is_gone_falls_back(serving: Running, upstreams: tuple[FakeUpstream, FakeUpstream]) -> None:
