@@ -67,7 +67,7 @@ struct Kernel {
   int (*tile_rows)(int64_t packed_rows);    // rows of a tile for so many packed rows
   void (*pack)(const Problem&, const Rows&, int64_t first_tile, int64_t last_tile, float* scratch);
   void (*multiply)(const Problem&, const Rows&, int64_t first_block, int64_t last_block);
-  const Kernel* few = nullptr;  // what is faster for at most `few_rows` rows, and equal to the last bit
+  const Kernel* few = nullptr;  // what is faster for at most `few_rows` rows; int8 sums are exact, bf16 ones round anew
   int64_t few_rows = 0;
 };
 

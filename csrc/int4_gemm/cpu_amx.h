@@ -19,6 +19,7 @@
 
 #include <immintrin.h>
 
+#include "cpu_ahead.h"
 #include "cpu_memory.h"
 #include "cpu_tiles.h"
 #include "cpu_vector.h"
@@ -175,6 +176,7 @@ class Strip {
       Segment later = next(s);
       int64_t later_pair = pair;
       if (later.steps == 0 && ++later_pair < pairs_) later = first_segment();
+      if (s.closes) ask_for_scales<2>(w_, block_ + 2 * pair + 2, s.group);
       multiply<true>(s, 0, pair, slot, later, later_pair);
       s = later, pair = later_pair;
     }
@@ -206,7 +208,7 @@ class Strip {
     const int32_t unit = s.first + i * A::kStepUnits;
     const uint8_t* lines = w_.lines + ((block_ + 2 * pair + b) * w_.units + unit) * kLine;
     for (int u = 0; u < A::kStepUnits; ++u) {
-      _mm_prefetch(reinterpret_cast<const char*>(lines + (u + kLinesAhead) * kLine), _MM_HINT_T0);
+      ask_for(lines + (u + kLinesAhead) * kLine);
     }
     A::decode(lines, s.last - unit, panel_ + slot * kSlotBytes + (b * kSegment + i) * kTileBytes);
     written();

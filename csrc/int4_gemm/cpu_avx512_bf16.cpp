@@ -5,6 +5,7 @@
 // build: flags=-Wno-uninitialized -Wno-maybe-uninitialized
 #include <immintrin.h>
 
+#include "cpu_ahead.h"
 #include "cpu_tiles.h"
 #include "cpu_vector.h"
 
@@ -30,11 +31,15 @@ struct Bf16 {
     const int64_t stride = w.units * kLine;  // from block to block
     const uint8_t* lines = w.lines + block * stride;
     std::memset(out, 0, sizeof(float) * MB * NB * kBlock);
+    const LinesAhead<NB> ahead(w);
     for (int64_t g = 0; g < w.groups; ++g) {
+      ask_for_scales<NB>(w, block + NB, g);
       __m512 acc[NB][MB];
       unroll<0, NB>([&](auto b) { unroll<0, MB>([&](auto m) { acc[b.value][m.value] = _mm512_setzero_ps(); }); });
       for (int32_t u = w.group_units[g]; u < w.group_units[g + 1]; ++u) {
+        const uint8_t* later = ahead.of(lines, u);
         unroll<0, NB>([&](auto b) {
+          ask_for(later + b.value * stride);
           const __m512i q = _mm512_loadu_si512(lines + b.value * stride);
           unroll<0, 4>([&](auto i) {
             // (q >> 4i) & nibbles | 128: codes i and i + 4 as a pair of bf16.

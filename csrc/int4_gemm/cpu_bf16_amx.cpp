@@ -123,6 +123,6 @@ int split(Type type) { return type == Type::kBFloat16 ? 1 : 2; }
 }  // namespace
 
 const Kernel kAmxBf16 = {"amx", kStripBlocks, row_bytes<AmxBf16>, split, tile_rows_amx, pack,
-                         multiply_amx<AmxBf16>};
+                         multiply_amx<AmxBf16>, &kAvx512Bf16, 1};
 
 }  // namespace tokenmill::int4

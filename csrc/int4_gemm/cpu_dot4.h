@@ -2,14 +2,12 @@
 // four products at a time, exact in int32. The including file defines dot4(sum, codes, activations).
 #pragma once
 
+#include "cpu_ahead.h"
 #include "cpu_int8.h"
 #include "cpu_vector.h"
 
 namespace tokenmill::int4 {
 namespace {
-
-// How far ahead of its use a line is asked for: the processor's own prefetching looks shorter.
-constexpr int kLinesAhead = 16;
 
 struct Dot4 {
   static constexpr int kUnitBytes = kInt8UnitBytes;
@@ -28,15 +26,15 @@ struct Dot4 {
     const int64_t stride = w.units * kLine;
     const uint8_t* lines = w.lines + block * stride;
     std::memset(out, 0, sizeof(float) * MB * NB * kBlock);
+    const LinesAhead<NB> ahead(w);
     for (int64_t g = 0; g < w.groups; ++g) {
+      ask_for_scales<NB>(w, block + NB, g);
       Vector::Int acc[NR][MB];
       unroll<0, NR>([&](auto r) { unroll<0, MB>([&](auto m) { acc[r.value][m.value] = Vector::zero_int(); }); });
       for (int32_t u = w.group_units[g]; u < w.group_units[g + 1]; ++u) {
+        const uint8_t* later = ahead.of(lines, u);
         unroll<0, NR>([&](auto r) {
-          if (r.value % kParts == 0) {
-            const uint8_t* ahead = lines + r.value / kParts * stride + kLinesAhead * kLine;
-            _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
-          }
+          if (r.value % kParts == 0) ask_for(later + r.value / kParts * stride);
           const Vector::Int q = Vector::load(lines + r.value / kParts * stride + r.value % kParts * 32);
           const Vector::Int even = Vector::both(q, nibbles);
           const Vector::Int odd = Vector::both(Vector::template shift_right<4>(q), nibbles);

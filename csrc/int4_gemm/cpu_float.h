@@ -4,6 +4,7 @@
 // was multiplied by 16^-i (exact) while it was packed. Only the last code is shifted, since in place it would be signed.
 #pragma once
 
+#include "cpu_ahead.h"
 #include "cpu_tiles.h"
 #include "cpu_vector.h"
 
@@ -26,11 +27,15 @@ struct Float32 {
     const int64_t stride = w.units * kLine;
     const uint8_t* lines = w.lines + block * stride;
     std::memset(out, 0, sizeof(float) * MB * NB * kBlock);
+    const LinesAhead<NB> ahead(w);
     for (int64_t g = 0; g < w.groups; ++g) {
+      ask_for_scales<NB>(w, block + NB, g);
       Vector::Float acc[NR][MB];
       unroll<0, NR>([&](auto r) { unroll<0, MB>([&](auto m) { acc[r.value][m.value] = Vector::zero(); }); });
       for (int32_t u = w.group_units[g]; u < w.group_units[g + 1]; ++u) {
         const float* rows = reinterpret_cast<const float*>(x);
+        const uint8_t* later = ahead.of(lines, u);
+        unroll<0, NB>([&](auto b) { ask_for(later + b.value * stride); });
         unroll<0, kUnit>([&](auto i) {
           unroll<0, NB>([&](auto b) {
             Vector::Float value[kParts];

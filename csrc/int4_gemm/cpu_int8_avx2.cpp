@@ -3,6 +3,7 @@
 // Four blocks of columns are walked along K side by side: as many streams as the memory serves best. Up to four rows of
 // activations meet the codes as they are read. For more, the codes of four blocks are unpacked to a panel of bytes, 128
 // rows of K at a time, which stays in the first-level cache until all rows of activations have met it.
+#include "cpu_ahead.h"
 #include "cpu_maddubs.h"
 
 namespace tokenmill::int4 {
@@ -101,6 +102,7 @@ void multiply_few(const Problem& p, const Rows& rows, const Strip& strip) {
     const int32_t first = p.weight.group_units[g], last = p.weight.group_units[g + 1];
     const int32_t turn = NB == kStripBlocks ? last - first : kUnitsPerWidening;
     columns.load(strip, g);
+    ask_for_scales<kStripBlocks>(p.weight, strip.first + kStripBlocks, g);
     for (int32_t u = first; u < last; u += turn) {
       const int32_t units = last - u < turn ? last - u : turn;
       const uint8_t* x = rows.values + u * MB * kInt8UnitBytes;

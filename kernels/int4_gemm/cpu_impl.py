@@ -41,22 +41,18 @@ def prepare(weight: Int4Weight, dtype: torch.dtype, activation_bits: int) -> Mul
     """Packs a weight once; the result multiplies by it."""
     packed = cpu_layout.pack(weight)
     native = extension.native(_NATIVE)
-    arithmetic, kernel_level = f"a{activation_bits}", level(activation_bits, dtype)
+    weight_arguments = (
+        packed.lines,
+        packed.scales,
+        packed.zeros,
+        packed.group_units,
+        packed.source,
+        packed.in_order,
+    )
+    kernel = f"a{activation_bits}", level(activation_bits, dtype)
 
     def multiply(x: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None) -> None:
-        native(
-            out,
-            x,
-            packed.lines,
-            packed.scales,
-            packed.zeros,
-            packed.group_units,
-            packed.source,
-            packed.in_order,
-            bias,
-            arithmetic,
-            kernel_level,
-        )
+        native(out, x, *weight_arguments, bias, *kernel)
 
     return multiply
 

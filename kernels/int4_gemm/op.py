@@ -114,7 +114,7 @@ INT4_GEMM = OpSpec(
 )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class PreparedInt4:
     """One layer, packed for one implementation.
 
@@ -147,22 +147,26 @@ class PreparedInt4:
         Raises:
             InputError: x has another dtype or size, or out does not fit.
         """
-        if x.shape[-1] != self.K or x.dtype != self.dtype:
+        # A layer's call comes after megabytes of another layer's weight: whatever it touches has left the caches, and
+        # every operation on a tensor costs microseconds. The usual call, rows and no buffer, makes as few as can be.
+        shape = x.shape
+        if shape[-1] != self.K or x.dtype != self.dtype:
             raise InputError(
-                f"x is {x.dtype} {list(x.shape)}; this layer takes {self.dtype} [..., {self.K}]; convert or reshape it"
+                f"x is {x.dtype} {list(shape)}; this layer takes {self.dtype} [..., {self.K}]; convert or reshape it"
             )
-        rows = x.reshape(-1, self.K)
+        flat = len(shape) == 2
+        rows = x if flat else x.reshape(-1, self.K)
         if rows.stride(-1) != 1:
             rows = rows.contiguous()
         if out is None:
-            out = x.new_empty((*x.shape[:-1], self.N))
-        elif out.shape != (*x.shape[:-1], self.N) or out.dtype != x.dtype or not out.is_contiguous():
+            out = x.new_empty((shape[0], self.N) if flat else (*shape[:-1], self.N))
+        elif out.shape != (*shape[:-1], self.N) or out.dtype != x.dtype or not out.is_contiguous():
             raise InputError(
                 f"out is {out.dtype} {list(out.shape)} with strides {out.stride()}; pass a contiguous "
-                f"{x.dtype} {[*x.shape[:-1], self.N]} or None"
+                f"{x.dtype} {[*shape[:-1], self.N]} or None"
             )
         if rows.shape[0]:
-            self.multiply(rows, out.view(-1, self.N), self.bias if bias is None else bias)
+            self.multiply(rows, out if flat else out.view(-1, self.N), self.bias if bias is None else bias)
         return out
 
 
