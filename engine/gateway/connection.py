@@ -194,6 +194,7 @@ class Connection(asyncio.Protocol):
         self._keep_alive = False
         self.resume_writing()
         self.fail(CutError if self._head_done else NoAnswerError)
+        del self._parser  # it holds our methods: as long as we hold it, only the collector could free the two
 
     def pause_writing(self) -> None:
         """See asyncio."""

@@ -157,10 +157,14 @@ class GatewayProtocol(asyncio.Protocol):
         self._deadline = None
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None
         self._waiting.clear()
         self.resume_writing()
-        if self._running is not None:
-            self._running.lost()
+        running, self._running, self._arriving = self._running, None, None
+        if running is not None:
+            running.lost()
+        # It holds our methods: as long as we hold it, only the collector could free the two.
+        del self._parser
 
     def data_received(self, data: bytes) -> None:
         """See asyncio."""
