@@ -40,7 +40,7 @@ def panel_facts(
     reports = [_report(status_file) for status_file in status_files]
     models = []
     for engine, report in zip(engines, reports, strict=True):
-        models += [_local_model(engine), *_uncompiled(report)]
+        models += [_local_model(engine), *_uncompiled(engine.backend, report)]
     models += [_remote_model(remote) for remote in remotes]
     facts = [Fact("URL", f"{url}/v1"), *_labelled("Models", models)]
     shown: list[list[Fact]] = []
@@ -97,13 +97,14 @@ def _report(status_file: Path) -> dict[str, Any]:
     return report if isinstance(report, dict) else {}
 
 
-def _uncompiled(report: dict[str, Any]) -> Iterator[Fact]:
+def _uncompiled(backend: LocalBackend, report: dict[str, Any]) -> Iterator[Fact]:
     """A line of its own, for it is too long beside a model; none for a compiled model."""
     match report.get("uncompiled"):
         case {"reason": str(reason), "remedy": str(remedy)} if remedy:
             yield Fact("", f"uncompiled: {reason}; remedy: {remedy}", mood="bad")
         case {"reason": str(reason)}:
-            yield Fact("", f"uncompiled: {reason}", mood="quiet")
+            whose = ", which the bundled pair has to be ready sooner" if backend.model.startswith("bundled:") else ""
+            yield Fact("", f"uncompiled: {reason}{whose}", mood="quiet")
 
 
 def _hooks(report: dict[str, Any]) -> Iterator[Fact]:

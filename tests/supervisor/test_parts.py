@@ -218,3 +218,16 @@ def test_the_panel_tells_below_a_model_why_it_runs_uncompiled(
     models = [Fact("Models", "a", "tier t"), *([expected] if expected else []), Fact("", "b", "tier t")]
     assert told[1 : 1 + len(models)] == models
     assert sum(fact.value.startswith("uncompiled") for fact in told) == (expected is not None)
+
+
+def test_the_panel_says_that_the_bundled_pair_runs_uncompiled_on_purpose(tmp_path: Path) -> None:
+    status = tmp_path / "status.json"
+    status.write_text(json.dumps({"hooks": [], "uncompiled": {"reason": "--enforce-eager", "remedy": ""}}))
+    engine = Engine(LocalBackend(model="bundled:target"), "a", "t", None, ("x",), {})
+    (told,) = (
+        fact
+        for fact in facts.panel_facts("http://h:1", [engine], [], [status], tmp_path)
+        if fact.value.startswith("uncompiled")
+    )
+    assert told.value == "uncompiled: --enforce-eager, which the bundled pair has to be ready sooner"
+    assert told.mood == "quiet"
