@@ -1,7 +1,8 @@
-"""Takes in the clients' connections, all that wait at once, for uvicorn's server.
+"""Takes in the clients' connections for uvicorn's server, the more at once the more there are.
 
 libuv, below uvloop, takes one connection in each round of the event loop. A round in which hundreds of streams move
 lasts milliseconds; measured, the last of 1,000 clients that came together waited for 2.6 s before it was looked at.
+A worker whose rounds are short takes one, too, so that the others that listen on the same socket get theirs.
 """
 
 import asyncio
@@ -9,15 +10,15 @@ import contextlib
 import errno
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from typing import Any, cast
 
 import uvicorn
 
 log = logging.getLogger("tokenmill.gateway")
 
-#: Most connections taken in one round: bounds how long the others wait, and leaves some to the other workers.
-MOST_AT_ONCE = 128
+#: One connection is taken in a round, and one more for so many that are open.
+OPEN_FOR_ONE_MORE = 4
 #: Seconds without accepting after the system had no descriptor or memory for one more connection.
 EXHAUSTED_PAUSE_S = 0.5
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -29,9 +30,13 @@ class Acceptor:
     Args:
         listener: It listens; other processes may accept from it, too.
         protocol: Makes what serves a connection.
+        connections: Those that are open.
     """
 
-    def __init__(self, listener: socket.socket, protocol: Callable[[], asyncio.Protocol]) -> None:
+    def __init__(
+        self, listener: socket.socket, protocol: Callable[[], asyncio.Protocol], connections: Sized = ()
+    ) -> None:
+        self._connections = connections
         self._loop = asyncio.get_running_loop()
         self._listener = listener
         self._protocol = protocol
@@ -54,7 +59,7 @@ class Acceptor:
             await asyncio.wait(self._opening)
 
     def _accept(self) -> None:
-        for _ in range(MOST_AT_ONCE):
+        for _ in range(1 + len(self._connections) // OPEN_FOR_ONE_MORE):
             try:
                 client, _address = self._listener.accept()
             except BlockingIOError:
@@ -91,6 +96,6 @@ class Server(uvicorn.Server):
             made: Any = config.http_protocol_class
             return cast("asyncio.Protocol", made(config=config, server_state=state, app_state=shared))
 
-        acceptors = [Acceptor(listener, protocol) for listener in sockets or []]
+        acceptors = [Acceptor(listener, protocol, state.connections) for listener in sockets or []]
         # uvicorn closes its servers, waits for them, and does nothing else with them.
         self.servers = cast("list[asyncio.base_events.Server]", acceptors)
