@@ -252,9 +252,10 @@ def test_torch_compile_sees_one_opaque_call(activation_bits: int) -> None:
     torch.compiler.reset()
     # Without inductor, whose own fusions may round in another order.
     compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
-    for rows in (1, 2, 9):
-        x = torch.randn(rows, 256, generator=torch.Generator().manual_seed(rows)).bfloat16()
-        assert_bit_equal(compiled(x), block(x))
+    with torch._dynamo.config.patch(disable=False):  # this backend needs no headers, which may be why it is off
+        for rows in (1, 2, 9):
+            x = torch.randn(rows, 256, generator=torch.Generator().manual_seed(rows)).bfloat16()
+            assert_bit_equal(compiled(x), block(x))
 
 
 def test_opcheck() -> None:
