@@ -25,7 +25,7 @@ TM_INLINE void ask_for_scales(const Weight& w, int64_t first, int64_t group) {
 
 // Where a tile that reads `kWide` blocks side by side asks for lines: `kLines` further on and, past the end of a block,
 // in the block that will be read next.
-template <int kWide>
+template <int kWide, int kLines = 16>
 class LinesAhead {
  public:
   explicit LinesAhead(const Weight& w) : last_(w.units - kLines), hop_((kWide - 1) * w.units * kLine) {}
@@ -35,8 +35,6 @@ class LinesAhead {
   }
 
  private:
-  static constexpr int kLines = 16;
-
   int64_t last_, hop_;
 };
 
