@@ -4,8 +4,9 @@
 PYTHON ?= python3
 VENV := .venv
 ARGS ?=
-# As many processes as cores, up to four; what is dear to make is made by one of them (tests/conftest.py).
-PYTEST := $(VENV)/bin/python -m pytest -n auto --maxprocesses 4
+# As many processes as cores, up to four; what is dear to make is made by one of them (tests/conftest.py). Dozens of
+# processes import vLLM: where Python is told to keep no bytecode, as in many containers, each would compile it anew.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -m pytest -n auto --maxprocesses 4
 
 .PHONY: serve test test-avx2 check format setup setup-dev lock clean
 
