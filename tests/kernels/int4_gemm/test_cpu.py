@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(
     extension.why_not("int4_gemm_cpu") is not None, reason=str(extension.why_not("int4_gemm_cpu"))
 )
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-#: Every tile height, heights that need filling, and two tiles.
+#: Every tile height, heights that need filling, and several tiles.
 HEIGHTS = (1, 2, 3, 4, 5, 6, 7, 9, 13, 17, 24, 25, 41)
 
 
@@ -117,7 +117,7 @@ def test_eight_bit_activations(isa: str, symmetric: bool) -> None:
 @pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
 def test_any_shape_and_group(isa: str, K: int, N: int, group_size: int, act_order: bool) -> None:
     for bits in (16, 8) if isa != "plain" else (16,):
-        for M in (1, 2, 4, 7):
+        for M in (1, 2, 4, 7, 18):
             weight = random_weight(K, N, group_size, symmetric=False, act_order=act_order, bias=False)
             check(activations(M, K, torch.bfloat16), weight, bits)
 
