@@ -4,16 +4,19 @@
 // was multiplied by 16^-i (exact) while it was packed. Only the last code is shifted, since in place it would be signed.
 #pragma once
 
-#include "cpu_ahead.h"
-#include "cpu_tiles.h"
-#include "cpu_vector.h"
+#include "cpu_floating.h"
 
 namespace tokenmill::int4 {
 namespace {
 
 struct Float32 {
+  using Code = Vector::Float;
+  using Sum = Vector::Float;
   static constexpr int kUnitBytes = kUnit * int(sizeof(float));
+  static constexpr int kSteps = kUnit;
   static constexpr int kMaxRows = Vector::kParts == 1 ? 24 : 6;
+  static constexpr int kTallRows = Vector::kParts == 1 ? 12 : 6;
+  static constexpr bool kBlockByBlock = false;
 
   // Blocks at once: enough accumulators to hide the latency of FMA, few enough for the registers (32 or 16).
   static constexpr int width(int rows) {
@@ -21,54 +24,24 @@ struct Float32 {
     return rows == 1 ? 4 : rows <= 3 ? 2 : 1;
   }
 
+  template <int kStep>
+  TM_INLINE static Code decode(const uint8_t* unit, int part) {
+    const Vector::Int q = Vector::load(unit + part * 32);
+    return Vector::to_float(kStep == kUnit - 1 ? Vector::template shift_right<28>(q)
+                                               : Vector::both(q, Vector::all(int32_t(0xfu << (4 * kStep)))));
+  }
+
+  TM_INLINE static Vector::Float row(const uint8_t* x, int step) {
+    return Vector::all(reinterpret_cast<const float*>(x)[step]);
+  }
+  TM_INLINE static Sum multiply_add(Code code, Vector::Float row, Sum sum) {
+    return Vector::multiply_add(code, row, sum);
+  }
+  TM_INLINE static Vector::Float offset(Vector::Float zero) { return zero; }
+
   template <int MB, int NB>
   static void tile(const Weight& w, const uint8_t* x, const float* sums, const float*, int64_t block, float* out) {
-    constexpr int kParts = Vector::kParts, NR = NB * kParts;  // registers of all columns
-    const int64_t stride = w.units * kLine;
-    const uint8_t* lines = w.lines + block * stride;
-    std::memset(out, 0, sizeof(float) * MB * NB * kBlock);
-    const LinesAhead<NB> ahead(w);
-    for (int64_t g = 0; g < w.groups; ++g) {
-      ask_for_scales<NB>(w, block + NB, g);
-      Vector::Float acc[NR][MB];
-      unroll<0, NR>([&](auto r) { unroll<0, MB>([&](auto m) { acc[r.value][m.value] = Vector::zero(); }); });
-      for (int32_t u = w.group_units[g]; u < w.group_units[g + 1]; ++u) {
-        const float* rows = reinterpret_cast<const float*>(x);
-        const uint8_t* later = ahead.of(lines, u);
-        unroll<0, NB>([&](auto b) { ask_for(later + b.value * stride); });
-        unroll<0, kUnit>([&](auto i) {
-          unroll<0, NB>([&](auto b) {
-            Vector::Float value[kParts];
-            unroll<0, kParts>([&](auto part) {
-              const Vector::Int q = Vector::load(lines + b.value * stride + part.value * 32);
-              value[part.value] = Vector::to_float(
-                  i.value == kUnit - 1 ? Vector::template shift_right<28>(q)
-                                       : Vector::both(q, Vector::all(int32_t(0xfu << (4 * i.value)))));
-            });
-            unroll<0, MB>([&](auto m) {
-              const Vector::Float a = Vector::all(rows[m.value * kUnit + i.value]);
-              unroll<0, kParts>([&](auto part) {
-                Vector::Float& sum = acc[b.value * kParts + part.value][m.value];
-                sum = Vector::multiply_add(value[part.value], a, sum);
-              });
-            });
-          });
-        });
-        lines += kLine;
-        x += MB * kUnitBytes;
-      }
-      unroll<0, NR>([&](auto r) {
-        const int64_t index =
-            ((block + r.value / kParts) * w.groups + g) * kBlock + r.value % kParts * kLanes;
-        const Vector::Float scale = load_scales(w, index), zero = load_zeros(w, index);
-        unroll<0, MB>([&](auto m) {
-          float* total = out + m.value * NB * kBlock + r.value * kLanes;
-          const Vector::Float value =
-              Vector::subtract_product(zero, Vector::all(sums[g * MB + m.value]), acc[r.value][m.value]);
-          Vector::store(total, Vector::multiply_add(value, scale, Vector::load(total)));
-        });
-      });
-    }
+    stored_tile<Float32, MB, NB>(w, x, sums, block, out);
   }
 
   static void pack_row(const float* row, const Weight& w, int, uint8_t* out, int64_t stride, float* sums, float*,

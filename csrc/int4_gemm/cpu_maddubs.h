@@ -2,6 +2,7 @@
 // int16. A pair is at most 2 * 15 * 127 = 3810, so eight of them are added before they have to be widened.
 #pragma once
 
+#include "cpu_ahead.h"
 #include "cpu_int8.h"
 
 namespace tokenmill::int4 {
@@ -9,6 +10,7 @@ namespace {
 
 constexpr int kPanelUnit = 2 * kLine;  // bytes of one unit of one block, a byte a code
 constexpr int kUnitsPerWidening = 4;   // two pairs a unit
+constexpr int kLinesAhead = 16;        // how far ahead codes are asked for
 
 // Codes as they are stored, a nibble each.
 struct Nibbles {
@@ -104,6 +106,9 @@ TM_INLINE void add_units(__m256i (&wide)[NR][MB], const Chunk& c) {
   unroll<0, kUnits>([&](auto u) {
     const uint8_t* codes = c.codes + u.value * Codes::kUnitBytes;
     const uint8_t* x = c.x + u.value * kRows * kInt8UnitBytes;
+    if constexpr (Codes::kUnitBytes == kLine) {
+      for (int b = 0; b < NR / 2; ++b) ask_for(codes + b * c.stride + kLinesAhead * kLine);
+    }
     add_half<Codes, 0, u.value == 0>(narrow, codes, c.stride, x);
     add_half<Codes, 1, false>(narrow, codes, c.stride, x);
   });

@@ -1,0 +1,237 @@
+// The loops of an arithmetic in floating point; compiled once per instruction set.
+//
+// Few rows meet codes as they are decoded. For many rows the codes of a strip of blocks are decoded once, 128 rows of K
+// at a time, to a panel in the second-level cache, which all tiles of activations meet before the next one is made.
+//
+// Beside what cpu_tiles.h asks of it, an arithmetic has
+//   using Code, Sum;                                    // registers: of codes, of sums
+//   static constexpr int kSteps;                        // registers of codes in a unit of one part of a block
+//   static constexpr int kTallRows;                     // rows of the tallest tile that meets a panel
+//   template <int kStep> static Code decode(const uint8_t* unit, int part);
+//   static Row row(const uint8_t* x, int step);         // of activations, for all columns
+//   static Sum multiply_add(Code, Row, Sum);
+//   static Vector::Float offset(Vector::Float zero);    // what decoded codes exceed the true ones by
+#pragma once
+
+#include "cpu_ahead.h"
+#include "cpu_memory.h"
+#include "cpu_tiles.h"
+#include "cpu_vector.h"
+
+namespace tokenmill::int4 {
+namespace {
+
+constexpr int kPanelUnits = 16;     // of a block in a panel
+constexpr int64_t kTallTiles = 4;   // tiles from which on a panel pays
+
+// Codes as they are stored.
+template <class A>
+struct Stored {
+  static constexpr int kUnitBytes = kLine;
+
+  template <int kStep>
+  TM_INLINE static typename A::Code at(const uint8_t* unit, int part) {
+    return A::template decode<kStep>(unit, part);
+  }
+};
+
+// Codes of a panel.
+template <class A>
+struct Decoded {
+  static constexpr int kUnitBytes = A::kSteps * kLine;
+
+  template <int kStep>
+  TM_INLINE static typename A::Code at(const uint8_t* unit, int part) {
+    typename A::Code code;
+    std::memcpy(&code, unit + kStep * kLine + part * int(sizeof code), sizeof code);
+    return code;
+  }
+};
+
+// Adds one unit of NB blocks, `stride` bytes apart, for MB rows.
+template <class A, class Codes, int MB, int NB>
+TM_INLINE void add_unit(typename A::Sum (*sums)[MB], const uint8_t* codes, int64_t stride, const uint8_t* x) {
+  constexpr int kParts = Vector::kParts;
+  const auto at = [&](auto i, int r) {
+    return Codes::template at<i.value>(codes + r / kParts * stride, r % kParts);
+  };
+  unroll<0, A::kSteps>([&](auto i) {
+    if constexpr (MB > NB) {  // whichever are fewer are kept in registers
+      typename A::Code code[NB * kParts];
+      unroll<0, NB * kParts>([&](auto r) { code[r.value] = at(i, r.value); });
+      unroll<0, MB>([&](auto m) {
+        const auto row = A::row(x + m.value * A::kUnitBytes, i.value);
+        unroll<0, NB * kParts>([&](auto r) {
+          sums[r.value][m.value] = A::multiply_add(code[r.value], row, sums[r.value][m.value]);
+        });
+      });
+    } else {
+      unroll<0, NB * kParts>([&](auto r) {
+        const auto code = at(i, r.value);
+        unroll<0, MB>([&](auto m) {
+          const auto row = A::row(x + m.value * A::kUnitBytes, i.value);
+          sums[r.value][m.value] = A::multiply_add(code, row, sums[r.value][m.value]);
+        });
+      });
+    }
+  });
+}
+
+template <class A, int MB, int NB>
+TM_INLINE void zero(typename A::Sum (&sums)[NB * Vector::kParts][MB]) {
+  unroll<0, NB * Vector::kParts>([&](auto r) {
+    unroll<0, MB>([&](auto m) { sums[r.value][m.value] = Vector::zero(); });
+  });
+}
+
+// Scales the sums of a group, or of a part of one, and adds them to totals, rows `columns` floats apart. With the last
+// part goes the product of the offset and the sum of the activations.
+template <class A, int MB, int NB>
+TM_INLINE void add_group(const Weight& w, int64_t block, int64_t group, bool last, const float* row_sums,
+                         typename A::Sum (&sums)[NB * Vector::kParts][MB], float* totals, int64_t columns) {
+  constexpr int kParts = Vector::kParts;
+  unroll<0, NB * kParts>([&](auto r) {
+    const int64_t index =
+        ((block + r.value / kParts) * w.groups + group) * kBlock + r.value % kParts * kLanes;
+    const Vector::Float scale = load_scales(w, index);
+    const Vector::Float offset = last ? A::offset(load_zeros(w, index)) : Vector::zero();
+    unroll<0, MB>([&](auto m) {
+      float* total = totals + m.value * columns + r.value * kLanes;
+      const Vector::Float value =
+          Vector::subtract_product(offset, Vector::all(row_sums[m.value]), sums[r.value][m.value]);
+      Vector::store(total, Vector::multiply_add(value, scale, Vector::load(total)));
+    });
+  });
+}
+
+// A tile of MB rows by NB blocks, all of K.
+template <class A, int MB, int NB>
+void stored_tile(const Weight& w, const uint8_t* x, const float* row_sums, int64_t block, float* out) {
+  const int64_t stride = w.units * kLine;
+  const uint8_t* lines = w.lines + block * stride;
+  std::memset(out, 0, sizeof(float) * MB * NB * kBlock);
+  const LinesAhead<NB> ahead(w);
+  for (int64_t g = 0; g < w.groups; ++g) {
+    ask_for_scales<NB>(w, block + NB, g);
+    typename A::Sum sums[NB * Vector::kParts][MB];
+    zero<A, MB, NB>(sums);
+    for (int32_t u = w.group_units[g]; u < w.group_units[g + 1]; ++u) {
+      const uint8_t* later = ahead.of(lines, u);
+      if constexpr (A::kBlockByBlock) {
+        unroll<0, NB>([&](auto b) {
+          ask_for(later + b.value * stride);
+          add_unit<A, Stored<A>, MB, 1>(sums + b.value * Vector::kParts, lines + b.value * stride, stride, x);
+        });
+      } else {
+        for (int b = 0; b < NB; ++b) ask_for(later + b * stride);
+        add_unit<A, Stored<A>, MB, NB>(sums, lines, stride, x);
+      }
+      lines += kLine;
+      x += MB * A::kUnitBytes;
+    }
+    add_group<A, MB, NB>(w, block, g, true, row_sums + g * MB, sums, out, NB * kBlock);
+  }
+}
+
+// One part of a group: what a panel holds.
+struct Part {
+  int64_t group;
+  int32_t first, units;
+  bool last;  // of its group
+};
+
+template <class A, int MB>
+class Tall {
+ public:
+  Tall(const Problem& p, const Rows& rows) : p_(p), w_(p.weight), rows_(rows) {}
+
+  void run(int64_t first, int64_t last) {
+    thread_local Memory memory;
+    const size_t totals = size_t(rows_.tiles) * MB * kStrip * kBlock * sizeof(float);
+    panel_ = memory.at_least(kStrip * kBlockBytes + totals);
+    totals_ = reinterpret_cast<float*>(panel_ + kStrip * kBlockBytes);
+    for (; first < last; first += kStrip) strip(first, last - first < kStrip ? last - first : kStrip);
+  }
+
+ private:
+  static constexpr int64_t kBlockBytes = kPanelUnits * Decoded<A>::kUnitBytes;
+
+  void strip(int64_t block, int64_t blocks) {
+    const int64_t columns = blocks * kBlock;
+    std::memset(totals_, 0, size_t(rows_.tiles * MB * columns) * sizeof(float));
+    for (int64_t g = 0; g < w_.groups; ++g) {
+      const int32_t end = w_.group_units[g + 1];
+      for (int32_t u = w_.group_units[g]; u < end; u += kPanelUnits) {
+        const Part part{g, u, end - u < kPanelUnits ? end - u : kPanelUnits, end - u <= kPanelUnits};
+        for (int64_t b = 0; b < blocks; ++b) decode(block + b, part, panel_ + b * kBlockBytes);
+        for (int64_t t = 0; t < rows_.tiles; ++t) {
+          constexpr int kWide = A::width(MB);
+          float* totals = totals_ + t * MB * columns;
+          int64_t b = 0;
+          for (; b + kWide <= blocks; b += kWide) tile<kWide>(part, t, block, b, totals, columns);
+          for (; b < blocks; ++b) tile<1>(part, t, block, b, totals, columns);
+        }
+      }
+    }
+    for (int64_t t = 0; t < rows_.tiles; ++t) {
+      store_tile(p_, rows_, t * MB, block, int(columns), totals_ + t * MB * columns);
+    }
+  }
+
+  void decode(int64_t block, const Part& part, uint8_t* out) {
+    const uint8_t* lines = w_.lines + (block * w_.units + part.first) * kLine;
+    for (int32_t u = 0; u < part.units; ++u, lines += kLine, out += Decoded<A>::kUnitBytes) {
+      ask_for(lines + kPanelUnits * kLine);  // of the next panel
+      unroll<0, A::kSteps>([&](auto i) {
+        unroll<0, Vector::kParts>([&](auto p) {
+          const typename A::Code code = A::template decode<i.value>(lines, p.value);
+          std::memcpy(out + i.value * kLine + p.value * int(sizeof code), &code, sizeof code);
+        });
+      });
+    }
+  }
+
+  template <int NB>
+  void tile(const Part& part, int64_t t, int64_t block, int64_t b, float* totals, int64_t columns) {
+    const uint8_t* codes = panel_ + b * kBlockBytes;
+    const uint8_t* x = rows_.values + (t * w_.units + part.first) * MB * A::kUnitBytes;
+    typename A::Sum sums[NB * Vector::kParts][MB];
+    zero<A, MB, NB>(sums);
+    for (int32_t u = 0; u < part.units; ++u) {
+      add_unit<A, Decoded<A>, MB, NB>(sums, codes, kBlockBytes, x);
+      codes += Decoded<A>::kUnitBytes;
+      x += MB * A::kUnitBytes;
+    }
+    add_group<A, MB, NB>(w_, block + b, part.group, part.last, rows_.sums + (t * w_.groups + part.group) * MB, sums,
+                         totals + b * kBlock, columns);
+  }
+
+  const Problem& p_;
+  const Weight& w_;
+  const Rows& rows_;
+  uint8_t* panel_ = nullptr;  // [blocks][units][steps][64]
+  float* totals_ = nullptr;   // [tiles][rows][columns of the strip]
+};
+
+template <class A>
+int floating_tile_rows(int64_t packed_rows) {
+  const bool tall = packed_rows > (kTallTiles - 1) * A::kMaxRows;
+  return best_height(packed_rows, tall ? A::kTallRows : A::kMaxRows);
+}
+
+template <class A>
+void multiply_floating(const Problem& p, const Rows& rows, int64_t first, int64_t last) {
+  bool done = false;
+  unroll<0, int(sizeof kHeights / sizeof *kHeights)>([&](auto i) {
+    constexpr int kHeight = kHeights[decltype(i)::value];
+    if constexpr (kHeight <= A::kTallRows && kHeight > A::kTallRows / 2) {
+      if (rows.rows != kHeight || rows.tiles < kTallTiles) return;
+      Tall<A, kHeight>(p, rows).run(first, last);
+      done = true;
+    }
+  });
+  if (!done) multiply<A>(p, rows, first, last);
+}
+
+}  // namespace
+}  // namespace tokenmill::int4
