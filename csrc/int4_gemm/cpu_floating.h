@@ -7,6 +7,7 @@
 //   using Code, Sum;                                    // registers: of codes, of sums
 //   static constexpr int kSteps;                        // registers of codes in a unit of one part of a block
 //   static constexpr int kTallRows;                     // rows of the tallest tile that meets a panel
+//   static constexpr bool kBlockByBlock;                // few rows meet all of a block's unit before the next block's
 //   template <int kStep> static Code decode(const uint8_t* unit, int part);
 //   static Row row(const uint8_t* x, int step);         // of activations, for all columns
 //   static Sum multiply_add(Code, Row, Sum);
@@ -21,8 +22,8 @@
 namespace tokenmill::int4 {
 namespace {
 
-constexpr int kPanelUnits = 16;     // of a block in a panel
-constexpr int64_t kTallTiles = 4;   // tiles from which on a panel pays
+constexpr int kPanelUnits = 16;    // of a block in a panel
+constexpr int64_t kTallTiles = 4;  // tiles from which on a panel pays
 
 // Codes as they are stored.
 template <class A>
