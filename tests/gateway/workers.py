@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from pathlib import Path
 from types import TracebackType
@@ -83,12 +84,20 @@ class Workers:
         return f"http://127.0.0.1:{self.port}"
 
     def __enter__(self) -> "Workers":
-        self.wait_ready()
+        try:
+            self.wait_ready()
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends them."""
         for process in self.processes:
             process.send_signal(signal.SIGTERM)
         for process in self.processes:
@@ -103,15 +112,21 @@ class Workers:
         """Returns when every worker has answered that every tier is up."""
         seen: set[int] = set()
 
-        def everyone() -> bool:
-            status, _, body = self.send("GET", "/ready")
+        def ask(_: int) -> None:
+            status, _headers, body = self.send("GET", "/ready")
             said = json.loads(body)
             missing = said.get("tiers", {})
             if status == 200 or (self._awaited and not any(tier in missing for tier in self._awaited)):
                 seen.add(said["worker"])
-            return {process.pid for process in self.processes} <= seen
 
-        wait_until(everyone, 30)
+        # Several at once: of connections that come one by one a worker that is always the quicker may take each.
+        with ThreadPoolExecutor(8) as askers:
+
+            def everyone() -> bool:
+                list(askers.map(ask, range(8)))
+                return {process.pid for process in self.processes} <= seen
+
+            wait_until(everyone, 30)
 
     def send(
         self, method: str, path: str, body: Any = None, key: str | None = MASTER_KEY, **headers: str
