@@ -42,7 +42,7 @@ TM_INLINE void unpack(const uint8_t* lines, int64_t stride, int32_t units, uint8
   for (int32_t u = 0; u < units; ++u, lines += kLine, panel += kPanelUnit) {
     unroll<0, NB>([&](auto b) {
       const uint8_t* line = lines + b.value * stride;
-      _mm_prefetch(reinterpret_cast<const char*>(line + 8 * kLine), _MM_HINT_T0);
+      ask_for(line + 8 * kLine);
       unroll<0, 2>([&](auto part) {
         __m256i* out = reinterpret_cast<__m256i*>(panel + b.value * panel_stride) + part.value;
         _mm256_store_si256(out, Nibbles::four<0>(line, part.value));
