@@ -220,7 +220,7 @@ int floating_tile_rows(int64_t packed_rows) {
   return best_height(packed_rows, tall ? A::kTallRows : A::kMaxRows);
 }
 
-// Of so many rows, tiles of half the tallest height or less are never the best; if one came, it would go without a panel.
+// For so many rows tiles of half the tallest height or less are never the best; one that came would go without a panel.
 template <class A>
 void multiply_floating(const Problem& p, const Rows& rows, int64_t first, int64_t last) {
   bool done = false;
