@@ -6,8 +6,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
-#include <string>
 #include <vector>
 
 #include "int4_gemm/cpu.h"
@@ -87,34 +87,44 @@ void multiply(const Kernel& kernel, const Problem& p, const Rows& rows) {
     });
 }
 
-void int4_gemm_cpu(Tensor out, const Tensor& x, const Tensor& lines, const Tensor& scales,
-                   const std::optional<Tensor>& zeros, const Tensor& group_units, const Tensor& source, bool in_order,
-                   const std::optional<Tensor>& bias, const std::string& arithmetic, const std::string& level) {
-    const Kernel* kernel = kernel_for(arithmetic.c_str(), level.c_str());
-    STD_TORCH_CHECK(kernel, "int4_gemm has no kernel for arithmetic ", arithmetic, " at instruction set ", level);
-    if (kernel->few && x.size(0) <= kernel->few_rows) kernel = kernel->few;
+Weight weight_of(const Tensor& packed, const Header& header) {
+    const auto* base = static_cast<const uint8_t*>(packed.const_data_ptr());
+    Weight w{};
+    w.lines = base + header.lines;
+    w.scales = base + header.scales;
+    w.zeros = header.zeros ? base + header.zeros : nullptr;
+    w.group_units = reinterpret_cast<const int32_t*>(base + header.group_units);
+    w.source = reinterpret_cast<const int32_t*>(base + header.source);
+    w.scale_type = static_cast<Type>(header.scale_type);
+    w.blocks = header.blocks;
+    w.units = header.units;
+    w.groups = header.groups;
+    w.in_order = header.in_order;
+    return w;
+}
+
+void int4_gemm_cpu(Tensor out, const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
+                   int64_t activation_bits, int64_t isa) {
+    const Kernel* kernel = kernel_for(activation_bits, isa);
+    STD_TORCH_CHECK(kernel, "int4_gemm has no kernel for ", activation_bits, "-bit activations at level ", isa);
+    const auto& header = *static_cast<const Header*>(packed.const_data_ptr());
+    STD_TORCH_CHECK(std::memcmp(header.magic, kMagic, sizeof header.magic) == 0, "not a weight packed by cpu_layout");
     Problem p{};
-    p.weight.lines = static_cast<const uint8_t*>(lines.const_data_ptr());
-    p.weight.scales = scales.const_data_ptr();
-    p.weight.zeros = zeros ? static_cast<const uint8_t*>(zeros->const_data_ptr()) : nullptr;
-    p.weight.group_units = static_cast<const int32_t*>(group_units.const_data_ptr());
-    p.weight.source = static_cast<const int32_t*>(source.const_data_ptr());
-    p.weight.scale_type = type_of(scales.scalar_type());
-    p.weight.blocks = lines.size(0);
-    p.weight.units = lines.size(1);
-    p.weight.groups = scales.size(1);
-    p.weight.in_order = in_order;
+    p.weight = weight_of(packed, header);
     p.type = type_of(x.scalar_type());
     p.bias = bias ? bias->const_data_ptr() : nullptr;
-    p.N = out.size(1);
-    p.K = x.size(1);
+    p.N = header.N;
+    p.K = header.K;
     p.ldx = x.stride(0);
+    const auto* from = static_cast<const char*>(x.const_data_ptr());
+    auto* to = static_cast<char*>(out.mutable_data_ptr());
+    const int64_t M = x.size(0), element = p.type == Type::kFloat32 ? 4 : 2;
+    if (kernel->few && M <= kernel->few_rows) kernel = kernel->few;
     thread_local Workspace workspace;
-    const int64_t element = int64_t(x.element_size());
-    for (int64_t m = 0; m < x.size(0); m += kRowsAtOnce) {
-        p.M = std::min(kRowsAtOnce, x.size(0) - m);
-        p.x = static_cast<const char*>(x.const_data_ptr()) + m * p.ldx * element;
-        p.y = static_cast<char*>(out.mutable_data_ptr()) + m * p.N * element;
+    for (int64_t m = 0; m < M; m += kRowsAtOnce) {
+        p.M = std::min(kRowsAtOnce, M - m);
+        p.x = from + m * p.ldx * element;
+        p.y = to + m * p.N * element;
         const Rows rows = workspace.rows(*kernel, p);
         pack(*kernel, p, rows);
         multiply(*kernel, p, rows);
@@ -124,8 +134,7 @@ void int4_gemm_cpu(Tensor out, const Tensor& x, const Tensor& lines, const Tenso
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tokenmill_native, m) {
-    m.def("int4_gemm_cpu(Tensor(a!) out, Tensor x, Tensor lines, Tensor scales, Tensor? zeros, Tensor group_units, "
-          "Tensor source, bool in_order, Tensor? bias, str arithmetic, str level) -> ()");
+    m.def("int4_gemm_cpu(Tensor(a!) out, Tensor x, Tensor packed, Tensor? bias, int activation_bits, int isa) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tokenmill_native, CPU, m) { m.impl("int4_gemm_cpu", TORCH_BOX(&int4_gemm_cpu)); }

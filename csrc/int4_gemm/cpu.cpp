@@ -2,6 +2,7 @@
 #include "cpu.h"
 
 #include "cpu_tiles.h"
+#include "isa.h"
 
 namespace tokenmill::int4 {
 namespace {
@@ -70,28 +71,26 @@ const Kernel kPlainFloat = {"plain", kStrip, unit_row_bytes<PlainFloat>, no_spli
 namespace {
 
 struct Entry {
-  const char* arithmetic;
-  const char* level;  // as platform.ISA_LEVELS names it
+  int64_t activation_bits;
+  Isa isa;
   const Kernel* kernel;
 };
 
-// From narrow to wide. W4A8 in plain C++ would save nothing over W4A16, so there is none.
+// W4A8 in plain C++ would save nothing over W4A16, so there is none.
 const Entry kEntries[] = {
-    {"a16", "plain", &kPlainFloat},
+    {16, ISA_PLAIN, &kPlainFloat},
 #if defined(__x86_64__)
-    {"a16", "avx2", &kAvx2Float},          {"a16", "avx512", &kAvx512Float}, {"a16", "avx512_bf16", &kAvx512Bf16},
-    {"a8", "avx2", &kAvx2Int8},            {"a8", "avx_vnni", &kAvxVnniInt8}, {"a8", "avx512_vnni", &kAvx512VnniInt8},
-    {"a16", "amx", &kAmxBf16},             {"a8", "amx", &kAmxInt8},
+    {16, ISA_AVX2, &kAvx2Float},          {16, ISA_AVX512, &kAvx512Float}, {16, ISA_AVX512_BF16, &kAvx512Bf16},
+    {8, ISA_AVX2, &kAvx2Int8},            {8, ISA_AVX_VNNI, &kAvxVnniInt8}, {8, ISA_AVX512_VNNI, &kAvx512VnniInt8},
+    {16, ISA_AMX, &kAmxBf16},             {8, ISA_AMX, &kAmxInt8},
 #endif
 };
 
-bool same(const char* a, const char* b) { return std::strcmp(a, b) == 0; }
-
 }  // namespace
 
-const Kernel* kernel_for(const char* arithmetic, const char* level) {
+const Kernel* kernel_for(int64_t activation_bits, int64_t isa) {
   for (const Entry& entry : kEntries) {
-    if (same(entry.arithmetic, arithmetic) && same(entry.level, level)) return entry.kernel;
+    if (entry.activation_bits == activation_bits && entry.isa == isa) return entry.kernel;
   }
   return nullptr;
 }

@@ -27,6 +27,15 @@ constexpr int kLine = 64;   // bytes of one unit of one block
 
 enum class Type : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
+// What the buffer begins with that kernels/int4_gemm/cpu_layout.py makes; offsets are bytes from its start.
+struct Header {
+  char magic[8];
+  int64_t K, N, blocks, units, groups, scale_type, in_order;
+  int64_t lines, scales, zeros, group_units, source;  // offsets; zeros: 0 where there are none
+};
+
+constexpr char kMagic[] = "INT4CPU1";
+
 struct Weight {
   const uint8_t* lines;        // [blocks][units][64 bytes]
   const void* scales;          // [blocks][groups][16] of scale_type
@@ -71,9 +80,9 @@ struct Kernel {
   int64_t few_rows = 0;
 };
 
-// The kernel written for one level of platform.ISA_LEVELS; null where there is none. `arithmetic` is "a16" (activations
-// in bf16 or float32) or "a8" (activations quantised to int8 per row and group). The caller knows the processor.
-const Kernel* kernel_for(const char* arithmetic, const char* level);
+// The kernel written for one level of isa.h; null where there is none. Activations of 16 bits are multiplied in bf16 or
+// float32, those of 8 are quantised to int8 per row and group. The caller knows the processor.
+const Kernel* kernel_for(int64_t activation_bits, int64_t isa);
 
 extern const Kernel kPlainFloat;
 extern const Kernel kAvx2Float, kAvx2Int8;

@@ -16,7 +16,9 @@ struct Bf16 {
   static constexpr int kUnitBytes = 16;
   static constexpr int kSteps = 4;
   static constexpr int kMaxRows = 24;
+  static constexpr int kTallFrom = 73;
   static constexpr int kTallRows = 12;
+  static constexpr int kPanelBlocks = kStrip;
   static constexpr bool kBlockByBlock = true;
 
   // At most 24 accumulators of the 32 registers; a thread reads as many streams as blocks.

@@ -15,7 +15,9 @@ struct Float32 {
   static constexpr int kUnitBytes = kUnit * int(sizeof(float));
   static constexpr int kSteps = kUnit;
   static constexpr int kMaxRows = Vector::kParts == 1 ? 24 : 6;
+  static constexpr int kTallFrom = Vector::kParts == 1 ? 73 : 9;
   static constexpr int kTallRows = Vector::kParts == 1 ? 12 : 6;
+  static constexpr int kPanelBlocks = Vector::kParts == 1 ? kStrip : 1;  // second-level or first-level cache
   static constexpr bool kBlockByBlock = false;
 
   // Blocks at once: enough accumulators to hide the latency of FMA, few enough for the registers (32 or 16).

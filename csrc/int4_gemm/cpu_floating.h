@@ -1,12 +1,14 @@
 // The loops of an arithmetic in floating point; compiled once per instruction set.
 //
-// Few rows meet codes as they are decoded. For many rows the codes of a strip of blocks are decoded once, 128 rows of K
-// at a time, to a panel in the second-level cache, which all tiles of activations meet before the next one is made.
+// Few rows meet codes as they are decoded. For many rows the codes of some blocks are decoded once, 128 rows of K at a
+// time, to a panel in a near cache, which all tiles of activations meet before the next one is made.
 //
 // Beside what cpu_tiles.h asks of it, an arithmetic has
 //   using Code, Sum;                                    // registers: of codes, of sums
 //   static constexpr int kSteps;                        // registers of codes in a unit of one part of a block
+//   static constexpr int kTallFrom;                     // rows from which on a panel pays
 //   static constexpr int kTallRows;                     // rows of the tallest tile that meets a panel
+//   static constexpr int kPanelBlocks;                  // of a panel
 //   static constexpr bool kBlockByBlock;                // few rows meet all of a block's unit before the next block's
 //   template <int kStep> static Code decode(const uint8_t* unit, int part);
 //   static Row row(const uint8_t* x, int step);         // of activations, for all columns
@@ -22,8 +24,7 @@
 namespace tokenmill::int4 {
 namespace {
 
-constexpr int kPanelUnits = 16;    // of a block in a panel
-constexpr int64_t kTallTiles = 4;  // tiles from which on a panel pays
+constexpr int kPanelUnits = 16;  // of a block in a panel
 
 // Codes as they are stored.
 template <class A>
@@ -105,9 +106,9 @@ TM_INLINE void add_group(const Weight& w, int64_t block, int64_t group, bool las
   });
 }
 
-// A tile of MB rows by NB blocks, all of K.
+// A tile of MB rows by NB blocks, all of K. Not inlined: the compiler has registers for one loop of this kind.
 template <class A, int MB, int NB>
-void stored_tile(const Weight& w, const uint8_t* x, const float* row_sums, int64_t block, float* out) {
+[[gnu::noinline]] void stored_tile(const Weight& w, const uint8_t* x, const float* row_sums, int64_t block, float* out) {
   const int64_t stride = w.units * kLine;
   const uint8_t* lines = w.lines + block * stride;
   std::memset(out, 0, sizeof(float) * MB * NB * kBlock);
@@ -149,8 +150,8 @@ class Tall {
   void run(int64_t first, int64_t last) {
     thread_local Memory memory;
     const size_t totals = size_t(rows_.tiles) * MB * kStrip * kBlock * sizeof(float);
-    panel_ = memory.at_least(kStrip * kBlockBytes + totals);
-    totals_ = reinterpret_cast<float*>(panel_ + kStrip * kBlockBytes);
+    panel_ = memory.at_least(A::kPanelBlocks * kBlockBytes + totals);
+    totals_ = reinterpret_cast<float*>(panel_ + A::kPanelBlocks * kBlockBytes);
     for (; first < last; first += kStrip) strip(first, last - first < kStrip ? last - first : kStrip);
   }
 
@@ -164,18 +165,25 @@ class Tall {
       const int32_t end = w_.group_units[g + 1];
       for (int32_t u = w_.group_units[g]; u < end; u += kPanelUnits) {
         const Part part{g, u, end - u < kPanelUnits ? end - u : kPanelUnits, end - u <= kPanelUnits};
-        for (int64_t b = 0; b < blocks; ++b) decode(block + b, part, panel_ + b * kBlockBytes);
-        for (int64_t t = 0; t < rows_.tiles; ++t) {
-          constexpr int kWide = A::width(MB);
-          float* totals = totals_ + t * MB * columns;
-          int64_t b = 0;
-          for (; b + kWide <= blocks; b += kWide) tile<kWide>(part, t, block, b, totals, columns);
-          for (; b < blocks; ++b) tile<1>(part, t, block, b, totals, columns);
+        for (int64_t b = 0; b < blocks; b += A::kPanelBlocks) {
+          panel(part, block, b, blocks - b < A::kPanelBlocks ? blocks - b : A::kPanelBlocks, columns);
         }
       }
     }
     for (int64_t t = 0; t < rows_.tiles; ++t) {
       store_tile(p_, rows_, t * MB, block, int(columns), totals_ + t * MB * columns);
+    }
+  }
+
+  // Decodes blocks `from`.. of the strip that begins with `block`, and multiplies all rows by them.
+  void panel(const Part& part, int64_t block, int64_t from, int64_t blocks, int64_t columns) {
+    constexpr int kWide = A::width(MB);
+    for (int64_t b = 0; b < blocks; ++b) decode(block + from + b, part, panel_ + b * kBlockBytes);
+    for (int64_t t = 0; t < rows_.tiles; ++t) {
+      float* totals = totals_ + t * MB * columns + from * kBlock;
+      int64_t b = 0;
+      for (; b + kWide <= blocks; b += kWide) tile<kWide>(part, t, block + from, b, totals, columns);
+      for (; b < blocks; ++b) tile<1>(part, t, block + from, b, totals, columns);
     }
   }
 
@@ -192,8 +200,9 @@ class Tall {
     }
   }
 
+  // Not inlined, for the same reason.
   template <int NB>
-  void tile(const Part& part, int64_t t, int64_t block, int64_t b, float* totals, int64_t columns) {
+  [[gnu::noinline]] void tile(const Part& part, int64_t t, int64_t block, int64_t b, float* totals, int64_t columns) {
     const uint8_t* codes = panel_ + b * kBlockBytes;
     const uint8_t* x = rows_.values + (t * w_.units + part.first) * MB * A::kUnitBytes;
     typename A::Sum sums[NB * Vector::kParts][MB];
@@ -214,25 +223,37 @@ class Tall {
   float* totals_ = nullptr;   // [tiles][rows][columns of the strip]
 };
 
+// Heights of tiles that meet a panel: lower ones would load more than they multiply.
 template <class A>
-int floating_tile_rows(int64_t packed_rows) {
-  const bool tall = packed_rows > (kTallTiles - 1) * A::kMaxRows;
-  return best_height(packed_rows, tall ? A::kTallRows : A::kMaxRows);
+constexpr bool is_tall(int height) {
+  return height <= A::kTallRows && height > A::kTallRows / 2;
 }
 
-// For so many rows tiles of half the tallest height or less are never the best; one that came would go without a panel.
+template <class A>
+int floating_tile_rows(int64_t packed_rows) {
+  if (packed_rows < A::kTallFrom) return best_height(packed_rows, A::kMaxRows);
+  int best = 0;
+  int64_t best_cost = 0;
+  for (int height : kHeights) {
+    if (!is_tall<A>(height)) continue;
+    // Rows of filling cost a row each, and a tile for itself as much as half a row.
+    const int64_t cost = (packed_rows + height - 1) / height * (2 * height + 1);
+    if (best && cost > best_cost) continue;
+    best = height;
+    best_cost = cost;
+  }
+  return best;
+}
+
 template <class A>
 void multiply_floating(const Problem& p, const Rows& rows, int64_t first, int64_t last) {
-  bool done = false;
+  if (p.M * rows.split < A::kTallFrom) return multiply<A>(p, rows, first, last);
   unroll<0, int(sizeof kHeights / sizeof *kHeights)>([&](auto i) {
     constexpr int kHeight = kHeights[decltype(i)::value];
-    if constexpr (kHeight <= A::kTallRows && kHeight > A::kTallRows / 2) {
-      if (rows.rows != kHeight || rows.tiles < kTallTiles) return;
-      Tall<A, kHeight>(p, rows).run(first, last);
-      done = true;
+    if constexpr (is_tall<A>(kHeight)) {
+      if (rows.rows == kHeight) Tall<A, kHeight>(p, rows).run(first, last);
     }
   });
-  if (!done) multiply<A>(p, rows, first, last);
 }
 
 }  // namespace

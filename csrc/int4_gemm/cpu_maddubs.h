@@ -98,15 +98,23 @@ struct Chunk {
   const uint8_t* x;
 };
 
-// Adds kUnits units to sums in int32. A unit of activations has kRows rows.
+// Sums in int32, [MB][NR][8 columns], in memory: what adds to them needs all the registers.
+template <int MB, int NR>
+struct Sums {
+  __m256i* at;
+
+  TM_INLINE __m256i& of(int r, int m) const { return at[m * NR + r]; }
+};
+
+// Adds kUnits units, or sets the sums to theirs. A unit of activations has kRows rows.
 template <class Codes, int kUnits, int kRows, int MB, int NR>
-TM_INLINE void add_units(__m256i (&wide)[NR][MB], const Chunk& c) {
+TM_INLINE void add_units(Sums<MB, NR> sums, const Chunk& c, bool first) {
   static_assert(kUnits <= kUnitsPerWidening);
   __m256i narrow[NR][MB];
   unroll<0, kUnits>([&](auto u) {
     const uint8_t* codes = c.codes + u.value * Codes::kUnitBytes;
     const uint8_t* x = c.x + u.value * kRows * kInt8UnitBytes;
-    if constexpr (Codes::kUnitBytes == kLine) {
+    if constexpr (Codes::kUnitBytes == kLine && MB > 1) {
       for (int b = 0; b < NR / 2; ++b) ask_for(codes + b * c.stride + kLinesAhead * kLine);
     }
     add_half<Codes, 0, u.value == 0>(narrow, codes, c.stride, x);
@@ -114,9 +122,18 @@ TM_INLINE void add_units(__m256i (&wide)[NR][MB], const Chunk& c) {
   });
   unroll<0, NR>([&](auto r) {
     unroll<0, MB>([&](auto m) {
-      const __m256i sums = _mm256_madd_epi16(narrow[r.value][m.value], _mm256_set1_epi16(1));
-      wide[r.value][m.value] = _mm256_add_epi32(wide[r.value][m.value], sums);
+      narrow[r.value][m.value] = _mm256_madd_epi16(narrow[r.value][m.value], _mm256_set1_epi16(1));
     });
+  });
+  if (!first) {
+    unroll<0, NR>([&](auto r) {
+      unroll<0, MB>([&](auto m) {
+        narrow[r.value][m.value] = _mm256_add_epi32(narrow[r.value][m.value], sums.of(r.value, m.value));
+      });
+    });
+  }
+  unroll<0, NR>([&](auto r) {
+    unroll<0, MB>([&](auto m) { _mm256_store_si256(&sums.of(r.value, m.value), narrow[r.value][m.value]); });
   });
 }
 
@@ -129,40 +146,29 @@ struct Group {
 };
 
 // Multiplies a chunk of MB rows by NB blocks. `dots`, int32 [MB][NB][16], holds what the chunks before it came to,
-// unless it is the first of its group, and receives the sums, unless it is the last.
+// unless it is the first of its group. With the last of a group the totals are made.
 template <class Codes, int kRows, int MB, int NB>
 TM_INLINE void multiply_chunk(Chunk c, const Group& group, int32_t* dots, bool first, bool last) {
   constexpr int NR = NB * 2;
-  __m256i* memory = reinterpret_cast<__m256i*>(dots);
-  __m256i wide[NR][MB];
-  unroll<0, NR>([&](auto r) {
-    unroll<0, MB>([&](auto m) {
-      wide[r.value][m.value] = first ? _mm256_setzero_si256() : _mm256_load_si256(memory + m.value * NR + r.value);
-    });
-  });
-  for (; c.units >= kUnitsPerWidening; c.units -= kUnitsPerWidening) {
-    add_units<Codes, kUnitsPerWidening, kRows>(wide, c);
+  const Sums<MB, NR> sums{reinterpret_cast<__m256i*>(dots)};
+  for (; c.units >= kUnitsPerWidening; c.units -= kUnitsPerWidening, first = false) {
+    add_units<Codes, kUnitsPerWidening, kRows>(sums, c, first);
     c.codes += kUnitsPerWidening * Codes::kUnitBytes;
     c.x += kUnitsPerWidening * kRows * kInt8UnitBytes;
   }
-  for (; c.units > 0; --c.units) {
-    add_units<Codes, 1, kRows>(wide, c);
+  for (; c.units > 0; --c.units, first = false) {
+    add_units<Codes, 1, kRows>(sums, c, first);
     c.codes += Codes::kUnitBytes;
     c.x += kRows * kInt8UnitBytes;
   }
-  if (!last) {
-    unroll<0, NR>([&](auto r) {
-      unroll<0, MB>([&](auto m) { _mm256_store_si256(memory + m.value * NR + r.value, wide[r.value][m.value]); });
-    });
-    return;
-  }
+  if (!last) return;
   unroll<0, NR>([&](auto r) {
     const Vector::Float zero = Vector::load(group.zeros + r.value * kLanes);
     const Vector::Float scale = Vector::load(group.scales + r.value * kLanes);
     unroll<0, MB>([&](auto m) {
       float* total = group.totals + m.value * group.columns + r.value * kLanes;
       const Vector::Float value = Vector::subtract_product(zero, Vector::all(group.row_sums[m.value]),
-                                                           Vector::to_float(wide[r.value][m.value]));
+                                                           Vector::to_float(sums.of(r.value, m.value)));
       const Vector::Float both = Vector::multiply(scale, Vector::all(group.row_scales[m.value]));
       Vector::store(total, Vector::multiply_add(value, both, Vector::load(total)));
     });

@@ -39,20 +39,12 @@ def _why_not(problem: Problem) -> str | None:
 
 def prepare(weight: Int4Weight, dtype: torch.dtype, activation_bits: int) -> Multiply:
     """Packs a weight once; the result multiplies by it."""
-    packed = cpu_layout.pack(weight)
+    packed = cpu_layout.pack(weight).buffer
     native = extension.native(_NATIVE)
-    weight_arguments = (
-        packed.lines,
-        packed.scales,
-        packed.zeros,
-        packed.group_units,
-        packed.source,
-        packed.in_order,
-    )
-    kernel = f"a{activation_bits}", level(activation_bits, dtype)
+    isa = ISA_LEVELS.index(level(activation_bits, dtype))
 
     def multiply(x: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None) -> None:
-        native(out, x, *weight_arguments, bias, *kernel)
+        native(out, x, packed, bias, activation_bits, isa)
 
     return multiply
 

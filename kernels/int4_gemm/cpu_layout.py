@@ -10,8 +10,14 @@ the canonical form. Blocks are contiguous along K (see csrc/int4_gemm/cpu.h for 
 Rows are stored group by group, each group filled up to whole words with code 0; `source` says which input feature
 feeds each packed row, -1 for filling. Act-order, group sizes that are no multiple of 8 and ragged last groups are
 thereby the same as everything else. `pack` and `unpack` are exact inverses.
+
+All of it is one tensor, which begins with a header of int64 that says where the parts are (`Header` in cpu.h): a call
+that comes after megabytes of another layer's weight finds nothing in the caches, and every tensor that it has to look
+at costs it a microsecond or two.
 """
 
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +28,12 @@ from tokenmill.kernels.int4_gemm.weight import CODES_PER_WORD, Int4Weight, pack_
 BLOCK = 16  #: Columns of a block.
 #: Columns packed at a time where rows have to be rearranged: bounds the temporary memory.
 _COLUMNS_AT_ONCE = 4096
+_LINE = 64  #: Bytes: every part begins at a multiple.
+_MAGIC = b"INT4CPU1"
+#: magic; K, N, blocks, units, groups, scale type, in order; offsets of lines, scales, zeros (0: none), group_units, source
+_HEADER = struct.Struct("<8s12q")
+#: As `Type` in csrc/int4_gemm/cpu.h counts.
+_SCALE_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +41,7 @@ class CpuWeight:
     """One linear layer in the packed CPU layout; see the module's diagram.
 
     Attributes:
+        buffer: [bytes] uint8, what the native op takes: the header and all of the following, which are views of it.
         lines: [B, U, 16] int32.
         scales: [B, G, 16].
         zeros: [B, G, 16] uint8, or None when the zero point is 8 everywhere.
@@ -39,6 +52,7 @@ class CpuWeight:
         N: Output features.
     """
 
+    buffer: torch.Tensor
     lines: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor | None
@@ -77,9 +91,28 @@ def pack(weight: Int4Weight) -> CpuWeight:
         codes = _rearranged(codes, source, K)
     padded = torch.nn.functional.pad(codes, (0, -N % BLOCK)) if N % BLOCK else codes
     in_blocks = padded.view(total, -1, BLOCK).transpose(0, 1)
-    lines = huge_pages.empty(in_blocks.shape, in_blocks.dtype).copy_(in_blocks)
     zeros = None if weight.zeros is None else _blocks(weight.zeros.cpu())
-    return CpuWeight(lines, _blocks(weight.scales.cpu()), zeros, group_units.int(), source, in_order, K, N)
+    parts = (in_blocks, _blocks(weight.scales.cpu()), zeros, group_units.int(), source)
+    buffer, offsets = _allocate(parts)
+    in_blocks, scales = parts[:2]
+    facts = (K, N, in_blocks.shape[0], total, G, _SCALE_TYPES.index(scales.dtype), int(in_order))
+    buffer[: _HEADER.size] = torch.frombuffer(bytearray(_HEADER.pack(_MAGIC, *facts, *offsets)), dtype=torch.uint8)
+    lines, scales, zeros, group_units, source = (
+        None if part is None else buffer[offset : offset + part.nbytes].view(part.dtype).view(part.shape).copy_(part)
+        for part, offset in zip(parts, offsets, strict=True)
+    )
+    return CpuWeight(buffer, lines, scales, zeros, group_units, source, in_order, K, N)
+
+
+def _allocate(parts: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor, list[int]]:
+    """A buffer for a header and these parts, and where each begins; 0 for one that is missing."""
+    offsets = []
+    end = _HEADER.size
+    for part in parts:
+        begin = -(-end // _LINE) * _LINE
+        offsets.append(0 if part is None else begin)
+        end = end if part is None else begin + part.nbytes
+    return huge_pages.empty((end,), torch.uint8), offsets
 
 
 def unpack(packed: CpuWeight, group_size: int, g_idx: torch.Tensor | None = None) -> Int4Weight:
