@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <optional>
 #include <vector>
@@ -82,8 +83,13 @@ void multiply(const Kernel& kernel, const Problem& p, const Rows& rows) {
     // Chunks as wide as the kernel likes best, unless threads would go without.
     const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
     const int64_t chunk = std::clamp<int64_t>(blocks / threads, 1, kernel.blocks);
-    torch::stable::parallel_for(0, (blocks + chunk - 1) / chunk, 1, [&](int64_t first, int64_t last) {
-        kernel.multiply(p, rows, first * chunk, std::min(last * chunk, blocks));
+    const int64_t chunks = (blocks + chunk - 1) / chunk;
+    // Each thread takes the next chunk when it is through with one: on a shared machine threads are not equally fast.
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, std::min(threads, chunks), 1, [&](int64_t, int64_t) {
+        for (int64_t c = next++; c < chunks; c = next++) {
+            kernel.multiply(p, rows, c * chunk, std::min((c + 1) * chunk, blocks));
+        }
     });
 }
 
