@@ -30,7 +30,8 @@ BLOCK = 16  #: Columns of a block.
 _COLUMNS_AT_ONCE = 4096
 _LINE = 64  #: Bytes: every part begins at a multiple.
 _MAGIC = b"INT4CPU1"
-#: magic; K, N, blocks, units, groups, scale type, in order; offsets of lines, scales, zeros (0: none), group_units, source
+#: magic; K, N, blocks, units, groups, scale type, in order; offsets of lines, scales, zeros (0: none), group_units and
+#: source
 _HEADER = struct.Struct("<8s12q")
 #: As `Type` in csrc/int4_gemm/cpu.h counts.
 _SCALE_TYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -91,17 +92,27 @@ def pack(weight: Int4Weight) -> CpuWeight:
         codes = _rearranged(codes, source, K)
     padded = torch.nn.functional.pad(codes, (0, -N % BLOCK)) if N % BLOCK else codes
     in_blocks = padded.view(total, -1, BLOCK).transpose(0, 1)
+    scales = _blocks(weight.scales.cpu())
     zeros = None if weight.zeros is None else _blocks(weight.zeros.cpu())
-    parts = (in_blocks, _blocks(weight.scales.cpu()), zeros, group_units.int(), source)
-    buffer, offsets = _allocate(parts)
-    in_blocks, scales = parts[:2]
+    group_units = group_units.int()
+    buffer, offsets = _allocate([in_blocks, scales, zeros, group_units, source])
     facts = (K, N, in_blocks.shape[0], total, G, _SCALE_TYPES.index(scales.dtype), int(in_order))
     buffer[: _HEADER.size] = torch.frombuffer(bytearray(_HEADER.pack(_MAGIC, *facts, *offsets)), dtype=torch.uint8)
-    lines, scales, zeros, group_units, source = (
-        None if part is None else buffer[offset : offset + part.nbytes].view(part.dtype).view(part.shape).copy_(part)
-        for part, offset in zip(parts, offsets, strict=True)
+
+    def placed(part: torch.Tensor, offset: int) -> torch.Tensor:
+        return buffer[offset : offset + part.nbytes].view(part.dtype).view(part.shape).copy_(part)
+
+    return CpuWeight(
+        buffer,
+        placed(in_blocks, offsets[0]),
+        placed(scales, offsets[1]),
+        None if zeros is None else placed(zeros, offsets[2]),
+        placed(group_units, offsets[3]),
+        placed(source, offsets[4]),
+        in_order,
+        K,
+        N,
     )
-    return CpuWeight(buffer, lines, scales, zeros, group_units, source, in_order, K, N)
 
 
 def _allocate(parts: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor, list[int]]:

@@ -6,7 +6,7 @@ import torch
 from tokenmill import platform
 from tokenmill.errors import InputError, UnsupportedError
 from tokenmill.kernels import extension
-from tokenmill.kernels.int4_gemm import op
+from tokenmill.kernels.int4_gemm import cpu_layout, op
 from tokenmill.kernels.int4_gemm.weight import Int4Weight, dequantize, pack_codes
 from tokenmill.kernels.numerics import Fenced, assert_bit_equal, assert_within, unit_roundoff
 
@@ -265,3 +265,19 @@ def test_opcheck() -> None:
     arguments = (x, weight.codes, weight.scales, weight.zeros, weight.g_idx, weight.bias, weight.group_size, 16)
     torch.library.opcheck(torch.ops.tokenmill.int4_gemm.default, arguments)
     assert_bit_equal(torch.ops.tokenmill.int4_gemm(*arguments), op.int4_gemm(x, weight))
+
+
+def test_the_native_op_takes_nothing_but_what_was_packed_for_it() -> None:
+    """It takes addresses from the buffer that it is given: another tensor or rows of another size end in an error."""
+    native = extension.native("int4_gemm_cpu")
+    packed = cpu_layout.pack(random_weight(64, 32, 32)).buffer
+    x, out = activations(3, 64, torch.bfloat16), torch.empty(3, 32, dtype=torch.bfloat16)
+    native(out, x, packed, None, 16, 0)
+    for bad, reason in (
+        ((out, x, torch.zeros_like(packed), None, 16, 0), "not a weight packed"),
+        ((out, x[:, :56], packed, None, 16, 0), "do not fit a weight of 64 by 32"),
+        ((out[:2], x, packed, None, 16, 0), "do not fit"),
+        ((out, x, packed, None, 8, 0), "no kernel for 8-bit activations"),
+    ):
+        with pytest.raises(RuntimeError, match=reason):
+            native(*bad)
