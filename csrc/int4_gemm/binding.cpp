@@ -121,8 +121,9 @@ void int4_gemm_cpu(Tensor out, const Tensor& x, const Tensor& packed, const std:
     p.bias = bias ? bias->const_data_ptr() : nullptr;
     p.N = header.N;
     p.K = header.K;
-    STD_TORCH_CHECK(x.size(1) == p.K && out.size(1) == p.N && out.size(0) == x.size(0), "x [", x.size(0), ", ", x.size(1),
-                    "] and out [", out.size(0), ", ", out.size(1), "] do not fit a weight of ", p.K, " by ", p.N);
+    STD_TORCH_CHECK(x.size(1) == p.K && out.size(1) == p.N && out.size(0) == x.size(0), "x [", x.size(0), ", ",
+                    x.size(1), "] and out [", out.size(0), ", ", out.size(1), "] do not fit a weight of ", p.K, " by ",
+                    p.N);
     p.ldx = x.stride(0);
     const auto* from = static_cast<const char*>(x.const_data_ptr());
     auto* to = static_cast<char*>(out.mutable_data_ptr());

@@ -80,9 +80,14 @@ struct Entry {
 const Entry kEntries[] = {
     {16, ISA_PLAIN, &kPlainFloat},
 #if defined(__x86_64__)
-    {16, ISA_AVX2, &kAvx2Float},          {16, ISA_AVX512, &kAvx512Float}, {16, ISA_AVX512_BF16, &kAvx512Bf16},
-    {8, ISA_AVX2, &kAvx2Int8},            {8, ISA_AVX_VNNI, &kAvxVnniInt8}, {8, ISA_AVX512_VNNI, &kAvx512VnniInt8},
-    {16, ISA_AMX, &kAmxBf16},             {8, ISA_AMX, &kAmxInt8},
+    {16, ISA_AVX2, &kAvx2Float},
+    {16, ISA_AVX512, &kAvx512Float},
+    {16, ISA_AVX512_BF16, &kAvx512Bf16},
+    {16, ISA_AMX, &kAmxBf16},
+    {8, ISA_AVX2, &kAvx2Int8},
+    {8, ISA_AVX_VNNI, &kAvxVnniInt8},
+    {8, ISA_AVX512_VNNI, &kAvx512VnniInt8},
+    {8, ISA_AMX, &kAmxInt8},
 #endif
 };
 

@@ -108,7 +108,8 @@ TM_INLINE void add_group(const Weight& w, int64_t block, int64_t group, bool las
 
 // A tile of MB rows by NB blocks, all of K. Not inlined: the compiler has registers for one loop of this kind.
 template <class A, int MB, int NB>
-[[gnu::noinline]] void stored_tile(const Weight& w, const uint8_t* x, const float* row_sums, int64_t block, float* out) {
+[[gnu::noinline]] void stored_tile(const Weight& w, const uint8_t* x, const float* row_sums, int64_t block,
+                                  float* out) {
   const int64_t stride = w.units * kLine;
   const uint8_t* lines = w.lines + block * stride;
   std::memset(out, 0, sizeof(float) * MB * NB * kBlock);

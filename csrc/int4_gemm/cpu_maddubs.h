@@ -114,6 +114,7 @@ TM_INLINE void add_units(Sums<MB, NR> sums, const Chunk& c, bool first) {
   unroll<0, kUnits>([&](auto u) {
     const uint8_t* codes = c.codes + u.value * Codes::kUnitBytes;
     const uint8_t* x = c.x + u.value * kRows * kInt8UnitBytes;
+    // One row is multiplied as fast as memory can be read: the processor's own prefetching does no worse there.
     if constexpr (Codes::kUnitBytes == kLine && MB > 1) {
       for (int b = 0; b < NR / 2; ++b) ask_for(codes + b * c.stride + kLinesAhead * kLine);
     }
