@@ -106,6 +106,20 @@ TM_INLINE void add_group(const Weight& w, int64_t block, int64_t group, bool las
   });
 }
 
+// One part of a group: what a panel holds. Few rows are summed part by part, too, so that a row gives the same bits
+// among few and among many.
+struct Part {
+  int64_t group;
+  int32_t first, units;
+  bool last;  // of its group
+};
+
+// The part of a group that begins with `unit`.
+TM_INLINE Part part_of(const Weight& w, int64_t group, int32_t unit) {
+  const int32_t left = w.group_units[group + 1] - unit;
+  return {group, unit, left < kPanelUnits ? left : kPanelUnits, left <= kPanelUnits};
+}
+
 // A tile of MB rows by NB blocks, all of K. Not inlined: the compiler has registers for one loop of this kind.
 template <class A, int MB, int NB>
 [[gnu::noinline]] void stored_tile(const Weight& w, const uint8_t* x, const float* row_sums, int64_t block,
@@ -116,32 +130,28 @@ template <class A, int MB, int NB>
   const LinesAhead<NB> ahead(w);
   for (int64_t g = 0; g < w.groups; ++g) {
     ask_for_scales<NB>(w, block + NB, g);
-    typename A::Sum sums[NB * Vector::kParts][MB];
-    zero<A, MB, NB>(sums);
-    for (int32_t u = w.group_units[g]; u < w.group_units[g + 1]; ++u) {
-      const uint8_t* later = ahead.of(lines, u);
-      if constexpr (A::kBlockByBlock) {
-        unroll<0, NB>([&](auto b) {
-          ask_for(later + b.value * stride);
-          add_unit<A, Stored<A>, MB, 1>(sums + b.value * Vector::kParts, lines + b.value * stride, stride, x);
-        });
-      } else {
-        for (int b = 0; b < NB; ++b) ask_for(later + b * stride);
-        add_unit<A, Stored<A>, MB, NB>(sums, lines, stride, x);
+    for (int32_t unit = w.group_units[g]; unit < w.group_units[g + 1]; unit += kPanelUnits) {
+      const Part part = part_of(w, g, unit);
+      typename A::Sum sums[NB * Vector::kParts][MB];
+      zero<A, MB, NB>(sums);
+      for (int32_t u = part.first; u < part.first + part.units; ++u) {
+        const uint8_t* later = ahead.of(lines, u);
+        if constexpr (A::kBlockByBlock) {
+          unroll<0, NB>([&](auto b) {
+            ask_for(later + b.value * stride);
+            add_unit<A, Stored<A>, MB, 1>(sums + b.value * Vector::kParts, lines + b.value * stride, stride, x);
+          });
+        } else {
+          for (int b = 0; b < NB; ++b) ask_for(later + b * stride);
+          add_unit<A, Stored<A>, MB, NB>(sums, lines, stride, x);
+        }
+        lines += kLine;
+        x += MB * A::kUnitBytes;
       }
-      lines += kLine;
-      x += MB * A::kUnitBytes;
+      add_group<A, MB, NB>(w, block, g, part.last, row_sums + g * MB, sums, out, NB * kBlock);
     }
-    add_group<A, MB, NB>(w, block, g, true, row_sums + g * MB, sums, out, NB * kBlock);
   }
 }
-
-// One part of a group: what a panel holds.
-struct Part {
-  int64_t group;
-  int32_t first, units;
-  bool last;  // of its group
-};
 
 template <class A, int MB>
 class Tall {
@@ -163,9 +173,8 @@ class Tall {
     const int64_t columns = blocks * kBlock;
     std::memset(totals_, 0, size_t(rows_.tiles * MB * columns) * sizeof(float));
     for (int64_t g = 0; g < w_.groups; ++g) {
-      const int32_t end = w_.group_units[g + 1];
-      for (int32_t u = w_.group_units[g]; u < end; u += kPanelUnits) {
-        const Part part{g, u, end - u < kPanelUnits ? end - u : kPanelUnits, end - u <= kPanelUnits};
+      for (int32_t unit = w_.group_units[g]; unit < w_.group_units[g + 1]; unit += kPanelUnits) {
+        const Part part = part_of(w_, g, unit);
         for (int64_t b = 0; b < blocks; b += A::kPanelBlocks) {
           panel(part, block, b, blocks - b < A::kPanelBlocks ? blocks - b : A::kPanelBlocks, columns);
         }

@@ -145,21 +145,24 @@ def test_extreme_codes_and_activations_do_not_overflow(isa: str) -> None:
             check(torch.full((M, K), -1.0, dtype=torch.bfloat16), weight, bits)
 
 
+@pytest.mark.parametrize("group_size", [128, 512])
 @pytest.mark.parametrize("bits", [16, 8])
-def test_rows_do_not_depend_on_their_batch(isa: str, bits: int) -> None:
+def test_rows_do_not_depend_on_their_batch(isa: str, bits: int, group_size: int) -> None:
     """The same row gives the same bits alone and among others: each sum runs over K in one order.
 
-    With AMX, one row alone is multiplied in bf16 without tiles, which round otherwise: there it has company.
+    With AMX, one row alone is multiplied in bf16 without tiles, which round otherwise: there it has company, and
+    batches are such as one kernel takes.
     """
     if bits == 8 and isa == "plain":
         pytest.skip("there is no 8-bit kernel in plain C++")
-    weight = random_weight(512, 272, 128, symmetric=False)
-    x = activations(30, 512, torch.bfloat16)
-    together = op.int4_gemm(x, weight, activation_bits=bits, implementation="cpu")
+    weight = random_weight(512, 272, group_size, symmetric=False)
+    x = activations(90, 512, torch.bfloat16)
     few = 2 if isa == "amx" and bits == 16 else 1
-    for row in (0, 11, 28):
-        alone = op.int4_gemm(x[row : row + few], weight, activation_bits=bits, implementation="cpu")
-        assert_bit_equal(alone, together[row : row + few])
+    for rows in (8, 30, 90) if few == 1 else (30,):
+        together = op.int4_gemm(x[:rows], weight, activation_bits=bits, implementation="cpu")
+        for row in (0, 5, rows - 2):
+            alone = op.int4_gemm(x[row : row + few], weight, activation_bits=bits, implementation="cpu")
+            assert_bit_equal(alone, together[row : row + few])
 
 
 @pytest.mark.parametrize("bits", [16, 8])
