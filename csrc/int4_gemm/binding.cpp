@@ -93,8 +93,8 @@ void multiply(const Kernel& kernel, const Problem& p, const Rows& rows) {
     });
 }
 
-Weight weight_of(const Tensor& packed, const Header& header) {
-    const auto* base = static_cast<const uint8_t*>(packed.const_data_ptr());
+Weight weight_of(const Header& header) {
+    const auto* base = reinterpret_cast<const uint8_t*>(&header);
     Weight w{};
     w.lines = base + header.lines;
     w.scales = base + header.scales;
@@ -116,7 +116,7 @@ void int4_gemm_cpu(Tensor out, const Tensor& x, const Tensor& packed, const std:
     const auto& header = *static_cast<const Header*>(packed.const_data_ptr());
     STD_TORCH_CHECK(std::memcmp(header.magic, kMagic, sizeof header.magic) == 0, "not a weight packed by cpu_layout");
     Problem p{};
-    p.weight = weight_of(packed, header);
+    p.weight = weight_of(header);
     p.type = type_of(x.scalar_type());
     p.bias = bias ? bias->const_data_ptr() : nullptr;
     p.N = header.N;

@@ -233,26 +233,14 @@ class Tall {
   float* totals_ = nullptr;   // [tiles][rows][columns of the strip]
 };
 
-// Heights of tiles that meet a panel: lower ones would load more than they multiply.
+// Tiles that meet a panel are higher than this: lower ones would load more than they multiply.
 template <class A>
-constexpr bool is_tall(int height) {
-  return height <= A::kTallRows && height > A::kTallRows / 2;
-}
+constexpr int kTallAbove = A::kTallRows / 2;
 
 template <class A>
 int floating_tile_rows(int64_t packed_rows) {
   if (packed_rows < A::kTallFrom) return best_height(packed_rows, A::kMaxRows);
-  int best = 0;
-  int64_t best_cost = 0;
-  for (int height : kHeights) {
-    if (!is_tall<A>(height)) continue;
-    // Rows of filling cost a row each, and a tile for itself as much as half a row.
-    const int64_t cost = (packed_rows + height - 1) / height * (2 * height + 1);
-    if (best && cost > best_cost) continue;
-    best = height;
-    best_cost = cost;
-  }
-  return best;
+  return best_height(packed_rows, A::kTallRows, kTallAbove<A>, 1);
 }
 
 template <class A>
@@ -260,7 +248,7 @@ void multiply_floating(const Problem& p, const Rows& rows, int64_t first, int64_
   if (p.M * rows.split < A::kTallFrom) return multiply<A>(p, rows, first, last);
   unroll<0, int(sizeof kHeights / sizeof *kHeights)>([&](auto i) {
     constexpr int kHeight = kHeights[decltype(i)::value];
-    if constexpr (is_tall<A>(kHeight)) {
+    if constexpr (kHeight > kTallAbove<A> && kHeight <= A::kTallRows) {
       if (rows.rows == kHeight) Tall<A, kHeight>(p, rows).run(first, last);
     }
   });

@@ -30,14 +30,14 @@ TM_INLINE void unroll(Body&& body) {
 // Tile heights that are compiled; others are filled up with rows of zeros.
 constexpr int kHeights[] = {1, 2, 3, 4, 6, 8, 12, 16, 24};
 
-// The height that wastes least: rows of filling cost a row each, and every tile decodes the weights again, which
-// costs about as much as two rows.
-TM_INLINE int best_height(int64_t rows, int tallest) {
-  int best = 1;
+// The height above `above` and up to `tallest` that wastes least: rows of filling cost a row each, and every tile costs
+// as much as `halves` half rows for itself. Where it decodes the weights again, that is about two rows.
+TM_INLINE int best_height(int64_t rows, int tallest, int above = 0, int halves = 4) {
+  int best = tallest;
   int64_t best_cost = -1;
   for (int height : kHeights) {
-    if (height > tallest) break;
-    const int64_t cost = (rows + height - 1) / height * (height + 2);
+    if (height <= above || height > tallest) continue;
+    const int64_t cost = (rows + height - 1) / height * (2 * height + halves);
     if (best_cost < 0 || cost <= best_cost) {
       best = height;
       best_cost = cost;

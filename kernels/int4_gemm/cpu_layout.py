@@ -12,8 +12,7 @@ feeds each packed row, -1 for filling. Act-order, group sizes that are no multip
 thereby the same as everything else. `pack` and `unpack` are exact inverses.
 
 All of it is one tensor, which begins with a header of int64 that says where the parts are (`Header` in cpu.h): a call
-that comes after megabytes of another layer's weight finds nothing in the caches, and every tensor that it has to look
-at costs it a microsecond or two.
+that comes after megabytes of another layer's weight finds nothing in the caches, so it should look at few tensors.
 """
 
 import struct
