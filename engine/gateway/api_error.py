@@ -8,9 +8,10 @@ from typing import Any
 
 import orjson
 
-Headers = list[tuple[bytes, bytes]]
-JSON: tuple[bytes, bytes] = (b"content-type", b"application/json")
-EVENT_STREAM: tuple[bytes, bytes] = (b"content-type", b"text/event-stream; charset=utf-8")
+Header = tuple[bytes, bytes]
+Headers = list[Header]
+JSON: Header = (b"content-type", b"application/json")
+EVENT_STREAM: Header = (b"content-type", b"text/event-stream; charset=utf-8")
 
 #: `error.type` by status, as OpenAI names them.
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}

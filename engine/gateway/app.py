@@ -21,13 +21,16 @@ from tokenmill.engine.gateway import metrics, openapi
 from tokenmill.engine.gateway.api_error import JSON, ApiError, Headers, model_not_found
 from tokenmill.engine.gateway.connection import CutError, SilenceError
 from tokenmill.engine.gateway.forward import Forwarder, error_event
+from tokenmill.engine.gateway.heads import first_values, without
 from tokenmill.engine.gateway.health import Prober
 from tokenmill.engine.gateway.pipeline import Exchange, Outcome, Reply, Stage, compose
 from tokenmill.engine.gateway.portfolio import Portfolio
 from tokenmill.engine.gateway.principal import Principal
 from tokenmill.engine.gateway.request import (
+    ANSWER,
     ON_HANGUP,
     ClientGoneError,
+    Fields,
     Receive,
     Scope,
     Send,
@@ -48,6 +51,7 @@ BARE_PATHS = frozenset({"/rerank", "/v2/rerank", "/score", "/pooling", "/classif
 #: What may stand in a path that is passed on: nothing that another server could read as another path.
 _PASSED_PATH = re.compile(r"/v1(/[A-Za-z0-9_~:@-][A-Za-z0-9_.~:@-]*)+")
 _MODEL_PREFIX = "/v1/models/"
+_REQUEST_ID = frozenset({b"x-request-id"})
 #: What the known inference paths answer to another method than POST.
 _POST_ONLY = frozenset({*BARE_PATHS, *(path for path in openapi.INFERENCE_PATHS)})
 
@@ -82,7 +86,7 @@ class Gateway:
         stages: Sequence[Stage],
         services: Sequence[Service] = (),
         sites: Mapping[str, Application] | None = None,
-        identify: Callable[[Headers], Principal] | None = None,
+        identify: Callable[[Fields], Principal] | None = None,
         counted: metrics.Metrics | None = None,
     ) -> None:
         self.settings = portfolio.settings
@@ -124,14 +128,13 @@ class Gateway:
         await self.prober.stop()
         await self.upstream().close()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """ASGI entry."""
-        if scope["type"] == "http":
-            path = scope["path"]
-            site = None if path in _POST_ONLY or not self._sites else self._site(path)
-            await (self._http if site is None else site)(scope, receive, send)
-        elif scope["type"] == "lifespan":
-            await self._lifespan(receive, send)
+        if scope["type"] == "lifespan":
+            return self._lifespan(receive, send)
+        path = scope["path"]
+        site = None if path in _POST_ONLY or not self._sites else self._site(path)
+        return (self._http if site is None else site)(scope, receive, send)
 
     def _site(self, path: str) -> Application | None:
         """The application under whose prefix a path lies."""
@@ -158,12 +161,13 @@ class Gateway:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         path: str = scope["path"]
         method: str = scope["method"]
-        identity = request_id(scope["headers"])
+        fields = first_values(scope["headers"])
+        identity = request_id(fields)
         try:
             if method == "POST" and (path in _POST_ONLY or _is_passed(path)) and path not in self._endpoints:
-                await self._inference(scope, receive, send, identity)
+                await self._inference(scope, fields, receive, send, identity)
                 return
-            reply = await self._local(method, path, scope["headers"])
+            reply = await self._local(method, path, fields)
         except ApiError as error:
             reply = _error_reply(error)
         except ClientGoneError:
@@ -172,9 +176,9 @@ class Gateway:
             # Ours to repair: the client gets no traceback, the log does.
             log.exception("request %s failed", identity)
             reply = _error_reply(ApiError(500, f"The gateway failed; its log has request {identity}."))
-        await _send_whole(send, reply, identity)
+        await _send_whole(scope, send, reply, identity)
 
-    async def _local(self, method: str, path: str, headers: Headers) -> Reply:
+    async def _local(self, method: str, path: str, fields: Fields) -> Reply:
         """An answer of the gateway's own; raises 404 or 405."""
         model = path.removeprefix(_MODEL_PREFIX) if path.startswith(_MODEL_PREFIX) else ""
         endpoint = self._endpoints.get(path)
@@ -195,13 +199,13 @@ class Gateway:
             )
         if endpoint is not None:
             return await endpoint()
-        models = self._models(headers)
+        models = self._models(fields)
         return self._model(model, models) if model else _json({"object": "list", "data": models})
 
-    async def _inference(self, scope: Scope, receive: Receive, send: Send, identity: str) -> None:
+    async def _inference(self, scope: Scope, fields: Fields, receive: Receive, send: Send, identity: str) -> None:
         started = time.perf_counter()
-        payload = await read_body(receive, scope["headers"], self.settings)
-        exchange = await exchange_of(scope, payload, identity, started)
+        payload = await read_body(receive, fields, self.settings)
+        exchange = await exchange_of(scope, fields, payload, identity, started)
         hangup = _Hangup(scope)
         try:
             try:
@@ -212,7 +216,7 @@ class Gateway:
                 outcome = "refused" if error.status < 500 else "failed"
             exchange.status = reply.status
             if reply.chunks is None:
-                await _send_whole(send, reply, identity)
+                await _send_whole(scope, send, reply, identity)
             else:
                 outcome = await self._stream(send, reply, exchange)
             exchange.outcome = outcome
@@ -282,12 +286,12 @@ class Gateway:
             raise ApiError(403, "Metrics are at /admin/metrics, for keys with a role.", code="forbidden")
         return Reply(200, [(b"content-type", metrics.CONTENT_TYPE)], await self.metrics.render())
 
-    def _models(self, headers: Headers) -> list[dict[str, Any]]:
+    def _models(self, fields: Fields) -> list[dict[str, Any]]:
         """The models that whoever sent these headers may ask for."""
         models = self.portfolio.models()
         if self._identify is None:
             return models
-        principal = self._identify(headers)
+        principal = self._identify(fields)
         return [model for model in models if principal.may_ask_for(model["id"])]
 
     def _model(self, name: str, models: list[dict[str, Any]]) -> Reply:
@@ -348,7 +352,7 @@ def _error_reply(error: ApiError) -> Reply:
 def _head(reply: Reply, identity: str) -> Headers:
     """The reply's headers with the request's id; a backend's own id goes on under another name."""
     ours = identity.encode()
-    head = [header for header in reply.headers if header[0] != b"x-request-id"]
+    head = without(reply.headers, _REQUEST_ID)
     if len(head) < len(reply.headers):
         others = [value for name, value in reply.headers if name == b"x-request-id" and value != ours]
         head += [(b"x-upstream-request-id", value) for value in others]
@@ -356,10 +360,11 @@ def _head(reply: Reply, identity: str) -> Headers:
     return head
 
 
-async def _send_whole(send: Send, reply: Reply, identity: str) -> None:
+async def _send_whole(scope: Scope, send: Send, reply: Reply, identity: str) -> None:
     body = reply.body or b""
     head = _head(reply, identity)
     if reply.status != 204:
         head.append((b"content-length", str(len(body)).encode()))
-    await send({"type": "http.response.start", "status": reply.status, "headers": head})
-    await send({"type": "http.response.body", "body": body})
+    if not scope[ANSWER](reply.status, head, body):
+        await send({"type": "http.response.start", "status": reply.status, "headers": head})
+        await send({"type": "http.response.body", "body": body})

@@ -109,7 +109,7 @@ class Connection(asyncio.Protocol):
         while not self._head_done:
             if self._problem is not None:
                 raise self._problem
-            await self._wait()
+            await self._news()
 
     async def read(self) -> bytes:
         """The next bytes of the answer, all that have arrived; empty at its end.
@@ -122,7 +122,7 @@ class Connection(asyncio.Protocol):
                 return b""
             if self._problem is not None:
                 raise self._problem
-            await self._wait()
+            await self._news()
         data = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
         self._parts.clear()
         self._buffered = 0
@@ -131,6 +131,17 @@ class Connection(asyncio.Protocol):
             self.active_at = self._loop.time()
             self._transport.resume_reading()
         return data
+
+    async def read_whole(self) -> bytes:
+        """What is left of the answer; mostly it has arrived together with its head.
+
+        Raises:
+            CutError, SilenceError
+        """
+        parts = []
+        while self._parts or not self._complete:
+            parts.append(await self.read())
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def reusable(self) -> bool:
         """Whether the answer was read to its end and the connection may take another request."""
@@ -147,12 +158,10 @@ class Connection(asyncio.Protocol):
             self._problem = problem
         self._wake()
 
-    async def _wait(self) -> None:
-        self._waiter = self._loop.create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
+    def _news(self) -> "asyncio.Future[None]":
+        """Done when something has arrived or happened; a later call takes its place."""
+        self._waiter = waiter = self._loop.create_future()
+        return waiter
 
     def _wake(self) -> None:
         waiter = self._waiter

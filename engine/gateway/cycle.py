@@ -3,11 +3,11 @@
 import asyncio
 import http
 import logging
-import re
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import TYPE_CHECKING, Any
 
-from tokenmill.engine.gateway.request import ON_HANGUP
+from tokenmill.engine.gateway.heads import layout
+from tokenmill.engine.gateway.request import ANSWER, ON_HANGUP
 
 if TYPE_CHECKING:
     from tokenmill.engine.gateway.protocol import GatewayProtocol
@@ -21,13 +21,8 @@ Application = Callable[
 
 #: A client is not read further while this much of its body waits to be taken, in bytes.
 HIGH_WATER = 256 * 1024
-_TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 #: What may stand in no header's value (RFC 9110, 5.5), tab aside.
 _CONTROLS = bytes([*range(9), *range(10, 32), 127])
-#: Names of headers that were looked at and are fit to be sent. Bounded: answers bring names of backends, too.
-_seen_names: set[bytes] = set()
-_MOST_NAMES = 1000
-_SPECIAL = frozenset({b"content-length", b"transfer-encoding", b"connection"})
 
 
 def _status_line(status: int) -> bytes:
@@ -146,6 +141,7 @@ class Cycle:
         finally:
             # It leads back here: nothing that a request leaves may need the collector.
             self.scope.pop(ON_HANGUP, None)
+            self.scope.pop(ANSWER, None)
 
     async def _fail(self) -> None:
         headers = [(b"content-length", b"0"), (b"connection", b"close")]
@@ -191,23 +187,36 @@ class Cycle:
         if self._begun:
             self._body(message.get("body", b""), message.get("more_body", False))
         else:
-            self._begun = True
-            self._expects = False
-            head = self._start(message["status"], message["headers"])
-            if self._left:
-                self._head = head
-            else:
-                connection.write(head)
+            self._begin(message["status"], message["headers"])
 
-    def _start(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    def answer(self, status: int, headers: Collection[tuple[bytes, bytes]], body: bytes) -> bool:
+        """The whole answer at once, without a coroutine and two messages for it; see `request.ANSWER`."""
+        if self._begun or (self._connection.writable is not None and not self._gone):
+            return False
+        if not self._gone:
+            self._begin(status, headers)
+            self._body(body, False)
+        return True
+
+    def _begin(self, status: int, headers: Collection[tuple[bytes, bytes]]) -> None:
+        """Writes the head, or keeps it to be written together with the body."""
+        self._begun = True
+        self._expects = False
+        head = self._start(status, headers)
+        if self._left:
+            self._head = head
+        else:
+            self._connection.write(head)
+
+    def _start(self, status: int, headers: Collection[tuple[bytes, bytes]]) -> bytes:
         """The head of the answer."""
         lines = [STATUS_LINES[status], self._connection.default_headers()]
-        values = []
         framed = closes = False
-        for name, value in headers:
-            if name not in _seen_names:
-                name = _checked_name(name)  # noqa: PLW2901 - in lower case from here on
-            if name in _SPECIAL:
+        if headers:
+            names, values = zip(*headers, strict=True)
+            template, framing = layout(names)
+            for at, name in framing:
+                value = values[at]
                 if name == b"content-length" and not framed:
                     self._left = int(value)
                     framed = True
@@ -216,11 +225,10 @@ class Cycle:
                 elif name == b"connection" and b"close" in value.lower():
                     self.keep_alive = False
                     closes = True
-            values.append(value)
-            lines += (name, b": ", value, b"\r\n")
-        joined = b"".join(values)
-        if len(joined.translate(None, _CONTROLS)) != len(joined):
-            raise ValueError("a header's value holds control characters")
+            joined = b"".join(values)
+            if len(joined.translate(None, _CONTROLS)) != len(joined):
+                raise ValueError("a header's value holds control characters")
+            lines.append(template % values)
         if not self.keep_alive and not closes:
             lines.append(b"connection: close\r\n")
         if self.scope["method"] == "HEAD":
@@ -249,13 +257,3 @@ class Cycle:
             self.complete = True
             self._wake()
             connection.answered(self)
-
-
-def _checked_name(name: bytes) -> bytes:
-    """The name in lower case, looked at."""
-    if not _TOKEN.fullmatch(name):
-        raise ValueError("a header's name is none")
-    name = name.lower()
-    if len(_seen_names) < _MOST_NAMES:
-        _seen_names.add(name)
-    return name

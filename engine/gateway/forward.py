@@ -16,7 +16,6 @@ from tokenmill.engine.gateway.api_error import (
     EVENT_STREAM,
     JSON,
     ApiError,
-    Headers,
     retry_after,
     unavailable,
     with_error_object,
@@ -44,30 +43,30 @@ _CREDENTIALS = frozenset({b"authorization", b"x-api-key", b"api-key"})
 class Lease:
     """One request's hold on a backend: counted while open, its outcome reported once."""
 
-    __slots__ = ("_answer", "_open", "call", "model", "target")
+    __slots__ = ("_answer", "_breaker", "_open", "call", "target")
 
     def __init__(self, call: Call) -> None:
         self.call = call
         self.target = target = call.target
-        self.model = model = call.model
+        self._breaker = target.breaker(call.model)
         self._open = True
         self._answer: Answer | None = None
         target.outstanding += 1
         target.pace.sent()
-        target.breaker(model).begin()
+        self._breaker.begin()
 
-    def holds(self, answer: Answer) -> None:
-        """The answer to close with the lease."""
+    def heard(self, answer: Answer) -> None:
+        """The backend has begun to answer; the lease closes the answer with itself."""
         self._answer = answer
-
-    def succeeded(self) -> None:
-        """The backend did its part."""
-        self.target.breaker(self.model).succeeded()
-        self.target.mark_up()
+        if answer.status in _FAULT:
+            self._breaker.failed()
+        elif answer.status != 429:
+            self._breaker.succeeded()
+            self.target.mark_up()
 
     def failed(self) -> None:
         """The backend did not."""
-        self.target.breaker(self.model).failed()
+        self._breaker.failed()
 
     def close(self, _exchange: Exchange | None = None) -> None:
         """Frees the backend's slot; closes the connection if the answer was not read to its end."""
@@ -183,7 +182,9 @@ class Forwarder:
         if target.backend.api_key is not None:
             headers = [header for header in headers if header[0] not in _CREDENTIALS]
             headers.append((b"authorization", b"Bearer " + target.backend.api_key.encode()))
-        answer = await self._send(lease, exchange.target_path, headers, payload)
+        lease.call.taken = True
+        answer = await self._upstream().send(b"POST", target.origin, exchange.target_path, headers, payload)
+        lease.heard(answer)
         if answer.status < 400 and answer.content_type != b"application/json":
             return Reply(answer.status, answer.headers, None, answer.chunks())
         body = await answer.read()
@@ -204,7 +205,9 @@ class Forwarder:
         payload = anthropic.request(exchange.payload, name)
         options = exchange.body.get("stream_options", dict[str, Any]) or {}
         headers = anthropic.headers(exchange.forward, backend.api_key)
-        answer = await self._send(lease, anthropic.PATH, headers, payload)
+        lease.call.taken = True
+        answer = await self._upstream().send(b"POST", lease.target.origin, anthropic.PATH, headers, payload)
+        lease.heard(answer)
         kept = [header for header in answer.headers if header[0] != b"content-type"]
         if answer.status < 400 and answer.content_type == b"text/event-stream":
             counts = counting is not None or bool(options.get("include_usage"))
@@ -216,16 +219,6 @@ class Forwarder:
             return Reply(answer.status, [*kept, JSON], anthropic.answer(body))
         status, body = anthropic.error(answer.status, body)
         return self._with_retry_after(Reply(status, [*kept, JSON], body))
-
-    async def _send(self, lease: Lease, path: bytes, headers: Headers, payload: bytes) -> Answer:
-        lease.call.taken = True
-        answer = await self._upstream().send(b"POST", lease.target.origin, path, headers, payload)
-        lease.holds(answer)
-        if answer.status in _FAULT:
-            lease.failed()
-        elif answer.status != 429:
-            lease.succeeded()
-        return answer
 
     def _with_retry_after(self, reply: Reply) -> Reply:
         if reply.status in _NOT_TAKEN and all(name != b"retry-after" for name, _ in reply.headers):

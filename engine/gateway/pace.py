@@ -32,6 +32,8 @@ class Pace:
 
     def allows(self) -> bool:
         """Whether one more request may be sent now."""
+        if self._requests is None and self._tokens is None:
+            return True
         since = self._clock() - WINDOW_S
         if self._requests is not None:
             while self._sent and self._sent[0] <= since:

@@ -22,13 +22,15 @@ Rules that keep it fast and right:
 * A stage holds no state of a request in itself: use `exchange.notes[stage.name]`.
 """
 
+import functools
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from tokenmill.engine.gateway.api_error import Headers
 from tokenmill.engine.gateway.body import Body
+from tokenmill.engine.gateway.heads import first_values
 
 if TYPE_CHECKING:
     from tokenmill.engine.gateway.decision import Decision
@@ -100,6 +102,7 @@ class Exchange:
         endpoint: The request's path, `/v1/chat/completions`.
         query: Its query string, raw.
         headers: Its headers, raw, names in lower case.
+        fields: The first value of each, by its name.
         payload: Its body, raw.
         body: Its top-level JSON fields; None for a multipart form.
         model: The model asked for; None where the request names none.
@@ -122,32 +125,17 @@ class Exchange:
         notes: What stages keep about this request, by the stage's name.
     """
 
-    __slots__ = (
-        "_at_end",
-        "attempts",
-        "body",
-        "calls",
-        "client",
-        "decision",
-        "endpoint",
-        "first_chunk_at",
-        "forward",
-        "headers",
-        "last_chunk_at",
-        "meter",
-        "model",
-        "notes",
-        "outcome",
-        "payload",
-        "principal",
-        "query",
-        "request_id",
-        "routes",
-        "started",
-        "status",
-        "taps",
-        "target",
-    )
+    # What nearly every request begins with costs nothing here.
+    routes: "Sequence[Route]" = ()
+    target: "Target | None" = None
+    attempts = 0
+    status = 0
+    first_chunk_at = 0.0
+    last_chunk_at = 0.0
+    principal: "Principal | None" = None
+    decision: "Decision | None" = None
+    meter = False
+    outcome: Outcome = "open"
 
     def __init__(
         self,
@@ -162,9 +150,11 @@ class Exchange:
         query: bytes = b"",
         client: str = "",
         started: float | None = None,
+        fields: Mapping[bytes, bytes] | None = None,
     ) -> None:
         self.endpoint = endpoint
         self.headers = headers
+        self.fields = first_values(headers) if fields is None else fields
         self.payload = payload
         self.body = body
         self.model = model
@@ -173,17 +163,7 @@ class Exchange:
         self.query = query
         self.client = client
         self.started = time.perf_counter() if started is None else started
-        self.routes: Sequence[Route] = ()
-        self.target: Target | None = None
-        self.attempts = 0
-        self.status = 0
-        self.first_chunk_at = 0.0
-        self.last_chunk_at = 0.0
         self.calls: list[Call] = []
-        self.principal: Principal | None = None
-        self.decision: Decision | None = None
-        self.meter = False
-        self.outcome: Outcome = "open"
         self.taps: list[Callable[[bytes], None]] = []
         self.notes: dict[str, Any] = {}
         self._at_end: list[Callable[[Exchange], None]] = []
@@ -209,10 +189,7 @@ class Exchange:
 
     def header(self, name: bytes) -> bytes | None:
         """The first value of a request header; its name in lower case."""
-        for key, value in self.headers:
-            if key == name:
-                return value
-        return None
+        return self.fields.get(name)
 
     def on_end(self, action: Callable[["Exchange"], None]) -> None:
         """Has `action(exchange)` called once when the request has ended, in reverse order of registration."""
@@ -249,14 +226,7 @@ class Stage(Protocol):
 def compose(stages: Sequence[Stage], last: Handler) -> Handler:
     """The stages as one handler, the first outermost, `last` at the bottom."""
 
-    def bind(stage: Stage, proceed: Handler) -> Handler:
-        handle = stage.handle
-
-        def run(exchange: Exchange) -> Awaitable[Reply]:
-            return handle(exchange, proceed)
-
-        return run
-
     for stage in reversed(stages):
-        last = bind(stage, last)
+        # Not a closure: that would be a call of the interpreter's for each stage and request.
+        last = functools.partial(stage.handle, proceed=last)
     return last

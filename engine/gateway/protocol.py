@@ -2,11 +2,12 @@
 
 uvicorn's own protocol searches every header of every answer twice and keeps timers, an event, a buffer and a copy for
 each request; where a backend answers at once that is a third of all that the gateway does. Beyond ASGI, a scope has
-`request.ON_HANGUP`, which says at once when the client has gone.
+`request.ON_HANGUP`, which says at once when the client has gone, and `request.ANSWER`, which takes an answer whole.
 """
 
 import asyncio
 import functools
+import operator
 import re
 from collections import deque
 from typing import Any, cast
@@ -18,10 +19,11 @@ from uvicorn.server import ServerState
 
 from tokenmill.engine.gateway.api_error import ApiError, Headers
 from tokenmill.engine.gateway.cycle import STATUS_LINES, Cycle
-from tokenmill.engine.gateway.request import ON_HANGUP
+from tokenmill.engine.gateway.request import ANSWER, ON_HANGUP
 from tokenmill.engine.gateway.settings import Settings
 
 _ASGI = {"version": "3.0", "spec_version": "2.3"}
+_name_of = operator.itemgetter(0)
 _EXPECTATION = re.compile(rb"100-continue", re.IGNORECASE)
 
 
@@ -78,7 +80,6 @@ class GatewayProtocol(asyncio.Protocol):
         self._arriving: Cycle | None = None
         self._target = b""
         self._headers: Headers = []
-        self._expects = False
         self._in_head = False
         #: Bytes received since the head began, the feed in which it began counted whole.
         self._head_bytes = 0
@@ -203,7 +204,6 @@ class GatewayProtocol(asyncio.Protocol):
         self._in_head = True
         self._target = b""
         self._headers = []
-        self._expects = False
 
     def on_url(self, url: bytes) -> None:
         """See httptools."""
@@ -211,10 +211,7 @@ class GatewayProtocol(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """See httptools."""
-        name = name.lower()
-        if name == b"expect" and _EXPECTATION.fullmatch(value):
-            self._expects = True
-        self._headers.append((name, value))
+        self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         """See httptools."""
@@ -245,8 +242,9 @@ class GatewayProtocol(asyncio.Protocol):
             "client": client,
             "state": self._app_state.copy(),
         }
-        cycle = Cycle(self, scope, version != "1.0" and parser.should_keep_alive(), self._expects)
+        cycle = Cycle(self, scope, version != "1.0" and parser.should_keep_alive(), _expects(headers))
         scope[ON_HANGUP] = cycle.on_hangup
+        scope[ANSWER] = cycle.answer
         self._arriving = cycle
         if self._running is None:
             self._start(cycle)
@@ -308,6 +306,13 @@ class GatewayProtocol(asyncio.Protocol):
         head = STATUS_LINES[error.status] + b"content-type: application/json\r\nconnection: close\r\n"
         self._transport.write(head + b"content-length: %d\r\n\r\n" % len(body) + body)
         self._transport.close()
+
+
+def _expects(headers: Headers) -> bool:
+    """Whether the client waits to be asked for the body."""
+    if b"expect" not in map(_name_of, headers):
+        return False
+    return any(name == b"expect" and _EXPECTATION.fullmatch(value) for name, value in headers)
 
 
 def protocol_class(settings: Settings) -> type[GatewayProtocol]:

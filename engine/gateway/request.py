@@ -3,7 +3,7 @@
 import asyncio
 import random
 import re
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 from tokenmill.engine.gateway.api_error import ApiError, Headers
@@ -13,12 +13,17 @@ from tokenmill.engine.gateway.settings import Settings
 from tokenmill.engine.gateway.upstream import forwarded_headers
 
 Scope = MutableMapping[str, Any]
+#: The first value of each header, by its name in lower case.
+Fields = Mapping[bytes, bytes]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 #: A member of a scope: call it with a function that is to be called when the client hangs up before its answer is
 #: written.
 ON_HANGUP = "tokenmill.on_hangup"
+#: A member of a scope: call it with status, headers and body of a whole answer instead of sending ASGI's two messages.
+#: It does not wait for a client that takes nothing at the moment, but returns False, and nothing has been done.
+ANSWER = "tokenmill.answer"
 #: How much of a body that is too long is read and dropped before the refusal, so that a client that sends it all
 #: first reads the refusal and not a reset connection.
 DRAINED = 4
@@ -35,29 +40,28 @@ class ClientGoneError(Exception):
     """The client hung up."""
 
 
-def request_id(headers: Headers) -> str:
+def request_id(fields: Fields) -> str:
     """The client's `x-request-id` where it is printable and short, or a new one."""
-    for name, value in headers:
-        if name == b"x-request-id":
-            if _REQUEST_ID.fullmatch(value):
-                return value.decode("ascii")
-            break
+    said = fields.get(b"x-request-id")
+    if said is not None and _REQUEST_ID.fullmatch(said):
+        return said.decode("ascii")
     return random.randbytes(16).hex()
 
 
-async def read_body(receive: Receive, headers: Headers, settings: Settings) -> bytes:
+async def read_body(receive: Receive, fields: Fields, settings: Settings) -> bytes:
     """The request's whole body.
+
+    Args:
+        receive: ASGI's.
+        fields: The request's headers, the first value of each.
+        settings: Limits.
 
     Raises:
         ApiError: 413 when it is too long, 408 when the client pauses too long.
         ClientGoneError: it hung up.
     """
     limit = settings.max_body_bytes
-    declared = 0
-    for name, value in headers:
-        if name == b"content-length":
-            declared = int(value)
-    if declared > limit * DRAINED:
+    if int(fields.get(b"content-length", 0)) > limit * DRAINED:
         raise _too_long(limit)
     message = await receive()
     if message["type"] == "http.disconnect":
@@ -103,19 +107,22 @@ def _too_long(limit: int) -> ApiError:
     )
 
 
-async def exchange_of(scope: Scope, payload: bytes, identity: str, started: float) -> Exchange:
+async def exchange_of(scope: Scope, fields: Fields, payload: bytes, identity: str, started: float) -> Exchange:
     """The exchange of a request to a model.
+
+    Args:
+        scope: ASGI's.
+        fields: The request's headers, the first value of each.
+        payload: Its body.
+        identity: Its id.
+        started: When its head had arrived, by `time.perf_counter()`.
 
     Raises:
         ApiError: 400 when the body is not a JSON object (or a form), or `model` is not a string.
     """
     headers: Headers = scope["headers"]
-    content_type = b""
-    for name, value in headers:
-        if name == b"content-type":
-            content_type = value.lower()
     body: Body | None = None
-    if content_type.startswith(b"multipart/form-data"):
+    if fields.get(b"content-type", b"").lower().startswith(b"multipart/form-data"):
         found = _FORM_MODEL.search(payload)
         model = found.group(1).decode("utf-8", "replace") if found else None
     else:
@@ -127,10 +134,11 @@ async def exchange_of(scope: Scope, payload: bytes, identity: str, started: floa
         scope["path"],
         headers,
         payload,
+        fields=fields,
         body=body,
         model=model,
         request_id=identity,
-        forward=forwarded_headers(headers, identity),
+        forward=forwarded_headers(headers, fields, identity),
         query=scope["query_string"],
         client=client[0] if client else "",
         started=started,

@@ -1,5 +1,7 @@
 """The stage that turns a request's model into the routes it may take; policies below narrow them."""
 
+from collections.abc import Awaitable
+
 from tokenmill.engine.gateway.fallback import fitting
 from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply
 from tokenmill.engine.gateway.portfolio import Portfolio
@@ -13,7 +15,7 @@ class ResolveModel:
     def __init__(self, portfolio: Portfolio) -> None:
         self._portfolio = portfolio
 
-    async def handle(self, exchange: Exchange, proceed: Handler) -> Reply:
+    def handle(self, exchange: Exchange, proceed: Handler) -> Awaitable[Reply]:
         """See `pipeline.Stage`."""
         exchange.routes = fitting(self._portfolio.routes(exchange.model, exchange.principal), exchange)
-        return await proceed(exchange)
+        return proceed(exchange)

@@ -6,12 +6,13 @@ answer's connection goes back to the pool.
 
 import asyncio
 import ssl
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from tokenmill.engine.gateway.api_error import Headers
 from tokenmill.engine.gateway.connection import ConnectFailedError, Connection, SilenceError
+from tokenmill.engine.gateway.heads import first_values, lines, without
 from tokenmill.engine.gateway.settings import Settings
 
 #: Idle connections to a backend are dropped before its own keep-alive ends (uvicorn, so vLLM: 5 s): a connection
@@ -39,13 +40,19 @@ _NOT_FORWARDED = HOP_BY_HOP | {b"host", b"accept-encoding", b"expect", b"x-reque
 _NOT_RETURNED = HOP_BY_HOP | {b"date"}
 
 
-def forwarded_headers(headers: Headers, request_id: str) -> Headers:
-    """A client's headers as they go to a backend, without those that its `Connection` header names."""
-    kept = [header for header in headers if header[0] not in _NOT_FORWARDED]
-    for name, value in headers:
-        if name == b"connection":
-            named = {token.strip().lower() for token in value.split(b",")}
-            kept = [header for header in kept if header[0] not in named]
+def forwarded_headers(headers: Headers, fields: Mapping[bytes, bytes], request_id: str) -> Headers:
+    """A client's headers as they go to a backend, without those that its `Connection` header names.
+
+    Args:
+        headers: All of them.
+        fields: The first value of each.
+        request_id: The request's id here.
+    """
+    kept = without(headers, _NOT_FORWARDED)
+    if b"connection" in fields:
+        values = [value for name, value in headers if name == b"connection"]
+        named = frozenset(token.strip().lower() for value in values for token in value.split(b","))
+        kept = without(kept, named)
     kept.append((b"accept-encoding", b"identity"))
     kept.append((b"x-request-id", request_id.encode()))
     return kept
@@ -87,32 +94,19 @@ class Answer:
         content_type: Its media type without parameters, in lower case.
     """
 
-    __slots__ = ("_connection", "_upstream", "content_type", "headers", "next_chunk", "status")
+    __slots__ = ("_connection", "_upstream", "content_type", "headers", "next_chunk", "read", "status")
 
     def __init__(self, connection: Connection, upstream: "Upstream", origin: Origin) -> None:
         self._connection: Connection | None = connection
         self._upstream = (upstream, origin)
         self.status = connection.status
-        #: The next bytes of the body as they arrive, empty at its end; raises `CutError` or `SilenceError`.
+        #: The whole body; raises `CutError` or `SilenceError`.
+        self.read = connection.read_whole
+        #: The next bytes of the body as they arrive, empty at its end; raises the same.
         self.next_chunk = connection.read
-        content_type = b""
-        headers: Headers = []
-        for header in connection.headers:
-            name = header[0]
-            if name == b"content-type":
-                content_type = header[1]
-            elif name in _NOT_RETURNED:
-                continue
-            headers.append(header)
-        self.headers = headers
+        self.headers = without(connection.headers, _NOT_RETURNED)
+        content_type = first_values(self.headers).get(b"content-type", b"")
         self.content_type = content_type.partition(b";")[0].strip().lower()
-
-    async def read(self) -> bytes:
-        """The whole body; raises `CutError` or `SilenceError`."""
-        parts = []
-        while part := await self.next_chunk():
-            parts.append(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
         """The body as it arrives; raises `CutError` or `SilenceError`."""
@@ -157,14 +151,13 @@ class Upstream:
         Raises:
             ConnectFailedError, NoAnswerError, SilenceError: as their names say.
         """
-        lines = [method, b" ", origin.prefix, path, b" HTTP/1.1\r\nhost: ", origin.authority, b"\r\n"]
-        for name, value in headers:
-            lines += (name, b": ", value, b"\r\n")
-        lines.append(b"content-length: %d\r\n\r\n" % len(body) if body is not None else b"\r\n")
+        end = b"\r\n" if body is None else b"content-length: %d\r\n\r\n" % len(body)
+        begin = (method, b" ", origin.prefix, path, b" HTTP/1.1\r\nhost: ", origin.authority, b"\r\n")
+        head = b"".join((*begin, lines(headers), end))
         connection = self._pooled(origin) or await self._connect(origin)
         self._active.add(connection)
         try:
-            await connection.request(b"".join(lines), body)
+            await connection.request(head, body)
         except BaseException:
             self._active.discard(connection)
             connection.abort()

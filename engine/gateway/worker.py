@@ -75,6 +75,7 @@ def serve(document: Document, listener: socket.socket) -> None:
         create_app(document),
         loop="uvloop",
         http=protocol_class(settings),
+        interface="asgi3",
         ws="none",
         lifespan="on",
         log_config=None,

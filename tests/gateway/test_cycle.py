@@ -17,14 +17,16 @@ class Wire:
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.writable = None
+        self.writable: asyncio.Future[None] | None = None
         self.written = b""
+        self.writes = 0
         self.closed = False
         self.ended = 0
 
     def write(self, data: bytes) -> None:
         """Keeps it."""
         self.written += data
+        self.writes += 1
 
     def close(self) -> None:
         """Notes it."""
@@ -56,18 +58,28 @@ def answer(status: int, headers: Headers, *bodies: bytes) -> Application:
     return application
 
 
+def whole(status: int, headers: Headers, body: bytes) -> Application:
+    """An application that gives its answer whole."""
+
+    async def application(scope: Message, _receive: object, _send: object) -> None:
+        assert scope["answer"](status, headers, body) is True
+
+    return application
+
+
 def run(application: Application, method: str = "POST", keep_alive: bool = True) -> Any:
     """What comes over the wire, and how it ends."""
 
     async def main() -> Wire:
         wire = Wire()
         cycle = Cycle(wire, {"method": method}, keep_alive, False)  # type: ignore[arg-type]
+        cycle.scope |= {"connection": wire, "answer": cycle.answer}
         await cycle.run(application)
         return wire
 
     wire = asyncio.run(main())
     head, _, body = wire.written.partition(b"\r\n\r\n")
-    return SimpleNamespace(head=head, body=body, closed=wire.closed, ended=wire.ended)
+    return SimpleNamespace(head=head, body=body, closed=wire.closed, ended=wire.ended, writes=wire.writes)
 
 
 def test_whole_answer_is_framed_by_its_length() -> None:
@@ -114,3 +126,35 @@ def test_answer_that_ends_too_soon_breaks_the_connection() -> None:
     seen = run(application)
     assert seen.body == b"3\r\nabc\r\n"
     assert (seen.closed, seen.ended) == (True, 0)
+
+
+def test_whole_answer_is_written_in_one_piece() -> None:
+    seen = run(whole(200, [(b"X-Name", b"v"), (b"content-length", b"3")], b"abc"))
+    assert (seen.head, seen.body) == (b"HTTP/1.1 200 OK\r\nx-name: v\r\ncontent-length: 3", b"abc")
+    assert (seen.writes, seen.closed, seen.ended) == (1, False, 1)
+
+
+@pytest.mark.parametrize(
+    "headers", [[(b"x-a", b"1\r\nx-b: 2"), (b"content-length", b"3")], [(b"content-length", b"2")]]
+)
+def test_whole_answer_is_looked_at_like_any_other(headers: Headers) -> None:
+    seen = run(whole(200, headers, b"abc"))
+    assert not seen.body
+    assert b"x-b" not in seen.head
+
+
+def test_whole_answer_waits_for_no_slow_client_and_is_given_once() -> None:
+    taken: list[bool] = []
+
+    async def application(scope: Message, _receive: object, send: Callable[[Message], Awaitable[None]]) -> None:
+        connection = scope["connection"]
+        connection.writable = connection.loop.create_future()
+        taken.append(scope["answer"](200, [], b"never"))
+        connection.writable = None
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"1")]})
+        taken.append(scope["answer"](200, [], b"never"))
+        await send({"type": "http.response.body", "body": b"a"})
+
+    seen = run(application)
+    assert taken == [False, False]
+    assert (seen.head.split(b"\r\n")[0], seen.body) == (b"HTTP/1.1 200 OK", b"a")

@@ -57,7 +57,11 @@ def test_nothing_of_a_connection_needs_the_collector(
 
     async def main() -> list[str]:
         config = uvicorn.Config(
-            create_app(document), http=protocol_class(document.settings), lifespan="on", log_config=None
+            create_app(document),
+            http=protocol_class(document.settings),
+            interface="asgi3",
+            lifespan="on",
+            log_config=None,
         )
         config.load()
         server = Server(config)

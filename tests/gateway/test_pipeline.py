@@ -10,7 +10,7 @@ from tokenmill.engine.gateway.app import Gateway
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply, Stage, compose
 from tokenmill.engine.gateway.portfolio import Portfolio
-from tokenmill.engine.gateway.request import ON_HANGUP
+from tokenmill.engine.gateway.request import ANSWER, ON_HANGUP
 from tokenmill.engine.gateway.settings import Settings
 
 
@@ -35,7 +35,7 @@ class Refuse:
 
     name = "refuse"
 
-    async def handle(self, _exchange: Exchange, _proceed: Handler) -> Reply:
+    async def handle(self, exchange: Exchange, proceed: Handler) -> Reply:
         """See `Stage`."""
         raise ApiError(403, "not you")
 
@@ -49,7 +49,7 @@ class Answer:
         self.broken = broken
         self.closed = False
 
-    async def handle(self, exchange: Exchange, _proceed: Handler) -> Reply:
+    async def handle(self, exchange: Exchange, proceed: Handler) -> Reply:
         """See `Stage`."""
         exchange.taps.append(lambda chunk: exchange.notes.setdefault("seen", []).append(chunk))
         return Reply(200, [(b"content-type", b"text/event-stream")], None, self.chunks())
@@ -84,7 +84,7 @@ def run(stages: list[Stage], gone_after: int | None = None) -> list[dict[str, ob
                 await asyncio.sleep(1)
 
         scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
-        scope[ON_HANGUP] = hang_up.append
+        scope[ON_HANGUP], scope[ANSWER] = hang_up.append, lambda *_: False
         await gateway(scope, receive, send)  # type: ignore[arg-type]
 
     asyncio.run(main())
@@ -127,7 +127,7 @@ def test_stage_that_fails_is_a_500_without_a_traceback(caplog: pytest.LogCapture
     class Broken:
         name = "broken"
 
-        async def handle(self, _exchange: Exchange, _proceed: Handler) -> Reply:
+        async def handle(self, exchange: Exchange, proceed: Handler) -> Reply:
             raise ZeroDivisionError("a secret of ours")
 
     sent = run([Broken()])

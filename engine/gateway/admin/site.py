@@ -17,6 +17,7 @@ from tokenmill.engine.gateway.admin.endpoints import ENDPOINTS, Backends
 from tokenmill.engine.gateway.admin.openapi import document
 from tokenmill.engine.gateway.api_error import ApiError, invalid_json
 from tokenmill.engine.gateway.governance.service import Governance
+from tokenmill.engine.gateway.heads import first_values
 from tokenmill.engine.gateway.metrics import Metrics
 from tokenmill.engine.gateway.portfolio import Portfolio
 from tokenmill.engine.gateway.request import ClientGoneError, Receive, Scope, Send, read_body, request_id
@@ -83,7 +84,7 @@ class AdminSite:
             except ClientGoneError:
                 raise
             except Exception:
-                identity = request_id(request.scope["headers"])
+                identity = request_id(first_values(request.scope["headers"]))
                 log.exception("admin request %s failed", identity)
                 return answer_error(ApiError(500, f"The gateway failed; its log has request {identity}."))
 
@@ -95,7 +96,7 @@ class AdminSite:
             raise ApiError(403, f"This needs the role {endpoint.role}; this key has none such.", code="forbidden")
         body = None
         if endpoint.body is not None:
-            raw = await read_body(request.receive, request.scope["headers"], _SETTINGS)
+            raw = await read_body(request.receive, first_values(request.scope["headers"]), _SETTINGS)
             body = _decoded(raw, endpoint.body, request)
         answer = await endpoint.run(Call(actor, self._governance, request, body))
         if isinstance(answer, Response):

@@ -20,6 +20,7 @@ from tokenmill.engine.gateway.admin.views import iso
 from tokenmill.engine.gateway.api_error import ApiError
 from tokenmill.engine.gateway.dashboard import charts, session
 from tokenmill.engine.gateway.dashboard.figures import SPANS, Figures, Sources, collect
+from tokenmill.engine.gateway.heads import first_values
 from tokenmill.engine.gateway.request import ClientGoneError, Receive, Scope, Send, read_body
 from tokenmill.engine.gateway.settings import Settings
 
@@ -112,7 +113,7 @@ class DashboardSite:
             if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
                 return self._said("This form was sent by another site.", 403)
             try:
-                raw = await read_body(request.receive, request.scope["headers"], _FORM)
+                raw = await read_body(request.receive, first_values(request.scope["headers"]), _FORM)
             except ApiError as error:
                 return self._said(error.message, error.status)
             fields = parse_qs(raw.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=20)

@@ -7,13 +7,14 @@ transaction that reserves looks again (`books`).
 """
 
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
 
-from tokenmill.engine.gateway.api_error import ApiError, Headers, quote
+from tokenmill.engine.gateway.api_error import ApiError, quote
 from tokenmill.engine.gateway.governance import accounts, audit, keys
 from tokenmill.engine.gateway.governance.options import digest
 from tokenmill.engine.gateway.governance.service import MASTER, Governance
+from tokenmill.engine.gateway.heads import without
 from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply
 from tokenmill.engine.gateway.principal import Principal
 from tokenmill.engine.gateway.store import Connection, now_ms
@@ -48,13 +49,13 @@ class Identities:
         self._read_at = 0.0
         self._news: object = None
 
-    def of(self, headers: Headers) -> Principal:
-        """The owner of a request with these headers, names in lower case.
+    def of(self, fields: Mapping[bytes, bytes]) -> Principal:
+        """The owner of a request with these headers, the first value of each by its name in lower case.
 
         Raises:
             ApiError: 401 without a key that is valid now.
         """
-        hashed = digest(_credential(headers))
+        hashed = digest(_credential(fields))
         if self._governance.options.is_master(hashed):
             return Principal(MASTER)
         store = self._governance.store
@@ -73,17 +74,15 @@ class Identities:
         return known.principal
 
 
-def _credential(headers: Headers) -> str:
-    found = b""
-    for name, value in headers:
-        if name == b"authorization":
-            scheme, _, key = value.partition(b" ")
-            if scheme.lower() != b"bearer":
-                raise _unauthorised("The `Authorization` header is not `Bearer KEY`.")
-            found = key.strip()
-            break
-        if name == b"x-api-key":
-            found = value.strip()
+def _credential(fields: Mapping[bytes, bytes]) -> str:
+    said = fields.get(b"authorization")
+    if said is None:
+        found = fields.get(b"x-api-key", b"").strip()
+    else:
+        scheme, _, key = said.partition(b" ")
+        if scheme.lower() != b"bearer":
+            raise _unauthorised("The `Authorization` header is not `Bearer KEY`.")
+        found = key.strip()
     if not found:
         raise _unauthorised("No API key was given; send `Authorization: Bearer KEY`.")
     return found.decode("latin-1")
@@ -137,8 +136,8 @@ class Identify:
 
     def handle(self, exchange: Exchange, proceed: Handler) -> Awaitable[Reply]:
         """See `pipeline.Stage`."""
-        exchange.principal = principal = self._identities.of(exchange.headers)
-        exchange.forward = [header for header in exchange.forward if header[0] not in CREDENTIALS]
+        exchange.principal = principal = self._identities.of(exchange.fields)
+        exchange.forward = without(exchange.forward, CREDENTIALS)
         model = exchange.model if exchange.model is not None else self._default_model
         if not principal.may_ask_for(model):
             allowed = ", ".join(quote(name) for name in (principal.models or ())[:20]) or "none"

@@ -64,6 +64,10 @@ class Clearance:
         }
 
 
+#: That of a request which nobody has to search.
+ANYWHERE = Clearance()
+
+
 def clearance_of(exchange: Exchange) -> Clearance | None:
     """The request's clearance; None where no policy looked at it."""
     return exchange.notes.get(NOTE)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from tokenmill.engine.gateway.hints import hints_of
 from tokenmill.engine.gateway.pipeline import Exchange
-from tokenmill.engine.gateway.sensitivity.clearance import Clearance
+from tokenmill.engine.gateway.sensitivity.clearance import ANYWHERE, Clearance
 from tokenmill.engine.gateway.sensitivity.kinds import CLASS_OF, NOT_REDACTABLE
 from tokenmill.engine.gateway.sensitivity.presidio import Presidio, kind_of
 from tokenmill.engine.gateway.sensitivity.redaction import Redaction
@@ -50,12 +50,19 @@ class Detector:
         if asked is not None and any(settings.action(kind_of(entity)) != "allow" for entity in asked.entities):
             self._presidio = Presidio(asked)
         self._idle = not wanted and not own and self._presidio is None
-        #: Whatever a request holds may go anywhere.
-        self._lets_all_pass = self._idle and settings.unreadable == "allow"
+        #: False: whatever a request holds may go anywhere, `unsearched` says all that there is to say.
+        self.searches = not self._idle or settings.unreadable != "allow"
 
     async def clear(self, exchange: Exchange) -> Clearance:
         """The clearance of a request. Never fails: what cannot be searched stays in trusted zones."""
-        clearance = Clearance() if self._lets_all_pass else await self._searched(exchange)
+        return self._as_asked(exchange, await self._searched(exchange))
+
+    def unsearched(self, exchange: Exchange) -> Clearance:
+        """The clearance of a request whose contents do not matter."""
+        return self._as_asked(exchange, ANYWHERE)
+
+    def _as_asked(self, exchange: Exchange, clearance: Clearance) -> Clearance:
+        """The clearance within what the client itself says."""
         if hints_of(exchange).sensitivity == "private" and clearance.action in ("allow", "redact"):
             clearance = self._stay(clearance.kinds, "the client says that it is private")
         return clearance

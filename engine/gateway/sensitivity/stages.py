@@ -20,6 +20,7 @@ from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply
 from tokenmill.engine.gateway.principal import Principal
 from tokenmill.engine.gateway.sensitivity.clearance import NOTE, Clearance
 from tokenmill.engine.gateway.sensitivity.detector import Detector
+from tokenmill.engine.gateway.sensitivity.redaction import Redaction
 from tokenmill.engine.gateway.sensitivity.restoring import restore
 from tokenmill.engine.gateway.sensitivity.settings import SensitivitySettings
 
@@ -48,16 +49,24 @@ class Sensitivity:
         self._detector = Detector(settings)
         self._audit = audit
 
-    async def handle(self, exchange: Exchange, proceed: Handler) -> Reply:
+    def handle(self, exchange: Exchange, proceed: Handler) -> Awaitable[Reply]:
         """See `pipeline.Stage`; refuses with 403 what the policy refuses."""
-        clearance = confined(await self._detector.clear(exchange), exchange.principal)
+        if self._detector.searches:
+            return self._search(exchange, proceed)
+        return self._go_on(exchange, proceed, self._detector.unsearched(exchange))
+
+    async def _search(self, exchange: Exchange, proceed: Handler) -> Reply:
+        return await self._go_on(exchange, proceed, await self._detector.clear(exchange))
+
+    def _go_on(self, exchange: Exchange, proceed: Handler, found: Clearance) -> Awaitable[Reply]:
+        clearance = confined(found, exchange.principal)
         exchange.notes[NOTE] = clearance
         strip(exchange)
         if clearance.action != "allow" or clearance.kinds:
             self._audit(f"sensitivity.{clearance.action}", subject_of(exchange), told(exchange, clearance))
         if clearance.action == "refuse":
             raise ApiError(403, f"Not sent to any model: {clearance.why}.", code="sensitive_data")
-        return await proceed(exchange)
+        return proceed(exchange)
 
 
 class Residency:
@@ -74,14 +83,17 @@ class Residency:
         self._trusted = frozenset(settings.trusted_zones)
         self._audit = audit
 
-    async def handle(self, exchange: Exchange, proceed: Handler) -> Reply:
+    def handle(self, exchange: Exchange, proceed: Handler) -> Awaitable[Reply]:
         """See `pipeline.Stage`."""
-        clearance = exchange.notes[NOTE]
+        clearance: Clearance = exchange.notes[NOTE]
         _narrow(exchange, clearance, self._audit)
         redaction, hidden = clearance.redaction, clearance.hidden
         if redaction is None or hidden is None or self._all_trusted(exchange):
-            return await proceed(exchange)
+            return proceed(exchange)
         exchange.body, exchange.payload = hidden, hidden.raw
+        return self._hide(exchange, proceed, redaction)
+
+    async def _hide(self, exchange: Exchange, proceed: Handler, redaction: Redaction) -> Reply:
         reply = await proceed(exchange)
         restore(reply, redaction)
         return reply
@@ -111,6 +123,8 @@ class Guard:
 def confined(clearance: Clearance, principal: Principal | None) -> Clearance:
     """The clearance within the `zones` and `regions` that a key's metadata confines it to."""
     said = principal.metadata if principal else {}
+    if "zones" not in said and "regions" not in said:
+        return clearance
     zones, regions = _names(said.get("zones")), _names(said.get("regions"))
     if zones is None and regions is None:
         return clearance
@@ -129,6 +143,8 @@ def _names(value: Any) -> frozenset[str] | None:
 
 def _narrow(exchange: Exchange, clearance: Clearance, audit: Audit) -> None:
     """Takes out the backends that may not see the request; raises 403 when none is left."""
+    if clearance.zones is None and clearance.regions is None:
+        return
     narrowed = clearance.narrow(exchange.routes)
     if not narrowed and exchange.routes:
         zones = ", ".join(sorted({target.backend.zone for route in exchange.routes for target in route.targets}))

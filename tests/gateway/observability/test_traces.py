@@ -13,7 +13,7 @@ from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.observability.traces import Traces
 from tokenmill.engine.gateway.pipeline import Exchange, Reply
 from tokenmill.engine.gateway.portfolio import Portfolio
-from tokenmill.engine.gateway.request import ON_HANGUP
+from tokenmill.engine.gateway.request import ANSWER, ON_HANGUP
 from tokenmill.engine.gateway.routing import ResolveModel
 from tokenmill.engine.gateway.settings import Settings
 
@@ -38,6 +38,7 @@ async def served(upstream: FakeUpstream, traces: Traces, body: bytes, headers: H
         "type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b"",
         "headers": [(b"content-type", b"application/json"), *headers], "client": ("127.0.0.1", 1),
         ON_HANGUP: lambda _tell: None,
+        ANSWER: lambda *_: False,
     }  # fmt: skip
     await gateway(scope, receive, send)
     await gateway.stop()
