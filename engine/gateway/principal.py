@@ -1,5 +1,6 @@
 """Whose request it is: what the governance stage found out about the key, for every stage below."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +26,7 @@ class Principal:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     soft_limit_reached: bool = False
 
-    @property
+    @functools.cached_property
     def chain(self) -> tuple[str, ...]:
         """Ids of the accounts that its requests are charged to: its key's and all above it."""
         return tuple(one for one in (self.key, self.app, self.team, self.organisation) if one is not None)

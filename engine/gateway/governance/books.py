@@ -32,6 +32,8 @@ from tokenmill.engine.gateway.store import Connection, now_ms, placeholders
 
 #: Kind of the one row that every request has in the ledger.
 ANSWER = "answer"
+#: More than any limit leaves.
+_FAR = 1 << 62
 _RESERVATION = "call, worker, amount, prompt_bound, completion_bound, chain, request_id, model, tier, started_at"
 _LEDGER = (
     "call, request_id, key_id, app, team, organisation, tier, backend, model, prompt_tokens, cached_tokens, "
@@ -87,11 +89,13 @@ class _Books:
         self._made: dict[str, tuple[Any, ...]] = {}
         self._ledger: list[tuple[Any, ...]] = []
         self._touched: dict[str, Page] = {}
+        #: The pages of a chain that is worked on, by its accounts.
+        self._chains: dict[tuple[str, ...], list[Page]] = {}
         calls = [item.call for item in items if isinstance(item, Settlement)]
         #: Reservations that end here and were made before, already removed from their table.
         self._ending = self._take(calls) if calls else {}
-        chains: list[Sequence[str]] = [item.chain for item in items if isinstance(item, Reservation)]
-        chains += [_chain(row[5])[0] for row in self._ending.values()]
+        chains = {item.chain for item in items if isinstance(item, Reservation)}
+        chains.update([_chain(row[5])[0] for row in self._ending.values()])
         self._pages = kept.pages
         missing = sorted({one for chain in chains for one in chain if one not in self._pages})
         if missing:
@@ -125,31 +129,41 @@ class _Books:
     def reserve(self, wanted: Reservation) -> Granted | Refusal:
         """See the function `reserve`."""
         call, worker, identities, request_id, model, tier, amount, prompt, completion, at = wanted
-        chain = [self._page(one) for one in identities]
+        chain = self._chains.get(identities) or self._touch(identities)
         if chain[0].revoked:
             return Refusal("revoked", chain[0].account, 0, 0, 0, None)
-        asked = prompt + completion
+        second, asked = at // 1000, prompt + completion
         for page in chain:
-            page.renew(at)
-            refusal = page.refusal(wanted, asked)
+            if page.ends is not None and at >= page.ends:
+                page.renew(at)
+            refusal = page.refusal(wanted, second, asked)
             if refusal is not None:
                 return refusal
-        requests: Rate | None = None
-        tokens: Rate | None = None
+        # Of each kind, the limit that is nearest.
+        requests, requests_left = None, _FAR
+        tokens, tokens_left = None, _FAR
         for page in chain:
             page.reserved += amount
             window = page.window
             if window is not None:
-                window.add(at // 1000, 1, asked)
-                limits = page.account.limits
-                requests = _tighter(requests, limits.requests_per_minute, window.requests)
-                tokens = _tighter(tokens, limits.tokens_per_minute, window.tokens)
+                window.add(second, 1, asked)
+                limits = page.limits
+                most = limits.requests_per_minute
+                if most is not None and (left := most - window.requests) < requests_left:
+                    requests, requests_left = most, left
+                most = limits.tokens_per_minute
+                if most is not None and (left := most - window.tokens) < tokens_left:
+                    tokens, tokens_left = most, left
         kinds = self._kept.chains.get(identities)
         if kinds is None:
             kinds = orjson.dumps([(page.account.id, page.account.kind) for page in chain]).decode()
             self._kept.chains[identities] = kinds
         self._made[call] = (call, worker, amount, prompt, completion, kinds, request_id, model, tier, at)
-        return Granted(chain[0].spent, requests, tokens)
+        return Granted(
+            chain[0].spent,
+            None if requests is None else Rate(requests, requests_left),
+            None if tokens is None else Rate(tokens, tokens_left),
+        )
 
     def settle(self, item: Settlement) -> bool:
         """See the function `settle`."""
@@ -162,18 +176,18 @@ class _Books:
         surplus = prompt_bound + completion_bound - spending.prompt - spending.completion
         for part in spending.others:
             surplus -= part.prompt + part.completion
-        identities, by_kind = _chain(chain_text)
-        for identity in identities:
-            page = self._page(identity)
-            page.renew(self._now)
+        identities, whose = _chain(chain_text)
+        now, second = self._now, started_at // 1000
+        for page in self._chains.get(identities) or self._touch(identities):
+            if page.ends is not None and now >= page.ends:
+                page.renew(now)
             page.reserved -= amount
             page.spent += charged
-            if page.window is not None:
-                page.window.add(started_at // 1000, 0, -surplus)
-            soft = page.account.limits.soft_limit
+            if page.window is not None and surplus:
+                page.window.add(second, 0, -surplus)
+            soft = page.limits.soft_limit
             if soft is not None and page.soft_reached_at is None and page.spent >= soft:
                 self._note_soft_limit(page, soft)
-        whose = (by_kind["key"], by_kind.get("app"), by_kind.get("team"), by_kind.get("organisation"))
         for number, part in enumerate(spending.others, start=1):
             paid = min(part.cost, charged)
             charged -= paid
@@ -223,9 +237,11 @@ class _Books:
         )
         return True
 
-    def _page(self, identity: str) -> Page:
-        page = self._touched[identity] = self._pages[identity]
-        return page
+    def _touch(self, identities: tuple[str, ...]) -> list[Page]:
+        """The pages of a chain, which are going to be changed."""
+        chain = self._chains[identities] = [self._pages[one] for one in identities]
+        self._touched.update(zip(identities, chain, strict=True))
+        return chain
 
     def write(self) -> None:
         """Stores everything that changed."""
@@ -265,10 +281,12 @@ class _Books:
 
 
 @functools.lru_cache(maxsize=4096)
-def _chain(text: str) -> tuple[tuple[str, ...], dict[str, str]]:
-    """(the accounts of a reservation's chain, kind to account)."""
+def _chain(text: str) -> tuple[tuple[str, ...], tuple[str | None, ...]]:
+    """(the accounts of a reservation's chain, what the ledger says of them: key, app, team and organisation)."""
     pairs = orjson.loads(text)
-    return tuple(identity for identity, _ in pairs), {kind: identity for identity, kind in pairs}
+    by_kind = {kind: identity for identity, kind in pairs}
+    whose = by_kind["key"], by_kind.get("app"), by_kind.get("team"), by_kind.get("organisation")
+    return tuple(identity for identity, _ in pairs), whose
 
 
 @functools.cache
@@ -279,9 +297,3 @@ def _insertion(table: str, columns: str) -> str:
 def _insert(connection: Connection, table: str, columns: str, rows: list[tuple[Any, ...]]) -> None:
     if rows:
         connection.executemany(_insertion(table, columns), rows)
-
-
-def _tighter(known: Rate | None, limit: int | None, used: int) -> Rate | None:
-    if limit is None or (known is not None and known.remaining <= limit - used):
-        return known
-    return Rate(limit, limit - used)

@@ -80,6 +80,8 @@ class Spending(NamedTuple):
     @property
     def total(self) -> int:
         """What all of its calls cost."""
+        if not self.others:
+            return self.cost
         return self.cost + sum(part.cost for part in self.others)
 
 

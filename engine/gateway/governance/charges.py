@@ -62,6 +62,11 @@ def spending(exchange: Exchange, bound_at: Callable[[Target], Bound]) -> Spendin
     )
 
 
+def ended(known: Spending, exchange: Exchange) -> Spending:
+    """What was known when all calls had ended, with how the request itself did."""
+    return known._replace(outcome=exchange.outcome, status=exchange.status)
+
+
 def _answering(exchange: Exchange) -> Call:
     """The call whose answer, or error, the client got."""
     return next((call for call in reversed(exchange.calls) if call.target is exchange.target), exchange.calls[-1])

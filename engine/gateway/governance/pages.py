@@ -18,27 +18,36 @@ MOST_KEPT = 10_000
 class Window:
     """Requests and tokens of one account by second, with sums of the last minute.
 
+    What comes in the second of the last request is only added to the sums; what they have grown by is put down for that
+    second when it is over, or when somebody wants to know.
+
     Args:
         rows: (second, requests, tokens).
 
     Attributes:
-        requests, tokens: Sums since the second of the last `move`.
+        since: The first second of the sums, a minute before that of the last `move`.
+        requests, tokens: The sums.
     """
 
-    __slots__ = ("_by_second", "_changed", "_dropped", "_since", "requests", "tokens")
+    __slots__ = ("_by_second", "_changed", "_dropped", "_last", "_noted", "requests", "since", "tokens")
 
     def __init__(self, rows: Iterable[Sequence[int]]) -> None:
         self._by_second: dict[int, list[int]] = {row[0]: [row[1], row[2]] for row in rows}
         self._changed: set[int] = set()
-        self._since = self._dropped = -1
+        self.since = self._dropped = -1
         self.requests = self.tokens = 0
+        #: The second of the last request, among those that are kept and in the sums; -1: there is none.
+        self._last = -1
+        #: The sums of which everything is put down.
+        self._noted = (0, 0)
 
     def move(self, second: int) -> None:
         """Has the sums cover the minute before `second` and what came since."""
-        since, before = second - WINDOW_S, self._since
+        since, before = second - WINDOW_S, self.since
         if since == before:
             return
-        self._since = since
+        self._note()
+        self.since = since
         if before < since <= before + WINDOW_S:
             for at in range(before, since):
                 pair = self._by_second.get(at)
@@ -49,41 +58,66 @@ class Window:
             counted = [pair for at, pair in self._by_second.items() if at >= since]
             self.requests = sum(pair[0] for pair in counted)
             self.tokens = sum(pair[1] for pair in counted)
+        self._noted = (self.requests, self.tokens)
+        if self._last < since:
+            self._last = -1
 
-    def oldest(self) -> int | None:
-        """The first second that is counted."""
-        return min((at for at in self._by_second if at >= self._since), default=None)
+    def _note(self) -> None:
+        """Puts down what has come in the second of the last request."""
+        requests, tokens = self._noted
+        if self.requests != requests or self.tokens != tokens:
+            self._noted = (self.requests, self.tokens)
+            self._count(self._last, self.requests - requests, self.tokens - tokens)
 
-    def add(self, second: int, requests: int, tokens: int) -> None:
-        """Counts; a second that has left the window already is not counted again."""
-        pair = self._by_second.get(second)
-        if pair is None:
-            if not requests:
-                return
-            pair = self._by_second[second] = [0, 0]
+    def _count(self, second: int, requests: int, tokens: int) -> None:
+        pair = self._by_second.setdefault(second, [0, 0])
         pair[0] += requests
         pair[1] += tokens
         self._changed.add(second)
-        if second >= self._since:
+
+    def oldest(self) -> int | None:
+        """The first second that is counted."""
+        self._note()
+        return min((at for at in self._by_second if at >= self.since), default=None)
+
+    def add(self, second: int, requests: int, tokens: int) -> None:
+        """Counts; a second that has left the window already is not counted again."""
+        if second == self._last:
             self.requests += requests
             self.tokens += tokens
+            return
+        self._note()
+        if not requests and second not in self._by_second:
+            return
+        self._count(second, requests, tokens)
+        if second >= self.since:
+            self.requests += requests
+            self.tokens += tokens
+            self._noted = (self.requests, self.tokens)
+            if requests:
+                self._last = second
 
     def drop_before(self, second: int) -> int | None:
         """Forgets the seconds before this one; returns the last of them."""
         if second == self._dropped:
             return None
+        self._note()
         self._dropped = second
         old = [at for at in self._by_second if at < second]
         for at in old:
             pair = self._by_second.pop(at)
-            if at >= self._since:
+            if at >= self.since:
                 self.requests -= pair[0]
                 self.tokens -= pair[1]
+        self._noted = (self.requests, self.tokens)
         self._changed.difference_update(old)
+        if self._last < second:
+            self._last = -1
         return max(old, default=None)
 
     def changed(self) -> list[tuple[int, int, int]]:
         """(second, requests, tokens) of what was counted since the last call."""
+        self._note()
         changed = [(at, self._by_second[at][0], self._by_second[at][1]) for at in self._changed]
         self._changed.clear()
         return changed
@@ -95,41 +129,57 @@ class Page:
     Attributes:
         account: As it was read; its sums are those of then.
         revoked: It is a key that is not good any more.
+        limits: Of the account.
+        ends: When its period does, in milliseconds; None: it has none.
         window: None: no limit needs one.
     """
 
-    __slots__ = ("account", "period_start", "reserved", "revoked", "soft_reached_at", "spent", "window")
+    __slots__ = (
+        "account",
+        "ends",
+        "limits",
+        "period_start",
+        "reserved",
+        "revoked",
+        "soft_reached_at",
+        "spent",
+        "window",
+    )
 
     def __init__(self, account: Account, revoked: bool, window: Window | None) -> None:
         self.account = account
+        self.limits = account.limits
         self.revoked = revoked
         self.window = window
         self.period_start = account.period_start
+        self.ends = account.period_end
         self.spent = account.spent
         self.reserved = account.reserved
         self.soft_reached_at = account.soft_reached_at
 
     def renew(self, now: int) -> None:
-        """Begins a new period with nothing spent where the old one is over.
+        """Begins a new period with nothing spent; call it when the old one is over.
 
         What requests under way have reserved stays reserved, and is spent in the period in which they end.
         """
-        length = self.account.limits.period_ms
-        if length is not None and now >= self.period_start + length:
+        length = self.limits.period_ms
+        if length is not None:
             self.period_start += (now - self.period_start) // length * length
+            self.ends = self.period_start + length
             self.spent = 0
             self.soft_reached_at = None
 
-    def refusal(self, wanted: Reservation, asked: int) -> Refusal | None:
-        """Why the account's limits refuse a request of so many tokens; None when they do not."""
-        limits, window = self.account.limits, self.window
+    def refusal(self, wanted: Reservation, second: int, asked: int) -> Refusal | None:
+        """Why the account's limits refuse a request of so many tokens in this second; None when they do not."""
+        limits, window = self.limits, self.window
         most = limits.hard_limit
         if most is not None and self.spent + self.reserved + wanted.amount > most:
-            end = None if limits.period_ms is None else self.period_start + limits.period_ms - wanted.at
+            end = None if self.ends is None else self.ends - wanted.at
             return Refusal("budget", self.account, most, self.spent + self.reserved, wanted.amount, end)
         if window is None:
             return None
-        window.move(wanted.at // 1000)
+        if window.since != second - WINDOW_S:
+            window.move(second)
         most = limits.requests_per_minute
         if most is not None and window.requests + 1 > most:
             return Refusal("requests", self.account, most, window.requests, 1, _wait(window, wanted.at))

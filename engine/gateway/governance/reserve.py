@@ -1,28 +1,24 @@
 """The stage that reserves what a request can cost before it is sent, and has it settled when it has ended."""
 
+import functools
 import itertools
 import logging
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 
-from tokenmill.engine.gateway.api_error import ApiError, Headers, quote, retry_after, unavailable
+from tokenmill.engine.gateway.api_error import ApiError, Header, Headers, quote, retry_after, unavailable
 from tokenmill.engine.gateway.governance import bounds, budgets, charges, identify
-from tokenmill.engine.gateway.governance.bounds import Asked
-from tokenmill.engine.gateway.governance.budgets import Granted, Rate, Refusal, Reservation, Settlement
+from tokenmill.engine.gateway.governance.bounds import Asked, Bound
+from tokenmill.engine.gateway.governance.budgets import Granted, Refusal, Reservation, Settlement, Spending
 from tokenmill.engine.gateway.governance.service import Governance
 from tokenmill.engine.gateway.money import MICRO_CENTS_PER_DOLLAR, dollars
 from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply
-from tokenmill.engine.gateway.portfolio import Portfolio, Target
+from tokenmill.engine.gateway.portfolio import Portfolio, Route, Target
 from tokenmill.engine.gateway.store import now_ms
 
 log = logging.getLogger("tokenmill.gateway.governance")
 
 #: Seconds after which a client may try again when the store did not answer.
 _STORE_RETRY_S = 2
-_RATE_NAMES = {
-    kind: tuple(f"x-ratelimit-{name}-{kind}".encode() for name in ("limit", "remaining", "reset"))
-    for kind in ("requests", "tokens")
-}
 #: Seconds after which a limit is whole again, the request that was just counted included.
 _RESET_S = budgets.WINDOW_S + 1
 #: OpenAI's clients do not wait longer than this, but try again at once; it is better to tell them not to.
@@ -44,19 +40,25 @@ class Reserve:
         self._portfolio = portfolio
         self._numbers = itertools.count()
         self._open = 0
+        self._completion_bound = governance.options.completion_bound
 
     async def handle(self, exchange: Exchange, proceed: Handler) -> Reply:
         """See `pipeline.Stage`."""
         asked = bounds.asked(exchange)
         wanted = self._reservation(exchange, asked)
-        bound_at = partial(self._bound_at, asked)
+
+        def bound_at(target: Target) -> Bound:
+            return asked.at(target, self._completion_bound)
+
         settles = True
+
+        known: Spending | None = None
 
         def settle(ended: Exchange) -> None:
             self._open -= 1
             if settles:
-                settlement = Settlement(wanted.call, charges.spending(ended, bound_at))
-                store.post_item(apply, settlement)
+                spending = charges.spending(ended, bound_at) if known is None else charges.ended(known, ended)
+                store.post_item(apply, Settlement(wanted.call, spending))
 
         # Before the reservation is made: a client that hangs up meanwhile leaves nothing behind.
         exchange.on_end(settle)
@@ -72,18 +74,16 @@ class Reserve:
             settles = False
             raise refusal(answer)
         reply = await proceed(exchange)
-        reply.headers = [*reply.headers, *self._headers(exchange, reply, answer, bound_at)]
+        if reply.body is not None:
+            # Every call has ended: all that may change is how the request does.
+            known = charges.spending(exchange, bound_at)
+        reply.headers = [*reply.headers, *_headers(answer, None if known is None else known.total)]
         return reply
-
-    def _bound_at(self, asked: Asked, target: Target) -> bounds.Bound:
-        return asked.at(target, self._governance.options.completion_bound)
 
     def _reservation(self, exchange: Exchange, asked: Asked) -> Reservation:
         assert exchange.principal is not None, "Reserve stands below Identify"
         first = exchange.routes[0]
-        amount, prompt, completion = self._dearest(
-            asked, [target for route in exchange.routes for target in route.targets]
-        )
+        amount, prompt, completion = self._dearest(asked, _targets(exchange.routes))
         decision = exchange.decision
         if decision is not None and decision.escalation is not None:
             more = self._dearest(asked, self._portfolio.tiers.get(decision.escalation, ()))
@@ -102,47 +102,53 @@ class Reserve:
             now_ms(),
         )
 
-    def _dearest(self, asked: Asked, targets: Sequence[Target]) -> tuple[int, int, int]:
+    def _dearest(self, asked: Asked, targets: Iterable[Target]) -> tuple[int, int, int]:
         """(micro-cents, prompt tokens, completion tokens): the most over some backends, each for itself."""
         amount = prompt = completion = 0
         for target in targets:
-            bound = self._bound_at(asked, target)
+            bound = asked.at(target, self._completion_bound)
             amount = max(amount, target.backend.prices.bound(bound.prompt, bound.completion))
             prompt = max(prompt, bound.prompt)
             completion = max(completion, bound.completion)
         return amount, prompt, completion
 
-    def _headers(
-        self, exchange: Exchange, reply: Reply, granted: Granted, bound_at: "partial[bounds.Bound]"
-    ) -> Headers:
-        headers = [*_rate("requests", granted.requests), *_rate("tokens", granted.tokens)]
-        spent = granted.spent
-        if reply.body is not None:
-            cost = charges.spending(exchange, bound_at).total
-            spent += cost
-            headers.append((b"x-tokenmill-cost", _exact_dollars(cost)))
-        headers.append((b"x-tokenmill-key-spend", _exact_dollars(spent)))
-        return headers
+
+def _targets(routes: Sequence[Route]) -> Iterable[Target]:
+    return routes[0].targets if len(routes) == 1 else [target for route in routes for target in route.targets]
+
+
+def _headers(granted: Granted, cost: int | None) -> Headers:
+    """What the client is told of its limits, and of what it has spent; None: what this one costs is not known yet."""
+    headers: Headers = []
+    # The limit is whole again when this request has left the window.
+    if granted.requests is not None:
+        headers += _rate_headers("requests", *granted.requests, _RESET_S)
+    if granted.tokens is not None:
+        headers += _rate_headers("tokens", *granted.tokens, _RESET_S)
+    spent = granted.spent
+    if cost is not None:
+        spent += cost
+        headers.append((b"x-tokenmill-cost", _exact_dollars(cost)))
+    headers.append((b"x-tokenmill-key-spend", _exact_dollars(spent)))
+    return headers
 
 
 def _exact_dollars(amount: int) -> bytes:
     return b"%d.%08d" % divmod(amount, MICRO_CENTS_PER_DOLLAR)
 
 
-def _rate(kind: str, rate: Rate | None) -> Headers:
-    """The usual headers; the limit is whole again when this request has left the window."""
-    if rate is None:
-        return []
-    return _rate_headers(kind, rate.limit, rate.remaining, _RESET_S)
-
-
 def _rate_headers(kind: str, limit: int, remaining: int, reset_s: float) -> Headers:
-    limit_name, remaining_name, reset_name = _RATE_NAMES[kind]
-    return [
-        (limit_name, b"%d" % limit),
-        (remaining_name, b"%d" % max(remaining, 0)),
-        (reset_name, b"%ds" % reset_s if reset_s == _RESET_S else f"{reset_s:g}s".encode()),
-    ]
+    limit_header, remaining_name, reset_header = _rate_frame(kind, limit, reset_s)
+    return [limit_header, (remaining_name, b"%d" % max(remaining, 0)), reset_header]
+
+
+@functools.lru_cache(maxsize=1024)
+def _rate_frame(kind: str, limit: int, reset_s: float) -> tuple[Header, bytes, Header]:
+    """What is the same in the headers of many requests."""
+    name = f"x-ratelimit-%s-{kind}"
+    reset = f"{reset_s:g}s".encode()
+    limit_header = ((name % "limit").encode(), b"%d" % limit)
+    return limit_header, (name % "remaining").encode(), ((name % "reset").encode(), reset)
 
 
 def refusal(found: Refusal) -> ApiError:

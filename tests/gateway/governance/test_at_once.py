@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import random
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -181,3 +182,35 @@ def test_window_slides_as_if_it_were_counted_anew() -> None:
     assert window.drop_before(261) == 260
     window.move(310)
     assert (window.requests, window.tokens) == (0, 0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_window_counts_like_one_that_keeps_every_second(seed: int) -> None:
+    """Requests and settlements of any second, forgetting and writing down in between, against plain counts."""
+    draw = random.Random(seed)
+    rows: dict[int, list[int]] = {}
+    window, now, written = Window([]), 1000, dict[int, tuple[int, int]]()
+    for _ in range(400):
+        now += draw.choice((0, 0, 0, 0, 1, 2, 30, 70))
+        action = draw.random()
+        if action < 0.5:
+            window.move(now)
+            window.add(now, 1, 5)
+            pair = rows.setdefault(now, [0, 0])
+            pair[0], pair[1] = pair[0] + 1, pair[1] + 5
+        elif action < 0.8:
+            second = now - draw.choice((0, 0, 1, 3, 59, 61, 80))
+            window.add(second, 0, -2)
+            if second in rows:
+                rows[second][1] -= 2
+        elif action < 0.9:
+            window.drop_before(now - WINDOW_S)
+            rows = {second: pair for second, pair in rows.items() if second >= now - WINDOW_S}
+            written = {second: pair for second, pair in written.items() if second in rows}
+        else:
+            written |= {second: (requests, tokens) for second, requests, tokens in window.changed()}
+            assert written == {second: tuple(pair) for second, pair in rows.items()}
+        window.move(now)
+        anew = [pair for second, pair in rows.items() if second >= now - WINDOW_S]
+        assert (window.requests, window.tokens) == (sum(p[0] for p in anew), sum(p[1] for p in anew))
+        assert window.oldest() == min((second for second in rows if second >= now - WINDOW_S), default=None)
