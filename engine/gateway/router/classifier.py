@@ -19,7 +19,10 @@ FORMAT = "tokenmill router weights 1"
 
 def complexity(values: Mapping[str, float], weights: Mapping[str, float]) -> float:
     """The logistic function of the weighted sum of the features, 0 to 1."""
-    return logistic(sum(weights.get(name, 0.0) * value for name, value in values.items()))
+    total = 0.0
+    for name, value in values.items():
+        total += weights.get(name, 0.0) * value
+    return logistic(total)
 
 
 def logistic(x: float) -> float:

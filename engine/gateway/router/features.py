@@ -7,7 +7,6 @@ import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -22,6 +21,8 @@ BYTES_PER_TOKEN = 4
 END_BYTES = 4096
 #: Messages above this are not decoded at all.
 _LONG = 16_384
+#: How a JSON list begins.
+_LIST = ord("[")
 
 #: Words and forms by the feature that they speak for.
 _SIGNS: dict[str, bytes] = {
@@ -39,14 +40,22 @@ _SIGNS: dict[str, bytes] = {
 }
 #: The classifier's features, in the order in which they are logged.
 FEATURES = ("bias", "prompt", "question", "turns", *_SIGNS, "tools", "json", "vision")
+_SIGN_NAMES = tuple(_SIGNS)
+
+#: Where the prompt may stand, and what else is looked at of a body.
+_PROMPTS = ("messages", "prompt", "input", "documents")
+_FIELDS = frozenset({"tools", "functions", "response_format", "logprobs", "max_completion_tokens", "max_tokens", "n"})
 
 #: What makes a capability necessary, as bytes in the messages; inside a text the quotes would be escaped.
 _PARTS = {
     "vision": (b'"image_url"', b'"input_image"', b'"video_url"'),
     "audio": (b'"input_audio"', b'"audio_url"'),
 }
-_EMBEDDING = frozenset({"/v1/embeddings", "/pooling"})
-_RERANKING = frozenset({"/v1/rerank", "/v2/rerank", "/rerank", "/v1/score", "/score"})
+#: Endpoints that ask for something else than text.
+_NEEDED_AT = {
+    **dict.fromkeys(("/v1/embeddings", "/pooling"), "embeddings"),
+    **dict.fromkeys(("/v1/rerank", "/v2/rerank", "/rerank", "/v1/score", "/score"), "rerank"),
+}
 
 
 class _Message(msgspec.Struct):
@@ -60,10 +69,10 @@ class _Part(msgspec.Struct):
 
 _MESSAGES = msgspec.json.Decoder(list[_Message])
 _PARTS_OF_TEXT = msgspec.json.Decoder(list[_Part])
+_TEXT = msgspec.json.Decoder(str)
 
 
-@dataclass(frozen=True)
-class Features:
+class Features(msgspec.Struct, frozen=True):
     """A request at a glance.
 
     Attributes:
@@ -96,40 +105,53 @@ def features_of(exchange: Exchange) -> Features:
         needs = frozenset({"audio"}) if endpoint.startswith("/v1/audio/") else frozenset[str]()
         return Features(endpoint, b"", 0, None, needs, {"bias": 1.0})
     prompt = memoryview(b"")
-    for name in ("messages", "prompt", "input", "documents"):
+    for name in _PROMPTS:
         found = body.view(name)
         if found is not None:
             prompt = found
             break
     question, turns, parts = _read(prompt)
-    tools = body.raw_field("tools") or body.raw_field("functions") or b""
-    has_tools = len(tools) > 2 and tools != b"null"
-    needs = _needs(endpoint, body, parts, has_tools)
-    size = len(prompt) + (len(tools) if has_tools else 0)
-    values: dict[str, float] = {
+    stated = body.those_of(_FIELDS)
+    tools = _tools(body) if "tools" in stated or "functions" in stated else 0
+    needs = _needs(endpoint, body, stated, parts, tools)
+    size = len(prompt) + tools
+    values = {
         "bias": 1.0,
         "prompt": math.log1p(size / BYTES_PER_TOKEN) / 10,
         "question": math.log1p(len(question) / BYTES_PER_TOKEN) / 10,
         "turns": math.log1p(turns) / 5,
     }
-    values.update(dict.fromkeys((*signs(question), *({"tools", "json", "vision"} & needs)), 1.0))
-    limit = body.get("max_completion_tokens", int) or body.get("max_tokens", int)
-    choices = body.get("n", int) or 1
-    return Features(endpoint, question, size // BYTES_PER_TOKEN, limit, needs, values, choices != 1)
+    for name in signs(question):
+        values[name] = 1.0
+    if needs:
+        for name in ("tools", "json", "vision"):
+            if name in needs:
+                values[name] = 1.0
+    limit = body.get("max_completion_tokens", int) if "max_completion_tokens" in stated else None
+    if not limit and "max_tokens" in stated:
+        limit = body.get("max_tokens", int)
+    several = "n" in stated and (body.get("n", int) or 1) != 1
+    return Features(endpoint, question, size // BYTES_PER_TOKEN, limit, needs, values, several)
 
 
-def _needs(endpoint: str, body: Body, parts: Sequence[bytes], has_tools: bool) -> frozenset[str]:
-    needs = {name for name, signs in _PARTS.items() if any(sign in part for part in parts for sign in signs)}
-    if has_tools:
+def _tools(body: Body) -> int:
+    """Bytes of the tools that it offers; 0 where it offers none."""
+    tools = body.raw_field("tools") or body.raw_field("functions") or b""
+    return len(tools) if len(tools) > 2 and tools != b"null" else 0
+
+
+def _needs(endpoint: str, body: Body, stated: frozenset[str], parts: Sequence[bytes], tools: int) -> frozenset[str]:
+    needs: set[str] = set()
+    if parts:
+        needs.update(name for name, forms in _PARTS.items() if any(form in part for part in parts for form in forms))
+    if tools:
         needs.add("tools")
-    if b"json" in (body.raw_field("response_format") or b""):
+    if "response_format" in stated and b"json" in (body.raw_field("response_format") or b""):
         needs.add("json")
-    if (body.raw_field("logprobs") or b"null") not in (b"null", b"false", b"0"):
+    if "logprobs" in stated and body.raw_field("logprobs") not in (b"null", b"false", b"0"):
         needs.add("logprobs")
-    if endpoint in _EMBEDDING:
-        needs.add("embeddings")
-    elif endpoint in _RERANKING:
-        needs.add("rerank")
+    if endpoint in _NEEDED_AT:
+        needs.add(_NEEDED_AT[endpoint])
     elif endpoint.startswith("/v1/audio/"):
         needs.add("audio")
     return frozenset(needs)
@@ -137,16 +159,21 @@ def _needs(endpoint: str, body: Body, parts: Sequence[bytes], has_tools: bool) -
 
 def _read(prompt: memoryview) -> tuple[bytes, int, list[bytes]]:
     """The last message's text, shortened; how many messages there are; the contents that are lists of parts."""
-    if prompt[:1].tobytes() != b"[":
+    if not prompt or prompt[0] != _LIST:
         return _text(prompt), 1, []
     try:
         messages = _MESSAGES.decode(prompt) or [_Message()]
     except (msgspec.MsgspecError, UnicodeDecodeError):
         return _text(prompt), 1, []
-    last = next((message for message in reversed(messages) if message.role == "user"), messages[-1])
-    contents = [memoryview(message.content) for message in messages]
-    parts = [content.tobytes() for content in contents if content[:1].tobytes() == b"["]
-    return _text(memoryview(last.content)), len(messages), parts
+    asked = content = None
+    parts = []
+    for message in messages:
+        content = memoryview(message.content)
+        if content[0] == _LIST:
+            parts.append(content.tobytes())
+        if message.role == "user":
+            asked = content
+    return _text(asked or content or prompt), len(messages), parts
 
 
 def _text(raw: memoryview) -> bytes:
@@ -154,10 +181,10 @@ def _text(raw: memoryview) -> bytes:
     if len(raw) > _LONG:
         return _ends(raw)
     try:
-        if raw[:1].tobytes() == b"[":
-            text = "\n".join(part.text for part in _PARTS_OF_TEXT.decode(raw))
+        if raw and raw[0] == _LIST:
+            text = "\n".join([part.text for part in _PARTS_OF_TEXT.decode(raw)])
         else:
-            text = msgspec.json.decode(raw, type=str)
+            text = _TEXT.decode(raw)
     except (msgspec.MsgspecError, UnicodeDecodeError):
         return _ends(raw)
     return _ends(text.encode("latin-1", "replace"))
@@ -181,10 +208,9 @@ def _sign_set() -> Any:
 
 def signs(question: bytes) -> list[str]:
     """Which of the classifier's words and forms a text holds."""
-    names = tuple(_SIGNS)
-    return [names[number] for number in _sign_set().Match(question) or ()]
+    return [_SIGN_NAMES[number] for number in _sign_set().Match(question) or ()]
 
 
 def sentence(text: str) -> str:
     """A text fit for a response header: one line of ASCII."""
-    return re.sub(r"[^\x20-\x7e]+", " ", text)
+    return text if text.isascii() and text.isprintable() else re.sub(r"[^\x20-\x7e]+", " ", text)
