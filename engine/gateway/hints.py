@@ -9,20 +9,22 @@ A header goes before `metadata`. The headers are for the gateway alone and are n
 included, goes to the backend as it is.
 """
 
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from tokenmill.engine.gateway.api_error import ApiError, quote
 from tokenmill.engine.gateway.money import MOST_DOLLARS, micro_cents
 from tokenmill.engine.gateway.pipeline import Exchange
 
 PREFIX = b"x-tokenmill-"
+#: Where a request's hints stand in `Exchange.notes` once they were read.
+NOTE = "hints"
 _NAMES = ("quality", "latency", "max-cost", "sensitivity")
 LATENCIES = ("interactive", "fast", "batch")
 
 
-@dataclass(frozen=True)
-class Hints:
+class Hints(msgspec.Struct, frozen=True):
     """What the client said.
 
     Attributes:
@@ -42,12 +44,18 @@ NONE = Hints()
 
 
 def hints_of(exchange: Exchange) -> Hints:
-    """Reads the hints of a request.
+    """The hints of a request; they are read once, however many stages ask.
 
     Raises:
         ApiError: 400 for a value that cannot be meant.
     """
-    said = _said(exchange)
+    hints: Hints | None = exchange.notes.get(NOTE)
+    if hints is None:
+        hints = exchange.notes[NOTE] = _read(_said(exchange))
+    return hints
+
+
+def _read(said: dict[str, str]) -> Hints:
     if not said:
         return NONE
     sensitivity = said.get("sensitivity")
@@ -66,13 +74,17 @@ def hints_of(exchange: Exchange) -> Hints:
 
 def strip(exchange: Exchange) -> None:
     """Takes the gateway's headers out of those that go to a backend."""
-    exchange.forward = [header for header in exchange.forward if not header[0].startswith(PREFIX)]
+    for name, _ in exchange.forward:
+        if name.startswith(PREFIX):
+            exchange.forward = [header for header in exchange.forward if not header[0].startswith(PREFIX)]
+            break
 
 
 def _said(exchange: Exchange) -> dict[str, str]:
     said: dict[str, str] = {}
     body = exchange.body
-    if body is not None and b"tokenmill_" in (body.raw_field("metadata") or b""):
+    written = None if body is None else body.raw_field("metadata")
+    if body is not None and written is not None and b"tokenmill_" in written:
         metadata = body.get("metadata", dict[str, Any]) or {}
         for name in _NAMES:
             value = metadata.get("tokenmill_" + name.replace("-", "_"))
