@@ -1,10 +1,9 @@
 """Why a request goes where it goes: what the router decided, for headers, logs, the ledger and the dashboard."""
 
-from dataclasses import dataclass
+import msgspec
 
 
-@dataclass(frozen=True)
-class Reason:
+class Reason(msgspec.Struct, frozen=True):
     """What one criterion had to say.
 
     Attributes:
@@ -16,8 +15,7 @@ class Reason:
     verdict: str
 
 
-@dataclass(frozen=True)
-class Decision:
+class Decision(msgspec.Struct, frozen=True):
     """The router's choice.
 
     Attributes:

@@ -5,18 +5,20 @@ on. What must not be overruled (sensitivity, context, capabilities, a key's mode
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from tokenmill.engine.gateway.decision import Reason
 from tokenmill.engine.gateway.hints import Hints
 from tokenmill.engine.gateway.money import dollars
 from tokenmill.engine.gateway.router.features import Features
+from tokenmill.engine.gateway.router.observed import Observed
 from tokenmill.engine.gateway.router.options import Option
 from tokenmill.engine.gateway.router.settings import RoutingSettings, Rule
 from tokenmill.engine.gateway.sensitivity.clearance import Clearance
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Question:
     """Everything that the criteria look at.
 
@@ -29,6 +31,10 @@ class Question:
         clearance: What may be done with it; None: anything.
         settings: The configuration.
         refused: Tiers that may not answer, with the reason.
+        observed: Times to the first token.
+        frugal: Cost goes before quality.
+        asked_quality: The least quality asked for, the classifier aside.
+        judged: Whether the classifier has a say: where neither the client nor a rule states what is wanted.
     """
 
     features: Features
@@ -39,34 +45,35 @@ class Question:
     clearance: Clearance | None
     settings: RoutingSettings
     refused: dict[str, str]
+    observed: Observed
+    frugal: bool = field(init=False)
+    asked_quality: float = field(init=False)
+    judged: bool = field(init=False)
 
-    @property
-    def frugal(self) -> bool:
-        """Cost goes before quality."""
-        return self.over_soft_limit and self.hints.quality is None
-
-    @property
-    def asked_quality(self) -> float:
-        """The least quality asked for, the classifier aside."""
-        if self.hints.quality is not None:
-            return self.hints.quality
-        ruled = self.rule.quality if self.rule else None
-        return self.settings.quality if ruled is None else ruled
-
-    @property
-    def judged(self) -> bool:
-        """Whether the classifier has a say: where neither the client nor a rule states what is wanted."""
-        return self.hints.quality is None and (self.rule is None or (self.rule.quality is None and not self.rule.tier))
+    def __post_init__(self) -> None:
+        # Once, not whenever a criterion asks.
+        hinted, rule = self.hints.quality, self.rule
+        ruled = rule.quality if rule else None
+        self.frugal = self.over_soft_limit and hinted is None
+        if hinted is not None:
+            self.asked_quality = hinted
+        else:
+            self.asked_quality = self.settings.quality if ruled is None else ruled
+        self.judged = hinted is None and (rule is None or (ruled is None and not rule.tier))
 
 
-class Criterion(Protocol):
-    """One strategy."""
+class Ranking(Protocol):
+    """One strategy, as it compares."""
+
+    def ranks(self, question: Question, options: Sequence[Option]) -> list[float] | None:
+        """One number for each option, the smaller the better; None: this request makes no difference between them."""
+        ...
+
+
+class Speaking(Protocol):
+    """One strategy, as it explains itself."""
 
     name: str
-
-    def rank(self, question: Question, option: Option) -> float:
-        """The smaller, the better."""
-        ...
 
     def verdict(self, question: Question, chosen: Option, options: Sequence[Option]) -> str | None:
         """What it has to say about the choice; None: it did not matter."""
@@ -77,10 +84,6 @@ class Sensitivity:
     """Data that must stay where it is: a hard constraint, so it ranks nothing; it says what it took away."""
 
     name = "sensitivity"
-
-    def rank(self, question: Question, option: Option) -> float:
-        """Always 0."""
-        return 0.0
 
     def verdict(self, question: Question, chosen: Option, options: Sequence[Option]) -> str | None:
         """Which zones may see the request."""
@@ -97,12 +100,10 @@ class ContextLength:
 
     name = "context"
 
-    def rank(self, question: Question, option: Option) -> float:
-        """Always 0."""
-        return 0.0
-
     def verdict(self, question: Question, chosen: Option, options: Sequence[Option]) -> str | None:
         """Which tiers are too small."""
+        if not question.refused:
+            return None
         small = [tier for tier, reason in question.refused.items() if reason.startswith("context")]
         return f"about {question.features.prompt_tokens} tokens are too many for {', '.join(small)}" if small else None
 
@@ -112,12 +113,15 @@ class Budget:
 
     name = "cost"
 
-    def rank(self, question: Question, option: Option) -> float:
+    def ranks(self, question: Question, options: Sequence[Option]) -> list[float] | None:
         """Tiers above the stated cost go last; where money is short, cost comes before everything."""
-        most = question.hints.max_cost
-        if most is not None and option.cost > most:
-            return 1.0 + option.cost
-        return float(option.cost) / (1.0 + option.cost) if question.frugal else 0.0
+        most, frugal = question.hints.max_cost, question.frugal
+        if most is None and not frugal:
+            return None
+        within = [option.cost / (1.0 + option.cost) if frugal else 0.0 for option in options]
+        if most is None:
+            return within
+        return [1.0 + one.cost if one.cost > most else rank for one, rank in zip(options, within, strict=True)]
 
     def verdict(self, question: Question, chosen: Option, options: Sequence[Option]) -> str | None:
         """What it is expected to cost, and why that mattered."""
@@ -136,9 +140,10 @@ class Rules:
 
     name = "complexity"
 
-    def rank(self, question: Question, option: Option) -> float:
+    def ranks(self, question: Question, options: Sequence[Option]) -> list[float] | None:
         """The tier that a rule names goes first."""
-        return 0.0 if not (question.rule and question.rule.tier) or option.tier == question.rule.tier else 1.0
+        named = question.rule.tier if question.rule else None
+        return [0.0 if option.tier == named else 1.0 for option in options] if named else None
 
     def verdict(self, question: Question, chosen: Option, options: Sequence[Option]) -> str | None:
         """Which rule it was."""
@@ -153,9 +158,12 @@ class Quality:
 
     name = "quality"
 
-    def rank(self, question: Question, option: Option) -> float:
+    def ranks(self, question: Question, options: Sequence[Option]) -> list[float] | None:
         """How far the tier falls short."""
-        return 0.0 if question.frugal else max(0.0, question.asked_quality - option.quality)
+        asked = question.asked_quality
+        if not asked or question.frugal:
+            return None
+        return [max(0.0, asked - option.quality) for option in options]
 
     def verdict(self, question: Question, chosen: Option, options: Sequence[Option]) -> str | None:
         """Whether the tier reaches it."""
@@ -171,11 +179,12 @@ class Complexity:
 
     name = "complexity"
 
-    def rank(self, question: Question, option: Option) -> float:
+    def ranks(self, question: Question, options: Sequence[Option]) -> list[float] | None:
         """How far the tier falls short of what the request seems to need."""
         if question.frugal or not question.judged:
-            return 0.0
-        return max(0.0, question.complexity - option.quality)
+            return None
+        needed = question.complexity
+        return [max(0.0, needed - option.quality) for option in options]
 
     def verdict(self, question: Question, chosen: Option, options: Sequence[Option]) -> str | None:
         """How hard it looks."""
@@ -190,56 +199,58 @@ class Latency:
 
     name = "latency"
 
-    def rank(self, question: Question, option: Option) -> float:
+    def ranks(self, question: Question, options: Sequence[Option]) -> list[float] | None:
         """`interactive`: whether the limit is kept; `fast`: the expected time itself."""
         wanted = question.hints.latency
-        if wanted == "interactive":
-            return max(0.0, option.first_token_s - question.settings.interactive_s)
-        return option.first_token_s if wanted == "fast" else 0.0
+        if wanted not in ("interactive", "fast"):
+            return None
+        waits = [question.observed.soonest_s(option.first) for option in options]
+        return waits if wanted == "fast" else [max(0.0, wait - question.settings.interactive_s) for wait in waits]
 
     def verdict(self, question: Question, chosen: Option, options: Sequence[Option]) -> str | None:
         """What is expected."""
         wanted = question.hints.latency
         if wanted not in ("interactive", "fast"):
             return None
-        seen = f"{chosen.first_token_s * 1000:.0f} ms" if chosen.first_token_s else "not measured yet"
+        wait_s = question.observed.soonest_s(chosen.first)
+        seen = f"{wait_s * 1000:.0f} ms" if wait_s else "not measured yet"
         return f"{wanted}: first token expected of {chosen.tier}: {seen}"
 
 
 class ExpectedCost:
     """Among those that are equal so far, the cheapest; where that is equal, too, the best."""
 
-    name = "cost"
-
-    def rank(self, question: Question, option: Option) -> float:
-        """The cost."""
-        return float(option.cost)
-
-    def verdict(self, question: Question, chosen: Option, options: Sequence[Option]) -> str | None:
-        """`Budget` speaks for both."""
-        return None
+    def ranks(self, question: Question, options: Sequence[Option]) -> list[float] | None:
+        """The cost; `Budget` speaks for both."""
+        return [float(option.cost) for option in options]
 
 
+_PREFERENCES = (Budget(), Rules(), Quality(), Complexity(), Latency())
 #: In the order in which they are asked.
-CRITERIA: tuple[Criterion, ...] = (
-    Sensitivity(),
-    ContextLength(),
-    Budget(),
-    Rules(),
-    Quality(),
-    Complexity(),
-    Latency(),
-    ExpectedCost(),
-)
+RANKING: tuple[Ranking, ...] = (*_PREFERENCES, ExpectedCost())
+#: In the order in which they speak.
+SPEAKING: tuple[Speaking, ...] = (Sensitivity(), ContextLength(), *_PREFERENCES)
 
 
-def ranked(question: Question, options: Sequence[Option]) -> list[Option]:
+def ranked(question: Question, options: Sequence[Option]) -> Sequence[Option]:
     """The options, the best first; tiers that are down come last, for they may be back in a moment."""
-    return sorted(
-        options,
-        key=lambda option: (
-            not option.up,
-            *(criterion.rank(question, option) for criterion in CRITERIA),
-            -option.quality,
-        ),
-    )
+    if len(options) < 2:
+        return options
+    columns = [[float(not option.up) for option in options]]
+    for criterion in RANKING:
+        ranks = criterion.ranks(question, options)
+        if ranks is not None:
+            columns.append(ranks)
+    columns.append([-option.quality for option in options])
+    keys = list(zip(*columns, strict=True))
+    return [options[place] for place in sorted(range(len(options)), key=keys.__getitem__)]
+
+
+def reasons(question: Question, order: Sequence[Option]) -> tuple[Reason, ...]:
+    """What the criteria have to say about the choice of the first."""
+    said = []
+    for criterion in SPEAKING:
+        verdict = criterion.verdict(question, order[0], order)
+        if verdict:
+            said.append(Reason(criterion.name, verdict))
+    return tuple(said)

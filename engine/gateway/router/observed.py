@@ -1,5 +1,7 @@
 """What was seen of each backend lately: how long it takes to its first token, its queue included."""
 
+from collections.abc import Iterable
+
 from tokenmill.engine.gateway.pipeline import Exchange
 from tokenmill.engine.gateway.portfolio import Target
 
@@ -16,6 +18,10 @@ class Observed:
     def first_token_s(self, target: Target) -> float:
         """Expected seconds to the first token; 0 where none was seen yet."""
         return self._first_token_s.get(target.backend.name, 0.0)
+
+    def soonest_s(self, targets: Iterable[Target]) -> float:
+        """That of the best of some backends; infinite where all are full."""
+        return min(self.first_token_s(target) if target.has_room() else float("inf") for target in targets)
 
     def learn(self, exchange: Exchange) -> None:
         """Takes in a request that has ended; one that was escalated or not streamed says nothing."""

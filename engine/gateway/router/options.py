@@ -1,14 +1,14 @@
 """The tiers that may answer a request, and why the others may not: the hard constraints, which nothing overrules."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+
+import msgspec
 
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.portfolio import Portfolio, Target
 from tokenmill.engine.gateway.principal import Principal
 from tokenmill.engine.gateway.router.burst import by_preference
 from tokenmill.engine.gateway.router.features import Features
-from tokenmill.engine.gateway.router.observed import Observed
 from tokenmill.engine.gateway.router.settings import RoutingSettings
 from tokenmill.engine.gateway.sensitivity.clearance import Clearance
 
@@ -16,24 +16,25 @@ from tokenmill.engine.gateway.sensitivity.clearance import Clearance
 _NO_TEXT = frozenset({"embeddings", "rerank"})
 
 
-@dataclass(frozen=True)
-class Option:
+class Option(msgspec.Struct, frozen=True):
     """A tier that may answer.
 
     Attributes:
         tier: Its name.
         targets: Its backends that may see and can serve the request.
+        groups: The same, those to be asked first in front; see `burst`.
+        first: Those of them that would be asked first.
         quality: Share of requests that it answers well; 0 where nobody says.
-        cost: Expected cost at the backend that would be asked first, in micro-cents.
-        first_token_s: Expected time to the first token there; 0 where none was seen yet, infinite when it is full.
+        cost: Expected cost at the cheapest of the first, in micro-cents.
         up: Whether any of them is not known to be down.
     """
 
     tier: str
     targets: tuple[Target, ...]
+    groups: Sequence[tuple[Target, ...]]
+    first: Sequence[Target]
     quality: float
     cost: int
-    first_token_s: float
     up: bool = True
 
 
@@ -43,7 +44,6 @@ def options_of(
     clearance: Clearance | None,
     principal: Principal | None,
     settings: RoutingSettings,
-    observed: Observed,
 ) -> tuple[list[Option], dict[str, str]]:
     """(the tiers that may answer, tier to reason of the others).
 
@@ -53,65 +53,80 @@ def options_of(
         clearance: What it may do; None: anything.
         principal: Whose it is; None: anybody's.
         settings: For the expected length of answers and the order of zones.
-        observed: For times to the first token.
     """
     found: list[Option] = []
     refused: dict[str, str] = {}
+    if clearance is not None and clearance.zones is None and clearance.regions is None:
+        clearance = None  # it admits everybody
     for tier, targets in portfolio.tiers.items():
         kept = targets
         if clearance is not None:
-            kept = tuple(target for target in targets if clearance.admits(target))
+            kept = tuple([target for target in targets if clearance.admits(target)])
             if not kept:
                 refused[tier] = f"sensitivity: {clearance.why}"
                 continue
-        reasons = {target: _unfit(target.backend, features) for target in kept}
-        kept = tuple(target for target in kept if reasons[target] is None)
+        kept, why = _fit(kept, features)
         if not kept:
-            refused[tier] = next(iter(reasons.values())) or ""
-        elif not _allowed(tier, kept, principal, settings.name):
+            refused[tier] = why
+        elif (
+            principal is not None
+            and principal.models is not None
+            and not _allowed(tier, kept, principal.models, settings.name)
+        ):
             refused[tier] = "key: its models do not include this tier"
         else:
-            found.append(_option(tier, kept, features, settings, observed))
+            found.append(_option(tier, kept, features, settings))
     return found, refused
+
+
+def _fit(targets: tuple[Target, ...], features: Features) -> tuple[tuple[Target, ...], str]:
+    """(the backends that can answer, why the first one that cannot does not)."""
+    reasons = [_unfit(target.backend, features) for target in targets]
+    why = next(filter(None, reasons), None)
+    if why is None:
+        return targets, ""
+    return tuple([target for target, reason in zip(targets, reasons, strict=True) if reason is None]), why
 
 
 def _unfit(backend: Backend, features: Features) -> str | None:
     """Why a backend cannot answer; None: it can."""
-    lacking = features.needs.difference(backend.capabilities)
-    if lacking:
-        return f"capability: needs {', '.join(sorted(lacking))}"
-    if features.needs.isdisjoint(_NO_TEXT) and not _NO_TEXT.isdisjoint(backend.capabilities):
+    needs, capabilities = features.needs, backend.capabilities
+    if needs:
+        lacking = needs.difference(capabilities)
+        if lacking:
+            return f"capability: needs {', '.join(sorted(lacking))}"
+    if capabilities and needs.isdisjoint(_NO_TEXT) and not _NO_TEXT.isdisjoint(capabilities):
         return "capability: makes no text"
     if backend.protocol == "anthropic" and features.endpoint != "/v1/chat/completions":
         return "capability: offers chat completions only"
-    length = features.prompt_tokens + (features.completion_limit or 0)
     window = backend.context_window
-    if window is not None and length > window:
-        return f"context: about {length} tokens do not fit into {window}"
+    if window is not None:
+        length = features.prompt_tokens + (features.completion_limit or 0)
+        if length > window:
+            return f"context: about {length} tokens do not fit into {window}"
     return None
 
 
-def _allowed(tier: str, targets: tuple[Target, ...], principal: Principal | None, name: str) -> bool:
+def _allowed(tier: str, targets: tuple[Target, ...], listed: Sequence[str], name: str) -> bool:
     """Whether a key's list of models holds the tier or a model of it; one with the router's name alone holds all."""
-    if principal is None or principal.models is None:
-        return True
-    models = set(principal.models) - {name}
+    models = set(listed) - {name}
     return not models or tier in models or any(models & set(target.models) for target in targets)
 
 
-def _option(
-    tier: str, targets: tuple[Target, ...], features: Features, settings: RoutingSettings, observed: Observed
-) -> Option:
+def _option(tier: str, targets: tuple[Target, ...], features: Features, settings: RoutingSettings) -> Option:
     groups = by_preference(targets, settings)
-    answering = [tuple(target for target in group if target.up is not False) for group in groups]
     # What a backend that is down would cost says nothing; where all are, the forwarder will say so.
-    first = next((group for group in answering if group), groups[0])
+    for group in groups:
+        first: Sequence[Target] = [target for target in group if target.up is not False]
+        if first:
+            break
+    up = bool(first)
+    first = first or groups[0]
     expected = min(features.completion_limit or settings.completion_tokens, settings.completion_tokens)
-    completion = 0 if features.needs & _NO_TEXT else expected
-    cost = min(target.backend.prices.cost(features.prompt_tokens, 0, completion) for target in first)
-    wait = min(observed.first_token_s(target) if target.has_room() else float("inf") for target in first)
-    quality = min(target.backend.quality or 0.0 for target in targets)
-    return Option(tier, targets, quality, cost, wait, any(answering))
+    completion = expected if features.needs.isdisjoint(_NO_TEXT) else 0
+    cost = min([target.backend.prices.cost(features.prompt_tokens, 0, completion) for target in first])
+    quality = min([target.backend.quality or 0.0 for target in targets])
+    return Option(tier, targets, groups, first, quality, cost, up)
 
 
 def described(refused: Mapping[str, str]) -> str:

@@ -8,17 +8,18 @@ what it is. In every case nearer zones come first, and the answer's headers say 
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import orjson
 
 from tokenmill.engine.gateway.api_error import JSON, ApiError
-from tokenmill.engine.gateway.decision import Decision, Reason
+from tokenmill.engine.gateway.decision import Decision
 from tokenmill.engine.gateway.fallback import fitting
 from tokenmill.engine.gateway.hints import hints_of, strip
 from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply
 from tokenmill.engine.gateway.portfolio import Portfolio, Route
-from tokenmill.engine.gateway.router.burst import spread
+from tokenmill.engine.gateway.router.burst import Roads, spread
 from tokenmill.engine.gateway.router.classifier import bundled, complexity
-from tokenmill.engine.gateway.router.criteria import CRITERIA, Question, ranked
+from tokenmill.engine.gateway.router.criteria import Question, ranked, reasons
 from tokenmill.engine.gateway.router.features import features_of, sentence
 from tokenmill.engine.gateway.router.observed import Observed
 from tokenmill.engine.gateway.router.options import Option, described, options_of
@@ -60,6 +61,7 @@ class Router:
         self._weights = settings.weights or bundled()
         self._rules = Matcher(settings.rules)
         self._observed = Observed()
+        self._roads = Roads(portfolio, settings.name)
 
     async def handle(self, exchange: Exchange, proceed: Handler) -> Reply:
         """See `pipeline.Stage`."""
@@ -92,29 +94,29 @@ class Router:
 
     def _question(self, exchange: Exchange) -> tuple[Question, list[Option]]:
         features = features_of(exchange)
+        hints = hints_of(exchange)
         clearance, principal = clearance_of(exchange), exchange.principal
-        options, refused = options_of(self._portfolio, features, clearance, principal, self._settings, self._observed)
+        options, refused = options_of(self._portfolio, features, clearance, principal, self._settings)
         question = Question(
             features,
-            hints_of(exchange),
+            hints,
             complexity(features.values, self._weights),
             self._rules.first(features),
             bool(principal and principal.soft_limit_reached),
             clearance,
             self._settings,
             refused,
+            self._observed,
         )
         return question, options
 
     def _decision(self, question: Question, order: Sequence[Option]) -> Decision:
-        chosen = order[0]
-        said = ((criterion.name, criterion.verdict(question, chosen, order)) for criterion in CRITERIA)
         return Decision(
-            chosen.tier,
-            tuple(option.tier for option in order),
+            order[0].tier,
+            tuple([option.tier for option in order]),
             tuple(question.refused.items()),
-            tuple(Reason(name, verdict) for name, verdict in said if verdict),
-            chosen.cost,
+            reasons(question, order),
+            order[0].cost,
             self._escalation(question, order),
         )
 
@@ -135,11 +137,7 @@ class Router:
         return None
 
     def _routes(self, order: Sequence[Option]) -> list[Route]:
-        return [
-            part
-            for option in order
-            for part in spread(Route(option.targets, None, self._settings.name), self._settings)
-        ]
+        return [self._roads.over(group) for option in order for group in option.groups]
 
     def _nobody(self, exchange: Exchange, question: Question) -> ApiError:
         reasons = question.refused.values()
@@ -174,7 +172,7 @@ class Router:
         }
         if order:
             decision = self._decision(question, order)
-            answer["decision"] = decision
+            answer["decision"] = msgspec.to_builtins(decision)
             answer["backends"] = [
                 {"tier": target.backend.tier, "backend": target.backend.name, "zone": target.backend.zone}
                 for route in self._routes(order)
@@ -199,7 +197,7 @@ def _explain(reply: Reply, exchange: Exchange) -> None:
     if decision is None:
         reason = "asked for by name"
     else:
-        reason = "; ".join(f"{one.criterion}: {one.verdict}" for one in decision.reasons)
+        reason = "; ".join([f"{one.criterion}: {one.verdict}" for one in decision.reasons])
         if target.backend.tier != decision.tier:
             escalated = (exchange.notes.get("escalation") or {}).get("escalated")
             reason = f"{'escalated' if escalated else 'failed over'} from {decision.tier}; {reason}"
