@@ -14,9 +14,9 @@ from typing import Any
 
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from tokenmill.engine.gateway.money import MICRO_CENTS_PER_DOLLAR
 from tokenmill.engine.gateway.observability import snapshot
 from tokenmill.engine.gateway.observability.bounded import Bounded
+from tokenmill.engine.gateway.observability.consumption import Consumption
 from tokenmill.engine.gateway.observability.decisions import Decisions, was_escalated
 from tokenmill.engine.gateway.observability.options import Options
 from tokenmill.engine.gateway.observability.shared import Board, Report
@@ -80,18 +80,13 @@ class Metrics:
             where,
             _SECONDS_PER_TOKEN,
         )
-        self._tokens = Tally("tokenmill_tokens", "Tokens by kind.", (*where, "kind"))
         self._owned_requests = Tally("tokenmill_account_requests", "Requests to models by who asked.", whose)
-        self._owned_tokens = Tally("tokenmill_account_tokens", "Tokens by who asked.", (*whose, "kind"))
-        self._cost = Tally("tokenmill_cost_dollars", "What the tokens cost, by who asked.", whose)
         self._escalations = Tally(
             "tokenmill_escalations",
             "Answers that were not confident enough and were asked of another tier.",
             ("tier", "to"),
         )
-        self._attempts = Tally(
-            "tokenmill_upstream_requests", "Requests sent to backends, repeated ones included.", where
-        )
+        self._consumption = Consumption()
         self._outstanding = Tally("tokenmill_outstanding_requests", "Requests open at a backend.", where, "gauge")
         self._up = Tally("tokenmill_backend_up", "1 when a backend is up.", where, "gauge")
         self.open = 0
@@ -101,12 +96,8 @@ class Metrics:
             self._duration,
             self._first_token,
             self._per_token,
-            self._tokens,
             self._owned_requests,
-            self._owned_tokens,
-            self._cost,
             self._escalations,
-            self._attempts,
             self._outstanding,
             self._up,
             self._open,
@@ -145,19 +136,8 @@ class Metrics:
         self._owned_requests.add((team, app, tier))
         for call in exchange.calls:
             usage, asked = call.usage, call.target.backend
-            where, whose = (asked.tier, asked.name), (team, app, asked.tier)
-            self._attempts.add(where)
-            if usage.prompt:
-                self._tokens.add((*where, "prompt"), usage.prompt)
-                self._owned_tokens.add((*whose, "prompt"), usage.prompt)
-            if usage.cached:
-                self._tokens.add((*where, "cached"), usage.cached)
-            if usage.completion:
-                self._tokens.add((*where, "completion"), usage.completion)
-                self._owned_tokens.add((*whose, "completion"), usage.completion)
             cost = asked.prices.cost(usage.prompt, usage.cached, usage.completion)
-            if cost:
-                self._cost.add(whose, cost / MICRO_CENTS_PER_DOLLAR)
+            self._consumption.add(team, app, asked.tier, asked.name, usage, cost)
 
     async def start(self) -> None:
         """Begins to tell the other workers."""
@@ -175,7 +155,7 @@ class Metrics:
             where = (target.backend.tier, target.backend.name)
             self._outstanding.set(where, target.outstanding)
             self._up.set(where, 1 if target.ready else 0)
-        families = [one.family() for one in self._all]
+        families = [*(one.family() for one in self._all), *self._consumption.families()]
         return Report(os.getpid(), families, self._decisions.latest(), [_state(target) for target in targets])
 
     def _everybodys(self) -> bytes:

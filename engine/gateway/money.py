@@ -47,7 +47,7 @@ class Prices:
 
     def cost(self, prompt: int, cached: int, completion: int) -> int:
         """The cost of one request in micro-cents, rounded up; `prompt` contains `cached`."""
-        fresh = max(prompt - cached, 0)
+        fresh = prompt - cached if prompt > cached else 0
         return -(-(fresh * self.prompt + cached * self.cached + completion * self.completion) // _MILLION)
 
     def bound(self, prompt: int, completion: int) -> int:

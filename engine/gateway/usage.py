@@ -1,6 +1,5 @@
 """Reads token counts out of answers on their way to the client."""
 
-import contextlib
 from typing import Any
 
 import msgspec
@@ -53,27 +52,31 @@ _CHUNK = msgspec.json.Decoder(_Chunk)
 
 def read_usage(body: bytes, usage: Usage) -> None:
     """Takes the counts of a JSON answer or event into `usage`; leaves it alone where there are none."""
-    with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    try:
         holder = _HOLDER.decode(body)
-        tokens = holder.usage if holder.usage is not None or holder.response is None else holder.response.usage
-        if tokens is None:
-            return
-        if tokens.prompt_tokens is not None:
-            prompt, completion, details = tokens.prompt_tokens, tokens.completion_tokens, tokens.prompt_tokens_details
-            cached = details.cached_tokens if details else 0
-        elif tokens.input_tokens is not None:
-            completion, details = tokens.output_tokens, tokens.input_tokens_details
-            apart = tokens.cache_read_input_tokens or 0
-            prompt = tokens.input_tokens + apart + (tokens.cache_creation_input_tokens or 0)
-            cached = details.cached_tokens if details else apart
-        else:
-            return
-        usage.prompt, usage.cached, usage.completion = _count(prompt), _count(cached), _count(completion)
-        usage.exact = True
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return
+    tokens = holder.usage if holder.usage is not None or holder.response is None else holder.response.usage
+    if tokens is None:
+        return
+    if tokens.prompt_tokens is not None:
+        prompt, completion, details = tokens.prompt_tokens, tokens.completion_tokens, tokens.prompt_tokens_details
+        cached = details.cached_tokens if details else 0
+    elif tokens.input_tokens is not None:
+        completion, details = tokens.output_tokens, tokens.input_tokens_details
+        apart = tokens.cache_read_input_tokens or 0
+        prompt = tokens.input_tokens + apart + (tokens.cache_creation_input_tokens or 0)
+        cached = details.cached_tokens if details else apart
+    else:
+        return
+    usage.prompt, usage.cached, usage.completion = _count(prompt), _count(cached), _count(completion)
+    usage.exact = True
 
 
 def _count(said: int | None) -> int:
-    return min(max(said or 0, 0), _MOST_TOKENS)
+    if not said or said < 0:
+        return 0
+    return said if said < _MOST_TOKENS else _MOST_TOKENS
 
 
 def counting_options(exchange: Exchange) -> dict[str, Any] | None:

@@ -11,12 +11,15 @@ import prometheus_client
 import pytest
 from prometheus_client import CollectorRegistry
 
+from tokenmill.engine.gateway.money import MICRO_CENTS_PER_DOLLAR
 from tokenmill.engine.gateway.observability import engines, gpus, snapshot
 from tokenmill.engine.gateway.observability.bounded import Bounded
+from tokenmill.engine.gateway.observability.consumption import Consumption
 from tokenmill.engine.gateway.observability.quantiles import quantiles
 from tokenmill.engine.gateway.observability.shared import Board, Report
 from tokenmill.engine.gateway.observability.snapshot import Family
 from tokenmill.engine.gateway.observability.tally import Histogram, Tally
+from tokenmill.engine.gateway.pipeline import Usage
 
 
 def figures(count: float, open_now: float, times: tuple[float, ...] = ()) -> list[Family]:
@@ -150,3 +153,28 @@ def test_without_a_driver_there_is_nothing() -> None:
     assert gpus.gpus("libthere-is-none.so") is None
     with pytest.raises(OSError, match="there-is-none"):
         ctypes.CDLL("libthere-is-none.so")
+
+
+def test_calls_are_counted_once_and_summed_either_way() -> None:
+    seen = Consumption()
+    seen.add("a", "", "small", "one", Usage(10, 4, 3), 50)
+    seen.add("b", "x", "small", "one", Usage(5, 0, 0), 0)
+    seen.add("a", "", "small", "two", Usage(1, 0, 2), 25)
+    sums = {
+        family.name: {tuple(labels.values()): value for _, labels, value in family.samples}
+        for family in seen.families()
+    }
+    assert sums["tokenmill_tokens"] == {
+        ("small", "one", "prompt"): 15,
+        ("small", "one", "cached"): 4,
+        ("small", "one", "completion"): 3,
+        ("small", "two", "prompt"): 1,
+        ("small", "two", "completion"): 2,
+    }
+    assert sums["tokenmill_account_tokens"] == {
+        ("a", "", "small", "prompt"): 11,
+        ("a", "", "small", "completion"): 5,
+        ("b", "x", "small", "prompt"): 5,
+    }
+    assert sums["tokenmill_cost_dollars"] == {("a", "", "small"): pytest.approx(75 / MICRO_CENTS_PER_DOLLAR)}
+    assert sums["tokenmill_upstream_requests"] == {("small", "one"): 2, ("small", "two"): 1}
