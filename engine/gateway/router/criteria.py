@@ -1,12 +1,14 @@
 """The six criteria, each a small strategy: how it ranks the tiers that may answer, and what it has to say.
 
-A rank is a number, the smaller the better; tiers are compared by the first criterion, where equal by the next, and so
-on. What must not be overruled (sensitivity, context, capabilities, a key's models) was settled before, in `options`.
+The smaller a rank, the better; tiers are compared by the first criterion, where equal by the next, and so on. A
+criterion ranks all of them in one call, and none where it does not matter: most requests bring neither hints nor rules,
+and two criteria decide. What must not be overruled (sensitivity, context, capabilities, a key's models) was settled
+before, in `options`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from tokenmill.engine.gateway.decision import Reason
 from tokenmill.engine.gateway.hints import Hints
@@ -62,11 +64,15 @@ class Question:
         self.judged = hinted is None and (rule is None or (ruled is None and not rule.tier))
 
 
+#: What the options are to one criterion, in their order; None: it makes no difference between them.
+Ranks = Sequence[float | tuple[float, float]] | None
+
+
 class Ranking(Protocol):
     """One strategy, as it compares."""
 
-    def ranks(self, question: Question, options: Sequence[Option]) -> list[float] | None:
-        """One number for each option, the smaller the better; None: this request makes no difference between them."""
+    def ranks(self, question: Question, options: Sequence[Option]) -> Ranks:
+        """The smaller, the better."""
         ...
 
 
@@ -113,7 +119,7 @@ class Budget:
 
     name = "cost"
 
-    def ranks(self, question: Question, options: Sequence[Option]) -> list[float] | None:
+    def ranks(self, question: Question, options: Sequence[Option]) -> Ranks:
         """Tiers above the stated cost go last; where money is short, cost comes before everything."""
         most, frugal = question.hints.max_cost, question.frugal
         if most is None and not frugal:
@@ -140,7 +146,7 @@ class Rules:
 
     name = "complexity"
 
-    def ranks(self, question: Question, options: Sequence[Option]) -> list[float] | None:
+    def ranks(self, question: Question, options: Sequence[Option]) -> Ranks:
         """The tier that a rule names goes first."""
         named = question.rule.tier if question.rule else None
         return [0.0 if option.tier == named else 1.0 for option in options] if named else None
@@ -158,12 +164,12 @@ class Quality:
 
     name = "quality"
 
-    def ranks(self, question: Question, options: Sequence[Option]) -> list[float] | None:
+    def ranks(self, question: Question, options: Sequence[Option]) -> Ranks:
         """How far the tier falls short."""
         asked = question.asked_quality
         if not asked or question.frugal:
             return None
-        return [max(0.0, asked - option.quality) for option in options]
+        return [asked - option.quality if asked > option.quality else 0.0 for option in options]
 
     def verdict(self, question: Question, chosen: Option, options: Sequence[Option]) -> str | None:
         """Whether the tier reaches it."""
@@ -179,12 +185,12 @@ class Complexity:
 
     name = "complexity"
 
-    def ranks(self, question: Question, options: Sequence[Option]) -> list[float] | None:
+    def ranks(self, question: Question, options: Sequence[Option]) -> Ranks:
         """How far the tier falls short of what the request seems to need."""
         if question.frugal or not question.judged:
             return None
         needed = question.complexity
-        return [max(0.0, needed - option.quality) for option in options]
+        return [needed - option.quality if needed > option.quality else 0.0 for option in options]
 
     def verdict(self, question: Question, chosen: Option, options: Sequence[Option]) -> str | None:
         """How hard it looks."""
@@ -199,7 +205,7 @@ class Latency:
 
     name = "latency"
 
-    def ranks(self, question: Question, options: Sequence[Option]) -> list[float] | None:
+    def ranks(self, question: Question, options: Sequence[Option]) -> Ranks:
         """`interactive`: whether the limit is kept; `fast`: the expected time itself."""
         wanted = question.hints.latency
         if wanted not in ("interactive", "fast"):
@@ -220,9 +226,9 @@ class Latency:
 class ExpectedCost:
     """Among those that are equal so far, the cheapest; where that is equal, too, the best."""
 
-    def ranks(self, question: Question, options: Sequence[Option]) -> list[float] | None:
-        """The cost; `Budget` speaks for both."""
-        return [float(option.cost) for option in options]
+    def ranks(self, question: Question, options: Sequence[Option]) -> Ranks:
+        """Cost, then quality; `Budget` speaks for both."""
+        return [(option.cost, -option.quality) for option in options]
 
 
 _PREFERENCES = (Budget(), Rules(), Quality(), Complexity(), Latency())
@@ -236,14 +242,18 @@ def ranked(question: Question, options: Sequence[Option]) -> Sequence[Option]:
     """The options, the best first; tiers that are down come last, for they may be back in a moment."""
     if len(options) < 2:
         return options
-    columns = [[float(not option.up) for option in options]]
+    columns: list[Sequence[Any]] = []
+    for option in options:
+        if not option.up:
+            columns.append([not option.up for option in options])
+            break
     for criterion in RANKING:
         ranks = criterion.ranks(question, options)
         if ranks is not None:
             columns.append(ranks)
-    columns.append([-option.quality for option in options])
-    keys = list(zip(*columns, strict=True))
-    return [options[place] for place in sorted(range(len(options)), key=keys.__getitem__)]
+    # Where all are equal, they stay as they are.
+    keyed = sorted(zip(*columns, range(len(options)), options))  # noqa: B905
+    return [entry[-1] for entry in keyed]
 
 
 def reasons(question: Question, order: Sequence[Option]) -> tuple[Reason, ...]:

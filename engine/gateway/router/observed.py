@@ -1,9 +1,8 @@
 """What was seen of each backend lately: how long it takes to its first token, its queue included."""
 
-from collections.abc import Iterable
-
 from tokenmill.engine.gateway.pipeline import Exchange
 from tokenmill.engine.gateway.portfolio import Target
+from tokenmill.engine.gateway.router.groups import Group
 
 #: Weight of the newest observation in the moving average.
 NEWEST = 0.1
@@ -19,9 +18,9 @@ class Observed:
         """Expected seconds to the first token; 0 where none was seen yet."""
         return self._first_token_s.get(target.backend.name, 0.0)
 
-    def soonest_s(self, targets: Iterable[Target]) -> float:
+    def soonest_s(self, group: Group) -> float:
         """That of the best of some backends; infinite where all are full."""
-        return min(self.first_token_s(target) if target.has_room() else float("inf") for target in targets)
+        return min(self.first_token_s(target) if target.has_room() else float("inf") for target in group.targets)
 
     def learn(self, exchange: Exchange) -> None:
         """Takes in a request that has ended; one that was escalated or not streamed says nothing."""

@@ -9,6 +9,7 @@ from tokenmill.engine.gateway.portfolio import Portfolio, Target
 from tokenmill.engine.gateway.principal import Principal
 from tokenmill.engine.gateway.router.burst import by_preference
 from tokenmill.engine.gateway.router.features import Features
+from tokenmill.engine.gateway.router.groups import Group, Groups
 from tokenmill.engine.gateway.router.settings import RoutingSettings
 from tokenmill.engine.gateway.sensitivity.clearance import Clearance
 
@@ -22,7 +23,7 @@ class Option(msgspec.Struct, frozen=True):
     Attributes:
         tier: Its name.
         targets: Its backends that may see and can serve the request.
-        groups: The same, those to be asked first in front; see `burst`.
+        zones: The same, zone by zone, in the order in which they are asked; see `burst`.
         first: Those of them that would be asked first.
         quality: Share of requests that it answers well; 0 where nobody says.
         cost: Expected cost at the cheapest of the first, in micro-cents.
@@ -31,8 +32,8 @@ class Option(msgspec.Struct, frozen=True):
 
     tier: str
     targets: tuple[Target, ...]
-    groups: Sequence[tuple[Target, ...]]
-    first: Sequence[Target]
+    zones: Sequence[Group]
+    first: Group
     quality: float
     cost: int
     up: bool = True
@@ -44,6 +45,7 @@ def options_of(
     clearance: Clearance | None,
     principal: Principal | None,
     settings: RoutingSettings,
+    groups: Groups,
 ) -> tuple[list[Option], dict[str, str]]:
     """(the tiers that may answer, tier to reason of the others).
 
@@ -53,11 +55,13 @@ def options_of(
         clearance: What it may do; None: anything.
         principal: Whose it is; None: anybody's.
         settings: For the expected length of answers and the order of zones.
+        groups: What is known of the backends.
     """
     found: list[Option] = []
     refused: dict[str, str] = {}
     if clearance is not None and clearance.zones is None and clearance.regions is None:
         clearance = None  # it admits everybody
+    completion = _expected(features, settings)
     for tier, targets in portfolio.tiers.items():
         kept = targets
         if clearance is not None:
@@ -75,17 +79,17 @@ def options_of(
         ):
             refused[tier] = "key: its models do not include this tier"
         else:
-            found.append(_option(tier, kept, features, settings))
+            found.append(_option(tier, groups.of(kept), features, completion, settings, groups))
     return found, refused
 
 
 def _fit(targets: tuple[Target, ...], features: Features) -> tuple[tuple[Target, ...], str]:
     """(the backends that can answer, why the first one that cannot does not)."""
-    reasons = [_unfit(target.backend, features) for target in targets]
-    why = next(filter(None, reasons), None)
-    if why is None:
-        return targets, ""
-    return tuple([target for target, reason in zip(targets, reasons, strict=True) if reason is None]), why
+    for target in targets:
+        why = _unfit(target.backend, features)
+        if why is not None:
+            return tuple([target for target in targets if _unfit(target.backend, features) is None]), why
+    return targets, ""
 
 
 def _unfit(backend: Backend, features: Features) -> str | None:
@@ -113,20 +117,37 @@ def _allowed(tier: str, targets: tuple[Target, ...], listed: Sequence[str], name
     return not models or tier in models or any(models & set(target.models) for target in targets)
 
 
-def _option(tier: str, targets: tuple[Target, ...], features: Features, settings: RoutingSettings) -> Option:
-    groups = by_preference(targets, settings)
+def _expected(features: Features, settings: RoutingSettings) -> int:
+    """How many tokens the answer is expected to have."""
+    if not features.needs.isdisjoint(_NO_TEXT):
+        return 0
+    limit, usual = features.completion_limit, settings.completion_tokens
+    return limit if limit and limit < usual else usual
+
+
+def _option(
+    tier: str, group: Group, features: Features, completion: int, settings: RoutingSettings, groups: Groups
+) -> Option:
+    zones = by_preference(group, settings)
+    answering = _answering(zones, groups)
     # What a backend that is down would cost says nothing; where all are, the forwarder will say so.
-    for group in groups:
-        first: Sequence[Target] = [target for target in group if target.up is not False]
-        if first:
-            break
-    up = bool(first)
-    first = first or groups[0]
-    expected = min(features.completion_limit or settings.completion_tokens, settings.completion_tokens)
-    completion = expected if features.needs.isdisjoint(_NO_TEXT) else 0
-    cost = min([target.backend.prices.cost(features.prompt_tokens, 0, completion) for target in first])
-    quality = min([target.backend.quality or 0.0 for target in targets])
-    return Option(tier, targets, groups, first, quality, cost, up)
+    first = answering or zones[0]
+    cost = first.cost(features.prompt_tokens, completion)
+    return Option(tier, group.targets, zones, first, group.quality, cost, answering is not None)
+
+
+def _answering(zones: Sequence[Group], groups: Groups) -> Group | None:
+    """Those that are not known to be down, of the first zone that has any; None: all are down."""
+    for zone in zones:
+        for target in zone.targets:
+            if target.up is False:
+                break
+        else:
+            return zone
+        up = tuple([target for target in zone.targets if target.up is not False])
+        if up:
+            return groups.of(up)
+    return None
 
 
 def described(refused: Mapping[str, str]) -> str:

@@ -17,10 +17,11 @@ from tokenmill.engine.gateway.fallback import fitting
 from tokenmill.engine.gateway.hints import hints_of, strip
 from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply
 from tokenmill.engine.gateway.portfolio import Portfolio, Route
-from tokenmill.engine.gateway.router.burst import Roads, spread
+from tokenmill.engine.gateway.router.burst import spread
 from tokenmill.engine.gateway.router.classifier import bundled, complexity
 from tokenmill.engine.gateway.router.criteria import Question, ranked, reasons
 from tokenmill.engine.gateway.router.features import features_of, sentence
+from tokenmill.engine.gateway.router.groups import Groups
 from tokenmill.engine.gateway.router.observed import Observed
 from tokenmill.engine.gateway.router.options import Option, described, options_of
 from tokenmill.engine.gateway.router.outcomes import OutcomeLog
@@ -61,7 +62,7 @@ class Router:
         self._weights = settings.weights or bundled()
         self._rules = Matcher(settings.rules)
         self._observed = Observed()
-        self._roads = Roads(portfolio, settings.name)
+        self._groups = Groups(portfolio, settings.name)
 
     async def handle(self, exchange: Exchange, proceed: Handler) -> Reply:
         """See `pipeline.Stage`."""
@@ -74,7 +75,8 @@ class Router:
         else:
             hints_of(exchange)  # a hint that cannot be meant is refused for every model alike
             named = fitting(self._portfolio.routes(exchange.model, exchange.principal), exchange)
-            exchange.routes = [part for route in named for part in spread(route, self._settings)]
+            of, settings = self._groups.of, self._settings
+            exchange.routes = [part for route in named for part in spread(route, of(route.targets), settings)]
         exchange.on_end(self._observed.learn)
         reply = await proceed(exchange)
         _explain(reply, exchange)
@@ -96,7 +98,7 @@ class Router:
         features = features_of(exchange)
         hints = hints_of(exchange)
         clearance, principal = clearance_of(exchange), exchange.principal
-        options, refused = options_of(self._portfolio, features, clearance, principal, self._settings)
+        options, refused = options_of(self._portfolio, features, clearance, principal, self._settings, self._groups)
         question = Question(
             features,
             hints,
@@ -137,7 +139,7 @@ class Router:
         return None
 
     def _routes(self, order: Sequence[Option]) -> list[Route]:
-        return [self._roads.over(group) for option in order for group in option.groups]
+        return [zone.route for option in order for zone in option.zones]
 
     def _nobody(self, exchange: Exchange, question: Question) -> ApiError:
         reasons = question.refused.values()
