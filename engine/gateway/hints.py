@@ -9,6 +9,7 @@ A header goes before `metadata`. The headers are for the gateway alone and are n
 included, goes to the backend as it is.
 """
 
+import functools
 from typing import Any
 
 import msgspec
@@ -22,6 +23,8 @@ PREFIX = b"x-tokenmill-"
 NOTE = "hints"
 _NAMES = ("quality", "latency", "max-cost", "sensitivity")
 LATENCIES = ("interactive", "fast", "batch")
+#: Sets of header names that are remembered. Bounded: they are whatever clients send.
+_MOST_SETS = 1024
 
 
 class Hints(msgspec.Struct, frozen=True):
@@ -74,10 +77,14 @@ def _read(said: dict[str, str]) -> Hints:
 
 def strip(exchange: Exchange) -> None:
     """Takes the gateway's headers out of those that go to a backend."""
-    for name, _ in exchange.forward:
-        if name.startswith(PREFIX):
-            exchange.forward = [header for header in exchange.forward if not header[0].startswith(PREFIX)]
-            break
+    if _any_ours(tuple(exchange.fields)):
+        exchange.forward = [header for header in exchange.forward if not header[0].startswith(PREFIX)]
+
+
+@functools.lru_cache(maxsize=_MOST_SETS)
+def _any_ours(names: tuple[bytes, ...]) -> bool:
+    """Whether any of a request's headers is for the gateway; clients send the same few sets over and over."""
+    return any(name.startswith(PREFIX) for name in names)
 
 
 def _said(exchange: Exchange) -> dict[str, str]:
@@ -90,7 +97,7 @@ def _said(exchange: Exchange) -> dict[str, str]:
             value = metadata.get("tokenmill_" + name.replace("-", "_"))
             if value is not None:
                 said[name] = str(value).strip().lower()
-    for key, value in exchange.headers:
+    for key, value in exchange.headers if _any_ours(tuple(exchange.fields)) else ():
         if key.startswith(PREFIX):
             name = key[len(PREFIX) :].decode("latin-1")
             if name in _NAMES:
