@@ -2,8 +2,9 @@
 
 import time
 from collections import deque
-from typing import Any
+from typing import Any, NamedTuple
 
+from tokenmill.engine.gateway.decision import Decision
 from tokenmill.engine.gateway.pipeline import Exchange
 from tokenmill.engine.gateway.store import now_ms
 
@@ -13,37 +14,64 @@ ESCALATION = "escalation"
 KEPT = 50
 
 
+class _Noted(NamedTuple):
+    """What is kept of a request: neither its prompt nor its key, which need not live as long as the ring."""
+
+    at: int
+    elapsed: float
+    request: str
+    asked: str
+    team: str
+    app: str
+    decision: Decision
+    backend: str
+    escalated: bool
+    status: int
+
+
 class Decisions:
     """A ring; `note` belongs into `on_end`."""
 
     def __init__(self) -> None:
-        self._ring: deque[dict[str, Any]] = deque(maxlen=KEPT)
+        self._ring: deque[_Noted] = deque(maxlen=KEPT)
 
     def note(self, exchange: Exchange) -> None:
         """Remembers a request that has ended, if it was routed."""
-        if exchange.decision is not None:
-            # At once, not when somebody looks: neither prompt nor key need live as long as the ring.
-            self._ring.append(_described(now_ms(), time.perf_counter() - exchange.started, exchange))
+        decision, principal, target = exchange.decision, exchange.principal, exchange.target
+        if decision is not None:
+            self._ring.append(
+                _Noted(
+                    now_ms(),
+                    time.perf_counter() - exchange.started,
+                    exchange.request_id[:128],
+                    (exchange.model or "")[:100],
+                    (principal.team or "") if principal else "",
+                    (principal.app or "") if principal else "",
+                    decision,
+                    target.backend.name if target else "",
+                    was_escalated(exchange),
+                    exchange.status,
+                )
+            )
 
     def latest(self) -> list[dict[str, Any]]:
         """The ring, the latest last."""
-        return list(self._ring)
+        return [_described(noted) for noted in list(self._ring)]
 
 
-def _described(at: int, elapsed: float, exchange: Exchange) -> dict[str, Any]:
-    decision, principal, target = exchange.decision, exchange.principal, exchange.target
-    assert decision is not None
+def _described(noted: _Noted) -> dict[str, Any]:
+    decision = noted.decision
     return {
-        "at": at,
-        "request": exchange.request_id[:128],
-        "asked": (exchange.model or "")[:100],
-        "team": (principal.team or "") if principal else "",
-        "app": (principal.app or "") if principal else "",
+        "at": noted.at,
+        "request": noted.request,
+        "asked": noted.asked,
+        "team": noted.team,
+        "app": noted.app,
         "tier": decision.tier,
-        "backend": target.backend.name if target else "",
-        "escalated": was_escalated(exchange),
-        "status": exchange.status,
-        "seconds": elapsed,
+        "backend": noted.backend,
+        "escalated": noted.escalated,
+        "status": noted.status,
+        "seconds": noted.elapsed,
         "reasons": [f"{reason.criterion}: {reason.verdict}" for reason in decision.reasons],
         "refused": [f"{tier}: {reason}" for tier, reason in decision.refused],
     }
@@ -51,4 +79,5 @@ def _described(at: int, elapsed: float, exchange: Exchange) -> dict[str, Any]:
 
 def was_escalated(exchange: Exchange) -> bool:
     """Whether the answer is that of the tier which takes over from one that is not sure."""
-    return bool((exchange.notes.get(ESCALATION) or {}).get("escalated"))
+    judged = exchange.notes.get(ESCALATION)
+    return bool(judged and judged.get("escalated"))
