@@ -245,15 +245,15 @@ def ranked(question: Question, options: Sequence[Option]) -> Sequence[Option]:
     columns: list[Sequence[Any]] = []
     for option in options:
         if not option.up:
-            columns.append([not option.up for option in options])
+            columns.append([not one.up for one in options])
             break
     for criterion in RANKING:
         ranks = criterion.ranks(question, options)
         if ranks is not None:
             columns.append(ranks)
-    # Where all are equal, they stay as they are.
-    keyed = sorted(zip(*columns, range(len(options)), options))  # noqa: B905
-    return [entry[-1] for entry in keyed]
+    # Their places come before the options themselves: where all is equal they stay in their order.
+    compared = sorted(zip(*columns, range(len(options)), options))  # noqa: B905 (all have one entry for each option)
+    return [entry[-1] for entry in compared]
 
 
 def reasons(question: Question, order: Sequence[Option]) -> tuple[Reason, ...]:

@@ -1,0 +1,40 @@
+"""What is worked out once about a group of backends, and for how long it is kept."""
+
+import gc
+import weakref
+
+from tokenmill.engine.gateway.backends import Backend
+from tokenmill.engine.gateway.money import Prices
+from tokenmill.engine.gateway.portfolio import Portfolio
+from tokenmill.engine.gateway.router.groups import Groups
+from tokenmill.engine.gateway.settings import Settings
+
+
+def backend(name: str, price: int = 1_000_000, quality: float | None = 0.9, zone: str = "on-premises") -> Backend:
+    return Backend(name, "http://127.0.0.1:9", "t", (name,), prices=Prices(price), quality=quality, zone=zone)  # type: ignore[arg-type] # a word of three
+
+
+def test_what_is_known_of_a_group() -> None:
+    portfolio = Portfolio(
+        [backend("far", 1_000_000, 0.8, "cloud"), backend("a", 3_000_000), backend("b", 2_000_000)], Settings()
+    )
+    groups = Groups(portfolio, "auto")
+    group = groups.of(portfolio.tiers["t"])
+    assert groups.of(tuple(portfolio.targets)) is group
+    assert [[target.backend.name for target in zone.targets] for zone in group.zones] == [["a", "b"], ["far"]]
+    assert (group.quality, group.cost(10, 0)) == (0.8, 10)
+    assert (group.zones[0].quality, group.zones[0].cost(10, 0)) == (0.9, 20)
+    assert (group.route.targets, group.route.model, group.route.why) == (group.targets, None, "auto")
+    unstated = Portfolio([backend("a"), backend("b", quality=None)], Settings())
+    assert Groups(unstated, "auto").of(unstated.targets).quality == 0
+
+
+def test_nothing_is_kept_of_backends_that_were_replaced() -> None:
+    portfolio = Portfolio([backend("old")], Settings())
+    groups = Groups(portfolio, "auto")
+    groups.of(portfolio.tiers["t"])
+    old = weakref.ref(portfolio.targets[0])
+    portfolio.replace([backend("new")])
+    assert groups.of(portfolio.tiers["t"]).targets[0].backend.name == "new"
+    gc.collect()
+    assert old() is None
