@@ -11,6 +11,9 @@ namespace {
 
 // Not from a lambda that does nothing else: GCC takes it for one without effects and leaves its calls out.
 TM_INLINE void ask_for(const void* address) { _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0); }
+TM_INLINE void ask_second_level_for(const void* address) {
+  _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T1);
+}
 
 // The share of `group` in the scales and zero points of `kWide` blocks from `first` on: with the last group all of
 // them have been asked for.
@@ -26,7 +29,7 @@ TM_INLINE void ask_for_scales(const Weight& w, int64_t first, int64_t group) {
 
 // Where a tile that reads `kWide` blocks side by side asks for lines: `kLines` further on and, past the end of a block,
 // in the block that will be read next.
-template <int kWide, int kLines = 16>
+template <int kWide, int kLines>
 class LinesAhead {
  public:
   explicit LinesAhead(const Weight& w) : last_(w.units - kLines), hop_((kWide - 1) * w.units * kLine) {}

@@ -19,10 +19,9 @@ struct Bf16 {
   static constexpr int kTallFrom = 73;
   static constexpr int kTallRows = 12;
   static constexpr int kPanelBlocks = kStrip;
-  static constexpr bool kBlockByBlock = true;
 
-  // At most 24 accumulators of the 32 registers; a thread reads as many streams as blocks.
-  static constexpr int width(int rows) { return rows <= 3 ? 8 : rows <= 6 ? 4 : rows <= 12 ? 2 : 1; }
+  // At most 24 accumulators of the 32 registers; a thread reads as many streams as blocks, of which four are enough.
+  static constexpr int width(int rows) { return rows <= 6 ? 4 : rows <= 12 ? 2 : 1; }
 
   // (line >> 4i) & nibbles | 128: codes i and i + 4 as a pair of bf16.
   template <int kStep>

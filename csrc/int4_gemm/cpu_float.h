@@ -14,16 +14,15 @@ struct Float32 {
   using Sum = Vector::Float;
   static constexpr int kUnitBytes = kUnit * int(sizeof(float));
   static constexpr int kSteps = kUnit;
-  static constexpr int kMaxRows = Vector::kParts == 1 ? 24 : 6;
+  static constexpr int kMaxRows = Vector::kParts == 1 ? 16 : 6;
   static constexpr int kTallFrom = Vector::kParts == 1 ? 73 : 9;
   static constexpr int kTallRows = Vector::kParts == 1 ? 12 : 6;
   static constexpr int kPanelBlocks = Vector::kParts == 1 ? kStrip : 1;  // second-level or first-level cache
-  static constexpr bool kBlockByBlock = false;
 
   // Blocks at once: enough accumulators to hide the latency of FMA, few enough for the registers (32 or 16).
   static constexpr int width(int rows) {
-    if (Vector::kParts == 1) return rows <= 3 ? 8 : rows <= 6 ? 4 : rows <= 12 ? 2 : 1;
-    return rows == 1 ? 4 : rows <= 3 ? 2 : 1;
+    if (Vector::kParts == 1) return rows <= 6 ? 4 : rows <= 12 ? 2 : 1;
+    return rows == 1 ? 4 : rows == 2 ? 2 : 1;
   }
 
   template <int kStep>

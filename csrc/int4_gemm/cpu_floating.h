@@ -3,39 +3,20 @@
 // Few rows meet codes as they are decoded. For many rows the codes of some blocks are decoded once, 128 rows of K at a
 // time, to a panel in a near cache, which all tiles of activations meet before the next one is made.
 //
-// Beside what cpu_tiles.h asks of it, an arithmetic has
-//   using Code, Sum;                                    // registers: of codes, of sums
-//   static constexpr int kSteps;                        // registers of codes in a unit of one part of a block
+// Beside what cpu_tiles.h and cpu_units.h ask of it, an arithmetic has
 //   static constexpr int kTallFrom;                     // rows from which on a panel pays
 //   static constexpr int kTallRows;                     // rows of the tallest tile that meets a panel
 //   static constexpr int kPanelBlocks;                  // of a panel
-//   static constexpr bool kBlockByBlock;                // few rows meet all of a block's unit before the next block's
-//   template <int kStep> static Code decode(const uint8_t* unit, int part);
-//   static Row row(const uint8_t* x, int step);         // of activations, for all columns
-//   static Sum multiply_add(Code, Row, Sum);
 //   static Vector::Float offset(Vector::Float zero);    // what decoded codes exceed the true ones by
 #pragma once
 
-#include "cpu_ahead.h"
 #include "cpu_memory.h"
-#include "cpu_tiles.h"
-#include "cpu_vector.h"
+#include "cpu_units.h"
 
 namespace tokenmill::int4 {
 namespace {
 
 constexpr int kPanelUnits = 16;  // of a block in a panel
-
-// Codes as they are stored.
-template <class A>
-struct Stored {
-  static constexpr int kUnitBytes = kLine;
-
-  template <int kStep>
-  TM_INLINE static typename A::Code at(const uint8_t* unit, int part) {
-    return A::template decode<kStep>(unit, part);
-  }
-};
 
 // Codes of a panel.
 template <class A>
@@ -50,48 +31,14 @@ struct Decoded {
   }
 };
 
-// Adds one unit of NB blocks, `stride` bytes apart, for MB rows.
-template <class A, class Codes, int MB, int NB>
-TM_INLINE void add_unit(typename A::Sum (*sums)[MB], const uint8_t* codes, int64_t stride, const uint8_t* x) {
-  constexpr int kParts = Vector::kParts;
-  const auto at = [&](auto i, int r) {
-    return Codes::template at<i.value>(codes + r / kParts * stride, r % kParts);
-  };
-  unroll<0, A::kSteps>([&](auto i) {
-    if constexpr (MB > NB) {  // whichever are fewer are kept in registers
-      typename A::Code code[NB * kParts];
-      unroll<0, NB * kParts>([&](auto r) { code[r.value] = at(i, r.value); });
-      unroll<0, MB>([&](auto m) {
-        const auto row = A::row(x + m.value * A::kUnitBytes, i.value);
-        unroll<0, NB * kParts>([&](auto r) {
-          sums[r.value][m.value] = A::multiply_add(code[r.value], row, sums[r.value][m.value]);
-        });
-      });
-    } else {
-      unroll<0, NB * kParts>([&](auto r) {
-        const auto code = at(i, r.value);
-        unroll<0, MB>([&](auto m) {
-          const auto row = A::row(x + m.value * A::kUnitBytes, i.value);
-          sums[r.value][m.value] = A::multiply_add(code, row, sums[r.value][m.value]);
-        });
-      });
-    }
-  });
-}
-
-template <class A, int MB, int NB>
-TM_INLINE void zero(typename A::Sum (&sums)[NB * Vector::kParts][MB]) {
-  unroll<0, NB * Vector::kParts>([&](auto r) {
-    unroll<0, MB>([&](auto m) { sums[r.value][m.value] = Vector::zero(); });
-  });
-}
-
 // Scales the sums of a group, or of a part of one, and adds them to totals, rows `columns` floats apart. With the last
 // part goes the product of the offset and the sum of the activations.
 template <class A, int MB, int NB>
 TM_INLINE void add_group(const Weight& w, int64_t block, int64_t group, bool last, const float* row_sums,
                          typename A::Sum (&sums)[NB * Vector::kParts][MB], float* totals, int64_t columns) {
   constexpr int kParts = Vector::kParts;
+  // Or else GCC keeps totals in registers from group to group, and has none left for some of the sums.
+  asm volatile("" ::: "memory");
   unroll<0, NB * kParts>([&](auto r) {
     const int64_t index =
         ((block + r.value / kParts) * w.groups + group) * kBlock + r.value % kParts * kLanes;
@@ -127,7 +74,7 @@ template <class A, int MB, int NB>
   const int64_t stride = w.units * kLine;
   const uint8_t* lines = w.lines + block * stride;
   std::memset(out, 0, sizeof(float) * MB * NB * kBlock);
-  const LinesAhead<NB> ahead(w);
+  const LinesAhead<NB, kCodesAhead> ahead(w);
   for (int64_t g = 0; g < w.groups; ++g) {
     ask_for_scales<NB>(w, block + NB, g);
     for (int32_t unit = w.group_units[g]; unit < w.group_units[g + 1]; unit += kPanelUnits) {
@@ -135,16 +82,8 @@ template <class A, int MB, int NB>
       typename A::Sum sums[NB * Vector::kParts][MB];
       zero<A, MB, NB>(sums);
       for (int32_t u = part.first; u < part.first + part.units; ++u) {
-        const uint8_t* later = ahead.of(lines, u);
-        if constexpr (A::kBlockByBlock) {
-          unroll<0, NB>([&](auto b) {
-            ask_for(later + b.value * stride);
-            add_unit<A, Stored<A>, MB, 1>(sums + b.value * Vector::kParts, lines + b.value * stride, stride, x);
-          });
-        } else {
-          for (int b = 0; b < NB; ++b) ask_for(later + b * stride);
-          add_unit<A, Stored<A>, MB, NB>(sums, lines, stride, x);
-        }
+        ask_for_codes<NB>(ahead.of(lines, u), stride);
+        add_unit<A, Stored<A>, MB, NB>(sums, lines, stride, x);
         lines += kLine;
         x += MB * A::kUnitBytes;
       }

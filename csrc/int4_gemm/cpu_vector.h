@@ -17,7 +17,6 @@ struct Vector {
   static constexpr int kParts = 1;  // registers of a block
 
   TM_INLINE static Float zero() { return _mm512_setzero_ps(); }
-  TM_INLINE static Int zero_int() { return _mm512_setzero_si512(); }
   TM_INLINE static Float all(float value) { return _mm512_set1_ps(value); }
   TM_INLINE static Int all(int32_t value) { return _mm512_set1_epi32(value); }
   TM_INLINE static Int load(const uint8_t* p) { return _mm512_loadu_si512(p); }
@@ -54,7 +53,6 @@ struct Vector {
   static constexpr int kParts = 2;
 
   TM_INLINE static Float zero() { return _mm256_setzero_ps(); }
-  TM_INLINE static Int zero_int() { return _mm256_setzero_si256(); }
   TM_INLINE static Float all(float value) { return _mm256_set1_ps(value); }
   TM_INLINE static Int all(int32_t value) { return _mm256_set1_epi32(value); }
   TM_INLINE static Int load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }

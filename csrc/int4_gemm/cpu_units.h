@@ -1,0 +1,82 @@
+// Products of one unit, eight rows of K, of a few blocks with a few rows; compiled once per instruction set.
+//
+// Beside what cpu_tiles.h asks of it, an arithmetic has
+//   using Code, Sum;                                    // registers: of codes, of sums
+//   static constexpr int kSteps;                        // registers of codes in a unit of one part of a block
+//   template <int kStep> static Code decode(const uint8_t* unit, int part);
+//   static Row row(const uint8_t* x, int step);         // of activations, for all columns
+//   static Sum multiply_add(Code, Row, Sum);
+#pragma once
+
+#include "cpu_ahead.h"
+#include "cpu_tiles.h"
+#include "cpu_vector.h"
+
+namespace tokenmill::int4 {
+namespace {
+
+// How far ahead codes are asked for. Blocks stand a multiple of 4096 bytes apart more often than not, so that lines
+// side by side share a set of the first-level cache: AVX-512, which reads four blocks at once however few the
+// rows, asks the second level for them.
+constexpr int kCodesAhead = Vector::kParts == 1 ? 32 : 16;  // lines
+
+template <int NB>
+TM_INLINE void ask_for_codes(const uint8_t* later, int64_t stride) {
+  for (int b = 0; b < NB; ++b) {
+    if constexpr (Vector::kParts == 1) {
+      ask_second_level_for(later + b * stride);
+    } else {
+      ask_for(later + b * stride);
+    }
+  }
+}
+
+// Codes as they are stored.
+template <class A>
+struct Stored {
+  static constexpr int kUnitBytes = kLine;
+
+  template <int kStep>
+  TM_INLINE static typename A::Code at(const uint8_t* unit, int part) {
+    return A::template decode<kStep>(unit, part);
+  }
+};
+
+// Adds one unit of NB blocks, `stride` bytes apart, for MB rows.
+template <class A, class Codes, int MB, int NB>
+TM_INLINE void add_unit(typename A::Sum (*sums)[MB], const uint8_t* codes, int64_t stride, const uint8_t* x) {
+  constexpr int kParts = Vector::kParts;
+  const auto at = [&](auto i, int r) {
+    return Codes::template at<i.value>(codes + r / kParts * stride, r % kParts);
+  };
+  unroll<0, A::kSteps>([&](auto i) {
+    if constexpr (MB > NB) {  // whichever are fewer are kept in registers
+      typename A::Code code[NB * kParts];
+      unroll<0, NB * kParts>([&](auto r) { code[r.value] = at(i, r.value); });
+      unroll<0, MB>([&](auto m) {
+        const auto row = A::row(x + m.value * A::kUnitBytes, i.value);
+        unroll<0, NB * kParts>([&](auto r) {
+          sums[r.value][m.value] = A::multiply_add(code[r.value], row, sums[r.value][m.value]);
+        });
+      });
+    } else {
+      unroll<0, NB * kParts>([&](auto r) {
+        const auto code = at(i, r.value);
+        unroll<0, MB>([&](auto m) {
+          const auto row = A::row(x + m.value * A::kUnitBytes, i.value);
+          sums[r.value][m.value] = A::multiply_add(code, row, sums[r.value][m.value]);
+        });
+      });
+    }
+  });
+}
+
+template <class A, int MB, int NB>
+TM_INLINE void zero(typename A::Sum (&sums)[NB * Vector::kParts][MB]) {
+  unroll<0, NB * Vector::kParts>([&](auto r) {
+    unroll<0, MB>([&](auto m) { sums[r.value][m.value] = typename A::Sum{}; });
+  });
+}
+
+}  // namespace
+}  // namespace tokenmill::int4
