@@ -37,8 +37,9 @@ template <class A, int MB, int NB>
 TM_INLINE void add_group(const Weight& w, int64_t block, int64_t group, bool last, const float* row_sums,
                          typename A::Sum (&sums)[NB * Vector::kParts][MB], float* totals, int64_t columns) {
   constexpr int kParts = Vector::kParts;
-  // Or else GCC keeps totals in registers from group to group, and has none left for some of the sums.
-  asm volatile("" ::: "memory");
+  // A fence for the compiler: or else GCC keeps totals in registers from group to group, and has none left for
+  // some of the sums.
+  __atomic_signal_fence(__ATOMIC_SEQ_CST);
   unroll<0, NB * kParts>([&](auto r) {
     const int64_t index =
         ((block + r.value / kParts) * w.groups + group) * kBlock + r.value % kParts * kLanes;
