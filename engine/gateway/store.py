@@ -36,8 +36,8 @@ MOST_IN_A_BATCH = 256
 MOST_AT_ONCE = 64
 #: A transaction that took longer, in seconds, has waited for the disk: the thread does those of the next moment, too.
 SLOW_S, SLOW_FOR_S = 0.005, 1.0
-#: Transactions of the event loop after which a thread does what they left undone.
-TIDY_AFTER = 400
+#: Transactions of the event loop after which a thread does what they left undone; requests meanwhile take longer.
+TIDY_AFTER = 1000
 #: How long what nobody waits for may wait for company, in seconds: a transaction of its own costs ten times as much.
 POSTED_WAIT_S = 0.005
 #: What made each version of the tables from the one before; both databases take the statements.
