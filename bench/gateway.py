@@ -37,7 +37,6 @@ from tokenmill.engine.gateway.money import Prices, micro_cents
 from tokenmill.engine.gateway.router.settings import RoutingSettings
 from tokenmill.engine.gateway.settings import Document
 from tokenmill.engine.gateway.store import Connection, Store
-from tokenmill.engine.supervisor.plan import gateway_command, gateway_environment
 
 PROMPT = b'{"model":"tiny","messages":[{"role":"user","content":"%s"}],"max_tokens":50%s}'
 STREAM = b',"stream":true'
@@ -160,8 +159,8 @@ def ours(
     """Tokenmill's gateway, as its parent runs it."""
     with socket.create_server(("127.0.0.1", 0), backlog=4096) as listener:
         fd = listener.fileno()
-        options = {"stdin": subprocess.PIPE, "pass_fds": [fd], "env": gateway_environment(os.environ)}
-        process = stage.start(0, [*gateway_command(fd)], **options)
+        command = [sys.executable, "-m", "tokenmill.engine.gateway.worker", "--fd", str(fd)]
+        process = stage.start(0, command, stdin=subprocess.PIPE, pass_fds=[fd])
         port = int(listener.getsockname()[1])
     assert process.stdin is not None
     url = f"http://127.0.0.1:{upstream}"
@@ -312,7 +311,7 @@ def summarise(
 def facts(options: argparse.Namespace, arguments: Sequence[str]) -> rows.Row:
     """What a reader needs to judge a row, the rivals' versions included."""
     command = ["python", "-m", "tokenmill.bench.gateway", *arguments]
-    about = rows.facts(command, sources=("engine/gateway", "engine/supervisor", "bench", "tokenmill"))
+    about = rows.facts(command, sources=("engine/gateway", "bench", "tokenmill"))
     programs = {"vllm-router": options.vllm_router, "litellm": options.litellm}
     about["versions"] |= {name: version_beside(path, name) for name, path in programs.items() if path}
     return {**about, "realtime": options.realtime, "rounds": options.rounds, "seconds": options.seconds}

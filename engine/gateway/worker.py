@@ -34,7 +34,7 @@ from tokenmill.errors import ConfigurationError
 #: linux/prctl.h
 PR_SET_PDEATHSIG = 1
 #: malloc.h: M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in bytes, M_ARENA_MAX.
-MALLOPT = {-1: 256 * 1024, -3: 256 * 1024, -8: 2}
+MALLOPT = {-1: 8 << 20, -3: 1 << 20, -8: 2}
 #: How long a thread may hold the interpreter while the event loop waits, in seconds. Rendering metrics
 #: runs in a thread; Python's default of 5 ms would be seen in the tail of every request's latency.
 SWITCH_INTERVAL_S = 0.0005
@@ -50,10 +50,11 @@ def die_with_parent(parent_pid: int | None) -> None:
 
 
 def give_memory_back() -> None:
-    """Has glibc return long bodies to the system when they are done with.
+    """Has glibc return long bodies to the system when they are done with, all but a few megabytes.
 
     By default it learns from the first freed one to keep blocks of that size, and the process stays as large as the
-    most that was ever open at once.
+    most that was ever open at once. Returning everything takes longer than all else that is done with a body: its parts
+    would have their memory anew, page by page, with every read.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -21,8 +21,6 @@ from tokenmill.models import tiny_pair
 
 #: `python -P`: the working directory is not searched, so a folder there cannot stand in for a package.
 ENGINE_COMMAND = (sys.executable, "-P", "-m", "tokenmill.engine.vllm.launch")
-#: Of GLIBC_TUNABLES.
-HUGE_PAGES = "glibc.malloc.hugetlb=1"
 #: The longest n-gram that is looked up; vLLM wants it named.
 NGRAM_LONGEST = 4
 
@@ -139,18 +137,6 @@ def make_plan(config: Config, engine_arguments: Sequence[str] = ()) -> Plan:
 def gateway_command(descriptor: int) -> tuple[str, ...]:
     """Program and arguments of a gateway worker that inherits a listening socket as `descriptor`."""
     return (sys.executable, "-P", "-m", "tokenmill.engine.gateway.worker", "--fd", str(descriptor))
-
-
-def gateway_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a gateway worker.
-
-    A request of megabytes takes half the time where the memory for it comes in huge pages. glibc asks for them when it
-    is told to; who says anything about that himself (`glibc.malloc.hugetlb`) is heard.
-    """
-    tunables = environment.get("GLIBC_TUNABLES", "")
-    if HUGE_PAGES.partition("=")[0] not in tunables:
-        tunables = ":".join(filter(None, (tunables, HUGE_PAGES)))
-    return {**environment, "GLIBC_TUNABLES": tunables}
 
 
 def resolve_model(model: str) -> str:

@@ -18,7 +18,7 @@ from tokenmill.engine.supervisor.child import Child
 from tokenmill.engine.supervisor.display import Display
 from tokenmill.engine.supervisor.keeper import Change, Keeper, StartError
 from tokenmill.engine.supervisor.listener import ReservedPort
-from tokenmill.engine.supervisor.plan import Engine, Plan, gateway_command, gateway_environment
+from tokenmill.engine.supervisor.plan import Engine, Plan, gateway_command
 
 #: Seconds an engine has to end after SIGTERM; its requests are over, the gateway drained before.
 ENGINE_GRACE = 10.0
@@ -184,7 +184,7 @@ class Supervisor:
         async def launch() -> Child:
             child = Child(
                 gateway_command(listener.fileno()),
-                gateway_environment(os.environ),
+                os.environ,
                 self._logs / f"{name}.log",
                 lambda line: self._display.output(name, line),
             )

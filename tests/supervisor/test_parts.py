@@ -21,7 +21,7 @@ from tokenmill.engine.supervisor.child import Child
 from tokenmill.engine.supervisor.display import Display, Fact
 from tokenmill.engine.supervisor.keeper import why_ended
 from tokenmill.engine.supervisor.listener import ReservedPort, free_port, listen, owner_of
-from tokenmill.engine.supervisor.plan import Engine, gateway_environment
+from tokenmill.engine.supervisor.plan import Engine
 from tokenmill.errors import ConfigurationError
 
 
@@ -55,19 +55,6 @@ def test_an_impossible_host_is_one_line(host: str, words: str) -> None:
     with pytest.raises(ConfigurationError, match=words) as caught:
         listen(host, 0)
     assert "--host" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("given", "made"),
-    [
-        (None, "glibc.malloc.hugetlb=1"),
-        ("glibc.malloc.perturb=1", "glibc.malloc.perturb=1:glibc.malloc.hugetlb=1"),
-        ("glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0"),
-    ],
-)
-def test_gateway_workers_have_huge_pages_unless_somebody_said_otherwise(given: str | None, made: str) -> None:
-    around = {"PATH": "/bin"} if given is None else {"PATH": "/bin", "GLIBC_TUNABLES": given}
-    assert gateway_environment(around) == {"PATH": "/bin", "GLIBC_TUNABLES": made}
 
 
 def test_the_owner_of_a_port_is_found() -> None:
