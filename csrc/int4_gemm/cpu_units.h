@@ -15,9 +15,8 @@
 namespace tokenmill::int4 {
 namespace {
 
-// How far ahead codes are asked for. Blocks stand a multiple of 4096 bytes apart more often than not, so that lines
-// side by side share a set of the first-level cache: AVX-512, which reads four blocks at once however few the
-// rows, asks the second level for them.
+// How far ahead codes are asked for. Blocks stand a multiple of 4096 bytes apart more often than not, so that lines side
+// by side share a set of the first-level cache: AVX-512, which reads up to four blocks at once, asks the second level.
 constexpr int kCodesAhead = Vector::kParts == 1 ? 32 : 16;  // lines
 
 template <int NB>

@@ -11,6 +11,7 @@ import fcntl
 import itertools
 import os
 import sqlite3
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -199,9 +200,10 @@ class _LockedFile:
 
 
 def _give_way() -> None:
-    """Has this thread run where no other wants the core; where threads have no priority of their own, nothing."""
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+    """Has this thread run when no other wants the core; only Linux knows threads by numbers like processes."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _count_up(descriptor: int) -> None:
