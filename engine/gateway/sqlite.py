@@ -20,9 +20,9 @@ from pathlib import Path
 from tokenmill.engine.gateway.store import Claim, Connection
 from tokenmill.errors import ConfigurationError
 
-#: Pages in the write-ahead log before they are copied into the file, which waits for the disk: 64 MiB. A connection
-#: that may not wait leaves it to `tidy`, which comes sooner.
-_CHECKPOINT_PAGES = 16384
+#: Pages in the write-ahead log before they are copied into the file, which waits for the disk: 16 MiB. A connection
+#: that may not wait leaves it to `tidy`.
+_CHECKPOINT_PAGES = 4096
 #: How long a connection that may wait does so for a program that holds the file without our lock, in seconds.
 _PATIENCE_S = 30.0
 

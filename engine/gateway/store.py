@@ -36,7 +36,8 @@ MOST_IN_A_BATCH = 256
 MOST_AT_ONCE = 64
 #: A transaction that took longer, in seconds, has waited for the disk: the thread does those of the next moment, too.
 SLOW_S, SLOW_FOR_S = 0.005, 1.0
-#: Transactions of the event loop after which a thread does what they left undone; requests meanwhile take longer.
+#: Transactions of the event loop after which a thread does what they left undone; requests meanwhile take longer, and
+#: after as many more they wait for it: what is undone stays bounded, however little of the core the thread gets.
 TIDY_AFTER = 1000
 #: How long what nobody waits for may wait for company, in seconds: a transaction of its own costs ten times as much.
 POSTED_WAIT_S = 0.005
@@ -305,6 +306,8 @@ class Store:
         begun = time.perf_counter()
         if begun < self._slow_until:
             return False
+        if self._untidy >= TIDY_AFTER and self._tidying() is not None:
+            return False
         if any(job.collector is _one_by_one for job in batch):
             return False  # may take any time
         wanted = [job for job in batch if _wanted(job)]
@@ -319,7 +322,7 @@ class Store:
             self._slow_until = ended + SLOW_FOR_S
         _set_results([(job.waiter, result) for job, result in zip(wanted, results, strict=True) if job.waiter])
         self._untidy += 1
-        if self._untidy >= TIDY_AFTER and (self._tidier is None or not self._tidier.is_alive()):
+        if self._untidy >= TIDY_AFTER and self._tidying() is None:
             self._untidy = 0
             self._tidier = threading.Thread(target=self._tidy, name="store-tidier", daemon=True)
             self._tidier.start()
@@ -372,6 +375,8 @@ class Store:
                     last = True
                     break
                 batch += jobs
+            if self._untidy >= TIDY_AFTER and (tidier := self._tidying()) is not None:
+                tidier.join()
             self._commit([job for job in batch if _wanted(job)])
             with self._counting:
                 self._behind -= taken
@@ -396,6 +401,10 @@ class Store:
                 for collector, jobs in itertools.groupby(batch, key=_collector):
                     results += collector(connection, [job.item for job in jobs])
         return results
+
+    def _tidying(self) -> threading.Thread | None:
+        tidier = self._tidier
+        return tidier if tidier is not None and tidier.is_alive() else None
 
     def _tidy(self) -> None:
         try:

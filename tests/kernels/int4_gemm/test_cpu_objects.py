@@ -82,7 +82,7 @@ def test_loops_over_codes_ask_for_them_ahead(name: str, pattern: str) -> None:
 
 @pytest.mark.parametrize(("name", "pattern"), IN_REGISTERS, ids=str)
 def test_loops_keep_their_sums_in_registers(name: str, pattern: str) -> None:
-    """GCC likes to keep something else there, and then takes twice as long; a few stores cost nothing."""
+    """GCC likes to keep something else there; a few stores do no harm."""
     for head, text in functions_of(name, pattern).items():
         loop = inner_loop(text)
         assert loop, head
