@@ -78,18 +78,33 @@ void pack(const Kernel& kernel, const Problem& p, const Rows& rows) {
     }
 }
 
+// Cuts `blocks` into chunks as wide as the kernel likes best, unless threads would go without, and what is left for the
+// last turn of each thread into halves of them, so that no thread waits long for the others.
+struct Chunks {
+    int64_t blocks, wide, narrow, whole;
+
+    Chunks(int64_t blocks, int64_t widest, int64_t threads) : blocks(blocks) {
+        wide = std::clamp<int64_t>(blocks / threads, 1, widest);
+        narrow = std::max<int64_t>(1, wide / 2);
+        whole = std::max<int64_t>(0, blocks / wide - threads);
+    }
+
+    int64_t count() const { return whole + (blocks - whole * wide + narrow - 1) / narrow; }
+
+    // Where chunk c begins; for c = count() the end.
+    int64_t begin(int64_t c) const {
+        return c <= whole ? c * wide : std::min(whole * wide + (c - whole) * narrow, blocks);
+    }
+};
+
 void multiply(const Kernel& kernel, const Problem& p, const Rows& rows) {
-    const int64_t blocks = p.weight.blocks;
-    // Chunks as wide as the kernel likes best, unless threads would go without.
     const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
-    const int64_t chunk = std::clamp<int64_t>(blocks / threads, 1, kernel.blocks);
-    const int64_t chunks = (blocks + chunk - 1) / chunk;
+    const Chunks chunks(p.weight.blocks, kernel.blocks, threads);
+    const int64_t count = chunks.count();
     // Each thread takes the next chunk when it is through with one: on a shared machine threads are not equally fast.
     std::atomic<int64_t> next{0};
-    torch::stable::parallel_for(0, std::min(threads, chunks), 1, [&](int64_t, int64_t) {
-        for (int64_t c = next++; c < chunks; c = next++) {
-            kernel.multiply(p, rows, c * chunk, std::min((c + 1) * chunk, blocks));
-        }
+    torch::stable::parallel_for(0, std::min(threads, count), 1, [&](int64_t, int64_t) {
+        for (int64_t c = next++; c < count; c = next++) kernel.multiply(p, rows, chunks.begin(c), chunks.begin(c + 1));
     });
 }
 

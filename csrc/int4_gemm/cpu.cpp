@@ -50,15 +50,11 @@ struct PlainFloat {
     }
   }
 
-  static void pack_row(const float* row, const Weight& w, int, uint8_t* out, int64_t stride, float* sums, float*,
-                       int sum_stride) {
-    for (int64_t g = 0; g < w.groups; ++g) {
-      float sum = 0.0f;
-      for (int32_t u = w.group_units[g]; u < w.group_units[g + 1]; ++u) {
-        std::memcpy(out + u * stride, row + int64_t(u) * kUnit, kUnitBytes);
-        for (int i = 0; i < kUnit; ++i) sum += row[int64_t(u) * kUnit + i];
-      }
-      sums[g * sum_stride] = sum;
+  static void pack_group(const float* values, int32_t units, int, uint8_t* out, int64_t stride, float* sum, float*) {
+    *sum = 0.0f;
+    for (int32_t u = 0; u < units; ++u, values += kUnit, out += stride) {
+      std::memcpy(out, values, kUnitBytes);
+      for (int i = 0; i < kUnit; ++i) *sum += values[i];
     }
   }
 };

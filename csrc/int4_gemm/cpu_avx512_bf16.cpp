@@ -1,10 +1,7 @@
-// INT4 weights times bf16 activations with AVX512_BF16: a nibble becomes the bf16 number 128 + code by one OR, and
-// VDPBF16PS multiplies pairs. Float16 and float32 activations are split into two bf16 parts, hi + lo, which keeps
-// 16 bits of them; the parts are two packed rows whose results are added.
+// INT4 weights times bf16 activations with AVX512_BF16: VDPBF16PS multiplies pairs.
 // GCC 12 warns about its own _mm512_undefined_*():
 // build: flags=-Wno-uninitialized -Wno-maybe-uninitialized
-#include <immintrin.h>
-
+#include "cpu_bf16.h"
 #include "cpu_floating.h"
 
 namespace tokenmill::int4 {
@@ -15,21 +12,18 @@ struct Bf16 {
   using Sum = __m512;
   static constexpr int kUnitBytes = 16;
   static constexpr int kSteps = 4;
-  static constexpr int kMaxRows = 24;
+  // Of one block more rows have registers, but each of them is a load for one product, and loads are no faster.
+  static constexpr int kMaxRows = 12;
   static constexpr int kTallFrom = 73;
   static constexpr int kTallRows = 12;
   static constexpr int kPanelBlocks = kStrip;
 
   // At most 24 accumulators of the 32 registers; a thread reads as many streams as blocks, of which four are enough.
-  static constexpr int width(int rows) { return rows <= 6 ? 4 : rows <= 12 ? 2 : 1; }
+  static constexpr int width(int rows) { return rows <= 6 ? 4 : 2; }
 
-  // (line >> 4i) & nibbles | 128: codes i and i + 4 as a pair of bf16.
   template <int kStep>
   TM_INLINE static Code decode(const uint8_t* line, int) {
-    const __m512i nibbles = _mm512_set1_epi32(0x000f000f), one_two_eight = _mm512_set1_epi32(0x43004300);
-    const __m512i q = _mm512_loadu_si512(line);
-    const __m512i shifted = kStep == 0 ? q : _mm512_srli_epi32(q, 4 * kStep);
-    return (__m512bh)_mm512_ternarylogic_epi32(shifted, nibbles, one_two_eight, 0xea);
+    return (__m512bh)bf16_codes<kStep>(_mm512_loadu_si512(line));
   }
 
   TM_INLINE static __m512bh row(const uint8_t* x, int step) {
@@ -38,40 +32,44 @@ struct Bf16 {
     return (__m512bh)_mm512_set1_epi32(pair);
   }
   TM_INLINE static Sum multiply_add(Code code, __m512bh row, Sum sum) { return _mm512_dpbf16_ps(sum, code, row); }
-  TM_INLINE static __m512 offset(__m512 zero) { return _mm512_add_ps(zero, _mm512_set1_ps(128.0f)); }
+  TM_INLINE static bool has_offset(const Weight& w) { return has_bf16_zeros(w); }
+  TM_INLINE static __m512 offset(__m512 zero) { return bf16_zero(zero); }
 
   template <int MB, int NB>
   static void tile(const Weight& w, const uint8_t* x, const float* sums, const float*, int64_t block, float* out) {
     stored_tile<Bf16, MB, NB>(w, x, sums, block, out);
   }
-
-  static void pack_row(const float* row, const Weight& w, int part, uint8_t* out, int64_t stride, float* sums,
-                       float*, int sum_stride) {
-    for (int64_t g = 0; g < w.groups; ++g) {
-      __m256 sum = _mm256_setzero_ps();
-      for (int32_t u = w.group_units[g]; u < w.group_units[g + 1]; ++u) {
-        const __m256 exact = _mm256_loadu_ps(row + int64_t(u) * kUnit);
-        __m128i value = (__m128i)_mm256_cvtneps_pbh(exact);
-        if (part == 1) value = (__m128i)_mm256_cvtneps_pbh(_mm256_sub_ps(exact, widened(value)));
-        sum = _mm256_add_ps(sum, widened(value));
-        // Values i and i + 4 side by side.
-        const __m128i pairs = _mm_unpacklo_epi16(value, _mm_unpackhi_epi64(value, value));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + u * stride), pairs);
-      }
-      sums[g * sum_stride] = sum_of(sum);
-    }
-  }
-
-  TM_INLINE static __m256 widened(__m128i values) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(values), 16));
-  }
 };
 
-int split(Type type) { return type == Type::kBFloat16 ? 1 : 2; }
+// Group by group, so that lines which rows share are written in a near cache.
+void pack_bf16(const Problem& p, const Rows& rows, int64_t first, int64_t last, float* scratch) {
+  const Weight& w = p.weight;
+  const int64_t height = rows.rows, stride = height * Bf16::kUnitBytes;
+  for (int64_t t = first; t < last; ++t) {
+    for (int64_t g = 0; g < w.groups; ++g) {
+      const int32_t begin = w.group_units[g], units = w.group_units[g + 1] - begin;
+      for (int64_t r = 0; r < height; ++r) {
+        const Bf16Group group(p, rows.split, t * height + r, begin, begin + units, scratch);
+        uint8_t* out = rows.values + (t * w.units + begin) * stride + r * Bf16::kUnitBytes;
+        __m512 sum = _mm512_setzero_ps();
+        for (int32_t u = 0; u < units; u += 4) {
+          const __m512i values = group.at(u * kUnit), pairs = paired(values);
+          sum = added(sum, values);
+          unroll<0, 4>([&](auto i) {
+            if (u + i.value >= units) return;
+            const __m128i unit = _mm512_extracti32x4_epi32(pairs, i.value);
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(out + (u + i.value) * stride), unit);
+          });
+        }
+        rows.sums[(t * w.groups + g) * height + r] = _mm512_reduce_add_ps(sum);
+      }
+    }
+  }
+}
 
 }  // namespace
 
-const Kernel kAvx512Bf16 = {"avx512_bf16", kStrip, unit_row_bytes<Bf16>, split, floating_tile_rows<Bf16>, pack<Bf16>,
-                            multiply_floating<Bf16>};
+const Kernel kAvx512Bf16 = {"avx512_bf16", kStrip,     unit_row_bytes<Bf16>,   bf16_parts, floating_tile_rows<Bf16>,
+                            pack_bf16,     multiply_floating<Bf16>};
 
 }  // namespace tokenmill::int4

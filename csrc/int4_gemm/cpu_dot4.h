@@ -13,10 +13,10 @@ struct Dot4 {
   using Sum = Vector::Int;
   static constexpr int kUnitBytes = kInt8UnitBytes;
   static constexpr int kSteps = 2;  // even rows of K and odd ones
-  static constexpr int kMaxRows = Vector::kParts == 1 ? 24 : 6;
+  static constexpr int kMaxRows = Vector::kParts == 1 ? 12 : 6;
 
   static constexpr int width(int rows) {
-    if (Vector::kParts == 1) return rows <= 6 ? 4 : rows <= 12 ? 2 : 1;
+    if (Vector::kParts == 1) return rows <= 6 ? 4 : 2;
     return rows == 1 ? 4 : rows == 2 ? 2 : 1;
   }
 
@@ -56,9 +56,13 @@ struct Dot4 {
     }
   }
 
-  static void pack_row(const float* row, const Weight& w, int, uint8_t* out, int64_t stride, float* sums,
-                       float* scales, int sum_stride) {
-    pack_int8_row(row, w, out, stride, sums, scales, sum_stride);
+  static void pack_group(const float* values, int32_t units, int, uint8_t* out, int64_t stride, float* sum,
+                         float* scale) {
+    const Quantiser q = quantiser_of(values, units);
+    __m256i total = _mm256_setzero_si256();
+    quantise(values, units, q, out, stride, total);
+    *sum = total_of(total);
+    *scale = q.scale;
   }
 };
 

@@ -38,6 +38,7 @@ struct Float32 {
   TM_INLINE static Sum multiply_add(Code code, Vector::Float row, Sum sum) {
     return Vector::multiply_add(code, row, sum);
   }
+  TM_INLINE static bool has_offset(const Weight&) { return true; }
   TM_INLINE static Vector::Float offset(Vector::Float zero) { return zero; }
 
   template <int MB, int NB>
@@ -45,18 +46,15 @@ struct Float32 {
     stored_tile<Float32, MB, NB>(w, x, sums, block, out);
   }
 
-  static void pack_row(const float* row, const Weight& w, int, uint8_t* out, int64_t stride, float* sums, float*,
-                       int sum_stride) {
+  static void pack_group(const float* values, int32_t units, int, uint8_t* out, int64_t stride, float* sum, float*) {
     const __m256 powers = _mm256_setr_ps(1.0f, 0x1p-4f, 0x1p-8f, 0x1p-12f, 0x1p-16f, 0x1p-20f, 0x1p-24f, 1.0f);
-    for (int64_t g = 0; g < w.groups; ++g) {
-      __m256 sum = _mm256_setzero_ps();
-      for (int32_t u = w.group_units[g]; u < w.group_units[g + 1]; ++u) {
-        const __m256 unit = _mm256_loadu_ps(row + int64_t(u) * kUnit);
-        sum = _mm256_add_ps(sum, unit);
-        _mm256_storeu_ps(reinterpret_cast<float*>(out + u * stride), _mm256_mul_ps(unit, powers));
-      }
-      sums[g * sum_stride] = sum_of(sum);
+    __m256 total = _mm256_setzero_ps();
+    for (int32_t u = 0; u < units; ++u, values += kUnit, out += stride) {
+      const __m256 unit = _mm256_loadu_ps(values);
+      total = _mm256_add_ps(total, unit);
+      _mm256_storeu_ps(reinterpret_cast<float*>(out), _mm256_mul_ps(unit, powers));
     }
+    *sum = sum_of(total);
   }
 };
 

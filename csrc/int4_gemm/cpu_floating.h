@@ -5,9 +5,10 @@
 //
 // Beside what cpu_tiles.h and cpu_units.h ask of it, an arithmetic has
 //   static constexpr int kTallFrom;                     // rows from which on a panel pays
-//   static constexpr int kTallRows;                     // rows of the tallest tile that meets a panel
+//   static constexpr int kTallRows;                     // rows of a tile that meets a panel: a multiple of three
 //   static constexpr int kPanelBlocks;                  // of a panel
-//   static Vector::Float offset(Vector::Float zero);    // what decoded codes exceed the true ones by
+//   static bool has_offset(const Weight&);              // whether decoded codes differ from the true ones
+//   static Vector::Float offset(Vector::Float zero);    // by how much they exceed them
 #pragma once
 
 #include "cpu_memory.h"
@@ -31,41 +32,53 @@ struct Decoded {
   }
 };
 
-// Scales the sums of a group, or of a part of one, and adds them to totals, rows `columns` floats apart. With the last
-// part goes the product of the offset and the sum of the activations.
-template <class A, int MB, int NB>
-TM_INLINE void add_group(const Weight& w, int64_t block, int64_t group, bool last, const float* row_sums,
-                         typename A::Sum (&sums)[NB * Vector::kParts][MB], float* totals, int64_t columns) {
-  constexpr int kParts = Vector::kParts;
-  // A fence for the compiler: or else GCC keeps totals in registers from group to group, and has none left for
-  // some of the sums.
-  __atomic_signal_fence(__ATOMIC_SEQ_CST);
-  unroll<0, NB * kParts>([&](auto r) {
-    const int64_t index =
-        ((block + r.value / kParts) * w.groups + group) * kBlock + r.value % kParts * kLanes;
-    const Vector::Float scale = load_scales(w, index);
-    const Vector::Float offset = last ? A::offset(load_zeros(w, index)) : Vector::zero();
-    unroll<0, MB>([&](auto m) {
-      float* total = totals + m.value * columns + r.value * kLanes;
-      const Vector::Float value =
-          Vector::subtract_product(offset, Vector::all(row_sums[m.value]), sums[r.value][m.value]);
-      Vector::store(total, Vector::multiply_add(value, scale, Vector::load(total)));
-    });
-  });
-}
-
 // One part of a group: what a panel holds. Few rows are summed part by part, too, so that a row gives the same bits
 // among few and among many.
 struct Part {
   int64_t group;
   int32_t first, units;
-  bool last;  // of its group
+  bool opens;  // its group
 };
 
 // The part of a group that begins with `unit`.
 TM_INLINE Part part_of(const Weight& w, int64_t group, int32_t unit) {
   const int32_t left = w.group_units[group + 1] - unit;
-  return {group, unit, left < kPanelUnits ? left : kPanelUnits, left <= kPanelUnits};
+  return {group, unit, left < kPanelUnits ? left : kPanelUnits, unit == w.group_units[group]};
+}
+
+// Where the scales and zero points of register `kReg` of the blocks from `block` on begin.
+template <int kReg>
+TM_INLINE int64_t place_of(const Weight& w, int64_t block, int64_t group) {
+  return ((block + kReg / Vector::kParts) * w.groups + group) * kBlock + kReg % Vector::kParts * kLanes;
+}
+
+// What the sums of a part begin with: nothing, or with the first part of a group what its zero points take away.
+template <class A, int MB, int NB>
+TM_INLINE void begin_part(const Weight& w, int64_t block, const Part& part, const float* row_sums,
+                          typename A::Sum (&sums)[NB * Vector::kParts][MB]) {
+  if (!part.opens || !A::has_offset(w)) return zero<A, MB, NB>(sums);
+  unroll<0, NB * Vector::kParts>([&](auto r) {
+    const Vector::Float offset = A::offset(load_zeros(w, place_of<r.value>(w, block, part.group)));
+    unroll<0, MB>([&](auto m) {
+      sums[r.value][m.value] = Vector::subtract_product(offset, Vector::all(row_sums[m.value]), Vector::zero());
+    });
+  });
+}
+
+// Scales the sums of a group, or of a part of one, and adds them to totals, rows `columns` floats apart.
+template <class A, int MB, int NB>
+TM_INLINE void add_part(const Weight& w, int64_t block, int64_t group, typename A::Sum (&sums)[NB * Vector::kParts][MB],
+                        float* totals, int64_t columns) {
+  // A fence for the compiler: or else GCC keeps totals in registers from group to group, and has none left for
+  // some of the sums.
+  __atomic_signal_fence(__ATOMIC_SEQ_CST);
+  unroll<0, NB * Vector::kParts>([&](auto r) {
+    const Vector::Float scale = load_scales(w, place_of<r.value>(w, block, group));
+    unroll<0, MB>([&](auto m) {
+      float* total = totals + m.value * columns + r.value * kLanes;
+      Vector::store(total, Vector::multiply_add(sums[r.value][m.value], scale, Vector::load(total)));
+    });
+  });
 }
 
 // A tile of MB rows by NB blocks, all of K. Not inlined: the compiler has registers for one loop of this kind.
@@ -81,37 +94,38 @@ template <class A, int MB, int NB>
     for (int32_t unit = w.group_units[g]; unit < w.group_units[g + 1]; unit += kPanelUnits) {
       const Part part = part_of(w, g, unit);
       typename A::Sum sums[NB * Vector::kParts][MB];
-      zero<A, MB, NB>(sums);
+      begin_part<A, MB, NB>(w, block, part, row_sums + g * MB, sums);
       for (int32_t u = part.first; u < part.first + part.units; ++u) {
         ask_for_codes<NB>(ahead.of(lines, u), stride);
         add_unit<A, Stored<A>, MB, NB>(sums, lines, stride, x);
         lines += kLine;
         x += MB * A::kUnitBytes;
       }
-      add_group<A, MB, NB>(w, block, g, part.last, row_sums + g * MB, sums, out, NB * kBlock);
+      add_part<A, MB, NB>(w, block, g, sums, out, NB * kBlock);
     }
   }
 }
 
-template <class A, int MB>
+template <class A>
 class Tall {
  public:
   Tall(const Problem& p, const Rows& rows) : p_(p), w_(p.weight), rows_(rows) {}
 
   void run(int64_t first, int64_t last) {
     thread_local Memory memory;
-    const size_t totals = size_t(rows_.tiles) * MB * kStrip * kBlock * sizeof(float);
+    const size_t totals = size_t(rows_.tiles) * kRows * kStrip * kBlock * sizeof(float);
     panel_ = memory.at_least(A::kPanelBlocks * kBlockBytes + totals);
     totals_ = reinterpret_cast<float*>(panel_ + A::kPanelBlocks * kBlockBytes);
     for (; first < last; first += kStrip) strip(first, last - first < kStrip ? last - first : kStrip);
   }
 
  private:
+  static constexpr int kRows = A::kTallRows, kWide = A::width(kRows);
   static constexpr int64_t kBlockBytes = kPanelUnits * Decoded<A>::kUnitBytes;
 
   void strip(int64_t block, int64_t blocks) {
     const int64_t columns = blocks * kBlock;
-    std::memset(totals_, 0, size_t(rows_.tiles * MB * columns) * sizeof(float));
+    std::memset(totals_, 0, size_t(rows_.tiles * kRows * columns) * sizeof(float));
     for (int64_t g = 0; g < w_.groups; ++g) {
       for (int32_t unit = w_.group_units[g]; unit < w_.group_units[g + 1]; unit += kPanelUnits) {
         const Part part = part_of(w_, g, unit);
@@ -121,20 +135,26 @@ class Tall {
       }
     }
     for (int64_t t = 0; t < rows_.tiles; ++t) {
-      store_tile(p_, rows_, t * MB, block, int(columns), totals_ + t * MB * columns);
+      store_tile(p_, rows_, t * kRows, block, int(columns), totals_ + t * kRows * columns);
     }
   }
 
-  // Decodes blocks `from`.. of the strip that begins with `block`, and multiplies all rows by them.
+  // Decodes blocks `from`.. of the strip that begins with `block`, and multiplies all rows by them. Of the last tile
+  // only as many thirds are multiplied as hold rows.
   void panel(const Part& part, int64_t block, int64_t from, int64_t blocks, int64_t columns) {
-    constexpr int kWide = A::width(MB);
     for (int64_t b = 0; b < blocks; ++b) decode(block + from + b, part, panel_ + b * kBlockBytes);
-    for (int64_t t = 0; t < rows_.tiles; ++t) {
-      float* totals = totals_ + t * MB * columns + from * kBlock;
+    const int64_t last = rows_.tiles - 1, rest = p_.M * rows_.split - last * kRows;
+    const auto multiply = [&](int64_t t, auto thirds) {
+      constexpr int MB = kRows / 3 * decltype(thirds)::value;
+      float* totals = totals_ + t * kRows * columns + from * kBlock;
       int64_t b = 0;
-      for (; b + kWide <= blocks; b += kWide) tile<kWide>(part, t, block + from, b, totals, columns);
-      for (; b < blocks; ++b) tile<1>(part, t, block + from, b, totals, columns);
-    }
+      for (; b + kWide <= blocks; b += kWide) tile<MB, kWide>(part, t, block + from, b, totals, columns);
+      for (; b < blocks; ++b) tile<MB, 1>(part, t, block + from, b, totals, columns);
+    };
+    for (int64_t t = 0; t < last; ++t) multiply(t, Constant<3>{});
+    unroll<1, 4>([&](auto thirds) {
+      if ((rest + kRows / 3 - 1) / (kRows / 3) == thirds.value) multiply(last, thirds);
+    });
   }
 
   void decode(int64_t block, const Part& part, uint8_t* out) {
@@ -151,19 +171,18 @@ class Tall {
   }
 
   // Not inlined, for the same reason.
-  template <int NB>
+  template <int MB, int NB>
   [[gnu::noinline]] void tile(const Part& part, int64_t t, int64_t block, int64_t b, float* totals, int64_t columns) {
     const uint8_t* codes = panel_ + b * kBlockBytes;
-    const uint8_t* x = rows_.values + (t * w_.units + part.first) * MB * A::kUnitBytes;
+    const uint8_t* x = rows_.values + (t * w_.units + part.first) * kRows * A::kUnitBytes;
     typename A::Sum sums[NB * Vector::kParts][MB];
-    zero<A, MB, NB>(sums);
+    begin_part<A, MB, NB>(w_, block + b, part, rows_.sums + (t * w_.groups + part.group) * kRows, sums);
     for (int32_t u = 0; u < part.units; ++u) {
       add_unit<A, Decoded<A>, MB, NB>(sums, codes, kBlockBytes, x);
       codes += Decoded<A>::kUnitBytes;
-      x += MB * A::kUnitBytes;
+      x += kRows * A::kUnitBytes;
     }
-    add_group<A, MB, NB>(w_, block + b, part.group, part.last, rows_.sums + (t * w_.groups + part.group) * MB, sums,
-                         totals + b * kBlock, columns);
+    add_part<A, MB, NB>(w_, block + b, part.group, sums, totals + b * kBlock, columns);
   }
 
   const Problem& p_;
@@ -173,25 +192,15 @@ class Tall {
   float* totals_ = nullptr;   // [tiles][rows][columns of the strip]
 };
 
-// Tiles that meet a panel are higher than this: lower ones would load more than they multiply.
-template <class A>
-constexpr int kTallAbove = A::kTallRows / 2;
-
 template <class A>
 int floating_tile_rows(int64_t packed_rows) {
-  if (packed_rows < A::kTallFrom) return best_height(packed_rows, A::kMaxRows);
-  return best_height(packed_rows, A::kTallRows, kTallAbove<A>, 1);
+  return packed_rows < A::kTallFrom ? best_height(packed_rows, A::kMaxRows) : A::kTallRows;
 }
 
 template <class A>
 void multiply_floating(const Problem& p, const Rows& rows, int64_t first, int64_t last) {
   if (p.M * rows.split < A::kTallFrom) return multiply<A>(p, rows, first, last);
-  unroll<0, int(sizeof kHeights / sizeof *kHeights)>([&](auto i) {
-    constexpr int kHeight = kHeights[decltype(i)::value];
-    if constexpr (kHeight > kTallAbove<A> && kHeight <= A::kTallRows) {
-      if (rows.rows == kHeight) Tall<A, kHeight>(p, rows).run(first, last);
-    }
-  });
+  Tall<A>(p, rows).run(first, last);
 }
 
 }  // namespace

@@ -31,11 +31,11 @@ struct Quantiser {
 };
 
 // One unit at a time: eight floats are one AVX register, on every instruction set that comes here.
-TM_INLINE Quantiser quantiser_of(const float* row, int32_t first, int32_t last) {
+TM_INLINE Quantiser quantiser_of(const float* values, int32_t units) {
   const __m256 sign = _mm256_set1_ps(-0.0f), greatest = _mm256_set1_ps(3.402823466e38f);
   __m256 magnitudes = _mm256_setzero_ps(), beyond = _mm256_setzero_ps();
-  for (int32_t u = first; u < last; ++u) {
-    const __m256 magnitude = _mm256_andnot_ps(sign, _mm256_loadu_ps(row + int64_t(u) * kUnit));
+  for (int32_t u = 0; u < units; ++u) {
+    const __m256 magnitude = _mm256_andnot_ps(sign, _mm256_loadu_ps(values + int64_t(u) * kUnit));
     magnitudes = _mm256_max_ps(magnitudes, magnitude);
     beyond = _mm256_or_ps(beyond, _mm256_cmp_ps(magnitude, greatest, _CMP_NLE_UQ));
   }
@@ -46,12 +46,12 @@ TM_INLINE Quantiser quantiser_of(const float* row, int32_t first, int32_t last) 
           finite ? largest / 127.0f : __builtin_nanf(""), finite};
 }
 
-// Writes units first..last-1, `stride` bytes apart, and adds their values to `sum`.
-TM_INLINE void quantise(const float* row, int32_t first, int32_t last, const Quantiser& q, uint8_t* out, int64_t stride,
+// Writes units, `stride` bytes apart, and adds their values to `sum`.
+TM_INLINE void quantise(const float* values, int32_t units, const Quantiser& q, uint8_t* out, int64_t stride,
                         __m256i& sum) {
   const __m256i even_odd = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
-  for (int32_t u = first; u < last; ++u, out += stride) {
-    const __m256 value = _mm256_mul_ps(_mm256_loadu_ps(row + int64_t(u) * kUnit), q.inverse);
+  for (int32_t u = 0; u < units; ++u, values += kUnit, out += stride) {
+    const __m256 value = _mm256_mul_ps(_mm256_loadu_ps(values), q.inverse);
     const __m256i rounded = q.finite ? _mm256_cvtps_epi32(value) : _mm256_set1_epi32(1);
     sum = _mm256_add_epi32(sum, rounded);
     const __m256i ordered = _mm256_permutevar8x32_epi32(rounded, even_odd);
@@ -62,18 +62,6 @@ TM_INLINE void quantise(const float* row, int32_t first, int32_t last, const Qua
 
 // At most 127 * group of them: exact in float up to groups of 132104 rows, rounded once beyond.
 TM_INLINE float total_of(__m256i sum) { return sum_of(_mm256_cvtepi32_ps(sum)); }
-
-inline void pack_int8_row(const float* row, const Weight& w, uint8_t* out, int64_t stride, float* sums, float* scales,
-                          int sum_stride) {
-  for (int64_t g = 0; g < w.groups; ++g) {
-    const int32_t first = w.group_units[g], last = w.group_units[g + 1];
-    const Quantiser q = quantiser_of(row, first, last);
-    __m256i sum = _mm256_setzero_si256();
-    quantise(row, first, last, q, out + first * stride, stride, sum);
-    sums[g * sum_stride] = total_of(sum);
-    scales[g * sum_stride] = q.scale;
-  }
-}
 
 // Adds one register of one group to a row of results: (dot - zero * sum) * weight scale * activation scale.
 TM_INLINE void add_int8_group(const Weight& w, int64_t group, int64_t block, int reg, Vector::Int dot, float sum,

@@ -14,7 +14,7 @@ struct AmxInt8 {
     __m512 scale, zero;
   };
 
-  // Row 2u of the tile: the even codes of unit u; row 2u + 1: the odd ones. As pack_int8_row orders activations.
+  // Row 2u of the tile: the even codes of unit u; row 2u + 1: the odd ones. As cpu_int8.h orders activations.
   TM_INLINE static void decode(const uint8_t* lines, int units, uint8_t* tile) {
     const __m512i nibbles = _mm512_set1_epi32(0x0f0f0f0f);
     unroll<0, kStepUnits>([&](auto u) {
@@ -51,18 +51,18 @@ void pack(const Problem& p, const Rows& rows, int64_t first, int64_t last, float
     const int64_t t = m / height, r = m % height;
     const RowPlaces place(rows, m);
     int64_t step = 0;
-    read_row(p, m, scratch);
+    read_row(p, m, 0, w.units, scratch);
     for (int64_t g = 0; g < w.groups; ++g) {
       const int32_t begin = w.group_units[g], end = w.group_units[g + 1];
-      const Quantiser q = quantiser_of(scratch, begin, end);
+      const Quantiser q = quantiser_of(scratch + begin * kUnit, end - begin);
       __m256i sum = _mm256_setzero_si256();
       const int64_t steps = (end - begin + AmxInt8::kStepUnits - 1) / AmxInt8::kStepUnits;
       for (int64_t i = 0; i < steps; ++i) {
         const int32_t u = begin + int32_t(i) * AmxInt8::kStepUnits;
         uint8_t* out = place(step, steps, i);
-        const int32_t stop = end - u < AmxInt8::kStepUnits ? end : u + AmxInt8::kStepUnits;
-        if (stop - u < AmxInt8::kStepUnits) _mm512_store_si512(out, _mm512_setzero_si512());
-        quantise(scratch, u, stop, q, out, kInt8UnitBytes, sum);
+        const int32_t units = end - u < AmxInt8::kStepUnits ? end - u : AmxInt8::kStepUnits;
+        if (units < AmxInt8::kStepUnits) _mm512_store_si512(out, _mm512_setzero_si512());
+        quantise(scratch + u * kUnit, units, q, out, kInt8UnitBytes, sum);
       }
       step += steps;
       rows.sums[(t * w.groups + g) * height + r] = total_of(sum);

@@ -47,13 +47,14 @@ TM_INLINE int64_t group_of(const Rows& rows, int64_t group, int64_t tile) {
 
 void pack_int8(const Problem& p, const Rows& rows, int64_t first, int64_t last, float* scratch) {
   for (int64_t t = first; t < last; ++t) {
-    for (int r = 0; r < rows.rows; ++r) {
-      read_row(p, t * rows.rows + r, scratch);
-      for (int64_t g = 0; g < p.weight.groups; ++g) {
-        const Quantiser q = quantiser_of(scratch, p.weight.group_units[g], p.weight.group_units[g + 1]);
+    for (int64_t g = 0; g < p.weight.groups; ++g) {
+      const int32_t begin = p.weight.group_units[g], end = p.weight.group_units[g + 1];
+      for (int r = 0; r < rows.rows; ++r) {
+        read_row(p, t * rows.rows + r, begin, end, scratch);
+        const Quantiser q = quantiser_of(scratch, end - begin);
         __m256i sum = _mm256_setzero_si256();
         each_step_of(p.weight, g, [&](const Step& s) {
-          quantise(scratch, s.unit, s.unit + s.units, q, values_of(rows, s, t) + r * kInt8UnitBytes,
+          quantise(scratch + (s.unit - begin) * kUnit, s.units, q, values_of(rows, s, t) + r * kInt8UnitBytes,
                    rows.rows * kInt8UnitBytes, sum);
         });
         rows.sums[group_of(rows, g, t) + r] = total_of(sum);

@@ -3,6 +3,10 @@
 
 #include <cstring>
 
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
 #include "cpu.h"
 
 namespace tokenmill::int4 {
@@ -73,29 +77,46 @@ TM_INLINE void store_from_float(void* base, Type type, int64_t index, float valu
   }
 }
 
+// `count` values from `from` on, which is of kType.
 template <Type kType>
-void read_row(const Problem& p, int64_t m, float* row) {
+TM_INLINE void to_floats(const void* base, int64_t from, int64_t count, float* values) {
+  int64_t i = 0;
+#ifdef __F16C__
+  // GCC makes no vectors of this conversion by itself.
+  if constexpr (kType == Type::kFloat16) {
+    const auto* raw = static_cast<const uint16_t*>(base) + from;
+    for (; i + 8 <= count; i += 8) {
+      _mm256_storeu_ps(values + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(raw + i))));
+    }
+  }
+#endif
+  for (; i < count; ++i) values[i] = load_as_float(base, kType, from + i);
+}
+
+template <Type kType>
+void read_row(const Problem& p, int64_t m, int64_t begin, int64_t end, float* values) {
   const char* x = static_cast<const char*>(p.x) + m * p.ldx * (kType == Type::kFloat32 ? 4 : 2);
-  const int64_t packed = p.weight.units * kUnit;
   if (p.weight.in_order) {
-    for (int64_t i = 0; i < p.K; ++i) row[i] = load_as_float(x, kType, i);
-    for (int64_t i = p.K; i < packed; ++i) row[i] = 0.0f;
+    const int64_t exist = p.K <= begin ? 0 : p.K < end ? p.K - begin : end - begin;
+    to_floats<kType>(x, begin, exist, values);
+    for (int64_t i = exist; i < end - begin; ++i) values[i] = 0.0f;
     return;
   }
   const int32_t* source = p.weight.source;
-  for (int64_t i = 0; i < packed; ++i) row[i] = source[i] < 0 ? 0.0f : load_as_float(x, kType, source[i]);
+  for (int64_t i = begin; i < end; ++i) *values++ = source[i] < 0 ? 0.0f : load_as_float(x, kType, source[i]);
 }
 
-// Row m of x in packed order, as float; rows past the last are zeros.
-void read_row(const Problem& p, int64_t m, float* row) {
+// Units first..last-1 of row m of x in packed order, as float; rows past the last are zeros.
+void read_row(const Problem& p, int64_t m, int64_t first, int64_t last, float* values) {
+  const int64_t begin = first * kUnit, end = last * kUnit;
   if (m >= p.M) {
-    std::memset(row, 0, size_t(p.weight.units) * kUnit * sizeof(float));
+    std::memset(values, 0, size_t(end - begin) * sizeof(float));
   } else if (p.type == Type::kFloat32) {
-    read_row<Type::kFloat32>(p, m, row);
+    read_row<Type::kFloat32>(p, m, begin, end, values);
   } else if (p.type == Type::kFloat16) {
-    read_row<Type::kFloat16>(p, m, row);
+    read_row<Type::kFloat16>(p, m, begin, end, values);
   } else {
-    read_row<Type::kBFloat16>(p, m, row);
+    read_row<Type::kBFloat16>(p, m, begin, end, values);
   }
 }
 

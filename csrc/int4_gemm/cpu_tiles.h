@@ -28,16 +28,16 @@ TM_INLINE void unroll(Body&& body) {
 }
 
 // Tile heights that are compiled; others are filled up with rows of zeros.
-constexpr int kHeights[] = {1, 2, 3, 4, 6, 8, 12, 16, 24};
+constexpr int kHeights[] = {1, 2, 3, 4, 6, 8, 12, 16};
 
-// The height above `above` and up to `tallest` that wastes least: rows of filling cost a row each, and every tile costs
-// as much as `halves` half rows for itself. Where it decodes the weights again, that is about two rows.
-TM_INLINE int best_height(int64_t rows, int tallest, int above = 0, int halves = 4) {
+// The height up to `tallest` that wastes least: rows of filling cost a row each, and every tile, which decodes the weights
+// again, costs as much as two rows for itself.
+TM_INLINE int best_height(int64_t rows, int tallest) {
   int best = tallest;
   int64_t best_cost = -1;
   for (int height : kHeights) {
-    if (height <= above || height > tallest) continue;
-    const int64_t cost = (rows + height - 1) / height * (2 * height + halves);
+    if (height > tallest) continue;
+    const int64_t cost = (rows + height - 1) / height * (height + 2);
     if (best_cost < 0 || cost <= best_cost) {
       best = height;
       best_cost = cost;
@@ -96,22 +96,24 @@ int tile_rows(int64_t packed_rows) {
   return best_height(packed_rows, A::kMaxRows);
 }
 
-// Packs tiles first..last-1. A::pack_row(row, weight, part, out, stride, sums, scales, sum_stride) writes one part of one
-// row: unit u at out + u * stride, the sum and scale of group g at g * sum_stride.
+// Packs tiles first..last-1. A::pack_group(values, units, part, out, stride, sum, scale) writes one part of one group of
+// one row: unit u at out + u * stride. Group by group, so that lines which rows share are written in a near cache.
 template <class A>
 void pack(const Problem& p, const Rows& rows, int64_t first, int64_t last, float* scratch) {
-  const int64_t groups = p.weight.groups, units = p.weight.units;
+  const Weight& w = p.weight;
   const int height = rows.rows;
   for (int64_t t = first; t < last; ++t) {
-    uint8_t* tile = rows.values + t * units * height * A::kUnitBytes;
-    float* sums = rows.sums + t * groups * height;
-    float* scales = rows.scales ? rows.scales + t * groups * height : nullptr;
-    for (int r = 0; r < height; ++r) {
-      const int64_t packed = t * height + r;
-      const int part = int(packed % rows.split);
-      if (part == 0) read_row(p, packed / rows.split, scratch);
-      A::pack_row(scratch, p.weight, part, tile + r * A::kUnitBytes, height * A::kUnitBytes, sums + r,
-                  scales ? scales + r : nullptr, height);
+    for (int64_t g = 0; g < w.groups; ++g) {
+      const int32_t begin = w.group_units[g], end = w.group_units[g + 1];
+      uint8_t* out = rows.values + (t * w.units + begin) * height * A::kUnitBytes;
+      const int64_t index = (t * w.groups + g) * height;
+      for (int r = 0; r < height; ++r) {
+        const int64_t packed = t * height + r;
+        const int part = int(packed % rows.split);
+        if (part == 0) read_row(p, packed / rows.split, begin, end, scratch);
+        A::pack_group(scratch, end - begin, part, out + r * A::kUnitBytes, height * A::kUnitBytes,
+                      rows.sums + index + r, rows.scales + index + r);
+      }
     }
   }
 }

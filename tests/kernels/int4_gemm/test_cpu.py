@@ -49,16 +49,16 @@ def random_weight(
 def bound(x: torch.Tensor, weight: Int4Weight, exact: torch.Tensor, activation_bits: int) -> torch.Tensor:
     """Largest error that the method itself can make.
 
-    The kernels subtract zero * sum(x) from sum(code * x), so every term is bounded by its magnitude with the offset
-    left in (128 + code in the bf16 kernel); sums are float32, in any order (Higham's gamma), and float16 activations
-    keep 16 bits in the bf16 kernel. Eight-bit activations add half a step per element.
+    The kernels subtract zero * sum(x) from sum(code * x), so every term is bounded by its magnitude with both, 30 at
+    most; sums are float32, in any order (Higham's gamma). Float16 activations keep 16 bits in the bf16 kernel, where
+    code and zero are less by 8. Eight-bit activations add half a step per element.
     """
     scales = weight.scales.double()[weight.groups()].abs()
-    magnitude = x.double().abs() @ (scales * 144)
-    relative = (weight.K + 8) * unit_roundoff(torch.float32)
+    magnitude = x.double().abs() @ scales
+    limit = magnitude * 30 * (weight.K + 8) * unit_roundoff(torch.float32)
     if x.dtype == torch.float16:
-        relative += 2.0**-16 / 9
-    limit = magnitude * relative + exact.abs() * unit_roundoff(x.dtype) * 1.01
+        limit += magnitude * 16 * 2.0**-16
+    limit += exact.abs() * unit_roundoff(x.dtype) * 1.01
     if activation_bits == 8:
         groups = weight.groups()
         largest = torch.zeros(x.shape[0], weight.num_groups, dtype=torch.float64)

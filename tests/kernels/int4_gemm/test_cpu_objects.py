@@ -19,14 +19,14 @@ FEW_ROWS = {
     "int4_gemm__cpu_int8_avx2.cpp.o": r"multiply_few<(2, 2|3, 1|4, 1)>",
     "int4_gemm__cpu_avx_vnni.cpp.o": r"Dot4::tile<(1, 4|2, 2|3, 1|4, 1|6, 1)>",
     "int4_gemm__cpu_avx512.cpp.o": r"stored_tile<.*Float32, (1, 4|2, 4|3, 4|4, 4|6, 4|8, 2|12, 2|16, 1)>",
-    "int4_gemm__cpu_avx512_bf16.cpp.o": r"stored_tile<.*Bf16, (1, 4|2, 4|3, 4|4, 4|6, 4|8, 2|12, 2|16, 1|24, 1)>",
-    "int4_gemm__cpu_avx512_vnni.cpp.o": r"Dot4::tile<(1, 4|2, 4|3, 4|4, 4|6, 4|8, 2|12, 2|16, 1|24, 1)>",
+    "int4_gemm__cpu_avx512_bf16.cpp.o": r"stored_tile<.*Bf16, (1, 4|2, 4|3, 4|4, 4|6, 4|8, 2|12, 2)>",
+    "int4_gemm__cpu_avx512_vnni.cpp.o": r"Dot4::tile<(1, 4|2, 4|3, 4|4, 4|6, 4|8, 2|12, 2)>",
 }
 #: Functions that meet codes of a panel.
 MANY_ROWS = {
-    "int4_gemm__cpu_avx2.cpp.o": r"Tall<.*Float32, .*tile<1>",
-    "int4_gemm__cpu_avx512.cpp.o": r"Tall<.*Float32, .*tile<2>",
-    "int4_gemm__cpu_avx512_bf16.cpp.o": r"Tall<.*Bf16, .*tile<2>",
+    "int4_gemm__cpu_avx2.cpp.o": r"Tall<.*Float32>::tile<(2|4|6), 1>",
+    "int4_gemm__cpu_avx512.cpp.o": r"Tall<.*Float32>::tile<(4|8|12), 2>",
+    "int4_gemm__cpu_avx512_bf16.cpp.o": r"Tall<.*Bf16>::tile<(4|8|12), 2>",
 }
 #: Not W4A8 with AVX2, whose sums do not fit into 16 registers.
 IN_REGISTERS = [item for item in (*FEW_ROWS.items(), *MANY_ROWS.items()) if "int8_avx2" not in item[0]]
