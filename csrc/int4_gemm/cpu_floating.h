@@ -139,50 +139,60 @@ class Tall {
     }
   }
 
-  // Decodes blocks `from`.. of the strip that begins with `block`, and multiplies all rows by them. Of the last tile
-  // only as many thirds are multiplied as hold rows.
+  // Multiplies all rows by blocks `from`.. of the strip that begins with `block`. The first tile decodes what the others
+  // meet. Of the last one only as many thirds are multiplied as hold rows.
   void panel(const Part& part, int64_t block, int64_t from, int64_t blocks, int64_t columns) {
-    for (int64_t b = 0; b < blocks; ++b) decode(block + from + b, part, panel_ + b * kBlockBytes);
-    const int64_t last = rows_.tiles - 1, rest = p_.M * rows_.split - last * kRows;
-    const auto multiply = [&](int64_t t, auto thirds) {
+    static_assert(A::kTallFrom > kRows);  // there is another tile than the last
+    const auto multiply = [&](int64_t t, auto thirds, auto decodes) {
       constexpr int MB = kRows / 3 * decltype(thirds)::value;
+      constexpr bool kDecodes = decltype(decodes)::value;
       float* totals = totals_ + t * kRows * columns + from * kBlock;
       int64_t b = 0;
-      for (; b + kWide <= blocks; b += kWide) tile<MB, kWide>(part, t, block + from, b, totals, columns);
-      for (; b < blocks; ++b) tile<MB, 1>(part, t, block + from, b, totals, columns);
+      for (; b + kWide <= blocks; b += kWide) tile<MB, kWide, kDecodes>(part, t, block + from, b, totals, columns);
+      for (; b < blocks; ++b) tile<MB, 1, kDecodes>(part, t, block + from, b, totals, columns);
     };
-    for (int64_t t = 0; t < last; ++t) multiply(t, Constant<3>{});
+    const int64_t last = rows_.tiles - 1, rest = p_.M * rows_.split - last * kRows;
+    multiply(0, Constant<3>{}, Constant<true>{});
+    for (int64_t t = 1; t < last; ++t) multiply(t, Constant<3>{}, Constant<false>{});
     unroll<1, 4>([&](auto thirds) {
-      if ((rest + kRows / 3 - 1) / (kRows / 3) == thirds.value) multiply(last, thirds);
+      if ((rest + kRows / 3 - 1) / (kRows / 3) == thirds.value) multiply(last, thirds, Constant<false>{});
     });
   }
 
-  void decode(int64_t block, const Part& part, uint8_t* out) {
-    const uint8_t* lines = w_.lines + (block * w_.units + part.first) * kLine;
-    for (int32_t u = 0; u < part.units; ++u, lines += kLine, out += Decoded<A>::kUnitBytes) {
-      ask_for(lines + kPanelUnits * kLine);  // of the next panel
-      unroll<0, A::kSteps>([&](auto i) {
-        unroll<0, Vector::kParts>([&](auto p) {
-          const typename A::Code code = A::template decode<i.value>(lines, p.value);
-          std::memcpy(out + i.value * kLine + p.value * int(sizeof code), &code, sizeof code);
-        });
-      });
-    }
-  }
-
   // Not inlined, for the same reason.
-  template <int MB, int NB>
+  template <int MB, int NB, bool kDecodes>
   [[gnu::noinline]] void tile(const Part& part, int64_t t, int64_t block, int64_t b, float* totals, int64_t columns) {
-    const uint8_t* codes = panel_ + b * kBlockBytes;
-    const uint8_t* x = rows_.values + (t * w_.units + part.first) * kRows * A::kUnitBytes;
+    const int64_t stride = w_.units * kLine;
+    const uint8_t* lines = w_.lines + (block + b) * stride + part.first * kLine;
+    uint8_t* panel = panel_ + b * kBlockBytes;
+    const uint8_t *codes = panel, *x = rows_.values + (t * w_.units + part.first) * kRows * A::kUnitBytes;
     typename A::Sum sums[NB * Vector::kParts][MB];
     begin_part<A, MB, NB>(w_, block + b, part, rows_.sums + (t * w_.groups + part.group) * kRows, sums);
+    // One unit ahead: what was written just now cannot be read yet.
+    const auto decode_unit = [&](int32_t u) {
+      unroll<0, NB>([&](auto n) {
+        decode(lines + n.value * stride + u * kLine, panel + n.value * kBlockBytes + u * Decoded<A>::kUnitBytes);
+      });
+    };
+    if constexpr (kDecodes) decode_unit(0);
     for (int32_t u = 0; u < part.units; ++u) {
+      if (kDecodes && u + 1 < part.units) decode_unit(u + 1);
       add_unit<A, Decoded<A>, MB, NB>(sums, codes, kBlockBytes, x);
       codes += Decoded<A>::kUnitBytes;
       x += kRows * A::kUnitBytes;
     }
     add_part<A, MB, NB>(w_, block + b, part.group, sums, totals + b * kBlock, columns);
+  }
+
+  // A unit of a block.
+  TM_INLINE static void decode(const uint8_t* line, uint8_t* out) {
+    ask_for(line + kPanelUnits * kLine);  // of the next panel
+    unroll<0, A::kSteps>([&](auto i) {
+      unroll<0, Vector::kParts>([&](auto p) {
+        const typename A::Code code = A::template decode<i.value>(line, p.value);
+        std::memcpy(out + i.value * kLine + p.value * int(sizeof code), &code, sizeof code);
+      });
+    });
   }
 
   const Problem& p_;

@@ -14,9 +14,9 @@ namespace {
 
 // A loop whose index is a constant in each turn: accumulators in arrays indexed by it stay in registers, which GCC 12
 // does not manage for a loop that it unrolls itself.
-template <int kIndex>
+template <auto kValue>
 struct Constant {
-  static constexpr int value = kIndex;
+  static constexpr auto value = kValue;
 };
 
 template <int kBegin, int kEnd, class Body>

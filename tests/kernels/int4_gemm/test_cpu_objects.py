@@ -24,9 +24,9 @@ FEW_ROWS = {
 }
 #: Functions that meet codes of a panel.
 MANY_ROWS = {
-    "int4_gemm__cpu_avx2.cpp.o": r"Tall<.*Float32>::tile<(2|4|6), 1>",
-    "int4_gemm__cpu_avx512.cpp.o": r"Tall<.*Float32>::tile<(4|8|12), 2>",
-    "int4_gemm__cpu_avx512_bf16.cpp.o": r"Tall<.*Bf16>::tile<(4|8|12), 2>",
+    "int4_gemm__cpu_avx2.cpp.o": r"Tall<.*Float32>::tile<(2|4|6), 1, (true|false)>",
+    "int4_gemm__cpu_avx512.cpp.o": r"Tall<.*Float32>::tile<(4|8|12), 2, (true|false)>",
+    "int4_gemm__cpu_avx512_bf16.cpp.o": r"Tall<.*Bf16>::tile<(4|8|12), 2, (true|false)>",
 }
 #: Not W4A8 with AVX2, whose sums do not fit into 16 registers.
 IN_REGISTERS = [item for item in (*FEW_ROWS.items(), *MANY_ROWS.items()) if "int8_avx2" not in item[0]]
