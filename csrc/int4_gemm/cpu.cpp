@@ -50,7 +50,7 @@ struct PlainFloat {
     }
   }
 
-  static void pack_group(const float* values, int32_t units, int, uint8_t* out, int64_t stride, float* sum, float*) {
+  static void pack_group(const float* values, int32_t units, uint8_t* out, int64_t stride, float* sum, float*) {
     *sum = 0.0f;
     for (int32_t u = 0; u < units; ++u, values += kUnit, out += stride) {
       std::memcpy(out, values, kUnitBytes);

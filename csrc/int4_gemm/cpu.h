@@ -60,7 +60,7 @@ struct Problem {
 struct Rows {
   uint8_t* values;  // [tiles][units][rows of a tile][unit bytes]
   float* sums;      // [tiles][groups][rows of a tile]: sum of the packed values of a group
-  float* scales;    // likewise, the scale of quantised activations; null for floating point
+  float* scales;    // likewise, the scale of quantised activations; undefined for floating point
   int64_t tiles;
   int rows;   // rows of a tile
   int split;  // packed rows per row of x: 2 where a row is the sum of a coarse and a fine part

@@ -41,30 +41,21 @@ struct Bf16 {
   }
 };
 
-// Group by group, so that lines which rows share are written in a near cache.
 void pack_bf16(const Problem& p, const Rows& rows, int64_t first, int64_t last, float* scratch) {
-  const Weight& w = p.weight;
-  const int64_t height = rows.rows, stride = height * Bf16::kUnitBytes;
-  for (int64_t t = first; t < last; ++t) {
-    for (int64_t g = 0; g < w.groups; ++g) {
-      const int32_t begin = w.group_units[g], units = w.group_units[g + 1] - begin;
-      for (int64_t r = 0; r < height; ++r) {
-        const Bf16Group group(p, rows.split, t * height + r, begin, begin + units, scratch);
-        uint8_t* out = rows.values + (t * w.units + begin) * stride + r * Bf16::kUnitBytes;
-        __m512 sum = _mm512_setzero_ps();
-        for (int32_t u = 0; u < units; u += 4) {
-          const __m512i values = group.at(u * kUnit), pairs = paired(values);
-          sum = added(sum, values);
-          unroll<0, 4>([&](auto i) {
-            if (u + i.value >= units) return;
-            const __m128i unit = _mm512_extracti32x4_epi32(pairs, i.value);
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(out + (u + i.value) * stride), unit);
-          });
-        }
-        rows.sums[(t * w.groups + g) * height + r] = _mm512_reduce_add_ps(sum);
-      }
+  each_row_group<Bf16>(p, rows, first, last, [&](const RowGroup& g) {
+    const Bf16Group group(p, rows.split, g.row, g.first, g.first + g.units, scratch);
+    __m512 sum = _mm512_setzero_ps();
+    for (int32_t u = 0; u < g.units; u += 4) {
+      const __m512i values = group.at(u * kUnit), pairs = paired(values);
+      sum = added(sum, values);
+      unroll<0, 4>([&](auto i) {
+        if (u + i.value >= g.units) return;
+        const __m128i unit = _mm512_extracti32x4_epi32(pairs, i.value);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(g.out + (u + i.value) * g.stride), unit);
+      });
     }
-  }
+    rows.sums[g.index] = _mm512_reduce_add_ps(sum);
+  });
 }
 
 }  // namespace

@@ -26,16 +26,17 @@ TM_INLINE __m512 bf16_zero(__m512 zero) { return _mm512_sub_ps(zero, _mm512_set1
 // One group of a packed row, 32 values at a time.
 class Bf16Group {
  public:
-  // Units first..last-1; `scratch` has room for their values, of which rows of bf16 in order have no need.
+  // Units first..last-1; `scratch` has room for a whole row, of which rows of bf16 in order have no need. Part 1 of a row
+  // is what part 0, which came before it with the same scratch, has left there.
   Bf16Group(const Problem& p, int split, int64_t packed_row, int64_t first, int64_t last, float* scratch)
-      : values_(scratch), part_(int(packed_row % split)), count_((last - first) * kUnit) {
+      : values_(scratch + first * kUnit), part_(int(packed_row % split)), count_((last - first) * kUnit) {
     const int64_t m = packed_row / split, begin = first * kUnit;
     if (p.type == Type::kBFloat16 && p.weight.in_order) {
       if (p.K - begin < count_) count_ = p.K - begin;
       if (m >= p.M) count_ = 0;
       straight_ = static_cast<const uint16_t*>(p.x) + m * p.ldx + begin;
-    } else {
-      read_row(p, m, first, last, scratch);
+    } else if (part_ == 0) {
+      read_row(p, m, first, last, scratch + first * kUnit);
     }
   }
 

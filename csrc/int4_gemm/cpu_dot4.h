@@ -56,8 +56,7 @@ struct Dot4 {
     }
   }
 
-  static void pack_group(const float* values, int32_t units, int, uint8_t* out, int64_t stride, float* sum,
-                         float* scale) {
+  static void pack_group(const float* values, int32_t units, uint8_t* out, int64_t stride, float* sum, float* scale) {
     const Quantiser q = quantiser_of(values, units);
     __m256i total = _mm256_setzero_si256();
     quantise(values, units, q, out, stride, total);

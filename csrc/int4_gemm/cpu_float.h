@@ -46,7 +46,7 @@ struct Float32 {
     stored_tile<Float32, MB, NB>(w, x, sums, block, out);
   }
 
-  static void pack_group(const float* values, int32_t units, int, uint8_t* out, int64_t stride, float* sum, float*) {
+  static void pack_group(const float* values, int32_t units, uint8_t* out, int64_t stride, float* sum, float*) {
     const __m256 powers = _mm256_setr_ps(1.0f, 0x1p-4f, 0x1p-8f, 0x1p-12f, 0x1p-16f, 0x1p-20f, 0x1p-24f, 1.0f);
     __m256 total = _mm256_setzero_ps();
     for (int32_t u = 0; u < units; ++u, values += kUnit, out += stride) {

@@ -142,7 +142,7 @@ class Tall {
   // Multiplies all rows by blocks `from`.. of the strip that begins with `block`. The first tile decodes what the others
   // meet. Of the last one only as many thirds are multiplied as hold rows.
   void panel(const Part& part, int64_t block, int64_t from, int64_t blocks, int64_t columns) {
-    static_assert(A::kTallFrom > kRows);  // there is another tile than the last
+    static_assert(kRows % 3 == 0 && A::kTallFrom > kRows);  // there is another tile than the last
     const auto multiply = [&](int64_t t, auto thirds, auto decodes) {
       constexpr int MB = kRows / 3 * decltype(thirds)::value;
       constexpr bool kDecodes = decltype(decodes)::value;

@@ -51,8 +51,7 @@ void run_tile(const Problem& p, const Rows& rows, int64_t t, int64_t block) {
   alignas(64) float out[MB * NB * kBlock];
   const int64_t groups = p.weight.groups;
   A::template tile<MB, NB>(p.weight, rows.values + t * p.weight.units * MB * A::kUnitBytes,
-                           rows.sums + t * groups * MB, rows.scales ? rows.scales + t * groups * MB : nullptr, block,
-                           out);
+                           rows.sums + t * groups * MB, rows.scales + t * groups * MB, block, out);
   store_tile(p, rows, t * MB, block, NB * kBlock, out);
 }
 
@@ -96,26 +95,38 @@ int tile_rows(int64_t packed_rows) {
   return best_height(packed_rows, A::kMaxRows);
 }
 
-// Packs tiles first..last-1. A::pack_group(values, units, part, out, stride, sum, scale) writes one part of one group of
-// one row: unit u at out + u * stride. Group by group, so that lines which rows share are written in a near cache.
-template <class A>
-void pack(const Problem& p, const Rows& rows, int64_t first, int64_t last, float* scratch) {
+// Where one group of a packed row goes: unit u at out + u * stride, its sum and scale at `index` of those arrays.
+struct RowGroup {
+  int64_t row;  // packed, of all tiles
+  int32_t first, units;
+  uint8_t* out;
+  int64_t stride, index;
+};
+
+// All groups of tiles first..last-1. Group by group, so that lines which rows share are written in a near cache.
+template <class A, class Body>
+TM_INLINE void each_row_group(const Problem& p, const Rows& rows, int64_t first, int64_t last, Body&& body) {
   const Weight& w = p.weight;
-  const int height = rows.rows;
+  const int64_t height = rows.rows, stride = height * A::kUnitBytes;
   for (int64_t t = first; t < last; ++t) {
     for (int64_t g = 0; g < w.groups; ++g) {
-      const int32_t begin = w.group_units[g], end = w.group_units[g + 1];
-      uint8_t* out = rows.values + (t * w.units + begin) * height * A::kUnitBytes;
-      const int64_t index = (t * w.groups + g) * height;
-      for (int r = 0; r < height; ++r) {
-        const int64_t packed = t * height + r;
-        const int part = int(packed % rows.split);
-        if (part == 0) read_row(p, packed / rows.split, begin, end, scratch);
-        A::pack_group(scratch, end - begin, part, out + r * A::kUnitBytes, height * A::kUnitBytes,
-                      rows.sums + index + r, rows.scales + index + r);
+      const int32_t begin = w.group_units[g];
+      uint8_t* out = rows.values + (t * w.units + begin) * stride;
+      for (int64_t r = 0; r < height; ++r) {
+        body(RowGroup{t * height + r, begin, w.group_units[g + 1] - begin, out + r * A::kUnitBytes, stride,
+                      (t * w.groups + g) * height + r});
       }
     }
   }
+}
+
+// Packs tiles first..last-1 of rows that are not split, by A::pack_group(values, units, out, stride, sum, scale).
+template <class A>
+void pack(const Problem& p, const Rows& rows, int64_t first, int64_t last, float* scratch) {
+  each_row_group<A>(p, rows, first, last, [&](const RowGroup& g) {
+    read_row(p, g.row, g.first, g.first + g.units, scratch);
+    A::pack_group(scratch, g.units, g.out, g.stride, rows.sums + g.index, rows.scales + g.index);
+  });
 }
 
 }  // namespace

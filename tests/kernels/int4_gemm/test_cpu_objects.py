@@ -28,6 +28,8 @@ MANY_ROWS = {
     "int4_gemm__cpu_avx512.cpp.o": r"Tall<.*Float32>::tile<(4|8|12), 2, (true|false)>",
     "int4_gemm__cpu_avx512_bf16.cpp.o": r"Tall<.*Bf16>::tile<(4|8|12), 2, (true|false)>",
 }
+#: Of those the ones that make the panel, of codes as they come from memory.
+MAKING = {name: pattern.replace("(true|false)", "true") for name, pattern in MANY_ROWS.items()}
 #: Not W4A8 with AVX2, whose sums do not fit into 16 registers.
 IN_REGISTERS = [item for item in (*FEW_ROWS.items(), *MANY_ROWS.items()) if "int8_avx2" not in item[0]]
 
@@ -78,6 +80,16 @@ def test_loops_over_codes_ask_for_them_ahead(name: str, pattern: str) -> None:
         loop = inner_loop(text)
         assert loop, head
         assert any("prefetch" in line for line in loop), head
+
+
+@pytest.mark.parametrize(("name", "pattern"), MAKING.items(), ids=str)
+def test_tiles_that_make_a_panel_ask_for_the_next(name: str, pattern: str) -> None:
+    """Once before their loop, and in it, where GCC puts decoding behind the products."""
+    for head, text in functions_of(name, pattern).items():
+        first_product = PRODUCT.search(text)
+        assert first_product, head
+        assert "prefetch" in text[: first_product.start()], head
+        assert "prefetch" in text[first_product.start() :], head
 
 
 @pytest.mark.parametrize(("name", "pattern"), IN_REGISTERS, ids=str)
