@@ -32,14 +32,13 @@ struct Dot4 {
   template <int MB, int NB>
   [[gnu::noinline]] static void tile(const Weight& w, const uint8_t* x, const float* sums, const float* scales,
                                      int64_t block, float* out) {
-    constexpr int kRegisters = NB * Vector::kParts;
     const int64_t stride = w.units * kLine;
     const uint8_t* lines = w.lines + block * stride;
     std::memset(out, 0, sizeof(float) * MB * NB * kBlock);
     const LinesAhead<NB, kCodesAhead> ahead(w);
     for (int64_t g = 0; g < w.groups; ++g) {
       ask_for_scales<NB>(w, block + NB, g);
-      Sum dots[kRegisters][MB];
+      Sum dots[NB * Vector::kParts][MB];
       zero<Dot4, MB, NB>(dots);
       for (int32_t u = w.group_units[g]; u < w.group_units[g + 1]; ++u) {
         ask_for_codes<NB>(ahead.of(lines, u), stride);
@@ -47,13 +46,28 @@ struct Dot4 {
         lines += kLine;
         x += MB * kUnitBytes;
       }
-      unroll<0, kRegisters>([&](auto r) {
-        unroll<0, MB>([&](auto m) {
-          add_int8_group(w, g, block, r.value, dots[r.value][m.value], sums[g * MB + m.value], scales[g * MB + m.value],
-                         out + m.value * NB * kBlock + r.value * kLanes);
-        });
-      });
+      add_group<MB, NB>(w, block, g, dots, sums + g * MB, scales + g * MB, out);
     }
+  }
+
+  // Adds a group to the totals: (dot - zero * sum) * weight scale * activation scale.
+  template <int MB, int NB>
+  TM_INLINE static void add_group(const Weight& w, int64_t block, int64_t group,
+                                  const Sum (&dots)[NB * Vector::kParts][MB], const float* sums, const float* scales,
+                                  float* totals) {
+    // A fence for the compiler, as in cpu_floating.h: totals kept in registers leave too few for the sums.
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);
+    unroll<0, NB * Vector::kParts>([&](auto r) {
+      const int64_t place = place_of<r.value>(w, block, group);
+      const Vector::Float zero = load_zeros(w, place), scale = load_scales(w, place);
+      unroll<0, MB>([&](auto m) {
+        float* total = totals + m.value * NB * kBlock + r.value * kLanes;
+        const Vector::Float value =
+            Vector::subtract_product(zero, Vector::all(sums[m.value]), Vector::to_float(dots[r.value][m.value]));
+        const Vector::Float both = Vector::multiply(scale, Vector::all(scales[m.value]));
+        Vector::store(total, Vector::multiply_add(value, both, Vector::load(total)));
+      });
+    });
   }
 
   static void pack_group(const float* values, int32_t units, uint8_t* out, int64_t stride, float* sum, float* scale) {

@@ -46,12 +46,6 @@ TM_INLINE Part part_of(const Weight& w, int64_t group, int32_t unit) {
   return {group, unit, left < kPanelUnits ? left : kPanelUnits, unit == w.group_units[group]};
 }
 
-// Where the scales and zero points of register `kReg` of the blocks from `block` on begin.
-template <int kReg>
-TM_INLINE int64_t place_of(const Weight& w, int64_t block, int64_t group) {
-  return ((block + kReg / Vector::kParts) * w.groups + group) * kBlock + kReg % Vector::kParts * kLanes;
-}
-
 // What the sums of a part begin with: nothing, or with the first part of a group what its zero points take away.
 template <class A, int MB, int NB>
 TM_INLINE void begin_part(const Weight& w, int64_t block, const Part& part, const float* row_sums,

@@ -63,15 +63,5 @@ TM_INLINE void quantise(const float* values, int32_t units, const Quantiser& q, 
 // At most 127 * group of them: exact in float up to groups of 132104 rows, rounded once beyond.
 TM_INLINE float total_of(__m256i sum) { return sum_of(_mm256_cvtepi32_ps(sum)); }
 
-// Adds one register of one group to a row of results: (dot - zero * sum) * weight scale * activation scale.
-TM_INLINE void add_int8_group(const Weight& w, int64_t group, int64_t block, int reg, Vector::Int dot, float sum,
-                              float scale, float* total) {
-  const int64_t index =
-      ((block + reg / Vector::kParts) * w.groups + group) * kBlock + reg % Vector::kParts * kLanes;
-  const Vector::Float value = Vector::subtract_product(load_zeros(w, index), Vector::all(sum), Vector::to_float(dot));
-  const Vector::Float both = Vector::multiply(load_scales(w, index), Vector::all(scale));
-  Vector::store(total, Vector::multiply_add(value, both, Vector::load(total)));
-}
-
 }  // namespace
 }  // namespace tokenmill::int4

@@ -16,18 +16,12 @@ namespace tokenmill::int4 {
 namespace {
 
 // How far ahead codes are asked for. Blocks stand a multiple of 4096 bytes apart more often than not, so that lines side
-// by side share a set of the first-level cache: AVX-512, which reads up to four blocks at once, asks the second level.
+// by side share a set of the first-level cache: a tile reads four blocks at most.
 constexpr int kCodesAhead = Vector::kParts == 1 ? 32 : 16;  // lines
 
 template <int NB>
 TM_INLINE void ask_for_codes(const uint8_t* later, int64_t stride) {
-  for (int b = 0; b < NB; ++b) {
-    if constexpr (Vector::kParts == 1) {
-      ask_second_level_for(later + b * stride);
-    } else {
-      ask_for(later + b * stride);
-    }
-  }
+  for (int b = 0; b < NB; ++b) ask_for(later + b * stride);
 }
 
 // Codes as they are stored.

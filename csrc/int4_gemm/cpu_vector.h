@@ -91,6 +91,12 @@ TM_INLINE float sum_of(__m256 v) {
 
 constexpr int kLanes = kBlock / Vector::kParts;  // columns of a register
 
+// Where the scales and zero points of register `kReg` of the blocks from `block` on begin.
+template <int kReg>
+TM_INLINE int64_t place_of(const Weight& w, int64_t block, int64_t group) {
+  return ((block + kReg / Vector::kParts) * w.groups + group) * kBlock + kReg % Vector::kParts * kLanes;
+}
+
 // Scales and zero points of the columns of one register; `index` counts from the start of the array.
 TM_INLINE Vector::Float load_scales(const Weight& w, int64_t index) {
   if (w.scale_type == Type::kFloat32) return Vector::from_float(static_cast<const float*>(w.scales) + index);
