@@ -9,6 +9,7 @@
 #include <atomic>
 #include <cstring>
 #include <optional>
+#include <thread>
 #include <vector>
 
 #include "int4_gemm/cpu.h"
@@ -20,11 +21,12 @@ using namespace tokenmill::int4;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Rows of x that are packed and multiplied at a time: bounds the working memory, and one pass over the weights is long
-// since amortised.
-constexpr int64_t kRowsAtOnce = 512;
-// Below so many values one thread packs faster than two can be woken.
-constexpr int64_t kPackAlone = 1 << 15;
+// Rows of x that are packed and multiplied at a time: a pass over the weights is long since amortised by so many, and
+// packed rows that the last-level cache does not hold come from memory once for every strip of blocks.
+constexpr int64_t kRowsAtOnce = 512, kBytesAtOnce = 4 << 20;
+// So many bytes of packed rows a thread makes for itself, if its kernel packs fast: to fetch from the cache of another
+// core what was written there just now takes longer.
+constexpr int64_t kOwnBytes = 1 << 19;
 
 Type type_of(ScalarType dtype) {
     switch (dtype) {
@@ -42,7 +44,12 @@ Type type_of(ScalarType dtype) {
 // Working memory that a thread keeps from call to call.
 struct Workspace {
     Memory values;
-    std::vector<float> sums, scales;
+    std::vector<float> sums, scales, scratch;
+
+    static Workspace& of_this_thread() {
+        thread_local Workspace workspace;
+        return workspace;
+    }
 
     Rows rows(const Kernel& kernel, const Problem& p) {
         Rows rows{};
@@ -59,22 +66,30 @@ struct Workspace {
         return rows;
     }
 
+    // Room for one row while it is packed.
+    float* row(const Problem& p) {
+        grow(scratch, size_t(p.weight.units) * kUnit);
+        return scratch.data();
+    }
+
+ private:
     template <class T>
     static void grow(std::vector<T>& buffer, size_t size) {
         if (buffer.size() < size) buffer.resize(size);
     }
 };
 
-void pack(const Kernel& kernel, const Problem& p, const Rows& rows) {
-    const auto work = [&](int64_t first, int64_t last) {
-        thread_local std::vector<float> scratch;
-        Workspace::grow(scratch, size_t(p.weight.units) * kUnit);
-        kernel.pack(p, rows, first, last, scratch.data());
-    };
-    if (p.M * p.K <= kPackAlone) {
-        work(0, rows.tiles);
-    } else {
-        torch::stable::parallel_for(0, rows.tiles, 1, work);
+// Until `done` is as large: at first without leaving the core, which costs microseconds.
+void wait_for(const std::atomic<int64_t>& done, int64_t wanted) {
+    constexpr int kTurnsOnCore = 1 << 12;
+    for (int turn = 0; done.load(std::memory_order_acquire) < wanted; ++turn) {
+#if defined(__x86_64__)
+        if (turn < kTurnsOnCore) {
+            __builtin_ia32_pause();
+            continue;
+        }
+#endif
+        std::this_thread::yield();
     }
 }
 
@@ -97,14 +112,40 @@ struct Chunks {
     }
 };
 
-void multiply(const Kernel& kernel, const Problem& p, const Rows& rows) {
+int64_t rows_at_once(const Kernel& kernel, const Problem& p) {
+    const int64_t bytes = kernel.row_bytes(p.weight) * kernel.split(p.type);
+    const int64_t most = std::clamp<int64_t>(kBytesAtOnce / bytes, 1, kRowsAtOnce);
+    const int64_t passes = (p.M + most - 1) / most;
+    return (p.M + passes - 1) / passes;  // of about the same height
+}
+
+// Packs rows and multiplies them, in one parallel region: to enter one costs microseconds. Each thread takes the next tile
+// or chunk when it is through with one: on a shared machine threads are not equally fast.
+void pack_and_multiply(const Kernel& kernel, const Problem& p) {
     const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
     const Chunks chunks(p.weight.blocks, kernel.blocks, threads);
-    const int64_t count = chunks.count();
-    // Each thread takes the next chunk when it is through with one: on a shared machine threads are not equally fast.
-    std::atomic<int64_t> next{0};
-    torch::stable::parallel_for(0, std::min(threads, count), 1, [&](int64_t, int64_t) {
-        for (int64_t c = next++; c < count; c = next++) kernel.multiply(p, rows, chunks.begin(c), chunks.begin(c + 1));
+    const int64_t count = chunks.count(), workers = std::min(threads, count);
+    const Rows shared = Workspace::of_this_thread().rows(kernel, p);
+    const bool own = kernel.own_columns != 0 && p.N >= workers * kernel.own_columns &&
+                     shared.tiles * shared.rows * shared.row_bytes <= kOwnBytes;
+    std::atomic<int64_t> next_tile{0}, packed{0}, next_chunk{0};
+    torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+        Workspace& workspace = Workspace::of_this_thread();
+        const Rows rows = own ? workspace.rows(kernel, p) : shared;
+        float* scratch = workspace.row(p);
+        if (own) {
+            kernel.pack(p, rows, 0, rows.tiles, scratch);
+        } else {
+            for (int64_t t = next_tile++; t < rows.tiles; t = next_tile++) {
+                kernel.pack(p, rows, t, t + 1, scratch);
+                packed.fetch_add(1, std::memory_order_release);
+            }
+            // What is not packed yet is in the hands of a thread that runs: none waits for one that has yet to come.
+            wait_for(packed, rows.tiles);
+        }
+        for (int64_t c = next_chunk++; c < count; c = next_chunk++) {
+            kernel.multiply(p, rows, chunks.begin(c), chunks.begin(c + 1));
+        }
     });
 }
 
@@ -144,14 +185,13 @@ void int4_gemm_cpu(Tensor out, const Tensor& x, const Tensor& packed, const std:
     auto* to = static_cast<char*>(out.mutable_data_ptr());
     const int64_t M = x.size(0), element = p.type == Type::kFloat32 ? 4 : 2;
     if (kernel->few && M <= kernel->few_rows) kernel = kernel->few;
-    thread_local Workspace workspace;
-    for (int64_t m = 0; m < M; m += kRowsAtOnce) {
-        p.M = std::min(kRowsAtOnce, M - m);
+    p.M = M;
+    const int64_t step = M == 0 ? 1 : rows_at_once(*kernel, p);
+    for (int64_t m = 0; m < M; m += step) {
+        p.M = std::min(step, M - m);
         p.x = from + m * p.ldx * element;
         p.y = to + m * p.N * element;
-        const Rows rows = workspace.rows(*kernel, p);
-        pack(*kernel, p, rows);
-        multiply(*kernel, p, rows);
+        pack_and_multiply(*kernel, p);
     }
 }
 

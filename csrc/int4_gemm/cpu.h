@@ -76,6 +76,7 @@ struct Kernel {
   int (*tile_rows)(int64_t packed_rows);    // rows of a tile for so many packed rows
   void (*pack)(const Problem&, const Rows&, int64_t first_tile, int64_t last_tile, float* scratch);
   void (*multiply)(const Problem&, const Rows&, int64_t first_block, int64_t last_block);
+  int64_t own_columns = 0;  // per thread, from which on each had better pack all rows for itself; 0: never
   const Kernel* few = nullptr;  // what is faster for at most `few_rows` rows; int8 sums are exact, bf16 ones round anew
   int64_t few_rows = 0;
 };

@@ -61,6 +61,6 @@ void pack_bf16(const Problem& p, const Rows& rows, int64_t first, int64_t last, 
 }  // namespace
 
 const Kernel kAvx512Bf16 = {"avx512_bf16", kStrip,     unit_row_bytes<Bf16>,   bf16_parts, floating_tile_rows<Bf16>,
-                            pack_bf16,     multiply_floating<Bf16>};
+                            pack_bf16,     multiply_floating<Bf16>, 1024};
 
 }  // namespace tokenmill::int4

@@ -133,6 +133,14 @@ def test_many_rows(isa: str, K: int, group_size: int) -> None:
             check(activations(M, K, torch.bfloat16), weight, bits)
 
 
+@pytest.mark.parametrize(("M", "K"), [(530, 128), (140, 16384)])
+def test_more_rows_than_are_packed_at_once(isa: str, M: int, K: int) -> None:
+    if isa == "plain":
+        pytest.skip("the same driver, at a tenth of the speed")
+    for bits in (16, 8):
+        check(activations(M, K, torch.bfloat16), random_weight(K, 40, 128), bits)
+
+
 def test_extreme_codes_and_activations_do_not_overflow(isa: str) -> None:
     """All codes 15 against activations of one sign: the largest intermediate sums there are."""
     K, N = 1024, 32
@@ -165,11 +173,13 @@ def test_rows_do_not_depend_on_their_batch(isa: str, bits: int, group_size: int)
             assert_bit_equal(alone, together[row : row + few])
 
 
+@pytest.mark.parametrize("N", [400, 2064])
 @pytest.mark.parametrize("bits", [16, 8])
-def test_threads_do_not_change_a_bit(isa: str, bits: int) -> None:
+def test_threads_do_not_change_a_bit(isa: str, bits: int, N: int) -> None:
+    """Neither where they share packed rows nor, with so many columns, where each packs its own."""
     if bits == 8 and isa == "plain":
         pytest.skip("there is no 8-bit kernel in plain C++")
-    weight = random_weight(512, 400, 64)
+    weight = random_weight(512, N, 64)
     x = activations(21, 512, torch.bfloat16)
     threads = torch.get_num_threads()
     try:
