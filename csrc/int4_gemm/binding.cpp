@@ -21,9 +21,9 @@ using namespace tokenmill::int4;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Rows of x that are packed and multiplied at a time: a pass over the weights is long since amortised by so many, and
-// packed rows that the last-level cache does not hold come from memory once for every strip of blocks.
-constexpr int64_t kRowsAtOnce = 512, kBytesAtOnce = 4 << 20;
+// Rows of x that are packed and multiplied at a time at most: bounds the working memory, and one pass over the weights is
+// long since amortised.
+constexpr int64_t kRowsAtOnce = 512;
 // So many bytes of packed rows a thread makes for itself, if its kernel packs fast: to fetch from the cache of another
 // core what was written there just now takes longer.
 constexpr int64_t kOwnBytes = 1 << 19;
@@ -114,7 +114,7 @@ struct Chunks {
 
 int64_t rows_at_once(const Kernel& kernel, const Problem& p) {
     const int64_t bytes = kernel.row_bytes(p.weight) * kernel.split(p.type);
-    const int64_t most = std::clamp<int64_t>(kBytesAtOnce / bytes, 1, kRowsAtOnce);
+    const int64_t most = std::clamp<int64_t>(kernel.bytes_at_once / bytes, 1, kRowsAtOnce);
     const int64_t passes = (p.M + most - 1) / most;
     return (p.M + passes - 1) / passes;  // of about the same height
 }

@@ -77,6 +77,7 @@ struct Kernel {
   void (*pack)(const Problem&, const Rows&, int64_t first_tile, int64_t last_tile, float* scratch);
   void (*multiply)(const Problem&, const Rows&, int64_t first_block, int64_t last_block);
   int64_t own_columns = 0;  // per thread, from which on each had better pack all rows for itself; 0: never
+  int64_t bytes_at_once = 4 << 20;  // of packed rows: more of them come from memory once for every strip of blocks
   const Kernel* few = nullptr;  // what is faster for at most `few_rows` rows; int8 sums are exact, bf16 ones round anew
   int64_t few_rows = 0;
 };

@@ -77,6 +77,6 @@ void pack(const Problem& p, const Rows& rows, int64_t first, int64_t last, float
 }  // namespace
 
 const Kernel kAmxBf16 = {"amx", kStripBlocks, row_bytes<AmxBf16>, bf16_parts, tile_rows_amx, pack,
-                         multiply_amx<AmxBf16>, 0, &kAvx512Bf16, 1};
+                         multiply_amx<AmxBf16>, 0, kAnyBytes, &kAvx512Bf16, 1};
 
 }  // namespace tokenmill::int4

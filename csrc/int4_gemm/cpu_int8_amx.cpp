@@ -74,6 +74,6 @@ void pack(const Problem& p, const Rows& rows, int64_t first, int64_t last, float
 }  // namespace
 
 const Kernel kAmxInt8 = {"amx", kStripBlocks, row_bytes<AmxInt8>, no_split, tile_rows_amx, pack,
-                         multiply_amx<AmxInt8>, 0, &kAvx512VnniInt8, 4};
+                         multiply_amx<AmxInt8>, 0, kAnyBytes, &kAvx512VnniInt8, 4};
 
 }  // namespace tokenmill::int4
