@@ -54,7 +54,7 @@ struct Workspace {
     Rows rows(const Kernel& kernel, const Problem& p) {
         Rows rows{};
         rows.split = kernel.split(p.type);
-        rows.rows = kernel.tile_rows(p.M * rows.split);
+        rows.rows = kernel.tile_rows(p.M * rows.split, rows.split);
         rows.tiles = (p.M * rows.split + rows.rows - 1) / rows.rows;
         rows.row_bytes = kernel.row_bytes(p.weight);
         const size_t packed = size_t(rows.tiles) * size_t(rows.rows);

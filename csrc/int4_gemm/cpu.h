@@ -73,7 +73,7 @@ struct Kernel {
   int blocks;                               // that `multiply` should be given at a time
   int64_t (*row_bytes)(const Weight&);      // of one packed row
   int (*split)(Type type);                  // packed rows per row
-  int (*tile_rows)(int64_t packed_rows);    // rows of a tile for so many packed rows
+  int (*tile_rows)(int64_t packed_rows, int split);  // rows of a tile for so many packed rows: a multiple of split
   void (*pack)(const Problem&, const Rows&, int64_t first_tile, int64_t last_tile, float* scratch);
   void (*multiply)(const Problem&, const Rows&, int64_t first_block, int64_t last_block);
   int64_t own_columns = 0;  // per thread, from which on each had better pack all rows for itself; 0: never

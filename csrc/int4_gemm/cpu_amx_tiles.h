@@ -72,7 +72,7 @@ int64_t row_bytes(const Weight& w) {
 
 // All tiles are as high as each other, so that few rows are filling; an even number of rows, so that the two parts of a
 // split row are in one tile.
-inline int tile_rows_amx(int64_t packed_rows) {
+inline int tile_rows_amx(int64_t packed_rows, int) {
   if (packed_rows <= kTileRows) return int(packed_rows);
   const int64_t tiles = (packed_rows + kTileRows - 1) / kTileRows;
   return int((packed_rows + 2 * tiles - 1) / (2 * tiles) * 2);

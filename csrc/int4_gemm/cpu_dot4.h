@@ -14,7 +14,7 @@ struct Dot4 {
   static constexpr int kUnitBytes = kInt8UnitBytes;
   static constexpr int kSteps = 2;  // even rows of K and odd ones
   // Of 16 registers six rows would need each: GCC keeps a sum of them in memory, and its latency is what they take.
-  static constexpr int kMaxRows = Vector::kParts == 1 ? 12 : 4;
+  static constexpr int kMaxRows = Vector::kParts == 1 ? 12 : 5;
 
   static constexpr int width(int rows) {
     if (Vector::kParts == 1) return rows <= 6 ? 4 : 2;

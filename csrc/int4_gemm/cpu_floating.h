@@ -197,8 +197,8 @@ class Tall {
 };
 
 template <class A>
-int floating_tile_rows(int64_t packed_rows) {
-  return packed_rows < A::kTallFrom ? best_height(packed_rows, A::kMaxRows) : A::kTallRows;
+int floating_tile_rows(int64_t packed_rows, int split) {
+  return packed_rows < A::kTallFrom ? best_height(packed_rows, A::kMaxRows, split) : A::kTallRows;
 }
 
 template <class A>

@@ -171,7 +171,7 @@ void multiply_panel(const Problem& p, const Rows& rows, const Strip& strip, int6
 
 int64_t row_bytes(const Weight& w) { return w.units * kInt8UnitBytes; }
 
-int rows_of_tile(int64_t rows) { return rows < kTileRows ? int(rows) : kTileRows; }
+int rows_of_tile(int64_t rows, int) { return rows < kTileRows ? int(rows) : kTileRows; }
 
 void multiply_int8(const Problem& p, const Rows& rows, int64_t first, int64_t last) {
   for (int64_t block = first; block < last; block += kStripBlocks) {

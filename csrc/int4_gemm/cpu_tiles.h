@@ -28,15 +28,15 @@ TM_INLINE void unroll(Body&& body) {
 }
 
 // Tile heights that are compiled; others are filled up with rows of zeros.
-constexpr int kHeights[] = {1, 2, 3, 4, 6, 8, 12, 16};
+constexpr int kHeights[] = {1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16};
 
-// The height up to `tallest` that wastes least: rows of filling cost a row each, and every tile, which decodes the weights
-// again, costs as much as two rows for itself.
-TM_INLINE int best_height(int64_t rows, int tallest) {
+// The height up to `tallest`, a multiple of `split`, that wastes least: rows of filling cost a row each, and every tile,
+// which decodes the weights again, costs as much as two rows for itself.
+TM_INLINE int best_height(int64_t rows, int tallest, int split) {
   int best = tallest;
   int64_t best_cost = -1;
   for (int height : kHeights) {
-    if (height > tallest) continue;
+    if (height > tallest || height % split != 0) continue;
     const int64_t cost = (rows + height - 1) / height * (height + 2);
     if (best_cost < 0 || cost <= best_cost) {
       best = height;
@@ -91,8 +91,8 @@ int64_t unit_row_bytes(const Weight& w) {
 }
 
 template <class A>
-int tile_rows(int64_t packed_rows) {
-  return best_height(packed_rows, A::kMaxRows);
+int tile_rows(int64_t packed_rows, int split) {
+  return best_height(packed_rows, A::kMaxRows, split);
 }
 
 // Where one group of a packed row goes: unit u at out + u * stride, its sum and scale at `index` of those arrays.

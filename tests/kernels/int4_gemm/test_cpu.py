@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
 )
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 #: Every tile height, heights that need filling, and several tiles.
-HEIGHTS = (1, 2, 3, 4, 5, 6, 7, 9, 13, 17, 24, 25, 41)
+HEIGHTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 16, 17, 24, 25, 41)
 
 
 @pytest.fixture(params=platform.isa_levels())
