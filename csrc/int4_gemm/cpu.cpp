@@ -70,16 +70,19 @@ struct Entry {
   int64_t activation_bits;
   Isa isa;
   const Kernel* kernel;
+  const Kernel* float32 = kernel;  // for activations of that type; null: none that keeps all of their bits
 };
 
 // W4A8 in plain C++ would save nothing over W4A16, so there is none.
 const Entry kEntries[] = {
     {16, ISA_PLAIN, &kPlainFloat},
 #if defined(__x86_64__)
-    {16, ISA_AVX2, &kAvx2Float},
-    {16, ISA_AVX512, &kAvx512Float},
-    {16, ISA_AVX512_BF16, &kAvx512Bf16},
-    {16, ISA_AMX, &kAmxBf16},
+    {16, ISA_AVX2, &kAvx2Int16, &kAvx2Float},
+    {16, ISA_AVX_VNNI, &kAvxVnniInt16, nullptr},
+    {16, ISA_AVX512, &kAvx512Int16, &kAvx512Float},
+    {16, ISA_AVX512_VNNI, &kAvx512VnniInt16, nullptr},
+    {16, ISA_AVX512_BF16, &kAvx512Bf16, nullptr},
+    {16, ISA_AMX, &kAmxBf16, nullptr},
     {8, ISA_AVX2, &kAvx2Int8},
     {8, ISA_AVX_VNNI, &kAvxVnniInt8},
     {8, ISA_AVX512_VNNI, &kAvx512VnniInt8},
@@ -89,9 +92,11 @@ const Entry kEntries[] = {
 
 }  // namespace
 
-const Kernel* kernel_for(int64_t activation_bits, int64_t isa) {
+const Kernel* kernel_for(int64_t activation_bits, int64_t isa, Type type) {
   for (const Entry& entry : kEntries) {
-    if (entry.activation_bits == activation_bits && entry.isa == isa) return entry.kernel;
+    if (entry.activation_bits == activation_bits && entry.isa == isa) {
+      return type == Type::kFloat32 ? entry.float32 : entry.kernel;
+    }
   }
   return nullptr;
 }

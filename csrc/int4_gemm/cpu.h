@@ -18,6 +18,8 @@
 #include <cstdint>
 
 #define TM_INLINE [[gnu::always_inline]] inline
+// After the parameters of a lambda: one that GCC calls, as it may in a large file, gets its arrays in memory.
+#define TM_INLINED __attribute__((always_inline))
 
 namespace tokenmill::int4 {
 
@@ -82,15 +84,16 @@ struct Kernel {
   int64_t few_rows = 0;
 };
 
-// The kernel written for one level of isa.h; null where there is none. Activations of 16 bits are multiplied in bf16 or
-// float32, those of 8 are quantised to int8 per row and group. The caller knows the processor.
-const Kernel* kernel_for(int64_t activation_bits, int64_t isa);
+// The kernel written for one level of isa.h; null where there is none. Activations of 16 bits are multiplied in bf16 or as
+// int16 with a scale per row and group, those of type float32 as they are; those of 8 are quantised to int8 per row and
+// group. The caller knows the processor.
+const Kernel* kernel_for(int64_t activation_bits, int64_t isa, Type type);
 
 extern const Kernel kPlainFloat;
-extern const Kernel kAvx2Float, kAvx2Int8;
-extern const Kernel kAvxVnniInt8;
-extern const Kernel kAvx512Float;
-extern const Kernel kAvx512VnniInt8;
+extern const Kernel kAvx2Float, kAvx2Int16, kAvx2Int8;
+extern const Kernel kAvxVnniInt16, kAvxVnniInt8;
+extern const Kernel kAvx512Float, kAvx512Int16;
+extern const Kernel kAvx512VnniInt16, kAvx512VnniInt8;
 extern const Kernel kAvx512Bf16;
 extern const Kernel kAmxBf16, kAmxInt8;
 

@@ -39,23 +39,23 @@ struct Stored {
 template <class A, class Codes, int MB, int NB>
 TM_INLINE void add_unit(typename A::Sum (*sums)[MB], const uint8_t* codes, int64_t stride, const uint8_t* x) {
   constexpr int kParts = Vector::kParts;
-  const auto at = [&](auto i, int r) {
+  const auto at = [&](auto i, int r) TM_INLINED {
     return Codes::template at<i.value>(codes + r / kParts * stride, r % kParts);
   };
-  unroll<0, A::kSteps>([&](auto i) {
+  unroll<0, A::kSteps>([&](auto i) TM_INLINED {
     if constexpr (MB > NB) {  // whichever are fewer are kept in registers
       typename A::Code code[NB * kParts];
-      unroll<0, NB * kParts>([&](auto r) { code[r.value] = at(i, r.value); });
-      unroll<0, MB>([&](auto m) {
+      unroll<0, NB * kParts>([&](auto r) TM_INLINED { code[r.value] = at(i, r.value); });
+      unroll<0, MB>([&](auto m) TM_INLINED {
         const auto row = A::row(x + m.value * A::kUnitBytes, i.value);
-        unroll<0, NB * kParts>([&](auto r) {
+        unroll<0, NB * kParts>([&](auto r) TM_INLINED {
           sums[r.value][m.value] = A::multiply_add(code[r.value], row, sums[r.value][m.value]);
         });
       });
     } else {
-      unroll<0, NB * kParts>([&](auto r) {
+      unroll<0, NB * kParts>([&](auto r) TM_INLINED {
         const auto code = at(i, r.value);
-        unroll<0, MB>([&](auto m) {
+        unroll<0, MB>([&](auto m) TM_INLINED {
           const auto row = A::row(x + m.value * A::kUnitBytes, i.value);
           sums[r.value][m.value] = A::multiply_add(code, row, sums[r.value][m.value]);
         });
@@ -66,8 +66,8 @@ TM_INLINE void add_unit(typename A::Sum (*sums)[MB], const uint8_t* codes, int64
 
 template <class A, int MB, int NB>
 TM_INLINE void zero(typename A::Sum (&sums)[NB * Vector::kParts][MB]) {
-  unroll<0, NB * Vector::kParts>([&](auto r) {
-    unroll<0, MB>([&](auto m) { sums[r.value][m.value] = typename A::Sum{}; });
+  unroll<0, NB * Vector::kParts>([&](auto r) TM_INLINED {
+    unroll<0, MB>([&](auto m) TM_INLINED { sums[r.value][m.value] = typename A::Sum{}; });
   });
 }
 

@@ -13,21 +13,19 @@ from tokenmill.kernels.spec import Problem
 _NATIVE = "int4_gemm_cpu"
 #: Instruction-set levels that csrc/int4_gemm has kernels for, by bits of the activations.
 LEVELS: dict[int, tuple[str, ...]] = {
-    16: ("plain", "avx2", "avx512", "avx512_bf16", "amx"),
+    16: ("plain", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx"),
     8: ("plain", "avx2", "avx_vnni", "avx512_vnni", "amx"),
 }
-#: Those of 16 bits that multiply in bf16.
-_BF16_LEVELS = ("avx512_bf16", "amx")
+#: Those of 16 bits that multiply float32 activations as they are.
+_FLOAT32_LEVELS = ("plain", "avx2", "avx512")
 
 
 def level(activation_bits: int, dtype: torch.dtype) -> str:
     """The instruction-set level whose kernel would run now.
 
-    Float32 activations do not take a bf16 kernel: it would keep 16 bits of them.
+    Float32 activations do not take a kernel in bf16 or int16: it would keep 16 bits of them.
     """
-    levels = LEVELS[activation_bits]
-    if activation_bits == 16 and dtype == torch.float32:
-        levels = tuple(level for level in levels if level not in _BF16_LEVELS)
+    levels = _FLOAT32_LEVELS if activation_bits == 16 and dtype == torch.float32 else LEVELS[activation_bits]
     return ISA_LEVELS[extension.isa_index(levels)]
 
 

@@ -6,7 +6,7 @@ import torch
 from tokenmill import platform
 from tokenmill.errors import InputError, UnsupportedError
 from tokenmill.kernels import extension
-from tokenmill.kernels.int4_gemm import cpu_layout, op
+from tokenmill.kernels.int4_gemm import cpu_impl, cpu_layout, op
 from tokenmill.kernels.int4_gemm.weight import Int4Weight, dequantize, pack_codes
 from tokenmill.kernels.numerics import Fenced, assert_bit_equal, assert_within, unit_roundoff
 
@@ -51,19 +51,24 @@ def bound(x: torch.Tensor, weight: Int4Weight, exact: torch.Tensor, activation_b
 
     The kernels subtract zero * sum(x) from sum(code * x), so every term is bounded by its magnitude with both, 30 at
     most; sums are float32, in any order (Higham's gamma). Float16 activations keep 16 bits in the bf16 kernel, where
-    code and zero are less by 8. Eight-bit activations add half a step per element.
+    code and zero are less by 8. As int16 an activation is exact unless it is much smaller than the largest of its
+    group, and off by half a step of at most 2^-14 of that otherwise. Eight-bit activations add half a step per element.
     """
     scales = weight.scales.double()[weight.groups()].abs()
     magnitude = x.double().abs() @ scales
     limit = magnitude * 30 * (weight.K + 8) * unit_roundoff(torch.float32)
-    if x.dtype == torch.float16:
-        limit += magnitude * 16 * 2.0**-16
     limit += exact.abs() * unit_roundoff(x.dtype) * 1.01
+    groups = weight.groups()
+    largest = torch.zeros(x.shape[0], weight.num_groups, dtype=torch.float64)
+    largest.scatter_reduce_(1, groups.expand(x.shape[0], -1), x.double().abs(), "amax")
+    largest = largest[:, groups]
     if activation_bits == 8:
-        groups = weight.groups()
-        largest = torch.zeros(x.shape[0], weight.num_groups, dtype=torch.float64)
-        largest.scatter_reduce_(1, groups.expand(x.shape[0], -1), x.double().abs(), "amax")
-        limit = limit + (largest / 127 / 2 * 1.001)[:, groups] @ dequantize(weight).abs()
+        limit += largest / 127 / 2 * 1.001 @ dequantize(weight).abs()
+    elif x.dtype == torch.float16 and cpu_impl.level(16, x.dtype) in ("avx512_bf16", "amx"):
+        limit += magnitude * 16 * 2.0**-16
+    elif x.dtype != torch.float32 and cpu_impl.level(16, x.dtype) != "plain":
+        exact_from = largest * 2.0 ** (-6 if x.dtype == torch.bfloat16 else -3)
+        limit += torch.where(x.double().abs() < exact_from, largest * 2.0**-15, 0.0) @ dequantize(weight).abs()
     return limit
 
 
@@ -143,14 +148,26 @@ def test_more_rows_than_are_packed_at_once(isa: str, M: int, K: int) -> None:
 
 def test_extreme_codes_and_activations_do_not_overflow(isa: str) -> None:
     """All codes 15 against activations of one sign: the largest intermediate sums there are."""
-    K, N = 1024, 32
+    K, N = 4096, 32
     codes = torch.full((K, N), 15, dtype=torch.uint8)
     weight = Int4Weight(
         pack_codes(codes), torch.ones(1, N, dtype=torch.float16), K, K, torch.zeros(1, N, dtype=torch.uint8)
     )
     for bits in (16, 8) if isa != "plain" else (16,):
         for M in (2, 9):
-            check(torch.full((M, K), -1.0, dtype=torch.bfloat16), weight, bits)
+            check(torch.full((M, K), -1.9921875, dtype=torch.bfloat16), weight, bits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_outliers_and_tiny_activations(isa: str, dtype: torch.dtype) -> None:
+    """What one scale for a group makes of values far apart, and of all of them near the smallest or the largest."""
+    weight = random_weight(384, 48, 128, dtype=dtype, symmetric=False, bias=False)
+    x = activations(3, 384, dtype)
+    x[:, 7] *= 3000
+    check(x, weight)
+    check(torch.where(x.abs() > 100, 0, x), weight)
+    for factor in (2.0**-110, 2.0**110) if dtype == torch.bfloat16 else (2.0**-13, 2.0**2):
+        check(x * factor, weight)
 
 
 @pytest.mark.parametrize("group_size", [128, 512])

@@ -10,17 +10,19 @@ import pytest
 
 from tokenmill import native_build
 
-PRODUCT = re.compile(r"\s(vfmadd\w+ps|vpmaddubsw|vdpbf16ps|vpdpbusd)\s")
+PRODUCT = re.compile(r"\s(vfmadd\w+ps|vpmaddubsw|vpmaddwd|vdpbf16ps|vpdpbusd|vpdpwssd)\s")
 SPILL = re.compile(r"\svmov\w+\s+%[yz]mm\d+,\S*\(%r[sb]p")
 JUMP = re.compile(r"^\s*([0-9a-f]+):\s+j\w+\s+([0-9a-f]+) ")
 #: Functions that meet codes as they come from memory. W4A8 of one row with AVX2 leaves it to the processor.
 FEW_ROWS = {
-    "int4_gemm__cpu_avx2.cpp.o": r"stored_tile<.*Float32, (1, 4|2, 2|3, 1|4, 1|5, 1|6, 1)>",
+    "int4_gemm__cpu_avx2.cpp.o": r"stored_tile<.*Float32, (1, 4|2, 2|[3-6], 1)>",
+    "int4_gemm__cpu_int16_avx2.cpp.o": r"dots_tile<.*Dot2, (1, 4|2, 2|[3-5], 1)>",
     "int4_gemm__cpu_int8_avx2.cpp.o": r"multiply_few<(2, 2|3, 1|4, 1)>",
-    "int4_gemm__cpu_avx_vnni.cpp.o": r"Dot4::tile<(1, 4|2, 2|3, 1|4, 1|5, 1)>",
-    "int4_gemm__cpu_avx512.cpp.o": r"stored_tile<.*Float32, (1, 4|2, 4|3, 4|4, 4|5, 4|6, 4|7, 2|8, 2|10, 2|12, 2|16, 1)>",
-    "int4_gemm__cpu_avx512_bf16.cpp.o": r"stored_tile<.*Bf16, (1, 4|2, 4|3, 4|4, 4|5, 4|6, 4|7, 2|8, 2|10, 2|12, 2)>",
-    "int4_gemm__cpu_avx512_vnni.cpp.o": r"Dot4::tile<(1, 4|2, 4|3, 4|4, 4|5, 4|6, 4|7, 2|8, 2|10, 2|12, 2)>",
+    "int4_gemm__cpu_avx_vnni.cpp.o": r"dots_tile<.*Dot[24], (1, 4|2, 2|[3-5], 1)>",
+    "int4_gemm__cpu_avx512.cpp.o": r"stored_tile<.*Float32, ([1-6], 4|(7|8|10|12), 2|16, 1)>",
+    "int4_gemm__cpu_int16_avx512.cpp.o": r"dots_tile<.*Dot2, ([1-6], 4|(7|8|10|12), 2)>",
+    "int4_gemm__cpu_avx512_bf16.cpp.o": r"stored_tile<.*Bf16, ([1-6], 4|(7|8|10|12), 2)>",
+    "int4_gemm__cpu_avx512_vnni.cpp.o": r"dots_tile<.*Dot[24], ([1-6], 4|(7|8|10|12), 2)>",
 }
 #: Functions that meet codes of a panel.
 MANY_ROWS = {
