@@ -1,4 +1,4 @@
-// W4A16 with AVX2 only.
+// INT4 weights times float32 activations with AVX2.
 #include "cpu_float.h"
 
 namespace tokenmill::int4 {

@@ -1,4 +1,4 @@
-// W4A16 with AVX-512 where BF16 is missing.
+// INT4 weights times float32 activations with AVX-512.
 // GCC 12 warns about its own _mm512_undefined_*():
 // build: flags=-Wno-uninitialized -Wno-maybe-uninitialized
 #include "cpu_float.h"

@@ -1,4 +1,4 @@
-// INT4 weights times float32 activations, for AVX2 and AVX-512 without BF16.
+// INT4 weights times float32 activations, for AVX2 and AVX-512.
 //
 // No shifts: code i of a word is masked in place and converted, which gives code * 16^i, and the activation of row i
 // was multiplied by 16^-i (exact) while it was packed. Only the last code is shifted, since in place it would be signed.
