@@ -199,7 +199,7 @@ def _int4_plots(
     # A roof is no lower than what a kernel showed, whichever run its row comes from.
     bandwidth = max(max(row["read_bytes_per_second"], row["bytes"] / row["p20"]) for row in measured) / 1e9
     peak = max(max(row["flops_per_second"], row["flops"] / row["p20"]) for row in wide) / 1e9
-    roofs = f"{bandwidth:.0f} GB/s read, {peak:.0f} GFLOP/s {measured[0]['flops_dtype']}"
+    roofs = f"{bandwidth:.0f} GB/s read, {peak:.0f} GFLOP/s of 16 bits or more"
     plots = svg.lines(series, x, y, f"Speed, {title}", reference=1.0)
     plots += svg.roofline(dots, bandwidth, peak, f"Roofline, {title}: {roofs} (A8 computes in int8)")
     return f'<div class="plots">{plots}</div>'

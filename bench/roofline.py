@@ -23,7 +23,7 @@ class Roofs:
 
     Attributes:
         read_bytes_per_second: Streaming reads by all threads.
-        flops_per_second: Of the best torch dtype on large square matrices.
+        flops_per_second: Of the best torch dtype on large square matrices; `raised` may make more of it.
         flops_dtype: That dtype.
     """
 
