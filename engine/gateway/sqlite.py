@@ -97,6 +97,19 @@ class Sqlite:
             raise ConfigurationError(
                 f"{path} cannot be opened: {(error.strerror or str(error)).lower()}; name another file"
             ) from None
+        self._begin_log()
+
+    def _begin_log(self) -> None:
+        """Makes the file one with a write-ahead log, which it stays.
+
+        One process at a time: of two that do so together SQLite tells one that the file is locked, however long that
+        one would wait.
+        """
+        fcntl.flock(self._announced, fcntl.LOCK_EX)
+        try:
+            self.connect().close()
+        finally:
+            fcntl.flock(self._announced, fcntl.LOCK_UN)
 
     @property
     def shown(self) -> str:
@@ -109,7 +122,7 @@ class Sqlite:
             self._path,
             isolation_level=None,
             check_same_thread=False,
-            timeout=_PATIENCE_S if waits else 0.0,
+            timeout=_PATIENCE_S,
             factory=SqliteConnection,
         )
         connection.prepare(_open_lock(self._order) if writes else -1)
@@ -117,6 +130,8 @@ class Sqlite:
         try:
             for setting in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", checkpoint):
                 connection.execute(f"PRAGMA {setting}")
+            if not waits:  # from now on
+                connection.execute("PRAGMA busy_timeout=0")
         except sqlite3.Error as error:
             connection.close()
             raise ConfigurationError(f"{self._path} cannot be used: {error}; name another file") from None
