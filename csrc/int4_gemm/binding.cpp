@@ -168,7 +168,8 @@ Weight weight_of(const Header& header) {
 void int4_gemm_cpu(Tensor out, const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
                    int64_t activation_bits, int64_t isa) {
     const Kernel* kernel = kernel_for(activation_bits, isa, type_of(x.scalar_type()));
-    STD_TORCH_CHECK(kernel, "int4_gemm has no kernel for ", activation_bits, "-bit activations of this dtype at level ", isa);
+    STD_TORCH_CHECK(kernel, "int4_gemm has no kernel for ", activation_bits, "-bit activations of this dtype at level ",
+                    isa);
     const auto& header = *static_cast<const Header*>(packed.const_data_ptr());
     STD_TORCH_CHECK(std::memcmp(header.magic, kMagic, sizeof header.magic) == 0, "not a weight packed by cpu_layout");
     Problem p{};

@@ -24,11 +24,7 @@ struct Dot2 {
     const Vector::Int q = Vector::load(unit + part * 32);
     return Vector::both(kStep == 0 ? q : Vector::template shift_right<4 * kStep>(q), Vector::all(0x000f000f));
   }
-  TM_INLINE static Vector::Int row(const uint8_t* x, int step) {
-    int32_t pair;
-    std::memcpy(&pair, x + 4 * step, sizeof pair);
-    return Vector::all(pair);
-  }
+  TM_INLINE static Vector::Int row(const uint8_t* x, int step) { return Vector::all(four_bytes(x + 4 * step)); }
   TM_INLINE static Sum multiply_add(Code code, Vector::Int row, Sum sum) { return dot2(sum, code, row); }
 
   template <int MB, int NB>

@@ -10,12 +10,6 @@ namespace {
 
 constexpr int kInt8UnitBytes = 8;
 
-TM_INLINE int32_t four_bytes(const uint8_t* bytes) {
-  int32_t value;
-  std::memcpy(&value, bytes, sizeof value);
-  return value;
-}
-
 // How the values of one row and group are quantised.
 struct Quantiser {
   __m256 inverse;

@@ -1,4 +1,4 @@
-// What both packings of quantised activations ask of the values of one row and group.
+// What int8 and int16 activations share: reading them, and what their packing asks of the values of one row and group.
 // One unit at a time: eight floats are one AVX register, on every instruction set that comes here.
 #pragma once
 
@@ -7,6 +7,12 @@
 
 namespace tokenmill::int4 {
 namespace {
+
+TM_INLINE int32_t four_bytes(const uint8_t* bytes) {
+  int32_t value;
+  std::memcpy(&value, bytes, sizeof value);
+  return value;
+}
 
 TM_INLINE float largest_of(__m256 v) {
   const __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
