@@ -64,8 +64,9 @@ def bound(x: torch.Tensor, weight: Int4Weight, exact: torch.Tensor, activation_b
     largest = largest[:, groups]
     if activation_bits == 8:
         limit += largest / 127 / 2 * 1.001 @ dequantize(weight).abs()
-    elif x.dtype == torch.float16 and cpu_impl.level(16, x.dtype) in ("avx512_bf16", "amx"):
-        limit += magnitude * 16 * 2.0**-16
+    elif cpu_impl.level(16, x.dtype) in ("avx512_bf16", "amx"):
+        if x.dtype == torch.float16:
+            limit += magnitude * 16 * 2.0**-16
     elif x.dtype != torch.float32 and cpu_impl.level(16, x.dtype) != "plain":
         exact_from = largest * 2.0 ** (-6 if x.dtype == torch.bfloat16 else -3)
         limit += torch.where(x.double().abs() < exact_from, largest * 2.0**-15, 0.0) @ dequantize(weight).abs()
