@@ -21,6 +21,7 @@ from tokenmill.engine.gateway import litellm_prices
 from tokenmill.engine.gateway.admin.duration import milliseconds
 from tokenmill.engine.gateway.config import Config, RemoteBackend
 from tokenmill.engine.gateway.foreign_file import ForeignFile, dotted
+from tokenmill.engine.gateway.governance.options import MAKE_A_KEY, SHORTEST_MASTER_KEY
 from tokenmill.engine.gateway.litellm_models import Describer
 from tokenmill.engine.gateway.litellm_prices import CostMap
 from tokenmill.engine.gateway.yaml_file import Place, YamlFile
@@ -77,6 +78,8 @@ _WEIGHTS = ("weight", "rpm", "tpm")
 #: What takes over from a model, named here as there.
 _FALLBACKS = ("fallbacks", "context_window_fallbacks", "content_policy_fallbacks")
 
+_MASTER_KEY: Place = ("general_settings", "master_key")
+
 #: Why some fields are not used.
 _REASONS: Mapping[str, str] = {
     "litellm_settings.drop_params": "every field passes to the backend untouched",
@@ -106,7 +109,8 @@ class Imported:
     Attributes:
         config: Our configuration.
         left_out: `file:line: field: reason`, one line for each thing that was not understood.
-        notes: Where prices come from, what is wrong there, and which models have none, one line each.
+        notes: Where prices come from, what is wrong there, which models have none, and a master key that can be
+            guessed, one line each.
     """
 
     config: Config
@@ -139,7 +143,12 @@ def convert(file: YamlFile) -> Imported:
         for place, reason in source.left_over()
     ]
     lines += _url_is_not_fetched(source, prices)
-    return Imported(imported, tuple(lines), tuple(describer.notes(governed=imported.governance is not None)))
+    governance = imported.governance
+    notes = [*describer.notes(governed=governance is not None)]
+    if governance is not None and governance.guessable_master_key:
+        where = f"{file.where(_MASTER_KEY)}: {dotted(_MASTER_KEY)}"
+        notes.append(f"{where}: fewer than {SHORTEST_MASTER_KEY} characters: can be guessed; {MAKE_A_KEY}")
+    return Imported(imported, tuple(lines), tuple(notes))
 
 
 def _url_is_not_fetched(source: ForeignFile, prices: CostMap) -> Iterator[str]:
@@ -377,18 +386,22 @@ class _Importer:
 
     def _governance(self) -> dict[str, Any]:
         """A master key means keys and budgets; the books are kept beside the file."""
-        source, place = self._source, ("general_settings", "master_key")
-        variable = source.variable(place)
+        source = self._source
+        variable = source.variable(_MASTER_KEY)
         if variable is not None and variable not in source.environment:
-            source.raw(place)
+            source.raw(_MASTER_KEY)
+            key = os.environ.get(variable, "").strip()
             named = {"master_key_env": variable}
         else:
-            key = source.text(place)
-            if key is None:
+            found = source.text(_MASTER_KEY)
+            if found is None:
                 return {}
+            key = found
             named = {"master_key": key}
         store = source.file.path.with_suffix(".db")
         section: dict[str, Any] = {"store": str(store), **named}
+        # LiteLLM's own documentation has `sk-1234`: such a file is taken, too, and told so.
+        section["guessable_master_key"] = 0 < len(key) < SHORTEST_MASTER_KEY
         days = source.text(("general_settings", "maximum_spend_logs_retention_period"))
         if days is not None:
             try:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tokenmill import env
 from tokenmill.engine.gateway import litellm, litellm_prices, yaml_file
 from tokenmill.engine.gateway.config import Config, RemoteBackend
+from tokenmill.engine.gateway.governance.options import digest
 from tokenmill.engine.supervisor import arguments
 from tokenmill.engine.supervisor.main import main
 from tokenmill.engine.supervisor.plan import make_plan
@@ -166,6 +167,21 @@ def test_keys_come_from_the_environment_or_the_file(tmp_path: Path, monkeypatch:
     }
     assert backends(config, "literal")[0].zone == "on-premises"
     assert "sk-l" not in repr(config)
+
+
+@pytest.mark.parametrize("said", ["sk-1234", "os.environ/TM_MASTER"])
+def test_a_short_master_key_is_taken_with_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    monkeypatch.setenv("TM_MASTER", "sk-1234")
+    models = "model_list:\n" + model("m", "model: openai/x, api_base: http://h/v1, input_cost_per_token: 0")
+    imported = convert(tmp_path, f"{models}general_settings: {{master_key: {said}}}\n")
+    options = make_plan(imported.config).governance
+    assert options is not None and options.is_master(digest("sk-1234"))
+    (note,) = [note for note in imported.notes if "master_key" in note]
+    assert ":3: general_settings.master_key: fewer than 16 characters: can be guessed; make one with" in note
+    monkeypatch.setenv("TM_MASTER", "sk-1234" * 3)
+    long_enough = said if said != "sk-1234" else "sk-1234" * 3
+    imported = convert(tmp_path, f"{models}general_settings: {{master_key: {long_enough}}}\n")
+    assert not [note for note in imported.notes if "master_key" in note]
 
 
 def test_one_server_may_serve_all_that_it_lists(tmp_path: Path) -> None:

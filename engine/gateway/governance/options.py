@@ -8,6 +8,8 @@ from tokenmill.errors import ConfigurationError
 
 #: A master key must be at least this long to be worth the name.
 SHORTEST_MASTER_KEY = 16
+#: How to come by one.
+MAKE_A_KEY = 'make one with `python -c "import secrets; print(secrets.token_urlsafe(32))"`'
 
 
 def digest(key: str) -> str:
@@ -37,21 +39,21 @@ class Options:
         return hmac.compare_digest(key_digest, self.master_digest)
 
 
-def checked_master_key(key: str, where: str) -> str:
+def checked_master_key(key: str, where: str, guessable: bool = False) -> str:
     """The key itself where it can serve as a master key.
 
     Args:
         key: The key.
         where: What holds it, for the message.
+        guessable: A short one will do.
 
     Raises:
         ConfigurationError: It is missing or too short to resist guessing.
     """
-    remedy = 'make one with `python -c "import secrets; print(secrets.token_urlsafe(32))"`'
     if not key:
-        raise ConfigurationError(f"{where} is not set and governance needs a master key; {remedy}")
-    if len(key) < SHORTEST_MASTER_KEY:
+        raise ConfigurationError(f"{where} is not set and governance needs a master key; {MAKE_A_KEY}")
+    if len(key) < SHORTEST_MASTER_KEY and not guessable:
         raise ConfigurationError(
-            f"{where} holds a master key of {len(key)} characters, fewer than {SHORTEST_MASTER_KEY}; {remedy}"
+            f"{where} holds a master key of {len(key)} characters, fewer than {SHORTEST_MASTER_KEY}; {MAKE_A_KEY}"
         )
     return key

@@ -28,6 +28,11 @@ class Governance(Section):
     master_key: str | None = Field(
         None, description="The master key itself; better kept in the variable that `master_key_env` names.", repr=False
     )
+    guessable_master_key: bool = Field(
+        False,
+        description="Take a master key of fewer than 16 characters, as many LiteLLM files have; whoever reaches the "
+        "port may guess it.",
+    )
     completion_bound: int = Field(
         4096,
         description="Completion tokens to reserve for an answer that neither the request (`max_tokens`) nor the "
@@ -68,8 +73,9 @@ class Governance(Section):
             ConfigurationError: There is no master key, or it is too short.
         """
         if self.master_key is not None:
-            key = checked_master_key(self.master_key, "governance.master_key")
+            key, where = self.master_key, "governance.master_key"
         else:
-            key = checked_master_key(os.environ.get(self.master_key_env, "").strip(), self.master_key_env)
+            key, where = os.environ.get(self.master_key_env, "").strip(), self.master_key_env
+        checked_master_key(key, where, self.guessable_master_key)
         store = self.store if "://" in self.store else str(Path(self.store).expanduser().absolute())
         return Options(store, digest(key), self.completion_bound, self.retention_days)
