@@ -122,22 +122,19 @@ class Metrics:
             if completion > 1:
                 span = exchange.last_chunk_at - exchange.first_chunk_at
                 self._per_token.observe(where, span / (completion - 1))
-        self._count_calls(exchange, tier)
+        self._count_owned(exchange, tier)
         if exchange.decision is not None:
             if was_escalated(exchange):
                 self._escalations.add((exchange.decision.tier, tier))
             self._decisions.note(exchange)
 
-    def _count_calls(self, exchange: Exchange, tier: str) -> None:
-        """Counts what each call used, at its own backend, for the request's team and app."""
+    def _count_owned(self, exchange: Exchange, tier: str) -> None:
+        """Counts for the request's team and app."""
         principal = exchange.principal
         team = self._teams.name(principal.team) if principal else ""
         app = self._apps.name(principal.app) if principal else ""
         self._owned_requests.add((team, app, tier))
-        for call in exchange.calls:
-            usage, asked = call.usage, call.target.backend
-            cost = asked.prices.cost(usage.prompt, usage.cached, usage.completion)
-            self._consumption.add(team, app, asked.tier, asked.name, usage, cost)
+        self._consumption.count(team, app, exchange)
 
     async def start(self) -> None:
         """Begins to tell the other workers."""

@@ -35,6 +35,7 @@ class Workers:
         settings: Their settings.
         routing: How requests that name no model are routed.
         wait_for: Tiers that must be up before the tests begin; empty: all.
+        accounts: Most teams, and apps, that metrics name.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Workers:
         settings: Settings | None = None,
         routing: RoutingSettings | None = None,
         wait_for: tuple[str, ...] = (),
+        accounts: int = 50,
     ) -> None:
         self._awaited = wait_for
         self.store = folder / "gateway.db"
@@ -57,7 +59,11 @@ class Workers:
             settings or Settings(probe_interval_s=0.1),
             governance=Options(str(self.store), digest(MASTER_KEY)),
             observability=ObservabilityOptions(
-                request_log=request_log, traces=traces, open_metrics=open_metrics, shared=str(folder / "figures")
+                request_log=request_log,
+                traces=traces,
+                open_metrics=open_metrics,
+                accounts=accounts,
+                shared=str(folder / "figures"),
             ),
             routing=routing,
         )

@@ -11,6 +11,7 @@ from tokenmill.engine.gateway.governance.bounds import Asked, Bound
 from tokenmill.engine.gateway.governance.budgets import Granted, Refusal, Reservation, Settlement, Spending
 from tokenmill.engine.gateway.governance.service import Governance
 from tokenmill.engine.gateway.money import MICRO_CENTS_PER_DOLLAR, dollars
+from tokenmill.engine.gateway.observability.consumption import CHARGED
 from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply
 from tokenmill.engine.gateway.portfolio import Portfolio, Route, Target
 from tokenmill.engine.gateway.store import now_ms
@@ -58,6 +59,7 @@ class Reserve:
             self._open -= 1
             if settles:
                 spending = charges.spending(ended, bound_at) if known is None else charges.ended(known, ended)
+                ended.notes[CHARGED] = spending
                 store.post_item(apply, Settlement(wanted.call, spending))
 
         # Before the reservation is made: a client that hangs up meanwhile leaves nothing behind.

@@ -1,6 +1,8 @@
 """What calls to backends used, by who asked and who answered.
 
 A call is counted in one place; the metrics that are sums over teams or over backends are made of it when somebody asks.
+Where requests are charged, tokens and cost are those charged: metrics and ledger agree, also on calls whose tokens
+nobody counted.
 Only the event loop counts; families may be taken in any thread meanwhile (a copy of a dictionary is one step of the
 interpreter).
 """
@@ -10,7 +12,10 @@ from collections.abc import Callable, Iterable
 from tokenmill.engine.gateway.money import MICRO_CENTS_PER_DOLLAR
 from tokenmill.engine.gateway.observability.snapshot import Family
 from tokenmill.engine.gateway.observability.tally import Tally, Values
-from tokenmill.engine.gateway.pipeline import Usage
+from tokenmill.engine.gateway.pipeline import Exchange
+
+#: Where `governance.reserve` notes what a request was charged, a `Spending`.
+CHARGED = "reserve"
 
 #: (team, app, tier, backend).
 _Key = tuple[str, str, str, str]
@@ -24,6 +29,12 @@ class _Line:
     def __init__(self) -> None:
         self.calls = self.prompt = self.cached = self.completion = self.cost = 0
 
+    def add(self, prompt: int, cached: int, completion: int, cost: int) -> None:
+        self.prompt += prompt
+        self.cached += cached
+        self.completion += completion
+        self.cost += cost
+
 
 class Consumption:
     """Counts calls."""
@@ -31,24 +42,31 @@ class Consumption:
     def __init__(self) -> None:
         self._lines: dict[_Key, _Line] = {}
 
-    def add(self, team: str, app: str, tier: str, backend: str, usage: Usage, cost: int) -> None:
-        """Counts one call.
+    def count(self, team: str, app: str, exchange: Exchange) -> None:
+        """Counts the calls of a request that has ended, each at its own backend.
 
         Args:
             team, app: Who asked; bounded names.
-            tier, backend: Who answered.
-            usage: Its tokens.
-            cost: What they cost, in micro-cents.
+            exchange: The request.
         """
-        key = team, app, tier, backend
+        charged = exchange.notes.get(CHARGED)
+        for call in exchange.calls:
+            backend, usage = call.target.backend, call.usage
+            line = self._line((team, app, backend.tier, backend.name))
+            line.calls += 1
+            if charged is None:
+                prompt, cached, completion = usage.prompt, usage.cached, usage.completion
+                line.add(prompt, cached, completion, backend.prices.cost(prompt, cached, completion))
+        if charged is not None:
+            for part in (charged, *charged.others):
+                line = self._line((team, app, part.tier, part.backend))
+                line.add(part.prompt, part.cached, part.completion, part.cost)
+
+    def _line(self, key: _Key) -> _Line:
         line = self._lines.get(key)
         if line is None:
             line = self._lines[key] = _Line()
-        line.calls += 1
-        line.prompt += usage.prompt
-        line.cached += usage.cached
-        line.completion += usage.completion
-        line.cost += cost
+        return line
 
     def families(self) -> list[Family]:
         """Calls and tokens by backend; tokens and cost by who asked. What never came up has no sample."""

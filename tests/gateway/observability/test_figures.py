@@ -11,7 +11,8 @@ import prometheus_client
 import pytest
 from prometheus_client import CollectorRegistry
 
-from tokenmill.engine.gateway.money import MICRO_CENTS_PER_DOLLAR
+from tokenmill.engine.gateway.backends import Backend
+from tokenmill.engine.gateway.money import MICRO_CENTS_PER_DOLLAR, Prices
 from tokenmill.engine.gateway.observability import engines, gpus, snapshot
 from tokenmill.engine.gateway.observability.bounded import Bounded
 from tokenmill.engine.gateway.observability.consumption import Consumption
@@ -19,7 +20,9 @@ from tokenmill.engine.gateway.observability.quantiles import quantiles
 from tokenmill.engine.gateway.observability.shared import Board, Report
 from tokenmill.engine.gateway.observability.snapshot import Family
 from tokenmill.engine.gateway.observability.tally import Histogram, Tally
-from tokenmill.engine.gateway.pipeline import Usage
+from tokenmill.engine.gateway.pipeline import Call, Exchange, Usage
+from tokenmill.engine.gateway.portfolio import Target
+from tokenmill.engine.gateway.settings import Settings
 
 
 def figures(count: float, open_now: float, times: tuple[float, ...] = ()) -> list[Family]:
@@ -155,11 +158,21 @@ def test_without_a_driver_there_is_nothing() -> None:
         ctypes.CDLL("libthere-is-none.so")
 
 
+def exchange(*calls: Call) -> Exchange:
+    """A request that was sent so."""
+    made = Exchange("/v1/x", [], b"", body=None, model=None, request_id="r", forward=[])
+    made.calls += calls
+    return made
+
+
 def test_calls_are_counted_once_and_summed_either_way() -> None:
+    prices = Prices(5_000_000, 0, 10_000_000)
+    one, two = (
+        Target(Backend(name, "http://127.0.0.1:9", "small", prices=prices), Settings()) for name in ("one", "two")
+    )
     seen = Consumption()
-    seen.add("a", "", "small", "one", Usage(10, 4, 3), 50)
-    seen.add("b", "x", "small", "one", Usage(5, 0, 0), 0)
-    seen.add("a", "", "small", "two", Usage(1, 0, 2), 25)
+    seen.count("a", "", exchange(Call(one, None, Usage(10, 4, 3)), Call(two, None, Usage(1, 0, 2))))
+    seen.count("b", "x", exchange(Call(one, None, Usage(5, 0, 0))))
     sums = {
         family.name: {tuple(labels.values()): value for _, labels, value in family.samples}
         for family in seen.families()
@@ -176,5 +189,6 @@ def test_calls_are_counted_once_and_summed_either_way() -> None:
         ("a", "", "small", "completion"): 5,
         ("b", "x", "small", "prompt"): 5,
     }
-    assert sums["tokenmill_cost_dollars"] == {("a", "", "small"): pytest.approx(75 / MICRO_CENTS_PER_DOLLAR)}
+    cost = {("a", "", "small"): 85 / MICRO_CENTS_PER_DOLLAR, ("b", "x", "small"): 25 / MICRO_CENTS_PER_DOLLAR}
+    assert sums["tokenmill_cost_dollars"] == pytest.approx(cost)
     assert sums["tokenmill_upstream_requests"] == {("small", "one"): 2, ("small", "two"): 1}

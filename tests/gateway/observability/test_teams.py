@@ -1,0 +1,72 @@
+"""What metrics say of teams: what the ledger says, whichever worker served them, and of no more than were asked for."""
+
+import re
+from collections import Counter
+from http.client import HTTPException
+from pathlib import Path
+
+import pytest
+
+from tests.gateway.running import wait_until
+from tests.gateway.upstream import FakeUpstream
+from tests.gateway.workers import Workers
+from tokenmill.engine.gateway.backends import Backend
+from tokenmill.engine.gateway.money import MICRO_CENTS_PER_DOLLAR, Prices
+from tokenmill.engine.gateway.router.settings import EscalationSettings, RoutingSettings
+
+CHEAP, DEAR = Prices(10_000_000, 10_000_000, 30_000_000), Prices(500_000_000, 500_000_000, 500_000_000)
+
+
+def key_of(workers: Workers, team: str) -> str:
+    """A key of a new team."""
+    workers.json("POST", "/admin/accounts", {"kind": "team", "id": team}, status=201)
+    return str(workers.json("POST", "/admin/keys", {"parent": team}, status=201)["key"])
+
+
+def series(workers: Workers, name: str, *labels: str) -> dict[tuple[str, ...], float]:
+    """A metric's values by these labels, all others added."""
+    found: Counter[tuple[str, ...]] = Counter()
+    text = workers.send("GET", "/metrics")[2].decode()
+    for shown, value in re.findall(rf"^{name}\{{(.*)\}} (\S+)$", text, re.MULTILINE):
+        pairs = dict(re.findall(r'(\w+)="([^"]*)"', shown))
+        found[tuple(pairs[label] for label in labels)] += float(value)
+    return dict(found)
+
+
+def test_tokens_and_cost_are_those_of_the_ledger(tmp_path: Path) -> None:
+    small, large = FakeUpstream(("small",)).start(), FakeUpstream(("large",)).start()
+    backends = (
+        Backend("small", small.url, "utility", ("small",), prices=CHEAP, quality=0.6, capabilities=("logprobs",)),
+        Backend("large", large.url, "reasoning", ("large",), prices=DEAR, quality=0.9),
+    )
+    routing = RoutingSettings(escalation=EscalationSettings("utility", "reasoning", 0.5))
+    with Workers(tmp_path, *backends, routing=routing) as workers:
+        key = key_of(workers, "search")
+        assert workers.chat(key, "small", max_tokens=10)[0] == 200
+        # Nobody counted its tokens: its prompt is charged at its bound.
+        with pytest.raises(HTTPException):
+            workers.chat(key, "small", max_tokens=10, stream=True, act={"cut_after": 3})
+        # Two answers are charged.
+        messages = [{"role": "user", "content": "What is it?"}]
+        act = {"small": {"logprob": -3.0}, "large": {}}
+        status, headers, _ = workers.chat(key, "auto", messages=messages, max_tokens=10, act=act)
+        assert (status, headers["x-tokenmill-escalated"]) == (200, "true")
+        wait_until(
+            lambda: (
+                sum(series(workers, "tokenmill_account_requests_total", "team").values()) == 3
+                and workers.json("GET", "/admin/ledger?by=team&team=search")["rows"][0]["requests"] == 3
+            )
+        )
+        rows = workers.json("GET", "/admin/ledger?by=tier&team=search")["rows"]
+        tokens = series(workers, "tokenmill_account_tokens_total", "team", "tier", "kind")
+        assert tokens == {
+            ("search", row["tier"], kind): row[f"{kind}_tokens"] for row in rows for kind in ("prompt", "completion")
+        }
+        assert sum(tokens.values()) > small.books.prompt_tokens + large.books.prompt_tokens
+        cost = series(workers, "tokenmill_cost_dollars_total", "team", "tier")
+        assert cost == pytest.approx({("search", row["tier"]): row["cost"] / MICRO_CENTS_PER_DOLLAR for row in rows})
+        # Requests to backends are all counted, whatever they cost.
+        asked = series(workers, "tokenmill_upstream_requests_total", "backend")
+        assert asked == {("small",): len(small.books.requests), ("large",): len(large.books.requests)}
+    small.stop()
+    large.stop()
