@@ -82,34 +82,53 @@ class CanaryBody(_Body):
     share: Annotated[float, Meta(ge=0, le=1)] | None
 
 
+#: LiteLLM's interface sends empty texts where nothing was chosen: they are none.
+NoText = Literal[""]
+Team = Annotated[
+    str, Meta(max_length=63, pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$", description="A team, app or organisation.")
+]
+Moment = Annotated[str, Meta(max_length=40, description="ISO 8601, e.g. `2030-12-31T23:59:59Z`.")]
+#: `-1`: for ever.
+Lifetime = Annotated[
+    str,
+    Meta(
+        pattern=r"^([1-9][0-9]{0,5}(mo|s|m|h|d|w)|-1)?$", description="`30s`, `10m`, `1h`, `30d`, `2w`; `-1`: no end."
+    ),
+]
+
+
 class LiteLLMKey(msgspec.Struct, kw_only=True):
-    """LiteLLM's `/key/generate`; fields that would restrict the key and are not kept here are refused by name."""
+    """LiteLLM's `/key/generate`; other fields are refused by name unless they are empty."""
 
     key_alias: Annotated[str, Meta(max_length=200)] | None = None
-    duration: Duration | None = None
+    duration: Lifetime | None = None
+    expires: Moment | None = None
     models: Models | None = None
-    max_budget: Dollars | None = None
-    soft_budget: Dollars | None = None
+    max_budget: Dollars | NoText | None = None
+    soft_budget: Dollars | NoText | None = None
     budget_duration: Duration | None = None
     tpm_limit: Rate | None = None
     rpm_limit: Rate | None = None
-    team_id: Id | None = None
+    team_id: Team | None = None
     user_id: Annotated[str, Meta(max_length=200)] | None = None
     metadata: Metadata | None = None
 
 
 class LiteLLMChange(msgspec.Struct, kw_only=True):
-    """LiteLLM's `/key/update`: what is not named stays."""
+    """LiteLLM's `/key/update`: what is not named stays; other fields are refused by name unless they are empty."""
 
     key: Annotated[str, Meta(min_length=1, max_length=300)]
     key_alias: Annotated[str, Meta(max_length=200)] | UnsetType | None = UNSET
-    duration: Duration | UnsetType | None = UNSET
+    duration: Lifetime | UnsetType | None = UNSET
+    expires: Moment | UnsetType | None = UNSET
     models: Models | UnsetType | None = UNSET
-    max_budget: Dollars | UnsetType | None = UNSET
-    soft_budget: Dollars | UnsetType | None = UNSET
+    max_budget: Dollars | NoText | UnsetType | None = UNSET
+    soft_budget: Dollars | NoText | UnsetType | None = UNSET
     budget_duration: Duration | UnsetType | None = UNSET
     tpm_limit: Rate | UnsetType | None = UNSET
     rpm_limit: Rate | UnsetType | None = UNSET
+    team_id: Team | UnsetType | None = UNSET
+    user_id: Annotated[str, Meta(max_length=200)] | UnsetType | None = UNSET
     metadata: Metadata | UnsetType | None = UNSET
 
 

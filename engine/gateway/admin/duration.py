@@ -1,6 +1,7 @@
-"""Durations as people and LiteLLM write them: `30s`, `10m`, `1h`, `30d`, `2w`, `1mo` (a month has 30 days)."""
+"""Times, and durations as people and LiteLLM write them: `30s`, `10m`, `1h`, `30d`, `2w`, `1mo` (of 30 days)."""
 
 import re
+from datetime import UTC, datetime
 
 from tokenmill.errors import InputError
 
@@ -30,6 +31,28 @@ def milliseconds(text: str) -> int:
     if length > _MOST_MS:
         raise InputError(f"{text[:40]!r} is longer than a hundred years; give a shorter duration")
     return length
+
+
+def moment(text: str, now: int) -> int:
+    """A time to come, in ISO 8601, as milliseconds; one without an offset is UTC.
+
+    Args:
+        text: As it was written.
+        now: The time now, in milliseconds.
+
+    Raises:
+        InputError: It is none, in the past, or more than a hundred years away.
+    """
+    try:
+        said = datetime.fromisoformat(text.strip())
+    except ValueError:
+        raise InputError(f"{text[:40]!r} is no time; write it like 2030-12-31T23:59:59Z") from None
+    at = round((said if said.tzinfo is not None else said.replace(tzinfo=UTC)).timestamp() * 1000)
+    if at <= now:
+        raise InputError(f"{text[:40]!r} is in the past; give a time to come")
+    if at - now > _MOST_MS:
+        raise InputError(f"{text[:40]!r} is more than a hundred years away; give an earlier time")
+    return at
 
 
 def shown(length_ms: int | None) -> str | None:

@@ -1,65 +1,78 @@
 """LiteLLM's key management on our keys: `/key/generate`, `/key/info`, `/key/update`, `/key/delete`.
 
-Field names and shapes are LiteLLM's (docs.litellm.ai, proxy/virtual_keys). A field that would restrict a key and has
-no meaning here is refused, not ignored: a restriction must not be lost on the way.
+Field names and shapes are LiteLLM's (docs.litellm.ai, proxy/virtual_keys). A field that is not taken is refused unless
+it says nothing: a restriction must not be lost on the way, also one that LiteLLM learns tomorrow.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from tokenmill.engine.gateway.admin import keyring, views
 from tokenmill.engine.gateway.admin.bodies import LiteLLMChange, LiteLLMDelete, LiteLLMKey
-from tokenmill.engine.gateway.admin.duration import milliseconds
+from tokenmill.engine.gateway.admin.duration import milliseconds, moment
 from tokenmill.engine.gateway.admin.endpoint import Call, Endpoint, Parameter
 from tokenmill.engine.gateway.admin.endpoints import checked_metadata
-from tokenmill.engine.gateway.api_error import ApiError
+from tokenmill.engine.gateway.api_error import ApiError, quote
 from tokenmill.engine.gateway.governance import accounts, keys
 from tokenmill.engine.gateway.governance.accounts import Limits
 from tokenmill.engine.gateway.governance.keys import Key
 from tokenmill.engine.gateway.money import micro_cents
 from tokenmill.engine.gateway.store import Connection, now_ms
 
-#: Restrictions of LiteLLM's keys that are not kept here.
-REFUSED = (
-    "allowed_routes", "allowed_cache_controls", "allowed_vector_store_indexes", "blocked", "budget_id",
-    "enforced_params", "guardrails", "key", "max_parallel_requests", "model_max_budget", "model_rpm_limit",
-    "model_tpm_limit", "object_permission", "permissions", "temp_budget_increase",
-)  # fmt: skip
+#: What some say is so here without them: a key without a role may ask models and about itself, and nothing else.
+_AS_IT_IS: Mapping[str, tuple[Any, ...]] = {
+    "key_type": ("default", "llm_api"),
+    "rpm_limit_type": ("best_effort_throughput",),
+    "tpm_limit_type": ("best_effort_throughput",),
+    "spend": (0,),
+}
 #: LiteLLM's names for every model.
-_ALL = frozenset({"all-proxy-models", "all-team-models"})
+_ALL = frozenset({"*", "all-proxy-models", "all-team-models"})
+#: LiteLLM's duration of a key that does not end.
+_ENDLESS = "-1"
 
 
-def _refuse_restrictions(call: Call) -> None:
-    """Refuses fields that would be lost."""
+def _refuse_others(call: Call) -> None:
+    """Refuses fields that would be lost. LiteLLM's clients send those empty where nothing was chosen."""
     sent: dict[str, Any] = call.request.state.fields
-    for field in REFUSED:
-        if field == "key" and isinstance(call.body, LiteLLMChange):
+    taken = call.body.__struct_fields__
+    for field, value in sent.items():
+        if field in taken or value is None or value is False or (isinstance(value, str | list | dict) and not value):
             continue
-        if sent.get(field) not in (None, [], {}, False):
-            raise ApiError(
-                400, f"`{field}` is not supported here; leave it out.", code="unsupported_field", param=field
-            )
+        if value not in _AS_IT_IS.get(field, ()):
+            name = quote(field)
+            raise ApiError(400, f"`{name}` is not supported here; leave it out.", code="unsupported_field", param=name)
 
 
 def _models(models: list[str] | None) -> list[str] | None:
     return None if not models or _ALL & set(models) else models
 
 
-def _amount(value: float | None) -> int | None:
-    return None if value is None else micro_cents(value)
+def _amount(value: float | str | None) -> int | None:
+    return None if value is None or isinstance(value, str) else micro_cents(value)
 
 
 def _length(value: str | None) -> int | None:
     return None if value is None else milliseconds(value)
 
 
+def _end(duration: str | UnsetType | None, expires: str | UnsetType | None) -> int | None:
+    """When a key ends, in milliseconds, by either field; None: never."""
+    if duration and expires:
+        raise ApiError(400, "`duration` and `expires` both say when the key ends; keep one.", param="expires")
+    if expires:
+        return moment(expires, now_ms())
+    return now_ms() + milliseconds(duration) if duration and duration != _ENDLESS else None
+
+
 async def generate(call: Call) -> Any:
     """A new key."""
     body: LiteLLMKey = call.body
-    _refuse_restrictions(call)
+    _refuse_others(call)
     metadata = checked_metadata(body.metadata)
-    if body.user_id is not None:
+    if body.user_id:
         metadata = {**metadata, "user_id": body.user_id}
     limits = Limits(
         _amount(body.max_budget),
@@ -68,16 +81,17 @@ async def generate(call: Call) -> Any:
         body.rpm_limit,
         body.tpm_limit,
     )
+    expires_at = _end(body.duration, body.expires)
     store = call.governance.store
     identity, secret = await store.write(
         lambda connection: keys.create(
             connection,
             call.by,
             name=body.key_alias or "",
-            parent=body.team_id,
+            parent=body.team_id or None,
             models=_models(body.models),
             limits=limits,
-            lifetime_ms=_length(body.duration),
+            expires_at=expires_at,
             metadata=metadata,
         )
     )
@@ -101,13 +115,17 @@ async def info(call: Call) -> Any:
 async def update(call: Call) -> Any:
     """Changes a key; what is not named stays."""
     body: LiteLLMChange = call.body
-    _refuse_restrictions(call)
+    _refuse_others(call)
     if body.metadata is not UNSET:
         checked_metadata(body.metadata)
+    ends = any(said is not UNSET and said != "" for said in (body.duration, body.expires))
+    expires_at = _end(body.duration, body.expires)
     store = call.governance.store
 
     def run(connection: Connection) -> Key:
         found = keyring.named(connection, body.key)
+        if body.team_id is not UNSET and body.team_id:
+            _stays_below(connection, found, body.team_id)
         account = accounts.find(connection, found.id)
         kept = account.limits
         limits = Limits(
@@ -125,15 +143,32 @@ async def update(call: Call) -> Any:
             call.by,
             name=account.name if body.key_alias is UNSET else body.key_alias or "",
             models=found.models if body.models is UNSET else _models(body.models),
-            metadata=found.metadata if body.metadata is UNSET else body.metadata or {},
-            expires_at=found.expires_at
-            if body.duration is UNSET
-            else (None if body.duration is None else now_ms() + milliseconds(body.duration)),
+            metadata=_metadata(body, found.metadata),
+            expires_at=expires_at if ends else found.expires_at,
         )
         return keys.by_id(connection, found.id)
 
     found = await store.write(run)
     return {"key": body.key, **views.litellm_key(store.reader, found)}
+
+
+def _stays_below(connection: Connection, found: Key, team: str) -> None:
+    """Refuses to move a key: what it has spent is in its team's books."""
+    if team not in [account.id for account in accounts.chain(connection, found.id)]:
+        raise ApiError(
+            400, "A key stays in its team; make a new one in the other.", code="unsupported_field", param="team_id"
+        )
+
+
+def _metadata(body: LiteLLMChange, kept: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata to keep; the user is a part of it here, and a field of his own there."""
+    changed = dict(kept) if body.metadata is UNSET else dict(body.metadata or {})
+    user = kept.get("user_id") if body.user_id is UNSET else body.user_id
+    if user is not None:
+        changed["user_id"] = user
+    elif body.user_id is not UNSET:
+        changed.pop("user_id", None)
+    return changed
 
 
 async def delete(call: Call) -> Any:

@@ -55,6 +55,7 @@ def create(
     models: Sequence[str] | None = None,
     limits: Limits | None = None,
     lifetime_ms: int | None = None,
+    expires_at: int | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> tuple[str, str]:
     """Makes a key; returns (its id, the key itself, which is kept nowhere).
@@ -66,7 +67,8 @@ def create(
         parent: The app, team or organisation it belongs to.
         models: What it may ask for; None: everything.
         limits: Its own budget and rates.
-        lifetime_ms: How long it is valid; None: until revoked.
+        lifetime_ms: How long it is valid; None: until `expires_at`.
+        expires_at: When it ends, in milliseconds; None: when it is revoked.
         metadata: Kept with it.
 
     Raises:
@@ -83,7 +85,7 @@ def create(
             digest(key),
             None if models is None else orjson.dumps(list(models)).decode(),
             orjson.dumps(dict(metadata or {})).decode(),
-            None if lifetime_ms is None else now_ms() + lifetime_ms,
+            expires_at if lifetime_ms is None else now_ms() + lifetime_ms,
         ),
     )
     return account, key

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.gateway.running import wait_until
 from tests.gateway.workers import Workers
 
 
@@ -97,6 +98,17 @@ def test_delete_by_key_token_and_alias(workers: Workers) -> None:
         {"permissions": {"x": True}},
         {"key": "sk-1234"},
         {"blocked": True},
+        {"key_type": "read_only"},
+        {"budget_limits": [{"budget_duration": "1d", "max_budget": 1}]},
+        {"auto_rotate": True, "rotation_interval": "30d"},
+        {"rotation_interval": "30d"},
+        {"allowed_passthrough_routes": ["/x"]},
+        {"allowed_ips": ["10.0.0.1"]},
+        {"organization_id": "o"},
+        {"aliases": {"gpt-4": "tiny"}},
+        {"max_parallel_requests": 0},
+        {"spend": 3},
+        {"a_restriction_of_tomorrow": 1},
     ],
     ids=str,
 )
@@ -104,6 +116,66 @@ def test_a_restriction_that_is_not_kept_here_is_refused_and_not_lost(workers: Wo
     status, _, body = workers.send("POST", "/key/generate", field)
     assert status == 400
     assert json.loads(body)["error"]["param"] == next(iter(field))
+    key = generate(workers)["key"]
+    if "key" not in field:
+        assert workers.send("POST", "/key/update", {"key": key, **field})[0] == 400
+
+
+def test_fields_that_litellms_clients_send_empty_are_no_restrictions(workers: Workers) -> None:
+    empty = {
+        "aliases": {},
+        "allowed_cache_controls": [],
+        "auto_rotate": False,
+        "blocked": False,
+        "budget_limits": None,
+        "key_type": "llm_api",
+        "max_budget": "",
+        "organization_id": "",
+        "permissions": {},
+        "rpm_limit_type": "best_effort_throughput",
+        "spend": 0,
+        "team_id": "",
+        "user_id": "",
+    }
+    made = generate(workers, **empty)
+    assert (made["max_budget"], made["team_id"], made["user_id"]) == (None, None, None)
+    assert workers.chat(made["key"])[0] == 200
+
+
+def test_expires_ends_a_key_as_duration_does(workers: Workers) -> None:
+    assert generate(workers, expires="2091-12-31T23:59:59Z")["expires"] == "2091-12-31T23:59:59.000Z"
+    soon = generate(workers, expires=(datetime.now(UTC) + timedelta(seconds=1.5)).isoformat())["key"]
+    assert workers.chat(soon)[0] == 200
+    wait_until(lambda: workers.chat(soon)[0] == 401, 10)
+    made = generate(workers, duration="-1")
+    assert made["expires"] is None
+    for said in ("2020-01-01T00:00:00Z", "never", "9999-12-31T23:59:59-23:59", "1e9"):
+        for path, more in (("/key/generate", {}), ("/key/update", {"key": made["key"]})):
+            status, _, body = workers.send("POST", path, {"expires": said, **more})
+            assert status == 400, said
+            assert said in json.loads(body)["error"]["message"]
+    for path, more in (("/key/generate", {}), ("/key/update", {"key": made["key"]})):
+        both = {"duration": "1h", "expires": "2091-12-31T23:59:59Z", **more}
+        assert workers.send("POST", path, both)[0] == 400
+
+    def updated(**fields: Any) -> Any:
+        return workers.json("POST", "/key/update", {"key": made["key"], **fields})["expires"]
+
+    assert updated(expires="2091-12-31 23:59") == "2091-12-31T23:59:00.000Z"
+    assert updated(key_alias="x", duration="") == "2091-12-31T23:59:00.000Z"
+    assert updated(expires=None) is None
+
+
+def test_an_update_keeps_the_user_and_the_team(workers: Workers) -> None:
+    for team in ("team-kept", "team-other"):
+        workers.json("POST", "/admin/accounts", {"kind": "team", "id": team}, status=201)
+    made = generate(workers, team_id="team-kept", user_id="u-1", metadata={"a": 1})
+    changed = workers.json("POST", "/key/update", {"key": made["key"], "team_id": "team-kept", "metadata": {"b": 2}})
+    assert (changed["user_id"], changed["metadata"]) == ("u-1", {"b": 2})
+    changed = workers.json("POST", "/key/update", {"key": made["key"], "user_id": "u-2"})
+    assert (changed["user_id"], changed["metadata"], changed["team_id"]) == ("u-2", {"b": 2}, "team-kept")
+    status, _, body = workers.send("POST", "/key/update", {"key": made["key"], "team_id": "team-other"})
+    assert (status, json.loads(body)["error"]["param"]) == (400, "team_id")
 
 
 def test_a_key_asks_about_itself_alone(workers: Workers) -> None:
