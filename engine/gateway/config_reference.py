@@ -49,7 +49,7 @@ tokenmill serve --check CONFIG.yaml    # only checks
 
 The file is read strictly. A wrong type, an unknown field, a key that stands twice, a tab or an unknown tag is
 reported with its line and what to do about it. `no`, `on` and `010` are text, as in YAML 1.2. Anchors and aliases
-may repeat a value; merge keys (`<<`) are not accepted.
+may repeat a value, and `<<: *base` takes over the fields of a mapping that are not stated beside it.
 """
 
 

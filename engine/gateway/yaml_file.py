@@ -1,12 +1,12 @@
 """Reads a YAML configuration file strictly, and remembers on which line each value stands.
 
 YAML 1.2's core schema is used, so that `no`, `on`, `1:30` and `010` stay what they look like. Refused with the
-line: duplicate keys, tags, merge keys, several documents, and files that are too large, too deep or expand
-(through aliases) to too many values. Aliases that repeat a value are fine.
+line: duplicate keys, tags, several documents, and files that are too large, too deep or expand (through aliases) to too
+many values. Aliases that repeat a value are fine, and so are YAML 1.1's merge keys (`<<: *base`), as many have.
 """
 
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,17 +54,19 @@ class YamlFile:
         path: Where it was read from; messages start with it.
         value: Its content as dicts, lists and scalars.
         lines: Line, from 1, of each key and list item.
+        paths: Files of those that stand in another one, which was included.
     """
 
     path: Path
     value: Any = None
     lines: dict[Place, int] = field(default_factory=dict)
+    paths: dict[Place, Path] = field(default_factory=dict)
 
     def where(self, place: Place) -> str:
         """`file:line` of the value at a place, or of the nearest value around it."""
         while place and place not in self.lines:
             place = place[:-1]
-        return f"{self.path}:{self.lines.get(place, 1)}"
+        return f"{self.paths.get(place, self.path)}:{self.lines.get(place, 1)}"
 
 
 def read(path: Path) -> YamlFile:
@@ -113,11 +115,7 @@ class _Reader:
     def _build(self, node: yaml.Node, place: Place) -> Any:
         line = node.start_mark.line + 1
         self._file.lines.setdefault(place, line)
-        self._values += 1
-        if self._values > MOST_VALUES:
-            raise self._error(line, f"the file expands to more than {MOST_VALUES} values; use fewer aliases")
-        if len(place) > MOST_DEPTH:
-            raise self._error(line, f"the values are nested too deep; at most {MOST_DEPTH} levels")
+        self._count(line, len(place))
         if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
             return self._build_mapping(node, place)
         if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
@@ -126,22 +124,59 @@ class _Reader:
             return self._build_scalar(node, line)
         raise self._error(line, f"the tag {node.tag.replace(_TAG, '!!')} is not accepted; remove it")
 
+    def _count(self, line: int, depth: int) -> None:
+        self._values += 1
+        if self._values > MOST_VALUES:
+            raise self._error(line, f"the file expands to more than {MOST_VALUES} values; use fewer aliases")
+        if depth > MOST_DEPTH:
+            raise self._error(line, f"the values are nested too deep; at most {MOST_DEPTH} levels")
+
     def _build_mapping(self, node: yaml.MappingNode, place: Place) -> dict[Hashable, Any]:
         built: dict[Hashable, Any] = {}
+        merged: list[yaml.Node] = []
         for key_node, value_node in node.value:
+            if _is_merge(key_node):
+                merged.append(value_node)
+                continue
             line = key_node.start_mark.line + 1
-            key = self._build_scalar(key_node, line) if isinstance(key_node, yaml.ScalarNode) else None
-            if not isinstance(key, str):
-                shown = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
-                raise self._error(line, f"the key {shown} is not text; put it in quotes")
-            if key == "<<":
-                raise self._error(line, "merge keys (<<) are not part of YAML 1.2; write the fields out")
+            key = self._key(key_node)
             if key in built:
                 first = self._file.lines[*place, key]
                 raise self._error(line, f"{key!r} stands here and on line {first}; keep one of them")
             self._file.lines[*place, key] = line
             built[key] = self._build(value_node, (*place, key))
+        # What the mapping itself says wins, then the mappings in their order.
+        for other in merged:
+            for key_node, value_node in self._merged(other, len(place)):
+                line, key = key_node.start_mark.line + 1, self._key(key_node)
+                self._count(line, len(place))
+                if key not in built:
+                    self._file.lines[*place, key] = line
+                    built[key] = self._build(value_node, (*place, key))
         return built
+
+    def _merged(self, node: yaml.Node, depth: int) -> Iterator[tuple[yaml.Node, yaml.Node]]:
+        """Keys and values of a mapping, or of a list of them, that is merged into another."""
+        line = node.start_mark.line + 1
+        self._count(line, depth)
+        if isinstance(node, yaml.SequenceNode):
+            for item in node.value:
+                yield from self._merged(item, depth + 1)
+        elif isinstance(node, yaml.MappingNode):
+            yield from (pair for pair in node.value if not _is_merge(pair[0]))
+            for key_node, value_node in node.value:
+                if _is_merge(key_node):
+                    yield from self._merged(value_node, depth + 1)
+        else:
+            raise self._error(line, "<< merges mappings; write an alias of one, or a list of them")
+
+    def _key(self, node: yaml.Node) -> str:
+        line = node.start_mark.line + 1
+        key = self._build_scalar(node, line) if isinstance(node, yaml.ScalarNode) else None
+        if not isinstance(key, str):
+            shown = node.value if isinstance(node, yaml.ScalarNode) else "a list or mapping"
+            raise self._error(line, f"the key {shown} is not text; put it in quotes")
+        return key
 
     def _build_scalar(self, node: yaml.ScalarNode, line: int) -> Any:
         text: str = node.value
@@ -162,6 +197,10 @@ class _Reader:
 
     def _error(self, line: int, message: str) -> ConfigurationError:
         return ConfigurationError(f"{self._file.path}:{line}: {message}")
+
+
+def _is_merge(key: yaml.Node) -> bool:
+    return isinstance(key, yaml.ScalarNode) and key.value == "<<" and key.style is None
 
 
 def _mark_line(error: yaml.MarkedYAMLError) -> int:

@@ -39,7 +39,7 @@ MISTAKES = [
     (GOOD + "server: {}\nserver: {}\n", 3, "stands here and on line 2"),
     (GOOD + "server: !!python/object/apply:os.system [ls]\n", 2, "tag"),
     (GOOD + "server: !include x\n", 2, "tag"),
-    (GOOD + "server: {<<: {}}\n", 2, "merge keys"),
+    (GOOD + "server: {<<: 3}\n", 2, "<< merges mappings"),
     (GOOD + "1: 2\n", 2, "the key 1 is not text"),
     (GOOD + "? [a]\n: 2\n", 2, "not text"),
     (GOOD + "server: *nowhere\n", 2, "undefined alias"),
@@ -108,6 +108,35 @@ def test_aliases_repeat_values_but_cannot_explode(tmp_path: Path) -> None:
     assert set(config.load(path).tiers) == {"a", "b"}
     bomb = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9))
     assert "fewer aliases" in complaint(path, bomb)
+
+
+def test_merge_keys_take_over_what_is_not_stated(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "base: &base\n  a: 1\n  b: {c: 2}\nmore: &more {a: 3, d: 4}\n"
+        "one:\n  <<: *base\n  a: 5\nall: {<<: [*base, *more]}\nnested: {<<: {<<: *base, a: 6}, '<<': text}\n"
+    )
+    read = yaml_file.read(path)
+    assert read.value["one"] == {"a": 5, "b": {"c": 2}}
+    assert read.value["all"] == {"a": 1, "b": {"c": 2}, "d": 4}
+    assert read.value["nested"] == {"a": 6, "b": {"c": 2}, "<<": "text"}
+    assert read.where(("one", "a")) == f"{path}:7"
+    assert read.where(("one", "b", "c")) == f"{path}:3"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a {b: 1, <<: *a}\n",
+        "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 9)),
+        "a: &a {" + ", ".join(f"k{i}: 1" for i in range(900)) + "}\nb: {<<: [" + ", ".join(["*a"] * 900) + "]}\n",
+    ],
+    ids=["itself", "powers", "products"],
+)
+def test_merge_keys_cannot_explode(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ConfigurationError, match=r"fewer aliases|too deep"):
+        yaml_file.read(tmp_path / "a.yaml")
 
 
 def test_words_of_yaml_11_stay_text(tmp_path: Path) -> None:
