@@ -1,8 +1,8 @@
 """Prometheus metrics of the gateway, and the stage that counts.
 
 Labels are bounded: endpoints are those of the API (others are `other`), tiers and backends those of the
-configuration, teams and apps the first ones met (others are `other`). With several workers, `/metrics` has the sums
-of all of them.
+configuration, teams and apps the first ones met (others are `other`), by whichever worker. With several workers,
+`/metrics` has the sums of all of them.
 """
 
 import asyncio
@@ -52,9 +52,12 @@ class Metrics:
         options = options or Options()
         self._portfolio = portfolio
         self.for_all = options.open_metrics
-        self._teams, self._apps = Bounded(options.accounts), Bounded(options.accounts)
+        shared = Path(options.shared) if options.shared else None
+        self._teams, self._apps = (
+            Bounded(options.accounts, shared and shared / f"{kind}.names") for kind in ("team", "app")
+        )
         self._decisions = Decisions()
-        self.board = Board(Path(options.shared) if options.shared else None, self.report)
+        self.board = Board(shared, self.report)
         where = ("tier", "backend")
         whose = ("team", "app", "tier")
         self._requests = Tally(

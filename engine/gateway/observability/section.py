@@ -33,7 +33,8 @@ class Observability(Section):
     )
     accounts: int = Field(
         50,
-        description="Most teams, and apps, that metrics name; those met later are counted as `other`.",
+        description="Most teams, and apps, that metrics name, of all workers together; those met later are counted as "
+        "`other`.",
         ge=0,
         le=1000,
     )

@@ -5,6 +5,7 @@ import ctypes
 import math
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import prometheus_client
@@ -14,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.money import MICRO_CENTS_PER_DOLLAR, Prices
 from tokenmill.engine.gateway.observability import engines, gpus, snapshot
-from tokenmill.engine.gateway.observability.bounded import Bounded
+from tokenmill.engine.gateway.observability.bounded import OTHER, Bounded
 from tokenmill.engine.gateway.observability.consumption import Consumption
 from tokenmill.engine.gateway.observability.quantiles import quantiles
 from tokenmill.engine.gateway.observability.shared import Board, Report
@@ -88,6 +89,41 @@ def test_quantiles_agree_with_the_observations() -> None:
 def test_labels_are_bounded() -> None:
     names = Bounded(2)
     assert [names.name(name) for name in ("a", "b", "c", "a", None)] == ["a", "b", "other", "a", ""]
+    assert Bounded(0).name("a") == "other"
+
+
+def test_workers_agree_on_the_names(tmp_path: Path) -> None:
+    path = tmp_path / "names"
+    first, second = Bounded(3, path), Bounded(3, path)
+    odd = 'two\nlines "x" \ud800'
+    assert [first.name(odd), second.name("b"), first.name("c")] == [odd, "b", "c"]
+    # Each calls by its name what the other met, and nothing more.
+    assert [second.name(name) for name in ("d", odd, "c", "b")] == ["other", odd, "c", "b"]
+    assert [first.name(name) for name in ("d", "b")] == ["other", "b"]
+    # One that starts later finds the names; so does one whose neighbour was killed while it wrote.
+    written = path.read_bytes()
+    path.write_bytes(written + b'"d')
+    assert [Bounded(4, path).name(name) for name in ("d", "c", "e")] == ["d", "c", "other"]
+    assert [Bounded(4, path).name(name) for name in ("e", "d")] == ["other", "d"]
+
+
+def test_workers_agree_when_they_meet_names_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "names"
+    names = [Bounded(5, path) for _ in range(4)]
+
+    def meet(number: int) -> set[str]:
+        return {names[number].name(f"{(number * 7 + index) % 20}") for index in range(20)} - {OTHER}
+
+    with ThreadPoolExecutor(4) as workers:
+        found = list(workers.map(meet, range(4)))
+    assert len(found[0]) == 5
+    assert found == [found[0]] * 4
+
+
+def test_without_a_place_to_agree_nothing_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = Bounded(3, tmp_path / "missing" / "names")
+    assert [names.name(name) for name in ("a", "b", "a")] == ["other"] * 3
+    assert len(caplog.records) == 1
 
 
 def test_reports_are_exchanged_and_outlive_their_workers(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from pathlib import Path
 
@@ -70,3 +71,28 @@ def test_tokens_and_cost_are_those_of_the_ledger(tmp_path: Path) -> None:
         assert asked == {("small",): len(small.books.requests), ("large",): len(large.books.requests)}
     small.stop()
     large.stop()
+
+
+def test_every_worker_names_the_same_teams(tmp_path: Path) -> None:
+    upstream = FakeUpstream().start()
+    backend = Backend("a", upstream.url, "utility", models=("tiny",))
+    with Workers(tmp_path, backend, count=2, accounts=3) as workers:
+        keys = {team: key_of(workers, team) for team in ("one", "two", "three", "four", "five", "six")}
+        # Connections come at once, so that both workers take some.
+        with ThreadPoolExecutor(8) as clients:
+            asked = [key for _ in range(12) for key in keys.values()]
+            assert {status for status, _, _ in clients.map(workers.chat, asked)} == {200}
+
+        seen: dict[tuple[str, ...], float] = {}
+
+        def all_are_counted() -> bool:
+            # In one answer: the next may be another worker's, who heard of the others a second ago.
+            seen.clear()
+            seen.update(series(workers, "tokenmill_account_requests_total", "team"))
+            return sum(seen.values()) == len(asked)
+
+        wait_until(all_are_counted)
+        assert seen.pop(("other",)) == 36
+        assert list(seen.values()) == [12, 12, 12]
+        assert set(seen) < {(team,) for team in keys}
+    upstream.stop()
