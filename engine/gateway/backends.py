@@ -30,7 +30,8 @@ class Backend:
         max_concurrency: Requests it may have open at once; more go elsewhere, or are refused with 429.
         requests_per_minute: Requests it may be sent in any minute; None: any number.
         tokens_per_minute: Tokens after which it gets no request until the minute is over; None: any number.
-        canary: Share of its tier's requests, 0 to 1, that go to this backend and no others; None: no canary.
+        canary: Share of its tier's requests, 0 to 1, that go to this backend, and no more while others of the tier
+            are up; None: no canary.
         zone: `on-premises`, `edge` or `cloud`; residency policies read it.
         region: Free text, e.g. `eu-central`.
         version: Free text that names the model's version; shown in metrics and response headers.

@@ -1,7 +1,9 @@
 """Which of a route's backends gets a request.
 
-A canary takes its share first. Then the backend that has the longest beginning of the prompt in its cache, unless it
-is busier than the others by more than a bound; where none has any, the one with the fewest outstanding requests per
+A canary takes its share first, and no more: what the others have no room for is not its to take, and a request that
+failed elsewhere does not try it. Only where all others are down, or their circuits open, it gets everything: an answer
+is better than a refusal. Of the others, the backend that has the longest beginning of the prompt in its cache, unless
+it is busier than they are by more than a bound; where none has any, the one with the fewest outstanding requests per
 weight, ties broken at random. Backends that are down, whose circuit is open or that are full are not asked.
 """
 
@@ -33,24 +35,19 @@ class Balancer:
             exchange: The request, for its prompt.
             tried: Those already asked for this request.
         """
-        usable = [target for target in route.targets if can_serve(target, route.model) and target not in tried]
-        if len(usable) <= 1:
-            return usable[0] if usable else None
-        stable = [target for target in usable if target.canary is None]
-        draw = random.random()
-        for target in usable:
-            if target.canary is not None:
-                if draw < target.canary:
-                    return target
-                draw -= target.canary
-        if not stable:
-            return usable[0]
-        if len(stable) == 1:
-            return stable[0]
-        blocks = prompt_blocks(exchange.body, route.model)
-        chosen = self._holder(stable, blocks) or min(stable, key=lambda target: (_load(target), random.random()))
-        self._prefixes.record(blocks, chosen)
-        return chosen
+        model = route.model
+        if route.canaries and (canary := _drawn(route, tried)) is not None:
+            return canary
+        for part in route.parts:
+            usable = [target for target in part if can_serve(target, model) and target not in tried]
+            if len(usable) == 1:
+                return usable[0]
+            if usable:
+                blocks = prompt_blocks(exchange.body, model)
+                chosen = self._holder(usable, blocks) or min(usable, key=lambda one: (_load(one), random.random()))
+                self._prefixes.record(blocks, chosen)
+                return chosen
+        return None
 
     def _holder(self, targets: Sequence[Target], blocks: list[int]) -> Target | None:
         matches = self._prefixes.matches(blocks, targets)
@@ -61,13 +58,29 @@ class Balancer:
         return best if best.outstanding <= IMBALANCE * mean + _SLACK else None
 
 
+def _drawn(route: Route, tried: Collection[Target]) -> Target | None:
+    """The canary that gets this request; None: it is for the others."""
+    model = route.model
+    only_canaries = not any(target.answers(model) for part in route.parts for target in part)
+    if not only_canaries and any(target in tried for target in route.targets):
+        return None  # one draw a request
+    usable = [target for target in route.canaries if can_serve(target, model) and target not in tried]
+    draw = random.random()
+    for target in usable:
+        share = target.canary or 0.0
+        if draw < share:
+            return target
+        draw -= share
+    return usable[0] if usable and only_canaries else None
+
+
 def _load(target: Target) -> float:
     return (target.outstanding + 1) / target.backend.weight
 
 
 def can_serve(target: Target, model: str | None) -> bool:
     """Whether a backend may be sent a request for this model now."""
-    return target.up is not False and target.canary != 0 and target.has_room() and target.breaker(model).wait_s() <= 0
+    return target.canary != 0 and target.has_room() and target.answers(model)
 
 
 def refusal(routes: Sequence[Route], settings: Settings) -> ApiError:

@@ -120,7 +120,11 @@ class Backend(Section):
         le=10**12,
     )
     canary: float | None = Field(
-        None, description="Share of the tier's requests, 0 to 1, that go here and nowhere else.", ge=0, le=1
+        None,
+        description="Share of the tier's requests, 0 to 1, that go here, and no more: not those that the others have no "
+        "room for. While all others are down, all.",
+        ge=0,
+        le=1,
     )
     zone: Literal["on-premises", "edge", "cloud"] = Field("on-premises", description="Where it stands, for policies.")
     region: str | None = Field(None, description="Free text, e.g. `eu-central`.")

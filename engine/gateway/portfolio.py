@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tokenmill.engine.gateway.api_error import ApiError, model_not_found, unavailable
@@ -27,7 +27,7 @@ class Target:
         outstanding: Requests open at it now.
         up: What the last probe or outcome said; None before the first.
         catalog: Model objects of its `/v1/models` by id; None until it was asked with success.
-        canary: The share of its tier's requests that it gets alone; may be changed at any time.
+        canary: The share of its tier's requests that it gets, and no more; changed by `Portfolio.set_canary`.
         pace: What it was sent in the last minute.
         origin: Where its connections go.
         reason: Why it is down, for people.
@@ -69,6 +69,10 @@ class Target:
         limit = self.backend.max_concurrency
         return (limit is None or self.outstanding < limit) and self.pace.allows()
 
+    def answers(self, model: str | None) -> bool:
+        """Whether it is not known to be down, nor its circuit for this model open; it may be full."""
+        return self.up is not False and self.breaker(model).wait_s() <= 0
+
     def mark_up(self) -> None:
         """It answered."""
         self.up = True
@@ -96,16 +100,29 @@ class Route:
         why: The reason, for the response header and the log.
         after: What must have happened before it is taken; empty: nothing. `error`: those before it cannot serve or
             have failed; `context`: the prompt is too long for them; `policy`: they do not answer such content.
+        parts: The backends that are no canaries, in parts of which each is asked where those before it can take
+            nothing; not given: one part.
+        canaries: The others; each has a share of what is sent this way, whichever part that goes to.
     """
 
     targets: tuple[Target, ...]
     model: str | None
     why: str = "model"
     after: After = ""
+    parts: tuple[tuple[Target, ...], ...] = ()
+    canaries: tuple[Target, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        canaries = tuple([target for target in self.targets if target.canary is not None])
+        object.__setattr__(self, "canaries", canaries)
+        if not self.parts:
+            stable = tuple([target for target in self.targets if target not in canaries]) if canaries else self.targets
+            object.__setattr__(self, "parts", (stable,))
 
     def only(self, targets: tuple[Target, ...]) -> "Route":
         """The same with some of its backends."""
-        return Route(targets, self.model, self.why, self.after)
+        kept = [tuple([target for target in part if target in targets]) for part in self.parts]
+        return Route(targets, self.model, self.why, self.after, tuple([part for part in kept if part]))
 
 
 class Portfolio:
@@ -154,7 +171,9 @@ class Portfolio:
             KeyError: no backend has this name.
         """
         target = {target.backend.name: target for target in self.targets}[name]
-        target.canary = share
+        if target.canary != share:
+            target.canary = share
+            self.index()  # what is a canary stands apart in every route
 
     def routes(self, model: str | None, principal: Principal | None = None) -> Sequence[Route]:
         """Where a request for `model` may go, before any policy; the last ones when the first cannot serve it.

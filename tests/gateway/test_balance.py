@@ -82,6 +82,47 @@ def test_canary_gets_its_share(share: float) -> None:
     assert counts.total() == 4000
 
 
+@pytest.mark.parametrize("others", ["full", "tried"])
+def test_a_share_is_a_cap_while_others_are_up(others: str) -> None:
+    _, route = portfolio(backend("old", max_concurrency=1), backend("new", canary=0.1))
+    old, new = route.targets
+    balancer = Balancer()
+    old.outstanding = 1 if others == "full" else 0
+    tried = [] if others == "full" else [old]
+    counts = Counter(balancer.choose(route, ask(), tried) for _ in range(4000))
+    assert set(counts) == ({new, None} if others == "full" else {None})
+    assert abs(counts[new] / 4000 - (0.1 if others == "full" else 0)) < 0.03
+    if others == "full":
+        assert refusal([route], SETTINGS).status == 429
+    assert balancer.choose(route, ask(), tried=[new]) is (None if others == "full" else old)
+
+
+@pytest.mark.parametrize("others", ["down", "circuit"])
+def test_a_canary_answers_where_nobody_else_is_up(others: str) -> None:
+    _, route = portfolio(backend("old"), backend("off", canary=0), backend("new", canary=0.1))
+    old, _, new = route.targets
+    balancer = Balancer()
+    if others == "down":
+        old.mark_down("gone")
+    else:
+        old.breaker("m").failed()
+        old.breaker("m").failed()
+    assert {balancer.choose(route, ask(), tried=tried) for _ in range(50) for tried in ([], [old])} == {new}
+
+
+def test_parts_are_asked_one_after_the_other() -> None:
+    made, whole = portfolio(backend("near", max_concurrency=2), backend("far"), backend("new", canary=0.2))
+    near, far, new = made.targets
+    route = Route(whole.targets, "m", parts=((near,), (far,)))
+    balancer = Balancer()
+    counts = Counter(balancer.choose(route, ask()) for _ in range(4000))
+    assert set(counts) == {near, new}
+    near.outstanding = 2
+    assert set(Counter(balancer.choose(route, ask()) for _ in range(400))) == {far, new}
+    assert route.only((far, new)).parts == ((far,),)
+    assert route.only((new,)).parts == ((),)
+
+
 def test_canary_is_rolled_back_and_promoted_at_once() -> None:
     made, route = portfolio(backend("old"), backend("new", canary=1.0))
     balancer = Balancer()

@@ -1,7 +1,8 @@
 """In which order the zones of a tier are asked: one's own machines first, others only when those are full.
 
-The forwarder asks the routes in their order and goes on to the next where no backend of one can take the request: so
-overflow to another zone is nothing but the order of the routes.
+A route's parts are its zones in their order; the balancer goes on to the next where no backend of one can take the
+request. So overflow to another zone is nothing but the order of the parts. Canaries stand apart: a share is of all that
+a tier gets, in whichever zone the canary and the others are.
 """
 
 from collections.abc import Sequence
@@ -32,13 +33,13 @@ def by_preference(group: Group, settings: RoutingSettings) -> Sequence[Group]:
     return sorted(zones, key=lambda zone: zone is not last and all(one.outstanding >= queue for one in zone.targets))
 
 
-def spread(route: Route, group: Group, settings: RoutingSettings) -> Sequence[Route]:
-    """A route as one or more, zone by zone.
+def spread(route: Route, group: Group, zones: Sequence[Group]) -> Route:
+    """A route with its parts in this order, without the zones that may not help out.
 
     Args:
         route: The route.
         group: That of its backends.
-        settings: See `by_preference`.
+        zones: See `by_preference`.
     """
-    zones = by_preference(group, settings)
-    return (route,) if zones[0] is group else [route.only(zone.targets) for zone in zones]
+    parts = tuple([zone.targets for zone in zones])
+    return route if parts == route.parts or not group.stable else group.way(route, parts)

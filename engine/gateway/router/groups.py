@@ -4,7 +4,7 @@ Which backends a request can go to differs from request to request; there are as
 capabilities and lengths tell apart.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from tokenmill.engine.gateway.portfolio import Portfolio, Route, Target
 
@@ -23,22 +23,34 @@ class Group:
 
     Attributes:
         targets: The backends.
-        zones: The same, parted by zone, the nearest first.
+        stable: Those that are no canaries.
+        canaries: Canaries that get any requests.
+        zones: The stable ones, parted by zone, the nearest first; where there are none, all.
         quality: Share of requests that each of them answers well; 0 where one does not say.
-        route: The way to them for a request that names no model.
+        route: The way to them for a request that names no model, the nearest zone first.
     """
 
-    __slots__ = ("_prices", "quality", "route", "targets", "zones")
+    __slots__ = ("_prices", "canaries", "quality", "route", "stable", "targets", "zones")
 
     def __init__(self, targets: tuple[Target, ...], why: str) -> None:
         self.targets = targets
         self.quality = min(target.backend.quality or 0.0 for target in targets)
-        self.route = Route(targets, None, why)
-        parted = [tuple(target for target in targets if target.backend.zone == zone) for zone in ZONES]
+        self.stable = tuple(target for target in targets if target.canary is None)
+        self.canaries = tuple(target for target in targets if target.canary)
+        asked = self.stable or targets
+        parted = [tuple(target for target in asked if target.backend.zone == zone) for zone in ZONES]
         parted = [zone for zone in parted if zone]
-        self.zones: Sequence[Group] = (self,) if len(parted) == 1 else tuple(Group(zone, why) for zone in parted)
+        self.zones: Sequence[Group] = (self,) if parted == [targets] else tuple(Group(zone, why) for zone in parted)
+        route = Route(targets, None, why)
+        self.route = self.way(route, parted) if self.stable else route
         # Backends of a tier mostly cost the same.
         self._prices = tuple({target.backend.prices for target in targets})
+
+    def way(self, route: Route, parts: Iterable[tuple[Target, ...]]) -> Route:
+        """A route by these parts of its stable backends, one after the other, and its canaries."""
+        parts = tuple(parts)
+        targets = tuple([target for part in parts for target in part]) + self.canaries
+        return Route(targets, route.model, route.why, route.after, parts)
 
     def cost(self, prompt: int, completion: int) -> int:
         """What so many tokens cost at the cheapest of them, in micro-cents."""

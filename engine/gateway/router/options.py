@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from tokenmill.engine.gateway.backends import Backend
-from tokenmill.engine.gateway.portfolio import Portfolio, Target
+from tokenmill.engine.gateway.portfolio import Portfolio, Route, Target
 from tokenmill.engine.gateway.principal import Principal
-from tokenmill.engine.gateway.router.burst import by_preference
+from tokenmill.engine.gateway.router.burst import by_preference, spread
 from tokenmill.engine.gateway.router.features import Features
 from tokenmill.engine.gateway.router.groups import Group, Groups
 from tokenmill.engine.gateway.router.settings import RoutingSettings
@@ -23,8 +23,8 @@ class Option(msgspec.Struct, frozen=True):
     Attributes:
         tier: Its name.
         targets: Its backends that may see and can serve the request.
-        zones: The same, zone by zone, in the order in which they are asked; see `burst`.
-        first: Those of them that would be asked first.
+        route: The way to them, zone by zone in the order in which they are asked; see `burst`.
+        first: Those of them that would be asked first, canaries aside.
         quality: Share of requests that it answers well; 0 where nobody says.
         cost: Expected cost at the cheapest of the first, in micro-cents.
         up: Whether any of them is not known to be down.
@@ -32,7 +32,7 @@ class Option(msgspec.Struct, frozen=True):
 
     tier: str
     targets: tuple[Target, ...]
-    zones: Sequence[Group]
+    route: Route
     first: Group
     quality: float
     cost: int
@@ -129,15 +129,17 @@ def _option(
     tier: str, group: Group, features: Features, completion: int, settings: RoutingSettings, groups: Groups
 ) -> Option:
     zones = by_preference(group, settings)
-    answering = _answering(zones, groups)
+    answering = _answering(zones, group, groups)
     # What a backend that is down would cost says nothing; where all are, the forwarder will say so.
     first = answering or zones[0]
     cost = first.cost(features.prompt_tokens, completion)
-    return Option(tier, group.targets, zones, first, group.quality, cost, answering is not None)
+    return Option(
+        tier, group.targets, spread(group.route, group, zones), first, group.quality, cost, answering is not None
+    )
 
 
-def _answering(zones: Sequence[Group], groups: Groups) -> Group | None:
-    """Those that are not known to be down, of the first zone that has any; None: all are down."""
+def _answering(zones: Sequence[Group], group: Group, groups: Groups) -> Group | None:
+    """Those that are not known to be down, of the first zone that has any, else of the canaries; None: all are down."""
     for zone in zones:
         for target in zone.targets:
             if target.up is False:
@@ -147,7 +149,8 @@ def _answering(zones: Sequence[Group], groups: Groups) -> Group | None:
         up = tuple([target for target in zone.targets if target.up is not False])
         if up:
             return groups.of(up)
-    return None
+    up = tuple([target for target in group.canaries if target.up is not False])
+    return groups.of(up) if up else None
 
 
 def described(refused: Mapping[str, str]) -> str:

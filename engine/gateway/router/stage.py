@@ -17,7 +17,7 @@ from tokenmill.engine.gateway.fallback import fitting
 from tokenmill.engine.gateway.hints import hints_of, strip
 from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply
 from tokenmill.engine.gateway.portfolio import Portfolio, Route
-from tokenmill.engine.gateway.router.burst import spread
+from tokenmill.engine.gateway.router.burst import by_preference, spread
 from tokenmill.engine.gateway.router.classifier import bundled, complexity
 from tokenmill.engine.gateway.router.criteria import Question, ranked, reasons
 from tokenmill.engine.gateway.router.features import features_of, sentence
@@ -75,8 +75,7 @@ class Router:
         else:
             hints_of(exchange)  # a hint that cannot be meant is refused for every model alike
             named = fitting(self._portfolio.routes(exchange.model, exchange.principal), exchange)
-            of, settings = self._groups.of, self._settings
-            exchange.routes = [part for route in named for part in spread(route, of(route.targets), settings)]
+            exchange.routes = [self._in_order(route) for route in named]
         exchange.on_end(self._observed.learn)
         reply = await proceed(exchange)
         _explain(reply, exchange)
@@ -89,7 +88,7 @@ class Router:
         order = ranked(question, options)
         decision = self._decision(question, order)
         exchange.decision = decision
-        exchange.routes = self._routes(order)
+        exchange.routes = [option.route for option in order]
         if self._outcomes is not None:
             log, values, hard = self._outcomes, question.features.values, question.complexity
             exchange.on_end(lambda ended: log.add(ended, values, hard))
@@ -138,8 +137,9 @@ class Router:
                 return settings.then if most is None or order[0].cost + option.cost <= most else None
         return None
 
-    def _routes(self, order: Sequence[Option]) -> list[Route]:
-        return [zone.route for option in order for zone in option.zones]
+    def _in_order(self, route: Route) -> Route:
+        group = self._groups.of(route.targets)
+        return spread(route, group, by_preference(group, self._settings))
 
     def _nobody(self, exchange: Exchange, question: Question) -> ApiError:
         reasons = question.refused.values()
@@ -177,7 +177,7 @@ class Router:
             answer["decision"] = msgspec.to_builtins(decision)
             answer["backends"] = [
                 {"tier": target.backend.tier, "backend": target.backend.name, "zone": target.backend.zone}
-                for route in self._routes(order)
+                for route in [option.route for option in order]
                 for target in route.targets
             ]
         return Reply(200, [JSON], orjson.dumps(answer))

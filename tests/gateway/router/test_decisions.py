@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,7 @@ from tests.gateway.running import RunningGateway
 from tests.gateway.upstream import Books, FakeUpstream
 from tokenmill.engine.gateway.api_error import ApiError
 from tokenmill.engine.gateway.backends import Backend
+from tokenmill.engine.gateway.balance import Balancer
 from tokenmill.engine.gateway.body import Body
 from tokenmill.engine.gateway.money import Prices
 from tokenmill.engine.gateway.pipeline import Exchange, Reply
@@ -39,12 +41,13 @@ def routed(
     text: str = HARD,
     principal: Principal | None = None,
     clearance: Clearance | None = None,
+    model: str = "auto",
     **more: Any,
 ) -> Exchange:
     """An exchange after the router."""
-    payload = json.dumps({"model": "auto", "messages": [{"role": "user", "content": text}], **more}).encode()
+    payload = json.dumps({"model": model, "messages": [{"role": "user", "content": text}], **more}).encode()
     exchange = Exchange(
-        "/v1/chat/completions", [], payload, body=Body(payload), model="auto", request_id="r", forward=[]
+        "/v1/chat/completions", [], payload, body=Body(payload), model=model, request_id="r", forward=[]
     )
     exchange.principal = principal
     if clearance is not None:
@@ -127,6 +130,39 @@ def test_nearer_zones_go_first() -> None:
     assert order(routed(MIXED, RoutingSettings(burst=False))) == ["here"]
     kept = Clearance(action="stay", zones=frozenset({"edge", "on-premises"}))
     assert order(routed(MIXED, clearance=kept)) == ["here", "edge"]
+
+
+@pytest.mark.parametrize("model", ["auto", "t", "m"])
+@pytest.mark.parametrize(("stable", "canary"), [("on-premises", "cloud"), ("cloud", "on-premises"), ("edge", "edge")])
+def test_a_canarys_share_is_of_all_zones(model: str, stable: str, canary: str) -> None:
+    old = Backend("old", "http://127.0.0.1:9", "t", ("m",), zone=stable)  # type: ignore[arg-type] # a word of three
+    new = Backend("new", "http://127.0.0.1:9", "t", ("m",), zone=canary, canary=0.2)  # type: ignore[arg-type]
+    for settings in (RoutingSettings(), RoutingSettings(burst=False), RoutingSettings(burst_queue=1)):
+        portfolio = Portfolio([old, new], Settings())
+        exchange = routed(portfolio, settings, model=model)
+        (route,) = exchange.routes
+        counts = Counter(Balancer().choose(route, exchange) for _ in range(4000))
+        assert abs(counts[portfolio.targets[1]] / 4000 - 0.2) < 0.04
+        assert counts.total() == counts[portfolio.targets[0]] + counts[portfolio.targets[1]]
+
+
+def test_a_canary_where_the_request_may_not_go_gets_none() -> None:
+    portfolio = Portfolio([backend("here", "t", 1, 0.9), backend("new", "t", 1, 0.9, zone="cloud", canary=1.0)],
+                          Settings())  # fmt: skip
+    kept = Clearance(action="stay", zones=frozenset({"on-premises"}))
+    exchange = routed(portfolio, clearance=kept)
+    assert order(exchange) == ["here"]
+    assert {Balancer().choose(route, exchange) for route in exchange.routes} == {portfolio.targets[0]}
+    named = routed(portfolio, model="t")
+    (route,) = kept.narrow(named.routes)
+    assert Balancer().choose(route, named) is portfolio.targets[0]
+
+
+def test_what_a_canary_costs_does_not_decide() -> None:
+    exchange = routed([backend("old", "t", 1_000_000, 0.9, zone="cloud"),
+                       backend("new", "t", 9_000_000, 0.9, canary=0.1)], text="hi")  # fmt: skip
+    assert exchange.decision is not None
+    assert 0 < exchange.decision.cost < 400, "at the stable one's price, although the canary is nearer"
 
 
 def test_escalation_is_planned_only_where_it_may_happen() -> None:

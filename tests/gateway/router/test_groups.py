@@ -24,9 +24,29 @@ def test_what_is_known_of_a_group() -> None:
     assert [[target.backend.name for target in zone.targets] for zone in group.zones] == [["a", "b"], ["far"]]
     assert (group.quality, group.cost(10, 0)) == (0.8, 10)
     assert (group.zones[0].quality, group.zones[0].cost(10, 0)) == (0.9, 20)
-    assert (group.route.targets, group.route.model, group.route.why) == (group.targets, None, "auto")
+    assert [[target.backend.name for target in part] for part in group.route.parts] == [["a", "b"], ["far"]]
+    assert (group.route.targets, group.route.model, group.route.why) == (sum(group.route.parts, ()), None, "auto")
     unstated = Portfolio([backend("a"), backend("b", quality=None)], Settings())
     assert Groups(unstated, "auto").of(unstated.targets).quality == 0
+
+
+def test_canaries_stand_apart_and_anew_when_their_share_changes() -> None:
+    portfolio = Portfolio([backend("here"), backend("far", zone="cloud"), backend("new", zone="edge")], Settings())
+    groups = Groups(portfolio, "auto")
+
+    def shown() -> tuple[list[list[str]], list[str]]:
+        route = groups.of(portfolio.tiers["t"]).route
+        return [[one.backend.name for one in part] for part in route.parts], [
+            one.backend.name for one in route.canaries
+        ]
+
+    assert shown() == ([["here"], ["new"], ["far"]], [])
+    portfolio.set_canary("new", 0.2)
+    assert shown() == ([["here"], ["far"]], ["new"])
+    portfolio.set_canary("new", 0)
+    assert shown() == ([["here"], ["far"]], []), "rolled back: nothing is sent there, nothing reserved at its price"
+    portfolio.set_canary("new", None)
+    assert shown() == ([["here"], ["new"], ["far"]], [])
 
 
 def test_nothing_is_kept_of_backends_that_were_replaced() -> None:
