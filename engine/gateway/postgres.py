@@ -2,13 +2,15 @@
 
 An advisory lock orders the writers' transactions, so that the same operations are right here as on SQLite; each holds
 a whole batch, so the lock costs one round trip for many requests. Names are claimed with advisory locks of a session
-of their own: the server frees them when the process or its connection dies.
+of their own: the server frees them when the process or its connection dies. Which of the two it was, only time can
+tell: a process that lives connects again and takes its names, so one is dead whose name stays free.
 """
 
 import contextlib
 import functools
 import hashlib
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,8 +23,12 @@ try:
 except ImportError as problem:
     raise MissingDependencyError("psycopg", "postgres", "a store in PostgreSQL") from problem
 
-#: Seconds to wait for the server when connecting.
-CONNECT_TIMEOUT_S = 10
+#: Seconds to wait for the server when connecting: at first, and when it was lost.
+CONNECT_TIMEOUT_S, RECONNECT_TIMEOUT_S = 10, 2
+#: Seconds for which a name must have been free to be inherited. Who lives looks after his names twice a second.
+DEAD_AFTER_S = 1.2
+#: The same from when the server was found again: all were without it then, and come back one after the other.
+DEAD_AFTER_LOSS_S = 2 * RECONNECT_TIMEOUT_S
 #: The advisory lock that orders writers.
 _WRITERS = 0x746F6B656E6D696C
 
@@ -32,20 +38,26 @@ class PostgresConnection:
 
     Args:
         url: `postgresql://...`.
+        timeout_s: How long to wait for the server now.
 
     Raises:
         ConfigurationError: The server does not let us in.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, timeout_s: int = CONNECT_TIMEOUT_S) -> None:
         self._url = url
-        self._raw = self._connect()
+        self._raw = self._connect(timeout_s)
+
+    @property
+    def broken(self) -> bool:
+        """Whether it is known to have broken; the next statement makes it anew."""
+        return self._raw.closed
 
     @property
     def raw(self) -> "psycopg.Connection[Any]":
         """psycopg's own connection, unbroken as far as is known."""
-        if self._raw.closed:
-            self._raw = self._connect()
+        if self.broken:
+            self._raw = self._connect(RECONNECT_TIMEOUT_S)
         return self._raw
 
     def execute(self, statement: str, parameters: Sequence[Any] = (), /) -> Cursor:
@@ -73,11 +85,9 @@ class PostgresConnection:
         """See `store.Connection`."""
         self._raw.close()
 
-    def _connect(self) -> "psycopg.Connection[Any]":
+    def _connect(self, timeout_s: int) -> "psycopg.Connection[Any]":
         try:
-            return psycopg.connect(
-                self._url, autocommit=True, connect_timeout=CONNECT_TIMEOUT_S, application_name="tokenmill"
-            )
+            return psycopg.connect(self._url, autocommit=True, connect_timeout=timeout_s, application_name="tokenmill")
         except psycopg.Error as error:
             reason = " ".join(str(error).split())
             raise ConfigurationError(f"{shown(self._url)} cannot be used: {reason}; see governance.store") from None
@@ -96,6 +106,9 @@ class Postgres:
         self._url = url
         self._session: PostgresConnection | None = None
         self._held: set[str] = set()
+        #: Since when the names of others have been free, as far as was seen; `time.monotonic()`.
+        self._free_since: dict[str, float] = {}
+        self._found_again_at = float("-inf")
         self._guard = threading.Lock()
 
     @property
@@ -124,23 +137,40 @@ class Postgres:
         """See `store.Database`: the server does so itself."""
 
     def claim(self, name: str) -> Claim | None:
-        """See `store.Database`. Asking for a name that is held makes sure that the server still knows."""
+        """See `store.Database`."""
+        with self._guard:
+            return self._take(name)
+
+    def _take(self, name: str) -> Claim | None:
+        session = self._living_session()
+        # A session may take its own lock again and again: what this process holds is known here.
+        if name in self._held:
+            return None
+        taken: bool = session.execute("SELECT pg_try_advisory_lock(?)", (_lock_number(name),)).fetchone()[0]
+        if not taken:
+            return None
+        self._held.add(name)
+        return _Held(self, name)
+
+    def inherit(self, name: str) -> Claim | None:
+        """See `store.Database`: a name that has been free for a while."""
         with self._guard:
             session = self._living_session()
-            # A session may take its own lock again and again: what this process holds is known here.
-            if name in self._held:
+            if not session.execute(_IS_FREE, _lock_words(name)).fetchone()[0]:
+                self._free_since.pop(name, None)
                 return None
-            taken: bool = session.execute("SELECT pg_try_advisory_lock(?)", (_lock_number(name),)).fetchone()[0]
-            if not taken:
+            now = time.monotonic()
+            free_s = now - self._free_since.setdefault(name, now)
+            if free_s < DEAD_AFTER_S or now - self._found_again_at < DEAD_AFTER_LOSS_S:
                 return None
-            self._held.add(name)
-        return _Held(self, name)
+            del self._free_since[name]
+            return self._take(name)
 
     def release(self, name: str) -> None:
         """Frees a name that this process holds."""
         with self._guard:
             self._held.discard(name)
-            if self._session is not None:
+            if self._session is not None and not self._session.broken:
                 with contextlib.suppress(psycopg.OperationalError):  # lost: the server has freed it
                     self._session.execute("SELECT pg_advisory_unlock(?)", (_lock_number(name),))
 
@@ -151,17 +181,23 @@ class Postgres:
 
     def _living_session(self) -> PostgresConnection:
         """The session that holds our names; a new one that takes them again where the server lost it."""
-        if self._session is not None:
-            try:
+        if self._session is None:
+            self._session = PostgresConnection(self._url)
+            return self._session
+        if not self._session.broken:
+            with contextlib.suppress(psycopg.OperationalError):
                 self._session.execute("SELECT 1")
                 return self._session
-            except psycopg.OperationalError:
-                self._session.close()
-        self._session = self.connect()
+        # Until all is taken again, the broken one stands for what is lost.
+        self._session.close()
+        session = PostgresConnection(self._url, RECONNECT_TIMEOUT_S)
         for held in self._held:
             # Nobody else has a use for it but to bury us; that is short.
-            self._session.execute("SELECT pg_advisory_lock(?)", (_lock_number(held),))
-        return self._session
+            session.execute("SELECT pg_advisory_lock(?)", (_lock_number(held),))
+        self._session = session
+        self._free_since.clear()
+        self._found_again_at = time.monotonic()
+        return session
 
 
 class _Held:
@@ -178,6 +214,19 @@ def shown(url: str) -> str:
     """A URL fit for messages."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+#: Whether nobody holds an advisory lock, by the halves of its number.
+_IS_FREE = (
+    "SELECT NOT EXISTS (SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 1 AND granted "
+    "AND classid::bigint = ? AND objid::bigint = ? "
+    "AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))"
+)
+
+
+def _lock_words(name: str) -> tuple[int, int]:
+    """A lock's number as `pg_locks` has it: (upper, lower) 32 bits."""
+    return divmod(_lock_number(name) % 2**64, 2**32)
 
 
 def _lock_number(name: str) -> int:

@@ -198,6 +198,10 @@ class Sqlite:
             return None
         return _LockedFile(path, descriptor)
 
+    def inherit(self, name: str) -> Claim | None:
+        """See `store.Database`: a process keeps its lock as long as it lives."""
+        return self.claim(name)
+
     def close(self) -> None:
         """See `store.Database`."""
         os.close(self._announced)

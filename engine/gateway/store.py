@@ -157,6 +157,13 @@ class Database(Protocol):
         """Takes a name; None while another process holds it."""
         ...
 
+    def inherit(self, name: str) -> Claim | None:
+        """`claim` of a name whose holder must be dead; None as long as he may live.
+
+        Also makes sure that the database still knows what this process holds: call it every second or so.
+        """
+        ...
+
     def close(self) -> None:
         """Frees what is not a connection."""
         ...
@@ -349,6 +356,10 @@ class Store:
     def claim(self, name: str) -> Claim | None:
         """Takes a name until it is released or this process dies; None while another process holds it."""
         return self._database.claim(name)
+
+    def inherit(self, name: str) -> Claim | None:
+        """See `Database.inherit`."""
+        return self._database.inherit(name)
 
     def close(self) -> None:
         """Commits what was submitted and closes the database."""

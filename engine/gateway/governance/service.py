@@ -17,8 +17,8 @@ log = logging.getLogger("tokenmill.gateway.governance")
 
 #: The account that requests with the master key are charged to.
 MASTER = "master"
-#: Seconds between two looks for processes that died.
-RECOVER_EVERY_S = 1.0
+#: Seconds between two looks for processes that died; with a server, that is how it is kept knowing that we live.
+RECOVER_EVERY_S, RECOVER_EVERY_WITH_SERVER_S = 1.0, 0.5
 #: Seconds between two looks for ledger rows that are too old.
 PURGE_EVERY_S = 3600.0
 
@@ -60,7 +60,7 @@ class Governance:
         self._store = Store(self.options.store, SCHEMA)
         self._worker = WorkerLock(self._store)
         await self._store.write(_ensure_master)
-        await asyncio.to_thread(workers.recover, self._store)
+        await asyncio.to_thread(workers.recover, self._store, self._worker)
         self._housekeeping = asyncio.create_task(self._keep_house())
 
     async def stop(self) -> None:
@@ -78,9 +78,10 @@ class Governance:
     async def _keep_house(self) -> None:
         purge_at = 0.0
         loop = asyncio.get_running_loop()
+        every_s = RECOVER_EVERY_S if self.store.local else RECOVER_EVERY_WITH_SERVER_S
         while not self._stopping.is_set():
             try:
-                await asyncio.to_thread(workers.recover, self.store)
+                await asyncio.to_thread(workers.recover, self.store, self.worker)
                 if self.options.retention_days is not None and loop.time() >= purge_at:
                     purge_at = loop.time() + PURGE_EVERY_S
                     await asyncio.to_thread(retention.purge, self.store, self.options.retention_days, now_ms())
@@ -88,7 +89,7 @@ class Governance:
                 # The store may be busy or full for a while; the requests say so themselves.
                 log.exception("looking after the store failed; trying again")
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), RECOVER_EVERY_S)
+                await asyncio.wait_for(self._stopping.wait(), every_s)
 
 
 def _ensure_master(connection: Connection) -> None:

@@ -1,7 +1,9 @@
 """The processes that hold reservations, and what becomes of those of a process that died.
 
-Every process claims its id in the store; the claim ends with the process, however it ends. Whoever can take the claim
-of a process that is still listed knows that it is dead, and settles what it had reserved.
+Every process claims its id in the store; the claim ends with the process, however it ends. Whoever inherits the claim
+of a process that is listed, or has reservations, knows that it is dead, and settles what it had reserved. Should one be
+taken for dead that lives (a server that lost its connection may do so), its requests are charged as lost, once: their
+own settlements find nothing left to settle. What it reserves from then on is looked after like before.
 """
 
 import uuid
@@ -27,10 +29,12 @@ class WorkerLock:
         claim = store.claim(self.id)
         assert claim is not None, "a new random id is taken"
         self._claim: Claim = claim
-        store.write_now(
-            lambda connection: connection.execute(
-                "INSERT INTO workers (id, started_at) VALUES (?, ?)", (self.id, now_ms())
-            )
+        store.write_now(self.enlist)
+
+    def enlist(self, connection: Connection) -> None:
+        """Lists it, where it is not."""
+        connection.execute(
+            "INSERT INTO workers (id, started_at) VALUES (?, ?) ON CONFLICT (id) DO NOTHING", (self.id, now_ms())
         )
 
     def leave(self) -> None:
@@ -43,17 +47,26 @@ class WorkerLock:
         self._claim.release()
 
 
-def recover(store: Store) -> int:
-    """Settles what dead processes had reserved, at its full amount; returns for how many requests. Blocks."""
+def recover(store: Store, own: WorkerLock | None = None) -> int:
+    """Settles what dead processes had reserved, at its full amount; returns for how many requests. Blocks.
+
+    Args:
+        store: The store.
+        own: This process, which is listed again should others have taken it for dead.
+    """
     settled = 0
-    rows: list[tuple[str]] = store.write_now(lambda connection: connection.execute("SELECT id FROM workers").fetchall())
+    # A process that was taken for dead, and was not, has reservations though it is not listed.
+    query = "SELECT id FROM workers UNION SELECT worker FROM reservations"
+    rows: list[tuple[str]] = store.write_now(lambda connection: connection.execute(query).fetchall())
     for (worker,) in rows:
-        claim = store.claim(worker)
+        claim = store.inherit(worker)
         if claim is not None:
             try:
                 settled += store.write_now(partial(_bury, worker=worker))
             finally:
                 claim.release()
+    if own is not None and (own.id,) not in rows:
+        store.write_now(own.enlist)
     return settled
 
 

@@ -1,0 +1,128 @@
+"""Workers whose PostgreSQL goes away and comes back: nobody who lives is taken for dead, whoever dies is buried."""
+
+import contextlib
+import json
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from tests.gateway.governance.governed import CHAT, MASTER_KEY, Governed, options
+from tests.gateway.governance.postgres_server import PostgresServer
+from tests.gateway.governance.test_budgets import ask, end, key_with
+from tests.gateway.running import RunningGateway, wait_until
+from tests.gateway.upstream import FakeUpstream
+from tokenmill.engine.gateway.backends import Backend
+from tokenmill.engine.gateway.governance import accounts, workers
+from tokenmill.engine.gateway.governance.accounts import Limits
+from tokenmill.engine.gateway.governance.schema import SCHEMA
+from tokenmill.engine.gateway.governance.workers import WorkerLock
+from tokenmill.engine.gateway.money import Prices
+from tokenmill.engine.gateway.store import Store
+
+_CLAIMS = (
+    "SELECT pid FROM pg_locks JOIN pg_database ON oid = database "
+    "WHERE locktype = 'advisory' AND datname = current_database()"
+)
+
+
+@pytest.fixture
+def place(postgres: PostgresServer) -> str:
+    return postgres.new_database()
+
+
+@pytest.fixture
+def store(place: str) -> Iterator[Store]:
+    """The test's own connection."""
+    with contextlib.closing(Store(place, SCHEMA)) as opened:
+        yield opened
+
+
+def lose_claims(store: Store) -> None:
+    """Ends the sessions that hold the workers' names, as an administrator or a proxy might."""
+    ended = [pid for (pid,) in store.reader.execute(_CLAIMS).fetchall()]
+    for pid in ended:
+        store.reader.execute("SELECT pg_terminate_backend(?)", (pid,))
+    still = "SELECT count(*) FROM pg_stat_activity WHERE pid = ANY(?)"
+    wait_until(lambda: store.reader.execute(still, (ended,)).fetchone() == (0,))
+
+
+def claims(store: Store) -> int:
+    """How many names are held."""
+    return len(store.reader.execute(_CLAIMS).fetchall())
+
+
+def listed(store: Store) -> set[str]:
+    return {row[0] for row in store.reader.execute("SELECT id FROM workers")}
+
+
+def test_worker_that_lost_its_session_is_not_buried(store: Store, place: str) -> None:
+    """The other looks first, and again when the worker has taken its name again; then the worker dies."""
+    other = Store(place, SCHEMA)
+    living, watching = WorkerLock(store), WorkerLock(other)
+    lose_claims(store)
+    assert workers.recover(other, watching) == 0
+    assert workers.recover(store, living) == 0
+    assert listed(store) == {living.id, watching.id}
+    assert claims(store) == 2
+    store.write_now(lambda connection: connection.execute("SELECT 1"))
+    living.close()  # as if killed: its claim is gone, its row is not
+    wait_until(lambda: (workers.recover(other, watching), listed(store))[1] == {watching.id})
+    watching.close()
+    other.close()
+
+
+def test_worker_that_was_buried_alive_charges_nothing_twice(store: Store, place: str) -> None:
+    """Its requests are charged at their bounds; it is listed again, and looked after when it dies at last."""
+    other = Store(place, SCHEMA)
+    stalled, watching = WorkerLock(store), WorkerLock(other)
+    key = key_with(store, Limits(hard_limit=100))
+    assert ask(store, key, "a", 60, worker=stalled.id) is None
+    lose_claims(store)
+    wait_until(lambda: workers.recover(other, watching) == 1)
+    assert not end(store, "a", 10)
+    assert accounts.find(store.reader, key).spent == 60
+    assert ask(store, key, "b", 30, worker=stalled.id) is None
+    assert listed(store) == {watching.id}
+    wait_until(lambda: workers.recover(other, watching) == 1)
+    assert workers.recover(store, stalled) == 0
+    assert listed(store) == {watching.id, stalled.id}
+    assert (accounts.find(store.reader, key).spent, accounts.find(store.reader, key).reserved) == (90, 0)
+    rows = store.reader.execute("SELECT call, cost, outcome FROM ledger ORDER BY call").fetchall()
+    assert rows == [("a", 60, "lost"), ("b", 30, "lost")]
+    stalled.leave()
+    watching.leave()
+    other.close()
+
+
+def test_streams_of_workers_that_lost_their_claims(store: Store, place: str, shared_upstream: FakeUpstream) -> None:
+    """Two processes keep what they have reserved while they live, and lose all of it when they are killed."""
+    backend = Backend("a", shared_upstream.url, "utility", prices=Prices(3_000_000, 1_000_000, 7_000_000))
+    gateways = [RunningGateway(backend, governance=options(place), key=MASTER_KEY) for _ in range(2)]
+    with contextlib.ExitStack() as open_streams:
+        for gateway in gateways:
+            open_streams.enter_context(gateway)
+        _, key = Governed(gateways[0], store).key()
+        body = json.dumps({"model": "tiny", "stream": True, "max_tokens": 20, "act": {"delay_s": 60}}).encode()
+        head = f"POST {CHAT} HTTP/1.1\r\nhost: a\r\nauthorization: Bearer {key}\r\ncontent-length: {len(body)}\r\n\r\n"
+        for gateway in gateways * 3:
+            stream = open_streams.enter_context(socket.create_connection(("127.0.0.1", gateway.port)))
+            stream.sendall(head.encode() + body)
+
+        def reserved() -> int:
+            return int(store.reader.execute("SELECT count(*) FROM reservations").fetchone()[0])
+
+        wait_until(lambda: reserved() == 6)
+        names = listed(store)
+        for _ in range(3):
+            lose_claims(store)
+            wait_until(lambda: claims(store) == 2)
+        assert (reserved(), listed(store)) == (6, names)
+        for gateway in gateways:
+            gateway.process.kill()
+            gateway.process.wait()
+        heir = open_streams.enter_context(RunningGateway(backend, governance=options(place), key=MASTER_KEY))
+        wait_until(lambda: reserved() == 0)
+        assert heir.process.poll() is None
+        outcomes = store.reader.execute("SELECT outcome, count(*) FROM ledger GROUP BY outcome").fetchall()
+        assert outcomes == [("lost", 6)]
