@@ -82,7 +82,7 @@ class Connection(asyncio.Protocol):
         """Whether it is the backend's turn to say something."""
         return not self._complete and not self._paused
 
-    async def request(self, head: bytes, body: bytes | None) -> None:
+    async def request(self, head: bytes, body: bytes | bytearray | None) -> None:
         """Writes a request and returns when the head of the answer has arrived.
 
         Args:

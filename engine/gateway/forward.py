@@ -170,14 +170,14 @@ class Forwarder:
     async def _ask(self, exchange: Exchange, lease: Lease, route: Route, counting: dict[str, Any] | None) -> Reply:
         target = lease.target
         name = _upstream_model(exchange, target, route)
-        payload = exchange.payload
+        payload: bytes | bytearray = exchange.payload
         changes: dict[str, Any] = {} if counting is None else {"stream_options": counting}
         if name != exchange.model:
             changes["model"] = name
-        if changes:
-            if exchange.body is None:
-                raise ApiError(400, f"In a form, `model` must be the backend's own name: `{name}`.", param="model")
+        if changes and exchange.body is not None:
             payload = exchange.body.with_fields(changes)
+        elif changes and exchange.form is not None and name is not None:
+            payload = await exchange.form.with_model(name)
         headers = exchange.forward
         if target.backend.api_key is not None:
             headers = [header for header in headers if header[0] not in _CREDENTIALS]

@@ -34,6 +34,7 @@ from tokenmill.engine.gateway.heads import first_values
 
 if TYPE_CHECKING:
     from tokenmill.engine.gateway.decision import Decision
+    from tokenmill.engine.gateway.form import Form
     from tokenmill.engine.gateway.portfolio import Route, Target
     from tokenmill.engine.gateway.principal import Principal
 
@@ -51,12 +52,16 @@ class Usage:
         cached: Prompt tokens that the backend had cached.
         completion: Generated tokens.
         exact: The backend said so. Otherwise `completion` counts the stream's events, a lower bound.
+        accepted, rejected: Tokens that were guessed before the model made them, by a draft model or the client, as far
+            as the backend says so: right guesses, which are among `completion`, and wrong ones.
     """
 
     prompt: int = 0
     cached: int = 0
     completion: int = 0
     exact: bool = False
+    accepted: int = 0
+    rejected: int = 0
 
 
 @dataclass
@@ -105,6 +110,7 @@ class Exchange:
         fields: The first value of each, by its name.
         payload: Its body, raw.
         body: Its top-level JSON fields; None for a multipart form.
+        form: The form; None for JSON.
         model: The model asked for; None where the request names none.
         request_id: The client's `x-request-id`, or a new one.
         client: The client's address.
@@ -126,6 +132,7 @@ class Exchange:
     """
 
     # What nearly every request begins with costs nothing here.
+    form: "Form | None" = None
     routes: "Sequence[Route]" = ()
     target: "Target | None" = None
     attempts = 0
@@ -179,6 +186,8 @@ class Exchange:
             sum(usage.cached for usage in usages),
             sum(usage.completion for usage in usages),
             all(usage.exact for usage in usages),
+            sum(usage.accepted for usage in usages),
+            sum(usage.rejected for usage in usages),
         )
 
     @property

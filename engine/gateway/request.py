@@ -8,6 +8,8 @@ from typing import Any
 
 from tokenmill.engine.gateway.api_error import ApiError, Headers
 from tokenmill.engine.gateway.body import Body, check_utf8, parsed
+from tokenmill.engine.gateway.form import Form, form_of, is_form
+from tokenmill.engine.gateway.heads import without
 from tokenmill.engine.gateway.pipeline import Exchange
 from tokenmill.engine.gateway.settings import Settings
 from tokenmill.engine.gateway.upstream import forwarded_headers
@@ -31,9 +33,8 @@ DRAINED = 4
 JOINED_HERE_BYTES = 1 << 20
 
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
-_FORM_MODEL = re.compile(
-    rb'content-disposition:\s*form-data;\s*name="model"\s*(?:\r\n[^\r\n]+)*\r\n\r\n([^\r\n]*)\r\n', re.IGNORECASE
-)
+_JSON = b"application/json"
+_CONTENT_TYPE = frozenset({b"content-type"})
 
 
 class ClientGoneError(Exception):
@@ -118,19 +119,23 @@ async def exchange_of(scope: Scope, fields: Fields, payload: bytes, identity: st
         started: When its head had arrived, by `time.perf_counter()`.
 
     Raises:
-        ApiError: 400 when the body is not a JSON object (or a form), or `model` is not a string.
+        ApiError: 400 when the body is not a JSON object (or a form that `form_of` takes), or `model` is not a string.
     """
     headers: Headers = scope["headers"]
     body: Body | None = None
-    if fields.get(b"content-type", b"").lower().startswith(b"multipart/form-data"):
-        found = _FORM_MODEL.search(payload)
-        model = found.group(1).decode("utf-8", "replace") if found else None
+    form: Form | None = None
+    kind = fields.get(b"content-type", b"")
+    if len(fields) < len(headers) and [name for name, _ in headers].count(b"content-type") > 1:
+        raise ApiError(400, "The request has two headers `content-type`; send one.", code="invalid_header")
+    if is_form(kind):
+        form = await form_of(payload, fields)
+        model = form.model
     else:
         await check_utf8(payload)
         body = await parsed(payload)
         model = body.get("model", str)
     client = scope.get("client")
-    return Exchange(
+    exchange = Exchange(
         scope["path"],
         headers,
         payload,
@@ -143,3 +148,9 @@ async def exchange_of(scope: Scope, fields: Fields, payload: bytes, identity: st
         client=client[0] if client else "",
         started=started,
     )
+    if form is not None:
+        exchange.form = form
+    elif kind != _JSON and b"form-urlencoded" in kind.lower():
+        # It was read as JSON, as curl's `-d` means it; nobody may read it as a form after that.
+        exchange.forward = [*without(exchange.forward, _CONTENT_TYPE), (b"content-type", _JSON)]
+    return exchange

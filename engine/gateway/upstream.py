@@ -137,7 +137,7 @@ class Upstream:
         self._sweeper = self._loop.create_task(self._sweep())
 
     async def send(
-        self, method: bytes, origin: Origin, path: bytes, headers: Headers, body: bytes | None = None
+        self, method: bytes, origin: Origin, path: bytes, headers: Headers, body: bytes | bytearray | None = None
     ) -> Answer:
         """Sends one request and returns when the head of its answer has arrived; follows no redirect.
 
