@@ -129,7 +129,7 @@ def why_ended(child: Child) -> str:
     status = child.exit_status or 0
     how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
     lines = list(child.last_lines)
-    for pattern in (r"(?:^|: )error: (.+)", r"\b(\w*(?:Error|Exception): .+)"):
+    for pattern in (r"(?:^|: )(?:error|cannot start): (.+)", r"\b(\w*(?:Error|Exception): .+)"):
         for line in reversed(lines):
             if found := re.search(pattern, line):
                 return f"{how}: {found[1]}"
