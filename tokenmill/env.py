@@ -148,6 +148,13 @@ GGML: Variable[Path | None] = Variable(
     _directory,
     "Folder with libggml.so and its parts, a rival of `tokenmill bench int4 --cpu`; default: llama-cpp-python's.",
 )
+STORE: Variable[str | None] = Variable(
+    "TOKENMILL_STORE",
+    None,
+    str,
+    "Where keys and books of a LiteLLM file are kept: an SQLite file's path or postgresql://user@host/database; "
+    "default: a file beside it.",
+)
 LITELLM_PRICES: Variable[Path | None] = Variable(
     "TOKENMILL_LITELLM_PRICES",
     None,
@@ -169,5 +176,6 @@ VARIABLES: tuple[Variable[object], ...] = (  # type: ignore[assignment]
     UNCOMPILED,
     COMMIT,
     GGML,
+    STORE,
     LITELLM_PRICES,
 )

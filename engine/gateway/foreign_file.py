@@ -75,14 +75,15 @@ class ForeignFile:
         return list(value) if isinstance(value, dict) else []
 
     def text(self, place: Place) -> str | None:
-        """A text; `os.environ/NAME` becomes that variable's value."""
+        """A text, or a number as one; `os.environ/NAME` becomes that variable's value."""
         value = self.raw(place)
-        if value is None:
-            return None
-        if not isinstance(value, str):
+        if isinstance(value, str):
+            return self._resolved(place, value)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return str(value)
+        if value is not None:
             self.problem(place, f"{_shown(value)} is not text; put it in quotes")
-            return None
-        return self._resolved(place, value)
+        return None
 
     def variable(self, place: Place) -> str | None:
         """The name in `os.environ/NAME`, if that is what stands there; the variable is not looked up."""
@@ -123,6 +124,8 @@ class ForeignFile:
     def flag(self, place: Place) -> bool:
         """True or false; false where nothing stands."""
         value = self.raw(place)
+        if isinstance(value, str) and value.startswith(ENVIRONMENT):
+            value = self._resolved(place, value)
         if isinstance(value, str) and value.lower() in _FLAGS:
             return _FLAGS[value.lower()]
         if value is not None and not isinstance(value, bool):

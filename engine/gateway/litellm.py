@@ -5,80 +5,34 @@ used or listed, with its line and the reason; nothing is dropped silently. The f
 (docs.litellm.ai: proxy/configs, proxy/config_settings, proxy/reliability, routing).
 """
 
-import ipaddress
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from tokenmill import env
-from tokenmill.engine.gateway import litellm_prices
+from tokenmill.engine.gateway import litellm_include, litellm_prices
 from tokenmill.engine.gateway.admin.duration import milliseconds
 from tokenmill.engine.gateway.config import Config, RemoteBackend
 from tokenmill.engine.gateway.foreign_file import ForeignFile, dotted
 from tokenmill.engine.gateway.governance.options import MAKE_A_KEY, SHORTEST_MASTER_KEY
+from tokenmill.engine.gateway.governance.section import Governance
 from tokenmill.engine.gateway.litellm_models import Describer
+from tokenmill.engine.gateway.litellm_names import Names, alias, fall_back
 from tokenmill.engine.gateway.litellm_prices import CostMap
+from tokenmill.engine.gateway.litellm_providers import PROVIDERS, Provider, split, zone
 from tokenmill.engine.gateway.yaml_file import Place, YamlFile
 from tokenmill.errors import InputError
 
-
-@dataclass(frozen=True)
-class Provider:
-    """How a prefix of `model` is served.
-
-    Attributes:
-        base: Its API's address; None: the file must name it in `api_base`.
-        key: The variable that holds its key where the file names none.
-        protocol: What it speaks.
-    """
-
-    base: str | None
-    key: str | None = None
-    protocol: str = "openai"
-
-
-#: Prefixes of `litellm_params.model` whose servers speak OpenAI's protocol below `/v1`, or Anthropic's.
-PROVIDERS: Mapping[str, Provider] = {
-    "openai": Provider("https://api.openai.com/v1", "OPENAI_API_KEY"),
-    "text-completion-openai": Provider("https://api.openai.com/v1", "OPENAI_API_KEY"),
-    "anthropic": Provider("https://api.anthropic.com", "ANTHROPIC_API_KEY", "anthropic"),
-    "groq": Provider("https://api.groq.com/openai/v1", "GROQ_API_KEY"),
-    "mistral": Provider("https://api.mistral.ai/v1", "MISTRAL_API_KEY"),
-    "deepseek": Provider("https://api.deepseek.com/v1", "DEEPSEEK_API_KEY"),
-    "together_ai": Provider("https://api.together.xyz/v1", "TOGETHERAI_API_KEY"),
-    "fireworks_ai": Provider("https://api.fireworks.ai/inference/v1", "FIREWORKS_AI_API_KEY"),
-    "openrouter": Provider("https://openrouter.ai/api/v1", "OPENROUTER_API_KEY"),
-    "xai": Provider("https://api.x.ai/v1", "XAI_API_KEY"),
-    "cerebras": Provider("https://api.cerebras.ai/v1", "CEREBRAS_API_KEY"),
-    "nvidia_nim": Provider("https://integrate.api.nvidia.com/v1", "NVIDIA_NIM_API_KEY"),
-    "ollama": Provider("http://localhost:11434"),
-    "ollama_chat": Provider("http://localhost:11434"),
-    "hosted_vllm": Provider(None),
-    "vllm": Provider(None),
-    "openai_like": Provider(None),
-    "custom_openai": Provider(None),
-    "lm_studio": Provider(None),
-    "litellm_proxy": Provider(None),
-    "text-completion-hosted_vllm": Provider(None),
-}
-#: Models that LiteLLM takes without a prefix.
-_BARE_MODELS = (
-    (re.compile(r"(gpt|chatgpt|o[0-9]|text-embedding|davinci)"), "openai"),
-    (re.compile("claude"), "anthropic"),
-)
 #: Strategies that ours stands in for: the fewest open requests per weight.
 _STRATEGIES = ("simple-shuffle", "least-busy")
 _WEIGHTS = ("weight", "rpm", "tpm")
-#: What takes over from a model, named here as there.
-_FALLBACKS = ("fallbacks", "context_window_fallbacks", "content_policy_fallbacks")
-
 _MASTER_KEY: Place = ("general_settings", "master_key")
+_MASTER_VARIABLE = "LITELLM_MASTER_KEY"
 
 #: Why some fields are not used.
 _REASONS: Mapping[str, str] = {
@@ -96,7 +50,8 @@ _REASONS: Mapping[str, str] = {
     "`context_window_fallbacks`",
     "router_settings.retry_policy": "`num_retries` counts for every kind of failure",
     "router_settings.allowed_fails_policy": "`allowed_fails` counts for every kind of failure",
-    "general_settings.database_url": "keys and books are kept in the store of `governance`",
+    "general_settings.database_url": f"keys and books are kept in a file beside this one, or where {env.STORE.name} "
+    "says; LiteLLM's tables are others",
     "general_settings.background_health_checks": "backends are always watched",
     "general_settings.store_model_in_db": "models are those of this file",
 }
@@ -118,9 +73,13 @@ class Imported:
     notes: tuple[str, ...] = ()
 
 
+#: Fields of a LiteLLM proxy's file that ours does not have.
+_SECTIONS = frozenset({"model_list", "litellm_settings", "router_settings", "general_settings", "include"})
+
+
 def is_litellm(value: Any) -> bool:
     """Whether a parsed file is a LiteLLM proxy's and not ours."""
-    return isinstance(value, dict) and "model_list" in value and "tiers" not in value
+    return isinstance(value, dict) and "tiers" not in value and not _SECTIONS.isdisjoint(value)
 
 
 def convert(file: YamlFile) -> Imported:
@@ -130,6 +89,7 @@ def convert(file: YamlFile) -> Imported:
         ConfigurationError: It cannot be used, or the cost map that the user named cannot; one line
             `file:line: field: problem` for each thing that is wrong.
     """
+    file = litellm_include.included(file)
     source = ForeignFile(file)
     prices = litellm_prices.find()
     describer = Describer(source, prices)
@@ -166,26 +126,24 @@ class _Importer:
     def __init__(self, source: ForeignFile, describer: Describer) -> None:
         self._source = source
         self._describer = describer
-        self._tiers: dict[str, str] = {}  # model_name to tier
+        self._names = Names(source)
+        self._credentials: dict[str, Place] = {}  # name to their values
 
     def document(self) -> dict[str, Any]:
         """The file in our format."""
         source = self._source
         for place in (("litellm_settings",), ("router_settings",), ("general_settings",), ("environment_variables",)):
             source.kind(place, dict, "a mapping of settings")
-        names = source.keys(("environment_variables",))
-        source.environment = {
-            name: text for name in names if (text := source.text(("environment_variables", name))) is not None
-        }
+        source.environment = self._environment()
+        self._credentials = self._named_credentials()
         groups = self._groups()
-        tiers: dict[str, dict[str, Any]] = {
-            self._tiers[name]: {"backends": backends} for name, backends in groups.items()
-        }
+        served = self._names.tiers
+        tiers: dict[str, dict[str, Any]] = {served[name]: {"backends": backends} for name, backends in groups.items()}
         if not tiers and not source.problems:
             source.problem(("model_list",), "no deployment can be served; see the providers in docs/gateway.md")
-        self._alias(tiers)
-        self._fall_back(tiers)
-        document: dict[str, Any] = {"server": self._server(groups), "tiers": tiers}
+        alias(source, self._names, tiers)
+        fall_back(source, self._names, tiers)
+        document: dict[str, Any] = {"server": self._server(), "tiers": tiers}
         document |= self._governance()
         if source.flag(("litellm_settings", "json_logs")):
             document["observability"] = {"request_log": True}
@@ -194,6 +152,46 @@ class _Importer:
             if source.peek((section, name)) is not None:
                 source.leave((section, name), reason)
         return document
+
+    def _environment(self) -> dict[str, str]:
+        """`environment_variables`; numbers and truth values are written as LiteLLM writes them."""
+        source = self._source
+        found: dict[str, str] = {}
+        for name in source.keys(("environment_variables",)):
+            place: Place = ("environment_variables", name)
+            value, variable = source.peek(place), source.variable(place)
+            if variable is not None and not os.environ.get(variable, "").strip():
+                source.leave(place, f"the variable {variable[:60]} is not set")
+            elif isinstance(value, bool):
+                source.raw(place)
+                found[name] = str(value)
+            elif (text := source.text(place)) is not None:
+                found[name] = text
+        return found
+
+    def _named_credentials(self) -> dict[str, Place]:
+        """`credential_list`: keys and addresses that several deployments share."""
+        source = self._source
+        source.kind(("credential_list",), list, "a list of credentials")
+        found: dict[str, Place] = {}
+        for index in source.keys(("credential_list",)):
+            place: Place = ("credential_list", index)
+            name = source.text((*place, "credential_name"))
+            source.raw((*place, "credential_info"))
+            values = (*place, "credential_values")
+            if name is not None and source.kind(values, dict, "a mapping of values") is not None:
+                found[name] = values
+        return found
+
+    def _at(self, parameters: Place, field: str) -> Place:
+        """Where a deployment's parameter stands: with it, else in the credentials that it names."""
+        source = self._source
+        name = source.peek((*parameters, "litellm_credential_name"))
+        shared = self._credentials.get(name) if isinstance(name, str) else None
+        if shared is None or source.peek((*parameters, field)) is not None:
+            return (*parameters, field)
+        source.raw((*parameters, "litellm_credential_name"))
+        return (*shared, field)
 
     def _groups(self) -> dict[str, list[dict[str, Any]]]:
         """Deployments by model name, in the order of the file."""
@@ -210,23 +208,26 @@ class _Importer:
                 if source.peek((*place, "model_name")) in (None, ""):
                     source.problem(place, "model_name is missing; add it")
                 continue
+            self._names.add(name, source.peek((*place, "model_info", "id")))
             backend = self._deployment(place, name)
             if backend is not None:
                 groups.setdefault(name, []).append(backend)
                 weighed.setdefault(name, []).append((*place, "litellm_params"))
         for name, places in weighed.items():
-            self._tiers[name] = _tier_name(name, self._tiers.values())
+            self._names.tiers[name] = _tier_name(name, self._names.tiers.values())
             self._weigh(places, groups[name])
         return groups
 
     def _weigh(self, places: list[Place], backends: list[dict[str, Any]]) -> None:
         """LiteLLM shares a group's load by weight, else by rpm, else by tpm, where every deployment states it."""
         source = self._source
+        if source.problems:
+            return  # they are raised; a second look would tell them twice
         for field in _WEIGHTS:
-            values = [source.peek((*place, field)) for place in places]
-            if len(places) > 1 and all(isinstance(value, (int, float)) and value > 0 for value in values):
+            values = [source.number((*place, field), 0, 1e12) for place in places]
+            if len(places) > 1 and all(values):
                 for backend, value in zip(backends, values, strict=True):
-                    backend["weight"] = float(value)
+                    backend["weight"] = value
                 return
 
     def _deployment(self, place: Place, name: str) -> dict[str, Any] | None:
@@ -242,17 +243,20 @@ class _Importer:
             if source.peek((*parameters, "model")) in (None, ""):
                 source.problem(parameters, "model is missing; add it")
             return None
-        address = source.text((*parameters, "api_base")) or source.text((*parameters, "base_url"))
-        prefix, upstream = _split(model, source.text((*parameters, "custom_llm_provider")))
+        prefix, upstream = split(model, source.text((*parameters, "custom_llm_provider")))
         provider = PROVIDERS.get(prefix)
         if provider is None:
             source.leave(
                 place, f"{model[:60]!r} needs a protocol that is not spoken here; known: {', '.join(PROVIDERS)}"
             )
             return None
-        address = address or provider.base
+        stated = (source.text(self._at(parameters, field)) for field in ("api_base", "base_url"))
+        address = next((one for one in stated if one), provider.base)
         if address is None:
             source.problem(parameters, f"{prefix} needs the server's address; add api_base")
+            return None
+        if "://" not in address:
+            source.leave(place, f"its api_base {address[:60]!r} is no http(s)://host[:port][/prefix]")
             return None
         wildcard = "*" in name or "*" in upstream
         if wildcard and (name, upstream) != ("*", "*"):
@@ -262,7 +266,7 @@ class _Importer:
             "url": address,
             "protocol": provider.protocol,
             "health_path": None,
-            "zone": _zone(address),
+            "zone": zone(address),
             "models": {} if wildcard else {name: upstream},
             **self._key(parameters, provider),
             **self._limits(parameters),
@@ -281,7 +285,7 @@ class _Importer:
     def _key(self, parameters: Place, provider: Provider) -> dict[str, Any]:
         """The backend's key: as the file says, else the provider's usual variable."""
         source = self._source
-        place = (*parameters, "api_key")
+        place = self._at(parameters, "api_key")
         variable = source.variable(place)
         if variable is not None and variable not in source.environment:
             source.raw(place)
@@ -289,7 +293,7 @@ class _Importer:
         key = source.text(place)
         if key is not None:
             return {"api_key": key}
-        own_server = source.peek((*parameters, "api_base")) is not None
+        own_server = source.peek(self._at(parameters, "api_base")) is not None
         return {} if own_server or provider.key is None else {"api_key_env": provider.key}
 
     def _limits(self, parameters: Place) -> dict[str, Any]:
@@ -303,63 +307,7 @@ class _Importer:
             or source.whole(("router_settings", "default_max_parallel_requests"), 1, 10**6),
         }
 
-    def _alias(self, tiers: dict[str, dict[str, Any]]) -> None:
-        """`model_group_alias`: another public name of a model."""
-        source = self._source
-        place: Place = ("router_settings", "model_group_alias")
-        source.kind(place, dict, "a mapping of names")
-        for alias in source.keys(place):
-            inside = isinstance(source.peek((*place, alias)), dict)
-            name = source.text((*place, alias, "model") if inside else (*place, alias))
-            if name is None:
-                continue
-            if name not in self._tiers:
-                source.problem((*place, alias), f"{name[:60]!r} is no model_name of this file")
-                continue
-            for backend in tiers[self._tiers[name]]["backends"]:
-                backend["models"][alias] = backend["models"].get(name, name)
-
-    def _fall_back(self, tiers: dict[str, dict[str, Any]]) -> None:
-        """`fallbacks: [{model: [others]}]` and their kin, in either section; the router's own wins."""
-        source = self._source
-        for field in _FALLBACKS:
-            for section in ("router_settings", "litellm_settings"):
-                place: Place = (section, field)
-                source.kind(place, list, "a list like [{model: [another]}]")
-                for index in source.keys(place):
-                    if source.kind((*place, index), dict, "a mapping like {model: [another]}") is None:
-                        continue
-                    for name in source.keys((*place, index)):
-                        found = self._named((*place, index, name))
-                        if name == "*":
-                            self._fall_back_all(tiers, field, found)
-                        elif name not in self._tiers:
-                            source.problem((*place, index, name), f"{name[:60]!r} is no model_name of this file")
-                        else:
-                            own = self._tiers[name]
-                            tiers[own].setdefault(field, [other for other in found if other != own])
-        for section in ("router_settings", "litellm_settings"):
-            self._fall_back_all(tiers, "fallbacks", self._named((section, "default_fallbacks")))
-            most = source.whole((section, "max_fallbacks"), 0, 100)
-            for tier in tiers.values() if most is not None else ():
-                tier.update({field: tier[field][:most] for field in _FALLBACKS if field in tier})
-
-    def _fall_back_all(self, tiers: dict[str, dict[str, Any]], field: str, others: list[str]) -> None:
-        for name, tier in tiers.items():
-            if others:
-                tier.setdefault(field, [other for other in others if other != name])
-
-    def _named(self, place: Place) -> list[str]:
-        """The tiers of a list of model names."""
-        source = self._source
-        source.kind(place, list, "a list of model names")
-        names = [source.text((*place, index)) for index in source.keys(place)]
-        for index, name in enumerate(names):
-            if name is not None and name not in self._tiers:
-                source.problem((*place, index), f"{name[:60]!r} is no model_name of this file")
-        return [self._tiers[name] for name in names if name in self._tiers]
-
-    def _server(self, groups: Mapping[str, Any]) -> dict[str, Any]:
+    def _server(self) -> dict[str, Any]:
         source = self._source
         found: dict[str, Any] = {}
         for section in ("router_settings", "litellm_settings"):  # the router's own win
@@ -373,8 +321,8 @@ class _Importer:
             found = {name: value for name, value in read.items() if value is not None} | found
         size = source.number(("general_settings", "max_request_size_mb"), 0.001, 4096)
         default = source.text(("general_settings", "completion_model"))
-        if default is not None and default not in groups:
-            source.problem(("general_settings", "completion_model"), f"{default[:60]!r} is no model_name of this file")
+        if default is not None and self._names.tier(("general_settings", "completion_model"), default) is None:
+            default = None
         found |= {} if size is None else {"max_body_mb": size}
         found |= {} if default is None else {"default_model": default}
         strategy = source.text(("router_settings", "routing_strategy"))
@@ -385,9 +333,10 @@ class _Importer:
         return found
 
     def _governance(self) -> dict[str, Any]:
-        """A master key means keys and budgets; the books are kept beside the file."""
+        """A master key means keys and budgets."""
         source = self._source
         variable = source.variable(_MASTER_KEY)
+        named: dict[str, Any]
         if variable is not None and variable not in source.environment:
             source.raw(_MASTER_KEY)
             key = os.environ.get(variable, "").strip()
@@ -395,11 +344,13 @@ class _Importer:
         else:
             found = source.text(_MASTER_KEY)
             if found is None:
+                # Where the file has none, LiteLLM's variable counts: a gateway without keys would be open to all.
+                found = source.environment.get(_MASTER_VARIABLE) or os.environ.get(_MASTER_VARIABLE, "").strip() or None
+            if found is None:
                 return {}
             key = found
             named = {"master_key": key}
-        store = source.file.path.with_suffix(".db")
-        section: dict[str, Any] = {"store": str(store), **named}
+        section: dict[str, Any] = {"store": self._store(), **named}
         # LiteLLM's own documentation has `sk-1234`: such a file is taken, too, and told so.
         section["guessable_master_key"] = 0 < len(key) < SHORTEST_MASTER_KEY
         days = source.text(("general_settings", "maximum_spend_logs_retention_period"))
@@ -410,15 +361,24 @@ class _Importer:
                 source.problem(("general_settings", "maximum_spend_logs_retention_period"), str(error))
         return {"governance": section}
 
-
-def _split(model: str, provider: str | None) -> tuple[str, str]:
-    """(provider, the server's own name) of `openai/gpt-4o`, `claude-3-haiku`, `org/model` with a provider beside it."""
-    if provider:
-        return provider, model.removeprefix(provider + "/")
-    prefix, slash, rest = model.partition("/")
-    if slash:
-        return prefix, rest
-    return next((name for pattern, name in _BARE_MODELS if pattern.match(model)), prefix), model
+    def _store(self) -> str:
+        """Where keys and books are kept: as the user says, else beside the file."""
+        said = env.STORE.get()
+        if said is not None:
+            try:
+                Governance(store=said)
+            except ValidationError as error:
+                self._source.problem(_MASTER_KEY, f"{env.STORE.name}: {_said(error.errors()[0])}")
+            return said
+        path = self._source.file.path.with_suffix(".db")
+        folder = path.absolute().parent
+        if not os.access(folder, os.W_OK):
+            self._source.problem(
+                _MASTER_KEY,
+                f"keys and books would be kept in {path}, and {folder} cannot be written to; set {env.STORE.name} to "
+                "the path of another file or to postgresql://user@host/database",
+            )
+        return str(path)
 
 
 def _tier_name(name: str, taken: Iterable[str]) -> str:
@@ -432,16 +392,3 @@ def _tier_name(name: str, taken: Iterable[str]) -> str:
 def _said(details: ErrorDetails) -> str:
     """pydantic's problem in words, without the value: it may be a key."""
     return str(details["ctx"]["error"]) if details["type"] == "value_error" else details["msg"].lower()
-
-
-def _zone(address: str) -> str:
-    """Where a server stands, judged by its address; what is not known to be ours counts as elsewhere."""
-    try:
-        host = urlsplit(address).hostname or ""
-    except ValueError:
-        return "cloud"  # the address is refused later, with its line
-    try:
-        return "on-premises" if ipaddress.ip_address(host).is_private else "cloud"
-    except ValueError:
-        local = "." not in host or host.endswith((".local", ".internal", ".lan", ".localhost"))
-        return "on-premises" if local else "cloud"

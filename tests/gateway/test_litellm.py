@@ -17,6 +17,7 @@ from tokenmill.engine.supervisor.plan import make_plan
 from tokenmill.errors import ConfigurationError
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "litellm.yaml"
+FILES = Path(__file__).resolve().parents[1] / "data" / "litellm"
 MASTER = "sk-0123456789abcdef0123456789"
 
 
@@ -26,6 +27,8 @@ def no_cost_map(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(env.LITELLM_PRICES.name, raising=False)
     monkeypatch.delenv(litellm_prices.URL_VARIABLE, raising=False)
     monkeypatch.setattr(litellm_prices, "installed", lambda: None)
+    for name in (env.STORE.name, "LITELLM_MASTER_KEY"):
+        monkeypatch.delenv(name, raising=False)
 
 
 def convert(folder: Path, text: str) -> litellm.Imported:
@@ -128,6 +131,125 @@ def test_what_is_not_understood_is_listed_and_nothing_else(tmp_path: Path) -> No
     ]
 
 
+@pytest.mark.parametrize("path", sorted(FILES.glob("*.yaml")), ids=lambda path: path.name)
+def test_files_like_those_of_the_documentation_pass(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("TM_KEY", "OPENAI_API_KEY", "TM_YES"):
+        monkeypatch.setenv(name, "yes")
+    monkeypatch.setenv("TM_RPM", "10")
+    assert main(["--check", str(path)]) == 0, capsys.readouterr().err
+
+
+def left_out(path: Path) -> dict[str, str]:
+    """Field to reason."""
+    found = litellm.convert(yaml_file.read(path)).left_out
+    split = (line.partition(": not understood") for line in found)
+    return {place.partition(": ")[2]: reason.removeprefix("; ") for place, _, reason in split}
+
+
+def test_names_that_are_not_served_are_left_out_of_fallbacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    path = FILES / "fallbacks.yaml"
+    config = litellm.convert(yaml_file.read(path)).config
+    chat, long = config.tiers["chat"], config.tiers["long"]
+    assert (chat.fallbacks, chat.context_window_fallbacks) == (["long"], ["long"])
+    assert (long.fallbacks, chat.content_policy_fallbacks) == ([], ["long"])
+    assert list(backends(config, "chat")[0].models) == ["chat", "gpt-4", "Chat"]
+    assert config.server.default_model is None
+    reasons = left_out(path)
+    gone = "no deployment of 'zephyr' can be served"
+    assert reasons["litellm_settings.fallbacks[0].zephyr"] == gone
+    assert reasons["litellm_settings.fallbacks[1].chat[0]"] == gone
+    assert reasons["litellm_settings.fallbacks[1].chat[1]"].startswith("only a wildcard stands for 'azure/gpt-4o'")
+    assert reasons["litellm_settings.fallbacks[1].chat[2]"].startswith("'the-first-chat' is one deployment")
+    assert "parameters of its own" in reasons["litellm_settings.content_policy_fallbacks[0].chat[0]"]
+    assert reasons["litellm_settings.default_fallbacks[0]"] == gone
+    assert reasons["router_settings.model_group_alias.small"] == gone
+    assert reasons["general_settings.completion_model"] == gone
+
+
+def test_values_come_from_the_environment_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("TM_KEY", "sk-x"), ("TM_YES", "true"), ("TM_RPM", "10")):
+        monkeypatch.setenv(name, value)
+    path = FILES / "environment.yaml"
+    config = litellm.convert(yaml_file.read(path)).config
+    first, second = backends(config, "fake")
+    assert (first.url, second.url) == ("http://10.0.0.1:8000/v1", "http://10.0.0.2:8000/v1")
+    assert (first.weight, second.weight, first.api_key_env, second.api_key_env) == (10, 30, "TM_KEY", "TM_KEY")
+    assert config.observability.request_log
+    assert make_plan(config).settings().most_retries == 4
+    reasons = left_out(path)
+    assert reasons["environment_variables.ARIZE_ENDPOINT"] == "the variable TM_NOWHERE is not set"
+    assert not [place for place in reasons if place.startswith("credential_list")]
+
+
+def test_files_are_included_as_litellm_does_it() -> None:
+    imported = litellm.convert(yaml_file.read(FILES / "includes.yaml"))
+    assert list(imported.config.tiers) == ["first", "second"]
+    assert imported.config.tiers["first"].fallbacks == ["second"]
+    # Lists are extended, other values are replaced.
+    assert (make_plan(imported.config).settings().most_retries, imported.config.observability.request_log) == (1, False)
+    assert [line.partition(": not")[0] for line in imported.left_out] == [
+        f"{FILES}/parts/models.yaml:7: litellm_settings.set_verbose",
+        f"{FILES}/parts/more.yaml:6: model_list[1].litellm_params.temperature",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("[nowhere.yaml]", "1: include[0]: there is no file '{}/nowhere.yaml'"),
+        ("nowhere.yaml", "1: include: is not a list of file names"),
+        ("[3]", "1: include: is not a list of file names"),
+    ],
+)
+def test_an_include_that_is_none_is_one_line(tmp_path: Path, said: str, words: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        convert(tmp_path, f"include: {said}\n")
+    assert str(caught.value) == f"{tmp_path}/proxy.yaml:" + words.format(tmp_path)
+
+
+def test_a_file_of_settings_alone_is_known_as_litellms() -> None:
+    for section in ("litellm_settings", "router_settings", "general_settings", "include", "model_list"):
+        assert litellm.is_litellm({section: {}})
+        assert not litellm.is_litellm({section: {}, "tiers": {}})
+
+
+def test_litellms_variable_is_the_master_key_where_the_file_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "model_list:\n" + model("m", "model: openai/x, api_base: http://h/v1")
+    assert convert(tmp_path, text).config.governance is None
+    monkeypatch.setenv("LITELLM_MASTER_KEY", MASTER)
+    options = make_plan(convert(tmp_path, text).config).governance
+    assert options is not None and options.is_master(digest(MASTER))
+
+
+def test_the_store_is_where_the_user_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (
+        "model_list:\n"
+        + model("m", "model: openai/x, api_base: http://h/v1")
+        + f"general_settings: {{master_key: {MASTER}}}"
+    )
+    assert convert(tmp_path, text).config.governance.store == f"{tmp_path}/proxy.db"  # type: ignore[union-attr]
+    # Whoever runs the tests may write everywhere.
+    monkeypatch.setattr(litellm.os, "access", lambda *_: False)
+    with pytest.raises(ConfigurationError) as caught:
+        convert(tmp_path, text)
+    assert str(caught.value).startswith(
+        f"{tmp_path}/proxy.yaml:3: general_settings.master_key: keys and books would be "
+    )
+    assert f"set {env.STORE.name} to" in str(caught.value) and "\n" not in str(caught.value)
+    for said in ("/elsewhere/books.db", "postgresql://user@host/books"):
+        monkeypatch.setenv(env.STORE.name, said)
+        assert convert(tmp_path, text).config.governance.store == said  # type: ignore[union-attr]
+    monkeypatch.setenv(env.STORE.name, "postgresql://user:secret@host/books")
+    with pytest.raises(ConfigurationError, match=f"{env.STORE.name}: the URL holds a password") as caught:
+        convert(tmp_path, text)
+    assert "secret" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("said", "url", "own"),
     [
@@ -214,6 +336,12 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("model_list:\n" + model("a", "model: openai/a, rpm: 1e400"), 2, "outside"),
     ("model_list:\n" + model("a", "model: openai/a, api_base: 'file:///etc/passwd'"), 2, "not http(s)://"),
     ("model_list:\n" + model("a", "model: openai/a, api_base: 'http://u:p@h'"), 2, "holds a password"),
+    ("model_list:\n" + model("a", "model: openai/a, api_base: nowhere"), 1, "no deployment can be served"),
+    (
+        "model_list:\n" + model("a", "model: openai/a") + "litellm_settings: {default_fallbacks: [b]}\n",
+        3,
+        "'b' is no model_name",
+    ),
     ("model_list:\n" + model("a", "model: openai/a, api_base: 'http://[h'"), 2, "not http(s)://"),
     ("model_list:\n" + model("a", 'model: openai/a, api_key: "k\\r\\nx: y"'), 2, "api_key"),
     ("model_list:\n" + model("a", "model: openai/a, api_base: os.environ/TM_UNSET"), 2, "TM_UNSET is not set"),

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from http.client import HTTPConnection
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -10,7 +11,7 @@ import pytest
 
 from tests.gateway.running import wait_until
 from tests.gateway.upstream import FakeUpstream
-from tests.supervisor.running import REAL, Running
+from tests.supervisor.running import REAL, Running, until
 
 MASTER_KEY = "sk-0123456789abcdef0123456789abcdef"
 pytestmark = pytest.mark.end_to_end
@@ -149,3 +150,17 @@ def test_a_backend_that_fails_falls_back(
         got, answer = call(serving, "POST", "/v1/chat/completions", body, made["key"])
         assert got == expected
         assert answer.get("model") == "spare" if expected == 200 else answer == {"error": {"message": "no"}}
+
+
+def test_a_store_that_cannot_be_written_is_the_reason_that_the_start_gives(tmp_path: Path) -> None:
+    config = tmp_path / "litellm.yaml"
+    config.write_text(
+        "model_list: [{model_name: m, litellm_params: {model: openai/x, api_base: 'http://127.0.0.1:9/v1'}}]\n"
+        f"general_settings: {{master_key: {MASTER_KEY}}}\n"
+    )
+    running = Running([*REAL, str(config), "--port", "0"], tmp_path, TOKENMILL_STORE="/proc/nowhere/books.db")
+    try:
+        until(lambda: "could not start" in running.text, 30, running.text)
+        assert "ended with status 3: /proc/nowhere/books.db cannot be opened: " in running.text
+    finally:
+        running.close()
