@@ -81,7 +81,7 @@ def create_app(document: Document) -> Gateway:
     if sensitivity is not None:
         stages.append(Residency(sensitivity, tell))
     if governance is not None:
-        stages.append(Reserve(governance, portfolio))
+        stages.append(Reserve(governance))
     if routing is not None and routing.escalation is not None:
         stages.append(Escalation(routing.escalation))
     if sensitivity is not None:

@@ -23,7 +23,7 @@ class Decision(msgspec.Struct, frozen=True):
         candidates: Tiers that were allowed, the chosen one first, then the others in the order of preference.
         refused: Tiers that were not, with the reason.
         reasons: One for each criterion that mattered.
-        cost: Expected cost there in micro-cents.
+        costs: Expected cost at each of the candidates in micro-cents.
         escalation: The tier that takes over when the answer is not confident enough; None: none.
     """
 
@@ -31,5 +31,10 @@ class Decision(msgspec.Struct, frozen=True):
     candidates: tuple[str, ...]
     refused: tuple[tuple[str, str], ...]
     reasons: tuple[Reason, ...]
-    cost: int
+    costs: tuple[int, ...]
     escalation: str | None = None
+
+    @property
+    def cost(self) -> int:
+        """Expected cost at the tier chosen, in micro-cents."""
+        return self.costs[0]

@@ -3,17 +3,16 @@
 import functools
 import itertools
 import logging
-from collections.abc import Iterable, Sequence
 
 from tokenmill.engine.gateway.api_error import ApiError, Header, Headers, quote, retry_after, unavailable
-from tokenmill.engine.gateway.governance import bounds, budgets, charges, identify
-from tokenmill.engine.gateway.governance.bounds import Asked, Bound
+from tokenmill.engine.gateway.governance import bounds, budgets, charges, identify, narrowing
+from tokenmill.engine.gateway.governance.bounds import Bound
 from tokenmill.engine.gateway.governance.budgets import Granted, Refusal, Reservation, Settlement, Spending
 from tokenmill.engine.gateway.governance.service import Governance
 from tokenmill.engine.gateway.money import MICRO_CENTS_PER_DOLLAR, dollars
 from tokenmill.engine.gateway.observability.consumption import CHARGED
 from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply
-from tokenmill.engine.gateway.portfolio import Portfolio, Route, Target
+from tokenmill.engine.gateway.portfolio import Target
 from tokenmill.engine.gateway.store import now_ms
 
 log = logging.getLogger("tokenmill.gateway.governance")
@@ -27,18 +26,16 @@ _CLIENT_PATIENCE_MS = 60_000
 
 
 class Reserve:
-    """Reserves at the dearest of the routes, plus the tier that may take over from it.
+    """Reserves at the dearest of the routes, plus the tier that may take over; what does not fit is taken out of them.
 
     Args:
         governance: The store.
-        portfolio: For the tier that takes over.
     """
 
     name = "reserve"
 
-    def __init__(self, governance: Governance, portfolio: Portfolio) -> None:
+    def __init__(self, governance: Governance) -> None:
         self._governance = governance
-        self._portfolio = portfolio
         self._numbers = itertools.count()
         self._open = 0
         self._completion_bound = governance.options.completion_bound
@@ -46,11 +43,11 @@ class Reserve:
     async def handle(self, exchange: Exchange, proceed: Handler) -> Reply:
         """See `pipeline.Stage`."""
         asked = bounds.asked(exchange)
-        wanted = self._reservation(exchange, asked)
 
         def bound_at(target: Target) -> Bound:
             return asked.at(target, self._completion_bound)
 
+        wanted = self._reservation(exchange, bound_at)
         settles = True
 
         known: Spending | None = None
@@ -67,14 +64,15 @@ class Reserve:
         exchange.meter = True
         self._open += 1
         store, apply = self._governance.store, self._governance.apply
-        try:
-            answer = await store.write_item(apply, wanted, alone=self._open == 1)
-        except Exception as error:
-            log.exception("request %s could not be reserved", exchange.request_id)
-            raise unavailable("The gateway's books cannot be written now.", _STORE_RETRY_S) from error
-        if isinstance(answer, Refusal):
-            settles = False
-            raise refusal(answer)
+        answer = await self._write(exchange, wanted)
+        while isinstance(answer, Refusal):
+            final = narrowing.narrow(exchange, bound_at, answer)
+            if final is not None:
+                settles = False
+                raise refusal(final)
+            # Each round takes something out, so there are few.
+            wanted = self._reservation(exchange, bound_at)
+            answer = await self._write(exchange, wanted)
         reply = await proceed(exchange)
         if reply.body is not None:
             # Every call has ended: all that may change is how the request does.
@@ -82,14 +80,20 @@ class Reserve:
         reply.headers = [*reply.headers, *_headers(answer, None if known is None else known.total)]
         return reply
 
-    def _reservation(self, exchange: Exchange, asked: Asked) -> Reservation:
+    async def _write(self, exchange: Exchange, wanted: Reservation) -> Granted | Refusal:
+        try:
+            answer: Granted | Refusal = await self._governance.store.write_item(
+                self._governance.apply, wanted, alone=self._open == 1
+            )
+        except Exception as error:
+            log.exception("request %s could not be reserved", exchange.request_id)
+            raise unavailable("The gateway's books cannot be written now.", _STORE_RETRY_S) from error
+        return answer
+
+    def _reservation(self, exchange: Exchange, bound_at: narrowing.BoundAt) -> Reservation:
         assert exchange.principal is not None, "Reserve stands below Identify"
         first = exchange.routes[0]
-        amount, prompt, completion = self._dearest(asked, _targets(exchange.routes))
-        decision = exchange.decision
-        if decision is not None and decision.escalation is not None:
-            more = self._dearest(asked, self._portfolio.tiers.get(decision.escalation, ()))
-            amount, prompt, completion = amount + more[0], prompt + more[1], completion + more[2]
+        needed = narrowing.need(exchange, bound_at)
         worker = self._governance.worker.id
         return Reservation(
             f"{worker}-{next(self._numbers)}",
@@ -98,25 +102,9 @@ class Reserve:
             exchange.request_id,
             exchange.model or first.model or "",
             first.targets[0].backend.tier if first.targets else "",
-            amount,
-            prompt,
-            completion,
+            *needed,
             now_ms(),
         )
-
-    def _dearest(self, asked: Asked, targets: Iterable[Target]) -> tuple[int, int, int]:
-        """(micro-cents, prompt tokens, completion tokens): the most over some backends, each for itself."""
-        amount = prompt = completion = 0
-        for target in targets:
-            bound = asked.at(target, self._completion_bound)
-            amount = max(amount, target.backend.prices.bound(bound.prompt, bound.completion))
-            prompt = max(prompt, bound.prompt)
-            completion = max(completion, bound.completion)
-        return amount, prompt, completion
-
-
-def _targets(routes: Sequence[Route]) -> Iterable[Target]:
-    return routes[0].targets if len(routes) == 1 else [target for route in routes for target in route.targets]
 
 
 def _headers(granted: Granted, cost: int | None) -> Headers:

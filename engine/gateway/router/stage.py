@@ -117,7 +117,7 @@ class Router:
             tuple([option.tier for option in order]),
             tuple(question.refused.items()),
             reasons(question, order),
-            order[0].cost,
+            tuple([option.cost for option in order]),
             self._escalation(question, order),
         )
 
@@ -129,7 +129,8 @@ class Router:
             return None
         if features.endpoint != "/v1/chat/completions" or features.several or "tools" in features.needs:
             return None
-        if not any("logprobs" in target.backend.capabilities for target in order[0].targets):
+        stable = [target for part in order[0].route.parts for target in part]
+        if not any("logprobs" in target.backend.capabilities for target in stable or order[0].targets):
             return None
         for option in order[1:]:
             if option.tier == settings.then:
@@ -174,7 +175,7 @@ class Router:
         }
         if order:
             decision = self._decision(question, order)
-            answer["decision"] = msgspec.to_builtins(decision)
+            answer["decision"] = {**msgspec.to_builtins(decision), "cost": decision.cost}
             answer["backends"] = [
                 {"tier": target.backend.tier, "backend": target.backend.name, "zone": target.backend.zone}
                 for route in [option.route for option in order]

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from tests.gateway.running import RunningGateway, wait_until
 from tests.gateway.upstream import FakeUpstream
 from tokenmill.engine.gateway.backends import Backend
+from tokenmill.engine.gateway.governance import bounds
 from tokenmill.engine.gateway.governance.options import Options, digest
 from tokenmill.engine.gateway.money import Prices
 from tokenmill.engine.gateway.router.settings import EscalationSettings, RoutingSettings
@@ -127,10 +129,75 @@ def test_the_dry_run_needs_a_key_and_costs_nothing(gateway: RunningGateway) -> N
     assert gateway.post("/v1/tokenmill/route", asked, authorization="Bearer sk-wrong")[0] == 401
 
 
+HARD = "Prove it step by step, explain why it must hold, compare both proofs and design an algorithm. " * 5
+
+
+def bounds_of(**more: Any) -> tuple[int, int]:
+    """(small's, large's) price of the bound of what `ask` sends, in micro-cents."""
+    body = {"model": "auto", "messages": [{"role": "user", "content": "What is it?"}], "max_tokens": 10, **more}
+    tokens = len(json.dumps(body)) + bounds.TEMPLATE_TOKENS + body["max_tokens"]
+    return 10 * tokens, 500 * tokens
+
+
+@pytest.mark.parametrize("text", ["What is it?", HARD])
+def test_a_budget_takes_away_only_what_it_cannot_pay(
+    gateway: RunningGateway, pair: tuple[FakeUpstream, FakeUpstream], text: str
+) -> None:
+    for act in ({"small": {"logprob": -3.0}}, {"small": {"status": 503, "body": "{}"}}):
+        asked = {"messages": [{"role": "user", "content": text}], "act": act}
+        small, large = bounds_of(**asked)
+        before = len(pair[1].books.requests)
+        status, headers, _ = ask(gateway, new_key(gateway, max_budget=(large - 1) / 1e8), **asked)
+        assert status == (200 if "logprob" in act["small"] else 503)
+        assert headers["x-tokenmill-tier"] == "utility"
+        reason = headers["x-tokenmill-reason"]
+        assert "are left of the budget of the key, too little for reasoning" in reason
+        assert "failed over" not in reason and "reasoning manages" not in reason
+        assert "x-tokenmill-escalated" not in headers
+        assert len(pair[1].books.requests) == before, "nobody is asked who is not reserved for"
+        status, _, body = ask(gateway, new_key(gateway, max_budget=(small - 1) / 1e8), **asked)
+        assert (status, body["error"]["code"]) == (429, "insufficient_quota")
+        assert f"may cost ${small / 1e8:.8g}" in body["error"]["message"]
+
+
+def test_a_budget_for_one_answer_is_none_for_two(
+    gateway: RunningGateway, pair: tuple[FakeUpstream, FakeUpstream]
+) -> None:
+    unsure, failing = {"act": {"small": {"logprob": -3.0}}}, {"act": {"small": {"status": 503, "body": "{}"}}}
+    small, large = bounds_of(**unsure)
+    status, headers, _ = ask(gateway, new_key(gateway, max_budget=(small + large) / 1e8), **unsure)
+    assert (status, headers["x-tokenmill-escalated"]) == (200, "true")
+    status, headers, _ = ask(gateway, new_key(gateway, max_budget=(small + large - 1) / 1e8), **unsure)
+    assert (status, headers["x-tokenmill-tier"]) == (200, "utility")
+    assert "x-tokenmill-escalated" not in headers
+    small, large = bounds_of(**failing)
+    status, headers, _ = ask(gateway, new_key(gateway, max_budget=large / 1e8), **failing)
+    assert (status, headers["x-tokenmill-tier"]) == (200, "reasoning"), "it may still take over after an error"
+
+
+def test_a_narrowed_budget_holds_at_once(gateway: RunningGateway, pair: tuple[FakeUpstream, FakeUpstream]) -> None:
+    asked = {"messages": [{"role": "user", "content": HARD}]}
+    small, large = bounds_of(**asked)
+    limit = 12 * small
+    assert limit < large
+    key = new_key(gateway, max_budget=limit / 1e8)
+    before = [(one.books.prompt_tokens, one.books.completion_tokens) for one in pair]
+    with ThreadPoolExecutor(8) as clients:
+        statuses = list(clients.map(lambda _: ask(gateway, key, **asked)[0], range(100)))
+    used = [
+        (one.books.prompt_tokens - prompt, one.books.completion_tokens - completion)
+        for one, (prompt, completion) in zip(pair, before, strict=True)
+    ]
+    assert set(statuses) == {200, 429}
+    assert used[1] == (0, 0)
+    true_cost = CHEAP.cost(used[0][0], 0, used[0][1])
+    assert 0 < true_cost <= limit
+    wait_until(lambda: spent(gateway, key) == pytest.approx(true_cost / 1e8, rel=1e-9))
+
+
 def test_past_the_soft_limit_cheaper_tiers_go_first(gateway: RunningGateway) -> None:
-    hard = "Prove it step by step, explain why it must hold, compare both proofs and design an algorithm. " * 5
     key = new_key(gateway, max_budget=10.0, soft_budget=0.00000001)
-    asked = {"messages": [{"role": "user", "content": hard}], "act": {"small": {"logprob": -3.0}}}
+    asked = {"messages": [{"role": "user", "content": HARD}], "act": {"small": {"logprob": -3.0}}}
     status, headers, _ = ask(gateway, key, **asked)
     assert (status, headers["x-tokenmill-tier"]) == (200, "reasoning")
 
