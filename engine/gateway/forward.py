@@ -230,8 +230,7 @@ def _upstream_model(exchange: Exchange, target: Target, route: Route) -> str | N
     """The backend's own name of the model asked for; None where the request names none (the backend decides)."""
     if exchange.model is None and target.backend.protocol == "openai":
         return None
-    public = route.model or next(iter(target.models), exchange.model)
-    return None if public is None else target.backend.upstream_model(public)
+    return target.own_model(route.model) or exchange.model
 
 
 def _is_event_stream(reply: Reply) -> bool:

@@ -52,16 +52,22 @@ class Target:
         """Public names of the models it serves, as far as known."""
         return self.backend.models or tuple(self.catalog or ())
 
+    def own_model(self, model: str | None) -> str | None:
+        """The backend's own name of a public model, for None of its first; None: it is not known yet."""
+        public = model or next(iter(self.models), None)
+        return None if public is None else self.backend.upstream_model(public)
+
     def breaker(self, model: str | None) -> Breaker:
-        """The circuit of one model here. `model` is one of `models` or None, so there are few."""
-        found = self._breakers.get(model)
+        """The circuit of one model here, whichever of its names, or its tier's (None), it is asked by."""
+        name = self.own_model(model)
+        found = self._breakers.get(name)
         if found is None:
             found = Breaker(self._settings.breaker_failures, self._settings.breaker_cooldown_s)
-            self._breakers[model] = found
+            self._breakers[name] = found
         return found
 
     def open_circuits(self) -> list[str]:
-        """Models that are not asked of it at the moment, because it failed them."""
+        """The backend's own names of models that are not asked of it at the moment, because it failed them."""
         return [model or "any" for model, breaker in list(self._breakers.items()) if breaker.wait_s() > 0]
 
     def has_room(self) -> bool:

@@ -73,6 +73,18 @@ def test_a_model_that_fails_does_not_take_its_neighbour_down() -> None:
     assert balancer.choose(made.routes("n")[0], ask()) is target
 
 
+def test_a_model_has_one_circuit_by_whatever_name_it_is_asked() -> None:
+    made = Portfolio([Backend("a", "http://a", "t", ("m", "alias", "n"), {"m": "own", "alias": "own"})], SETTINGS)
+    target = made.targets[0]
+    target.mark_up()
+    target.breaker(made.routes("t")[0].model).failed()
+    target.breaker(made.routes("alias")[0].model).failed()
+    balancer = Balancer()
+    assert [balancer.choose(made.routes(name)[0], ask()) for name in ("t", "m", "alias")] == [None] * 3
+    assert balancer.choose(made.routes("n")[0], ask()) is target
+    assert target.open_circuits() == ["own"]
+
+
 @pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
 def test_canary_gets_its_share(share: float) -> None:
     _, route = portfolio(backend("old"), backend("new", canary=share))
