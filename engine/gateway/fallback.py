@@ -184,7 +184,7 @@ class Way:
             self.failure = failure
             return False
         if trouble == "context":
-            self._now = self._after("context") or self._after("error")
+            self._now = self._after("context") or self._after("error") or self._below(tier)
         elif trouble == "policy":
             self._now = self._after("policy")
         elif trouble == "lost":
@@ -208,6 +208,10 @@ class Way:
 
     def _after(self, what: str) -> list[Route]:
         return [route for route in self._routes if route.after == what]
+
+    def _below(self, tier: str) -> list[Route]:
+        """The routes of other tiers alone: those that the router ranked below."""
+        return [route for route in self._routes if all(target.backend.tier != tier for target in route.targets)]
 
 
 def _of_tier(routes: Iterable[Route], tier: str) -> list[Target]:

@@ -15,6 +15,7 @@ from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.governance.accounts import Limits
 from tokenmill.engine.gateway.governance.schema import SCHEMA
 from tokenmill.engine.gateway.money import Prices
+from tokenmill.engine.gateway.router.settings import EscalationSettings, RoutingSettings
 from tokenmill.engine.gateway.sensitivity.settings import SensitivitySettings
 from tokenmill.engine.gateway.settings import Settings
 from tokenmill.engine.gateway.store import Store
@@ -171,6 +172,33 @@ def test_a_prompt_that_is_too_long_goes_where_it_fits(
     status, headers, _ = gateway.post(CHAT, {"model": "small", "messages": talk, "act": {"small": said, "long": {}}})
     assert (status, headers["x-tokenmill-fallback"]) == (200, "long")
     assert asked(servers) == {"small": 1, "long": 1}
+
+
+@pytest.mark.parametrize("escalates", [False, True])
+def test_of_auto_a_prompt_that_is_too_long_goes_to_the_tiers_ranked_below(
+    servers: dict[str, FakeUpstream], escalates: bool
+) -> None:
+    names = ("small", "large", "long")
+    backends = [
+        Backend(name, servers[name].url, name, (name, "shared"), prices=Prices(price, price, price), quality=0.9,
+                capabilities=("logprobs",))
+        for price, name in enumerate(names, start=1)
+    ]  # fmt: skip
+    too_long = error(400, TOO_LONG, 400)
+    escalation = EscalationSettings("small", "large", 0.5) if escalates else None
+    with RunningGateway(*backends, routing=RoutingSettings(escalation=escalation)) as gateway:
+        body = {"model": "auto", "messages": [{"role": "user", "content": "hi"}]}
+        status, headers, _ = gateway.post(CHAT, {**body, "act": {"small": too_long, "large": too_long, "long": {}}})
+        assert (status, headers["x-tokenmill-tier"]) == (200, "long")
+        assert headers["x-tokenmill-reason"].startswith("failed over from small")
+        assert asked(servers) == {"small": 1, "large": 1, "long": 1}
+        status, _, answer = gateway.post(CHAT, {**body, "act": too_long})
+        assert (status, answer) == (400, too_long["body"].encode()), "the first tier's own words"
+        for model in ("small", "shared"):
+            for server in servers.values():
+                server.books = Books()
+            assert gateway.post(CHAT, {**body, "model": model, "act": too_long})[0] == 400
+            assert sum(asked(servers).values()) == 1, "what is asked for by name goes nowhere else"
 
 
 def test_a_prompt_that_cannot_fit_is_not_sent_first(servers: dict[str, FakeUpstream]) -> None:

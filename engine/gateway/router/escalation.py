@@ -136,7 +136,7 @@ def _without(routes: Sequence[Route], others: Sequence[Route]) -> list[Route]:
 def _another_may_do_better(reply: Reply | ApiError, exchange: Exchange) -> bool:
     if isinstance(reply, ApiError) or reply.status < 400 or exchange.target is None:
         return passes_on(reply.status)
-    return trouble_of(reply, exchange, exchange.target) == "failed"
+    return trouble_of(reply, exchange, exchange.target) in ("failed", "context")
 
 
 async def _instead(exchange: Exchange, proceed: Handler, routes: Sequence[Route], failed: Reply | ApiError) -> Reply:
