@@ -44,6 +44,10 @@ POSTED_WAIT_S = 0.005
 #: What made each version of the tables from the one before; both databases take the statements.
 CHANGES: Mapping[int, Sequence[str]] = {
     2: ("ALTER TABLE ledger ADD COLUMN kind TEXT NOT NULL DEFAULT 'answer'",),
+    3: (
+        "ALTER TABLE ledger ADD COLUMN accepted_draft_tokens BIGINT NOT NULL DEFAULT 0",
+        "ALTER TABLE ledger ADD COLUMN rejected_draft_tokens BIGINT NOT NULL DEFAULT 0",
+    ),
 }
 #: Version of the tables; a database made by a newer Tokenmill is refused, one by an older is changed.
 SCHEMA_VERSION = max(CHANGES)

@@ -1,5 +1,6 @@
 """Reads token counts out of answers on their way to the client."""
 
+import contextlib
 from typing import Any
 
 import msgspec
@@ -19,12 +20,31 @@ class _Details(msgspec.Struct):
     cached_tokens: int | None = 0
 
 
+class _CompletionDetails(msgspec.Struct):
+    """Of OpenAI's predicted outputs."""
+
+    accepted_prediction_tokens: int | None = 0
+    rejected_prediction_tokens: int | None = 0
+
+
+class _Speculation(msgspec.Struct):
+    """Of vLLM's draft model (`--per-request-spec-decode-metrics summary`)."""
+
+    num_accepted_draft_tokens: int = 0
+    num_draft_tokens: int = 0
+
+
+class _Metrics(msgspec.Struct):
+    speculative_decoding: _Speculation | None = None
+
+
 class _Tokens(msgspec.Struct):
     """The counts of completions, of responses (`input_tokens`), and of messages, which count cached tokens apart."""
 
     prompt_tokens: int | None = None
     completion_tokens: int | None = 0
     prompt_tokens_details: _Details | None = None
+    completion_tokens_details: _CompletionDetails | None = None
     input_tokens: int | None = None
     output_tokens: int | None = 0
     input_tokens_details: _Details | None = None
@@ -39,6 +59,8 @@ class _Response(msgspec.Struct):
 class _Holder(msgspec.Struct):
     usage: _Tokens | None = None
     response: _Response | None = None
+    #: A word that other servers may use for something else.
+    metrics: msgspec.Raw = msgspec.Raw()
 
 
 class _Chunk(msgspec.Struct):
@@ -48,6 +70,7 @@ class _Chunk(msgspec.Struct):
 
 _HOLDER = msgspec.json.Decoder(_Holder)
 _CHUNK = msgspec.json.Decoder(_Chunk)
+_METRICS = msgspec.json.Decoder(_Metrics)
 
 
 def read_usage(body: bytes, usage: Usage) -> None:
@@ -71,6 +94,20 @@ def read_usage(body: bytes, usage: Usage) -> None:
         return
     usage.prompt, usage.cached, usage.completion = _count(prompt), _count(cached), _count(completion)
     usage.exact = True
+    guessed = tokens.completion_tokens_details
+    if guessed is not None:
+        usage.accepted = _count(guessed.accepted_prediction_tokens)
+        usage.rejected = _count(guessed.rejected_prediction_tokens)
+    if holder.metrics:
+        _read_speculation(holder.metrics, usage)
+
+
+def _read_speculation(metrics: msgspec.Raw, usage: Usage) -> None:
+    with contextlib.suppress(msgspec.MsgspecError):
+        drafted = _METRICS.decode(metrics).speculative_decoding
+        if drafted is not None:
+            usage.accepted = _count(drafted.num_accepted_draft_tokens)
+            usage.rejected = _count(drafted.num_draft_tokens - drafted.num_accepted_draft_tokens)
 
 
 def _count(said: int | None) -> int:

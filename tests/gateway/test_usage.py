@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -72,6 +73,30 @@ def test_counts_of_every_api(answer: object, counts: tuple[int, int, int, bool])
     usage = Usage()
     read_usage(json.dumps(answer).encode(), usage)
     assert (usage.prompt, usage.cached, usage.completion, usage.exact) == counts
+
+
+@pytest.mark.parametrize(
+    ("answer", "speculative"),
+    [
+        ({"completion_tokens_details": {"accepted_prediction_tokens": 4, "rejected_prediction_tokens": 2}}, (4, 2)),
+        ({"completion_tokens_details": {"accepted_prediction_tokens": None}}, (0, 0)),
+        ({"completion_tokens_details": None}, (0, 0)),
+        ({"metrics": {"speculative_decoding": {"num_accepted_draft_tokens": 5, "num_draft_tokens": 8}}}, (5, 3)),
+        ({"metrics": {"speculative_decoding": None, "queue_time_ms": 1.5}}, (0, 0)),
+        ({"metrics": ["of another server"]}, (0, 0)),
+        ({"metrics": {"speculative_decoding": {"num_draft_tokens": "many"}}}, (0, 0)),
+        ({}, (0, 0)),
+    ],
+)
+def test_speculative_tokens_are_what_openai_and_vllm_state(
+    answer: dict[str, Any], speculative: tuple[int, int]
+) -> None:
+    said = {"prompt_tokens": 3, "completion_tokens": 7}
+    details = {name: answer.pop(name) for name in list(answer) if name.startswith("completion")}
+    usage = Usage()
+    read_usage(json.dumps({"usage": {**said, **details}, **answer}).encode(), usage)
+    assert (usage.prompt, usage.completion, usage.exact) == (3, 7, True)
+    assert (usage.accepted, usage.rejected) == speculative
 
 
 @pytest.mark.parametrize("gap", [b"\n\n", b"\r\n\r\n"])

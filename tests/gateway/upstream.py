@@ -8,6 +8,7 @@ It does what the request's own `act` field says, so that a test reads in one pla
     {"stream": true, "act": {"interval_s": 0.01}}    events 10 ms apart
     {"stream": true, "act": {"cut_after": 3}}        breaks the connection after 3 events
     {"act": {"cut_after": 0}}                        breaks the connection without an answer
+    {"act": {"metrics": {...}}}                      says this beside its usage, like vLLM
     {"act": {"echo": 3}}                             repeats the last message, in a stream 3 characters at a time
     {"logprobs": true, "act": {"logprob": -3.0}}     gives each token this log probability
     {"act": {"small": {...}, "large": {...}}}        does by its model's name
@@ -165,6 +166,8 @@ class FakeUpstream:
             "prompt_logprobs": None,
             "service_tier": None,
         }
+        if "metrics" in act:
+            answer["metrics"] = act["metrics"]
         if asked.get("logprobs") and "logprob" in act:
             answer["choices"][0]["logprobs"] = {"content": [{"token": "word", "logprob": act["logprob"]}] * completion}
         body = json.dumps(answer).encode()
@@ -194,19 +197,19 @@ class FakeUpstream:
             if "interval_s" in act:
                 await asyncio.sleep(act["interval_s"])
         if (asked.get("stream_options") or {}).get("include_usage"):
-            sent.append(await self._event(response, asked, [], self._usage(raw, chunks)))
+            more = {name: act[name] for name in ("metrics",) if name in act}
+            sent.append(await self._event(response, asked, [], {"usage": self._usage(raw, chunks), **more}))
         await response.write(b"data: [DONE]\n\n")
         self.books.sent.append(b"".join(sent) + b"data: [DONE]\n\n")
         await response.write_eof()
         return response
 
     async def _event(
-        self, response: web.StreamResponse, asked: dict[str, Any], choices: list[Any], usage: Any = None
+        self, response: web.StreamResponse, asked: dict[str, Any], choices: list[Any], more: Any = None
     ) -> bytes:
         kind = "chat.completion.chunk"
         event = {"id": "c", "object": kind, "created": 1, "model": asked.get("model"), "choices": choices}
-        if usage:
-            event["usage"] = usage
+        event.update(more or {})
         text = b"data: " + json.dumps(event).encode() + b"\n\n"
         await response.write(text)
         return text

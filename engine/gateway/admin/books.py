@@ -30,9 +30,13 @@ _SQL: Mapping[Column, str] = {
 _ANSWERS = "coalesce(sum(CASE WHEN kind = 'answer' THEN 1 ELSE 0 END), 0)"
 _SUMS = (
     f"{_ANSWERS}, coalesce(sum(prompt_tokens), 0), coalesce(sum(cached_tokens), 0), "
-    "coalesce(sum(completion_tokens), 0), coalesce(sum(cost), 0)"
+    "coalesce(sum(completion_tokens), 0), coalesce(sum(accepted_draft_tokens), 0), "
+    "coalesce(sum(rejected_draft_tokens), 0), coalesce(sum(cost), 0)"
 )
-SUM_NAMES = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "cost")
+SUM_NAMES = (
+    "requests", "prompt_tokens", "cached_tokens", "completion_tokens", "accepted_draft_tokens",
+    "rejected_draft_tokens", "cost",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

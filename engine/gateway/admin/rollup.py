@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tokenmill.engine.gateway.admin import tables
-from tokenmill.engine.gateway.admin.books import SUM_NAMES, Column, Span
+from tokenmill.engine.gateway.admin.books import Column, Span
 from tokenmill.engine.gateway.admin.books import sums as ledger_sums
 from tokenmill.engine.gateway.governance.service import Governance
 from tokenmill.engine.gateway.store import Connection, Store, now_ms
@@ -26,6 +26,8 @@ KEPT_HOURS = 32 * 24
 #: Seconds between two looks for an hour that is over, and between two hours where several are to be summed.
 EVERY_S, PAUSE_S = 60.0, 0.5
 _COLUMNS: tuple[Column, ...] = ("organisation", "team", "app", "tier")
+#: What is summed, of `books.SUM_NAMES`.
+SUM_NAMES = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "cost")
 
 
 class Rollup:
@@ -98,18 +100,14 @@ def summed_until(connection: Connection) -> int:
 
 
 def sums(connection: Connection, by: Column | None, since: int) -> list[dict[str, Any]]:
-    """Like `books.sums` by one of organisation, team, app and tier, or by nothing, from `since` to now."""
+    """`SUM_NAMES` like those of `books.sums`, by one of organisation, team, app and tier, or by nothing, since then."""
     first, until = -(-since // HOUR_MS), summed_until(connection)
     columns = () if by is None else (by,)
-    if until <= first:
-        return ledger_sums(connection, columns, Span(since))
-    head, tail = "" if by is None else f"{by}, ", "" if by is None else f" GROUP BY {by}"
-    total = ", ".join(f"coalesce(sum({name}), 0)" for name in SUM_NAMES)
-    query = f"SELECT {head}{total} FROM ledger_hours WHERE hour >= ?{tail}"  # noqa: S608 - our own column names
-    hours = [
-        dict(zip((*columns, *SUM_NAMES), row, strict=True)) for row in connection.execute(query, (first,)).fetchall()
-    ]
-    edges = [Span(since, first * HOUR_MS), Span(until * HOUR_MS)]
+    hours: list[dict[str, Any]] = []
+    edges = [Span(since)]
+    if until > first:
+        hours = _sums_of_hours(connection, columns, first)
+        edges = [Span(since, first * HOUR_MS), Span(until * HOUR_MS)]
     merged: dict[str, dict[str, Any]] = {}
     for row in (*hours, *(row for span in edges for row in ledger_sums(connection, columns, span))):
         name = "" if by is None else row[by] or ""
@@ -117,6 +115,15 @@ def sums(connection: Connection, by: Column | None, since: int) -> list[dict[str
         for field in SUM_NAMES:
             known[field] += int(row[field])
     return sorted(merged.values(), key=lambda row: (-row["cost"], -row["requests"]))
+
+
+def _sums_of_hours(connection: Connection, columns: Sequence[Column], first: int) -> list[dict[str, Any]]:
+    by = ", ".join(columns)
+    head, tail = (f"{by}, ", f" GROUP BY {by}") if by else ("", "")
+    total = ", ".join(f"coalesce(sum({name}), 0)" for name in SUM_NAMES)
+    query = f"SELECT {head}{total} FROM ledger_hours WHERE hour >= ?{tail}"  # noqa: S608 - our own column names
+    rows = connection.execute(query, (first,)).fetchall()
+    return [dict(zip((*columns, *SUM_NAMES), row, strict=True)) for row in rows]
 
 
 def _hours(first: int, end: int) -> Span:

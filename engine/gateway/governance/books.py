@@ -37,7 +37,8 @@ _FAR = 1 << 62
 _RESERVATION = "call, worker, amount, prompt_bound, completion_bound, chain, request_id, model, tier, started_at"
 _LEDGER = (
     "call, request_id, key_id, app, team, organisation, tier, backend, model, prompt_tokens, cached_tokens, "
-    "completion_tokens, exact, cost, excess, outcome, status, attempts, started_at, ended_at, kind"
+    "completion_tokens, exact, cost, excess, outcome, status, attempts, started_at, ended_at, kind, "
+    "accepted_draft_tokens, rejected_draft_tokens"
 )
 
 
@@ -211,6 +212,8 @@ class _Books:
                     started_at,
                     self._now,
                     part.kind,
+                    part.accepted,
+                    part.rejected,
                 )
             )
         self._ledger.append(
@@ -233,6 +236,8 @@ class _Books:
                 started_at,
                 self._now,
                 ANSWER,
+                spending.accepted,
+                spending.rejected,
             )
         )
         return True

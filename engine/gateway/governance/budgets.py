@@ -40,6 +40,7 @@ class Part(NamedTuple):
     Attributes:
         kind: `escalated-from`: its answer was not sure enough; `failed`: it gave none, but may have done the work.
         status: Of its answer; 0: there was none.
+        accepted, rejected: See `pipeline.Usage`.
     """
 
     kind: Literal["escalated-from", "failed"]
@@ -51,6 +52,8 @@ class Part(NamedTuple):
     exact: bool
     cost: int
     status: int
+    accepted: int = 0
+    rejected: int = 0
 
 
 class Spending(NamedTuple):
@@ -63,6 +66,7 @@ class Spending(NamedTuple):
         cost: What that call cost; what all cost is charged up to the amount reserved.
         attempts: Calls, those that cost nothing included.
         others: The other calls that cost something.
+        accepted, rejected: See `pipeline.Usage`.
     """
 
     backend: str
@@ -76,6 +80,8 @@ class Spending(NamedTuple):
     status: int
     attempts: int
     others: tuple[Part, ...] = ()
+    accepted: int = 0
+    rejected: int = 0
 
     @property
     def total(self) -> int:

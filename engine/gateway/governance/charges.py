@@ -59,6 +59,8 @@ def spending(exchange: Exchange, bound_at: Callable[[Target], Bound]) -> Spendin
         exchange.status,
         len(calls),
         _parts(exchange, answering, bound_at) if len(calls) > 1 else (),
+        usage.accepted,
+        usage.rejected,
     )
 
 
@@ -84,7 +86,7 @@ def _parts(exchange: Exchange, answering: Call, bound_at: Callable[[Target], Bou
             kind: Literal["escalated-from", "failed"] = "escalated-from" if escalated and call.status else "failed"
             parts.append(
                 Part(kind, backend.name, backend.tier, usage.prompt, usage.cached, usage.completion, usage.exact, cost,
-                     call.status)
+                     call.status, usage.accepted, usage.rejected)
             )  # fmt: skip
     return tuple(parts)
 

@@ -61,7 +61,9 @@ CREATE TABLE windows (
 #: more for every other call that cost something, by its kind (`budgets.Part`), with its own backend, tokens, cost and
 #: status, no attempts, and all else like the request's. So sums by whatever column agree, and requests are the rows of
 #: the kind `answer`. `exact`: the backend counted the tokens; otherwise they are what was seen or bounds. `cost` is
-#: what was charged, `excess` what the calls cost above the reservation: nobody is charged for it.
+#: what was charged, `excess` what the calls cost above the reservation: nobody is charged for it. Draft tokens were
+#: guessed before the model made them, by a draft model or the client, as far as the backend says so; those accepted are
+#: among the completion's.
 LEDGER = """
 CREATE TABLE ledger (
     call TEXT PRIMARY KEY,
@@ -84,7 +86,9 @@ CREATE TABLE ledger (
     attempts INTEGER NOT NULL,
     started_at BIGINT NOT NULL,
     ended_at BIGINT NOT NULL,
-    kind TEXT NOT NULL DEFAULT 'answer'
+    kind TEXT NOT NULL DEFAULT 'answer',
+    accepted_draft_tokens BIGINT NOT NULL DEFAULT 0,
+    rejected_draft_tokens BIGINT NOT NULL DEFAULT 0
 )"""
 #: Every change by an administrator and every rule that took effect; each row's hash covers the row before it.
 AUDIT = """

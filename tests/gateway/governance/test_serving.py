@@ -15,6 +15,7 @@ from tests.gateway.governance.conftest import KINDS, new_place
 from tests.gateway.governance.governed import CHAT, MASTER_KEY, Governed, options
 from tests.gateway.running import RunningGateway, wait_until
 from tests.gateway.upstream import FakeUpstream
+from tokenmill.engine.gateway.admin.books import sums as ledger_sums
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.governance import accounts, audit, keys
 from tokenmill.engine.gateway.governance.accounts import Limits
@@ -132,6 +133,17 @@ def test_charged_what_the_backend_counted(governed: Governed, upstream: FakeUpst
         assert (governed.account(account).spent, governed.account(account).reserved) == (cost, 0)
     assert headers["x-tokenmill-key-spend"] == ("0.00000000" if stream else f"{cost / 1e8:.8f}")
     assert headers.get("x-tokenmill-cost") == (None if stream else f"{cost / 1e8:.8f}")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_speculative_tokens_are_in_the_ledger(governed: Governed, stream: bool) -> None:
+    key_id, key = governed.key()
+    metrics = {"speculative_decoding": {"num_accepted_draft_tokens": 3, "num_draft_tokens": 8}}
+    body = {"model": "tiny", "max_tokens": 5, "stream": stream, "act": {"metrics": metrics}}
+    assert governed.ask(key, body)[0] == 200
+    settled(governed, key_id)
+    (total,) = ledger_sums(governed.store.reader, (), conditions={"key": key_id})
+    assert (total["completion_tokens"], total["accepted_draft_tokens"], total["rejected_draft_tokens"]) == (5, 3, 5)
 
 
 def test_usage_that_nobody_asked_for_is_hidden(governed: Governed, upstream: FakeUpstream) -> None:
