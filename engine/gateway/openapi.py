@@ -25,7 +25,7 @@ INFERENCE_PATHS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "/v1/score": ("Similarity of texts.", {"text_1": {"type": "string"}, "text_2": {"type": "string"}}),
     "/v1/tokenmill/route": (
-        "Explains where the router would send a chat completion with this body, without asking a model.",
+        "Explains where a request with this body would go, without asking a model.",
         {"messages": {"type": "array", "items": {"type": "object"}}},
     ),
     "/v1/responses": ("A response in OpenAI's newer API.", {"input": {"type": "string"}}),

@@ -16,7 +16,7 @@ from tokenmill.engine.gateway.decision import Decision
 from tokenmill.engine.gateway.fallback import fitting
 from tokenmill.engine.gateway.hints import hints_of, strip
 from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply
-from tokenmill.engine.gateway.portfolio import Portfolio, Route
+from tokenmill.engine.gateway.portfolio import Portfolio, Route, Target
 from tokenmill.engine.gateway.router.burst import by_preference, spread
 from tokenmill.engine.gateway.router.classifier import bundled, complexity
 from tokenmill.engine.gateway.router.criteria import Question, ranked, reasons
@@ -67,15 +67,15 @@ class Router:
     async def handle(self, exchange: Exchange, proceed: Handler) -> Reply:
         """See `pipeline.Stage`."""
         strip(exchange)
-        if exchange.endpoint == DRY_RUN:
-            return self._dry_run(exchange)
         wanted = self._portfolio.settings.default_model if exchange.model is None else exchange.model
+        if exchange.endpoint == DRY_RUN:
+            exchange.endpoint = _endpoint(exchange.query) or "/v1/chat/completions"
+            return self._dry_run(exchange, wanted)
         if wanted == self._settings.name:
             self._decide(exchange)
         else:
             hints_of(exchange)  # a hint that cannot be meant is refused for every model alike
-            named = fitting(self._portfolio.routes(exchange.model, exchange.principal), exchange)
-            exchange.routes = [self._in_order(route) for route in named]
+            exchange.routes = self._named(exchange)
         exchange.on_end(self._observed.learn)
         reply = await proceed(exchange)
         _explain(reply, exchange)
@@ -138,9 +138,14 @@ class Router:
                 return settings.then if most is None or order[0].cost + option.cost <= most else None
         return None
 
-    def _in_order(self, route: Route) -> Route:
-        group = self._groups.of(route.targets)
-        return spread(route, group, by_preference(group, self._settings))
+    def _named(self, exchange: Exchange) -> list[Route]:
+        """The routes of what was asked for by name, the nearest zones first."""
+        of, settings = self._groups.of, self._settings
+        routes = []
+        for route in fitting(self._portfolio.routes(exchange.model, exchange.principal), exchange):
+            group = of(route.targets)
+            routes.append(spread(route, group, by_preference(group, settings)))
+        return routes
 
     def _nobody(self, exchange: Exchange, question: Question) -> ApiError:
         reasons = question.refused.values()
@@ -156,32 +161,53 @@ class Router:
             return ApiError(403, f"This key may use no tier: {described(question.refused)}.", code="model_not_allowed")
         return ApiError(400, f"No tier can take this request: {described(question.refused)}.", code="no_tier")
 
-    def _dry_run(self, exchange: Exchange) -> Reply:
+    def _dry_run(self, exchange: Exchange, wanted: str | None) -> Reply:
         """Explains without asking any model; the body is that of the request in question."""
-        exchange.endpoint = _endpoint(exchange.query) or "/v1/chat/completions"
         question, options = self._question(exchange)
-        order = ranked(question, options)
-        clearance = clearance_of(exchange)
+        clearance, decision, refused = question.clearance, None, question.refused
+        if wanted == self._settings.name:
+            order = ranked(question, options)
+            routes: Sequence[Route] = [option.route for option in order]
+            decision = self._decision(question, order) if order else None
+        else:
+            named = self._named(exchange)
+            routes = named if clearance is None else clearance.narrow(named)
+            lost = _tiers(named) - _tiers(routes)
+            refused = dict.fromkeys(sorted(lost), f"sensitivity: {clearance.why}") if clearance else {}
         answer: dict[str, Any] = {
             "object": "tokenmill.route",
             "endpoint": exchange.endpoint,
+            "model": wanted,
             "features": {name: round(value, 4) for name, value in question.features.values.items()},
             "complexity": round(question.complexity, 4),
             "prompt_tokens": question.features.prompt_tokens,
             "sensitivity": clearance.described() if clearance else None,
-            "decision": None,
-            "refused": question.refused,
-            "backends": [],
+            "decision": None if decision is None else {**msgspec.to_builtins(decision), "cost": decision.cost},
+            "reason": _reason(decision) if routes else None,
+            "refused": refused,
+            "backends": [_shown(target, route) for route in routes for target in _in_turn(route)],
         }
-        if order:
-            decision = self._decision(question, order)
-            answer["decision"] = {**msgspec.to_builtins(decision), "cost": decision.cost}
-            answer["backends"] = [
-                {"tier": target.backend.tier, "backend": target.backend.name, "zone": target.backend.zone}
-                for route in [option.route for option in order]
-                for target in route.targets
-            ]
         return Reply(200, [JSON], orjson.dumps(answer))
+
+
+def _tiers(routes: Sequence[Route]) -> set[str]:
+    return {target.backend.tier for route in routes for target in route.targets}
+
+
+def _in_turn(route: Route) -> Sequence[Target]:
+    """A route's backends, canaries last."""
+    return [*(target for part in route.parts for target in part), *route.canaries]
+
+
+def _shown(target: Target, route: Route) -> dict[str, Any]:
+    backend = target.backend
+    return {
+        "tier": backend.tier,
+        "backend": backend.name,
+        "zone": backend.zone,
+        "canary": target.canary,
+        "after": route.after or None,
+    }
 
 
 def _endpoint(query: bytes) -> str | None:
@@ -192,18 +218,21 @@ def _endpoint(query: bytes) -> str | None:
     return None
 
 
+def _reason(decision: Decision | None) -> str:
+    if decision is None:
+        return "asked for by name"
+    return "; ".join([f"{one.criterion}: {one.verdict}" for one in decision.reasons])
+
+
 def _explain(reply: Reply, exchange: Exchange) -> None:
     """Says in the answer's headers where it came from and why."""
     target, decision = exchange.target, exchange.decision
     if target is None:
         return
-    if decision is None:
-        reason = "asked for by name"
-    else:
-        reason = "; ".join([f"{one.criterion}: {one.verdict}" for one in decision.reasons])
-        if target.backend.tier != decision.tier:
-            escalated = (exchange.notes.get("escalation") or {}).get("escalated")
-            reason = f"{'escalated' if escalated else 'failed over'} from {decision.tier}; {reason}"
+    reason = _reason(decision)
+    if decision is not None and target.backend.tier != decision.tier:
+        escalated = (exchange.notes.get("escalation") or {}).get("escalated")
+        reason = f"{'escalated' if escalated else 'failed over'} from {decision.tier}; {reason}"
     reply.headers = [
         *reply.headers,
         (b"x-tokenmill-tier", target.backend.tier.encode()),

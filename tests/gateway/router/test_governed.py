@@ -127,6 +127,12 @@ def test_the_dry_run_needs_a_key_and_costs_nothing(gateway: RunningGateway) -> N
     assert (status, body["decision"]["tier"]) == (200, "utility")
     assert spent(gateway, key) == 0
     assert gateway.post("/v1/tokenmill/route", asked, authorization="Bearer sk-wrong")[0] == 401
+    status, _, body = post(gateway, "/v1/tokenmill/route", {**asked, "model": "large"}, key)
+    assert (status, [one["backend"] for one in body["backends"]]) == (200, ["large"])
+    for model in ("large", "reasoning"):
+        bound = new_key(gateway, models=["auto", "utility"])
+        status, _, body = post(gateway, "/v1/tokenmill/route", {**asked, "model": model}, bound)
+        assert (status, body["error"]["code"]) == (403, "model_not_allowed")
 
 
 HARD = "Prove it step by step, explain why it must hold, compare both proofs and design an algorithm. " * 5

@@ -40,7 +40,7 @@ class Factory:
             sensitivity=SensitivitySettings(),
         )  # fmt: skip
 
-    def ask(self, text: str = EASY, path: str = "/v1/chat/completions", model: str = "auto", **more: Any) -> Any:
+    def ask(self, text: str = EASY, path: str = "/v1/chat/completions", model: str | None = "auto", **more: Any) -> Any:
         headers = more.pop("headers", {})
         body = {"model": model, "messages": [{"role": "user", "content": text}], **more}
         return self.gateway.post(path, body, **headers)
@@ -173,9 +173,28 @@ def test_the_dry_run_asks_nobody(factory: Factory) -> None:
     assert said["sensitivity"]["kinds"] == {"credit_card": 1}
     assert [one["zone"] for one in said["backends"]] == ["on-premises", "on-premises"]
     assert "4111" not in json.dumps(said)
-    said = factory.gateway.post("/v1/tokenmill/route?endpoint=/v1/embeddings", {"input": "a"})
+    said = factory.gateway.post("/v1/tokenmill/route?endpoint=/v1/embeddings", {"model": "auto", "input": "a"})
     assert json.loads(said[2])["decision"]["tier"] == "embedding"
     assert not any(upstream.books.requests for upstream in (factory.small, factory.large, factory.cloud))
+
+
+def test_the_dry_run_goes_where_the_request_itself_would(factory: Factory) -> None:
+    card = "My card is 4111 1111 1111 1111."
+    for model, text in (("auto", EASY), ("auto", HARD), ("small", HARD), ("utility", HARD), ("vast", EASY),
+                        ("frontier", EASY), ("small", card)):  # fmt: skip
+        said = factory.explained(text, model=model)
+        status, headers, _ = factory.ask(text, model=model)
+        assert status == 200
+        assert (said["model"], said["backends"][0]["tier"]) == (model, headers["x-tokenmill-tier"])
+        assert said["backends"][0]["backend"] == headers["x-tokenmill-backend"]
+        assert said["reason"] == headers["x-tokenmill-reason"]
+        assert (said["decision"] is None) == (model != "auto")
+    said = factory.explained(card, model="vast")
+    assert (said["backends"], said["reason"], list(said["refused"])) == ([], None, ["frontier"])
+    assert factory.ask(card, model="vast")[0] == 403
+    for model in ("nothing", None):
+        status, _, body = factory.ask(EASY, model=model, path="/v1/tokenmill/route")
+        assert (status, body) == (404 if model else 400, factory.ask(EASY, model=model)[2])
 
 
 def test_hints_are_checked_and_their_headers_end_here(factory: Factory) -> None:
