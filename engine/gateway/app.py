@@ -48,6 +48,8 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 #: Inference paths outside /v1 that vLLM has too.
 BARE_PATHS = frozenset({"/rerank", "/v2/rerank", "/score", "/pooling", "/classify", "/tokenize", "/detokenize"})
+#: A body whose length has no more digits is read before it is known whose it is.
+_SHORT_DIGITS = 5
 #: What may stand in a path that is passed on: nothing that another server could read as another path.
 _PASSED_PATH = re.compile(r"/v1(/[A-Za-z0-9_~:@-][A-Za-z0-9_.~:@-]*)+")
 _MODEL_PREFIX = "/v1/models/"
@@ -204,6 +206,10 @@ class Gateway:
 
     async def _inference(self, scope: Scope, fields: Fields, receive: Receive, send: Send, identity: str) -> None:
         started = time.perf_counter()
+        length = fields.get(b"content-length")
+        if self._identify is not None and (length is None or len(length) > _SHORT_DIGITS):
+            # Who may ask for nothing has nothing kept in memory; a short body came with the head.
+            self._identify(fields)
         payload = await read_body(receive, fields, self.settings)
         exchange = await exchange_of(scope, fields, payload, identity, started)
         hangup = _Hangup(scope)

@@ -156,7 +156,7 @@ class Cycle:
     # What the application calls.
 
     async def receive(self) -> Message:
-        """See ASGI."""
+        """See ASGI. A body that pauses for longer than `body_timeout_s` raises `TimeoutError`."""
         connection = self._connection
         if self._expects:
             self._expects = False
@@ -165,7 +165,11 @@ class Cycle:
             connection.read_on()
             self._waiter = connection.loop.create_future()
             try:
-                await self._waiter
+                if self._taken:
+                    await self._waiter
+                else:
+                    async with asyncio.timeout(connection.settings.body_timeout_s):
+                        await self._waiter
             finally:
                 self._waiter = None
         if self._gone or self.complete:

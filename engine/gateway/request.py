@@ -3,6 +3,7 @@
 import asyncio
 import random
 import re
+import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
@@ -58,45 +59,46 @@ async def read_body(receive: Receive, fields: Fields, settings: Settings) -> byt
         settings: Limits.
 
     Raises:
-        ApiError: 413 when it is too long, 408 when the client pauses too long.
+        ApiError: 413 when it is too long, 408 when the client pauses too long or is too slow in all.
         ClientGoneError: it hung up.
     """
     limit = settings.max_body_bytes
     if int(fields.get(b"content-length", 0)) > limit * DRAINED:
         raise _too_long(limit)
-    message = await receive()
-    if message["type"] == "http.disconnect":
-        raise ClientGoneError
-    first: bytes = message.get("body", b"")
-    if not message.get("more_body"):
-        if len(first) > limit:
-            raise _too_long(limit)
-        return first
-    parts = [first]
-    size = len(first)
-    while message.get("more_body"):
-        try:
-            async with asyncio.timeout(settings.body_timeout_s):
-                message = await receive()
-        except TimeoutError:
-            raise ApiError(
-                408,
-                f"The request body paused for more than {settings.body_timeout_s:g} s.",
-                code="timeout",
-                headers=[(b"connection", b"close")],
-            ) from None
+    try:
+        message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientGoneError
-        part: bytes = message.get("body", b"")
-        size += len(part)
-        if size <= limit:
-            parts.append(part)
-        elif size > limit * DRAINED:
-            break
+        first: bytes = message.get("body", b"")
+        if not message.get("more_body"):
+            if len(first) > limit:
+                raise _too_long(limit)
+            return first
+        parts = [first]
+        size = len(first)
+        begun = time.monotonic()
+        while message.get("more_body"):
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGoneError
+            part: bytes = message.get("body", b"")
+            size += len(part)
+            if size <= limit:
+                parts.append(part)
+            elif size > limit * DRAINED:
+                break
+            if time.monotonic() - begun > settings.body_timeout_s + size / settings.body_bytes_per_s:
+                raise _too_slow(f"came at fewer than {settings.body_bytes_per_s} bytes a second")
+    except TimeoutError:
+        raise _too_slow(f"paused for more than {settings.body_timeout_s:g} s") from None
     if size > limit:
         raise _too_long(limit)
     # In a thread: that many bytes are joined without the interpreter, and other requests run meanwhile.
     return await asyncio.to_thread(b"".join, parts) if size > JOINED_HERE_BYTES else b"".join(parts)
+
+
+def _too_slow(how: str) -> ApiError:
+    return ApiError(408, f"The request body {how}.", code="timeout", headers=[(b"connection", b"close")])
 
 
 def _too_long(limit: int) -> ApiError:

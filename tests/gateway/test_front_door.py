@@ -1,0 +1,87 @@
+"""What happens before a request is understood: who may send a long body, how slowly, to which paths, with which key."""
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.gateway.governance.governed import CHAT, MASTER_KEY, options
+from tests.gateway.running import RunningGateway, read_all
+from tests.gateway.upstream import FakeUpstream
+from tokenmill.engine.gateway.backends import Backend
+from tokenmill.engine.gateway.settings import Settings
+
+BODY = json.dumps({"model": "tiny", "messages": []}).encode()
+
+
+@pytest.fixture(scope="module")
+def door(shared_upstream: FakeUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
+    store = tmp_path_factory.mktemp("door") / "gateway.db"
+    backend = Backend("a", shared_upstream.url, "utility", api_key="the-backends-own")
+    settings = Settings(probe_interval_s=0.1, body_timeout_s=0.5)
+    with RunningGateway(backend, settings=settings, governance=options(str(store)), key=MASTER_KEY) as gateway:
+        yield gateway
+
+
+def head(key: str, *more: str) -> bytes:
+    """The head of a chat completion."""
+    lines = (f"POST {CHAT} HTTP/1.1", "host: a", f"authorization: Bearer {key}", *more)
+    return "".join(line + "\r\n" for line in lines).encode() + b"\r\n"
+
+
+@pytest.mark.parametrize("framing", ["content-length: 60000000", "transfer-encoding: chunked"])
+def test_nobody_has_a_long_body_read(door: RunningGateway, framing: str) -> None:
+    for expects in ((), ("expect: 100-continue",)):
+        with socket.create_connection(("127.0.0.1", door.port), timeout=10) as connection:
+            connection.sendall(head("sk-nobody", framing, *expects))
+            # It has not sent anything of the body, and gets its answer.
+            assert connection.recv(65_536).startswith(b"HTTP/1.1 401 ")
+
+
+def test_an_answer_before_the_body_leaves_a_connection_in_order(door: RunningGateway, upstream: FakeUpstream) -> None:
+    long = b"x" * 3_000_000
+    refused = head("sk-nobody", f"content-length: {len(long)}") + long
+    served = head(MASTER_KEY, f"content-length: {len(BODY)}", "connection: close") + BODY
+    answer = door.raw(refused + served)
+    assert (answer.count(b"HTTP/1.1 401 "), answer.count(b"HTTP/1.1 200 ")) == (1, 1)
+    assert len(upstream.books.requests) == 1
+
+
+def test_a_body_that_does_not_come_is_408(door: RunningGateway, upstream: FakeUpstream) -> None:
+    answer = door.raw(head(MASTER_KEY, f"content-length: {len(BODY)}"))
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"paused" in answer
+    assert not upstream.books.requests
+
+
+def test_a_body_that_drips_is_408(door: RunningGateway, upstream: FakeUpstream) -> None:
+    with socket.create_connection(("127.0.0.1", door.port), timeout=20) as connection:
+        connection.sendall(head(MASTER_KEY, f"content-length: {len(BODY) + 1000}") + BODY)
+        connection.settimeout(0.1)
+        answer = b""
+        for _ in range(200):  # each pause is shorter than what is allowed
+            try:
+                connection.sendall(b" ")
+                answer = connection.recv(65_536)
+                break
+            except TimeoutError:
+                continue
+        connection.settimeout(20)
+        answer += read_all(connection)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"bytes a second" in answer
+    assert not upstream.books.requests
+
+
+def test_a_body_that_is_slow_and_not_too_slow_arrives(door: RunningGateway, upstream: FakeUpstream) -> None:
+    padding = b" " * 2000
+    body = BODY + padding
+    with socket.create_connection(("127.0.0.1", door.port), timeout=20) as connection:
+        connection.sendall(head(MASTER_KEY, f"content-length: {len(body)}", "connection: close"))
+        for start in range(0, len(body), 300):
+            connection.sendall(body[start : start + 300])
+            time.sleep(0.1)
+        assert read_all(connection).startswith(b"HTTP/1.1 200 ")
+    assert upstream.books.requests[0][2] == body
