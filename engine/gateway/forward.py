@@ -162,7 +162,7 @@ class Forwarder:
         call.status = reply.status
         if reply.chunks is not None:
             hidden = HiddenUsage() if counting is not None and _is_event_stream(reply) else None
-            reply.chunks = _relay(reply.chunks, lease, StreamUsage(call.usage), hidden)
+            reply.chunks = _relay(reply.chunks, lease, StreamUsage(call.usage, target.event_tokens(route.model)), hidden)
         elif reply.status < 400 and reply.body is not None:
             read_usage(reply.body, call.usage)
         return reply

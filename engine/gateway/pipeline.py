@@ -51,7 +51,7 @@ class Usage:
         prompt: Prompt tokens; cached ones included.
         cached: Prompt tokens that the backend had cached.
         completion: Generated tokens.
-        exact: The backend said so. Otherwise `completion` counts the stream's events, a lower bound.
+        exact: The backend said so. Otherwise `completion` is worked out from the stream's events (`event_tokens`).
         accepted, rejected: Tokens that were guessed before the model made them, by a draft model or the client, as far
             as the backend says so: right guesses, which are among `completion`, and wrong ones.
     """

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from tokenmill.engine.gateway.api_error import ApiError, model_not_found, unavailable
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.breaker import Breaker
+from tokenmill.engine.gateway.event_tokens import EventTokens
 from tokenmill.engine.gateway.pace import Pace, share
 from tokenmill.engine.gateway.principal import Principal
 from tokenmill.engine.gateway.settings import Settings
@@ -46,6 +47,7 @@ class Target:
         self.reason = "not probed yet"
         self._settings = settings
         self._breakers: dict[str | None, Breaker] = {}
+        self._event_tokens: dict[str | None, EventTokens] = {}
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -64,6 +66,14 @@ class Target:
         if found is None:
             found = Breaker(self._settings.breaker_failures, self._settings.breaker_cooldown_s)
             self._breakers[name] = found
+        return found
+
+    def event_tokens(self, model: str | None) -> EventTokens:
+        """What an event of one model's streams holds here; the model as for `breaker`."""
+        name = self.own_model(model)
+        found = self._event_tokens.get(name)
+        if found is None:
+            found = self._event_tokens[name] = EventTokens()
         return found
 
     def open_circuits(self) -> list[str]:

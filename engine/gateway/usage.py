@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 
 from tokenmill.engine.gateway import sse
+from tokenmill.engine.gateway.event_tokens import EventTokens
 from tokenmill.engine.gateway.pipeline import Exchange, Usage
 
 #: The usage event is the last but `[DONE]` and short: this much of a stream's end always holds it.
@@ -134,13 +135,15 @@ class StreamUsage:
     """A tap on a stream of server-sent events: counts events, and at the end looks for the usage in its tail.
 
     Args:
-        usage: Filled in; `completion` counts events while the stream runs, for streams that never say.
+        usage: Filled in; `completion` counts events while the stream runs.
+        known: What an event of this backend's model holds: learned from streams that say, for those that never do.
     """
 
-    __slots__ = ("_tail", "_usage")
+    __slots__ = ("_known", "_tail", "_usage")
 
-    def __init__(self, usage: Usage) -> None:
+    def __init__(self, usage: Usage, known: EventTokens) -> None:
         self._usage = usage
+        self._known = known
         self._tail = b""
 
     def feed(self, chunk: bytes) -> None:
@@ -150,11 +153,16 @@ class StreamUsage:
 
     def finish(self) -> None:
         """The stream has ended."""
+        usage, events = self._usage, self._usage.completion
         for line in reversed(self._tail.splitlines()):
             if line.startswith(b"data:") and b'"usage"' in line:
-                read_usage(line[5:], self._usage)
-                if self._usage.exact:
+                read_usage(line[5:], usage)
+                if usage.exact:
+                    # Neither the usage alone nor the end is an event with tokens.
+                    empty = _is_usage_alone(line) + (b"data: [DONE]" in self._tail)
+                    self._known.learn(events - empty, usage.completion)
                     return
+        usage.completion = self._known.estimate(events, self._tail)
 
 
 class HiddenUsage:

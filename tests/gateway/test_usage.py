@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tokenmill.engine.gateway.event_tokens import EventTokens
 from tokenmill.engine.gateway.pipeline import Usage
 from tokenmill.engine.gateway.usage import HiddenUsage, StreamUsage, read_usage
 
@@ -102,7 +103,7 @@ def test_speculative_tokens_are_what_openai_and_vllm_state(
 @pytest.mark.parametrize("gap", [b"\n\n", b"\r\n\r\n"])
 def test_stream_counts_events_until_it_is_told(gap: bytes) -> None:
     usage = Usage()
-    tap = StreamUsage(usage)
+    tap = StreamUsage(usage, EventTokens())
     for _ in range(3):
         tap.feed(KEPT[0] + gap)
     tap.finish()
@@ -110,3 +111,62 @@ def test_stream_counts_events_until_it_is_told(gap: bytes) -> None:
     tap.feed(USAGE + gap + b"data: [DONE]" + gap)
     tap.finish()
     assert (usage.prompt, usage.completion, usage.exact) == (3, 2, True)
+
+
+def streamed(known: EventTokens, *events: bytes) -> int:
+    """The completion tokens of a stream, in chunks of one event."""
+    usage = Usage()
+    tap = StreamUsage(usage, known)
+    for event in events:
+        tap.feed(event + b"\n\n")
+    tap.finish()
+    return usage.completion
+
+
+def content(text: str) -> bytes:
+    return b"data: " + json.dumps({"choices": [{"index": 0, "delta": {"content": text}}]}).encode()
+
+
+def counted(tokens: int) -> bytes:
+    usage = {"prompt_tokens": 1, "completion_tokens": tokens}
+    return b"data: " + json.dumps({"choices": [], "usage": usage}).encode()
+
+
+ROLE = b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}'
+
+
+@pytest.mark.parametrize(
+    ("first", "end"), [((), ()), ((ROLE,), ()), ((), (b"data: [DONE]",)), ((ROLE,), (b"data: [DONE]",))]
+)
+def test_cut_stream_is_one_token_an_event_where_that_is_so(first: tuple[bytes, ...], end: tuple[bytes, ...]) -> None:
+    known = EventTokens()
+    for tokens in (1, 40, 3000, 5000, 7):
+        assert streamed(known, *first, *[content("w ")] * tokens, counted(tokens), *end) == tokens
+        assert streamed(known, *[content("w ")] * 19) == 19
+
+
+def test_cut_stream_counts_what_an_event_held_in_others() -> None:
+    known = EventTokens()
+    text = "ten tokens of which each is short, "
+    assert streamed(known, *[content(text)] * 19) == -(-19 * len(text) // 4)
+    assert streamed(known, *[content(text)] * 20, counted(200), b"data: [DONE]") == 200
+    assert streamed(known, *[content(text)] * 19) == 190
+    assert streamed(known, *[content("w ")] * 3) == 30
+    # The server was started anew, with an event for each token.
+    for _ in range(60):
+        streamed(known, *[content("w ")] * 1000, counted(1000), b"data: [DONE]")
+    assert streamed(known, *[content("w ")] * 50) in (50, 51)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        b'data: {"choices":[{"delta":{"reasoning_content":"%s"}}]}',
+        b'data: {"choices":[{"delta":{"tool_calls":[{"index":0,"function":{"arguments":"%s"}}]}}]}',
+        b'data: {"choices":[{"text":"%s","logprobs":{"content":[{"token":"x"}]}}]}',
+        b'event: response.output_text.delta\r\ndata: {"type":"response.output_text.delta","delta":"%s"}',
+    ],
+)
+def test_unknown_server_is_estimated_by_its_text(event: bytes) -> None:
+    assert streamed(EventTokens(), *[event % (b"x" * 40)] * 6, b'data: {"choices') == 7 * 10
+    assert streamed(EventTokens(), *[event % (b"x" * 8)] * 6) == 6

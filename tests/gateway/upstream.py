@@ -6,8 +6,12 @@ It does what the request's own `act` field says, so that a test reads in one pla
     {"act": {"until_open": 16}}                      answers once 16 requests have been open together
     {"stream": true, "act": {"chunks": 50}}          50 events at once, then usage and [DONE]
     {"stream": true, "act": {"interval_s": 0.01}}    events 10 ms apart
+    {"stream": true, "act": {"tokens": 200}}         says that its events held 200 tokens
     {"stream": true, "act": {"cut_after": 3}}        breaks the connection after 3 events
     {"act": {"cut_after": 0}}                        breaks the connection without an answer
+    {"stream": true, "act": {"head_s": 1}}           sends the head, and the events after a second
+    {"stream": true, "act": {"cut_head": true}}      breaks the connection after the head, and that second
+    {"stream": true, "act": {"error": {...}}}        sends this error after the events
     {"act": {"metrics": {...}}}                      says this beside its usage, like vLLM
     {"act": {"echo": 3}}                             repeats the last message, in a stream 3 characters at a time
     {"logprobs": true, "act": {"logprob": -3.0}}     gives each token this log probability
@@ -61,6 +65,8 @@ class FakeUpstream:
         self.models = models
         self.books = Books()
         self.healthy = True
+        #: What it says about itself at /metrics; None: there is no such page.
+        self.metrics: bytes | None = None
         self.port = port
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -95,6 +101,7 @@ class FakeUpstream:
     async def _start(self) -> None:
         application = web.Application(client_max_size=256 * 1024 * 1024)
         application.router.add_get("/health", self._health)
+        application.router.add_get("/metrics", self._metrics)
         application.router.add_get("/v1/models", self._list)
         application.router.add_post("/{path:.*}", self._model)
         self._runner = web.AppRunner(application, handler_cancellation=True, shutdown_timeout=0.0)
@@ -110,6 +117,9 @@ class FakeUpstream:
 
     async def _health(self, _request: web.Request) -> web.Response:
         return web.Response(status=200 if self.healthy else 500)
+
+    async def _metrics(self, _request: web.Request) -> web.Response:
+        return web.Response(status=404) if self.metrics is None else web.Response(body=self.metrics)
 
     async def _list(self, _request: web.Request) -> web.Response:
         data = [{"id": name, "object": "model", "owned_by": "fake", "max_model_len": 4096} for name in self.models]
@@ -179,6 +189,11 @@ class FakeUpstream:
     ) -> web.StreamResponse:
         response = web.StreamResponse(headers={"content-type": "text/event-stream; charset=utf-8", "x-custom": "kept"})
         await response.prepare(request)
+        await asyncio.sleep(act.get("head_s", 0))
+        if act.get("cut_head"):
+            assert request.transport is not None
+            request.transport.abort()
+            await asyncio.sleep(0.2)
         sent: list[bytes] = []
         pieces = [f"w{index} " for index in range(act.get("chunks", 5))]
         if "echo" in act:
@@ -196,9 +211,13 @@ class FakeUpstream:
             sent.append(await self._event(response, asked, [{"index": 0, "finish_reason": None, **choice}]))
             if "interval_s" in act:
                 await asyncio.sleep(act["interval_s"])
+        if "error" in act:
+            await response.write(b"data: " + json.dumps({"error": act["error"]}).encode() + b"\n\n")
         if (asked.get("stream_options") or {}).get("include_usage"):
             more = {name: act[name] for name in ("metrics",) if name in act}
-            sent.append(await self._event(response, asked, [], {"usage": self._usage(raw, chunks), **more}))
+            sent.append(
+                await self._event(response, asked, [], {"usage": self._usage(raw, act.get("tokens", chunks)), **more})
+            )
         await response.write(b"data: [DONE]\n\n")
         self.books.sent.append(b"".join(sent) + b"data: [DONE]\n\n")
         await response.write_eof()

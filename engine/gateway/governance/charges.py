@@ -2,7 +2,7 @@
 
 * The backend counted: exactly that.
 * A stream without a count (cut by the backend, left by the client, or from a server that does not count): the bound
-  of its prompt, and one token for each event seen.
+  of its prompt, and for each event seen what the events of this backend's model hold (`event_tokens`).
 * Sent, and nothing seen that could be counted (the client hung up before the answer, the backend was silent, broke
   off within an answer that is no stream, or does not count): the call's whole bound, because nobody knows how far it
   came.

@@ -273,6 +273,25 @@ def test_unhappy_ends_are_charged_by_the_rule(
     assert (governed.account(key_id).spent, governed.account(key_id).reserved) == (row.cost, 0)
 
 
+def test_cut_streams_are_charged_by_what_an_event_held(shared_upstream: FakeUpstream, tmp_path: Path) -> None:
+    """A backend that sends ten tokens in an event: known from a stream that it counted, up to what was reserved."""
+    place = str(tmp_path / "gateway.db")
+    backend = Backend("a", shared_upstream.url, "utility", prices=PRICES)
+    with RunningGateway(backend, governance=options(place), key=MASTER_KEY) as gateway:
+        store = Store(place, SCHEMA)
+        governed = Governed(gateway, store)
+        key_id, key = governed.key()
+        body = {"model": "tiny", "stream": True, "max_tokens": 300, "act": {"chunks": 20, "tokens": 200}}
+        assert governed.ask(key, body)[0] == 200
+        for most in (300, 170):
+            with pytest.raises(http.client.IncompleteRead):
+                governed.ask(key, {**body, "max_tokens": most, "act": {"chunks": 20, "cut_after": 19}})
+        settled(governed, key_id, 3)
+        rows = governed.ledger(key_id)
+        assert [(row.completion, row.exact) for row in rows] == [(200, True), (190, False), (170, False)]
+        store.close()
+
+
 def test_nobody_is_charged_above_the_reservation(governed: Governed, upstream: FakeUpstream) -> None:
     """A backend that counts more than it was allowed cannot push a budget over its limit; the ledger has it all."""
     key_id, key = governed.key(Limits(hard_limit=10_000))
