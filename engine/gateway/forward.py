@@ -162,7 +162,8 @@ class Forwarder:
         call.status = reply.status
         if reply.chunks is not None:
             hidden = HiddenUsage() if counting is not None and _is_event_stream(reply) else None
-            reply.chunks = _relay(reply.chunks, lease, StreamUsage(call.usage, target.event_tokens(route.model)), hidden)
+            counted = StreamUsage(call.usage, target.event_tokens(route.model))
+            reply.chunks = _relay(reply.chunks, lease, counted, hidden)
         elif reply.status < 400 and reply.body is not None:
             read_usage(reply.body, call.usage)
         return reply
