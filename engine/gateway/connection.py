@@ -24,7 +24,10 @@ class ConnectFailedError(Exception):
 
 
 class NoAnswerError(Exception):
-    """The connection broke before the backend's answer began: it may have seen the request, it answered nothing."""
+    """The connection broke before the backend's answer began: it may have seen the request, it answered nothing.
+
+    The head of a stream is no answer yet: servers send it before they work on the request.
+    """
 
 
 class SilenceError(Exception):
@@ -109,6 +112,17 @@ class Connection(asyncio.Protocol):
         while not self._head_done:
             if self._problem is not None:
                 raise self._problem
+            await self._news()
+
+    async def begun(self) -> None:
+        """Returns when the first bytes of the answer's body are there, or its end.
+
+        Raises:
+            NoAnswerError, SilenceError
+        """
+        while not self._parts and not self._complete:
+            if self._problem is not None:
+                raise NoAnswerError if self._problem is CutError else self._problem
             await self._news()
 
     async def read(self) -> bytes:

@@ -1,8 +1,9 @@
 """The bottom of the pipeline: sends a request to a backend of its routes and relays the answer.
 
 A request is sent again, to another backend, only where that is safe: no connection was made, the connection broke
-before any byte of an answer, or the backend answered with an error of its own. Within a tier all but the first draw on
-a retry budget; `fallback` says which tier is asked next. After the first byte of an answer nothing is repeated.
+before any byte of an answer (of a stream: of its body, for which its head waits), or the backend answered with an error
+of its own. Within a tier all but the first draw on a retry budget; `fallback` says which tier is asked next. After the
+first byte of an answer nothing is repeated.
 """
 
 import contextlib
@@ -55,12 +56,15 @@ class Lease:
         target.pace.sent()
         self._breaker.begin()
 
-    def heard(self, answer: Answer) -> None:
-        """The backend has begun to answer; the lease closes the answer with itself."""
+    def holds(self, answer: Answer) -> None:
+        """The head of the backend's answer is there; the lease closes the answer with itself."""
         self._answer = answer
-        if answer.status in _FAULT:
+
+    def heard(self, status: int) -> None:
+        """The backend has answered; a stream, when its first bytes have come."""
+        if status in _FAULT:
             self._breaker.failed()
-        elif answer.status != 429:
+        elif status != 429:
             self._breaker.succeeded()
             self.target.mark_up()
 
@@ -185,10 +189,13 @@ class Forwarder:
             headers.append((b"authorization", b"Bearer " + target.backend.api_key.encode()))
         lease.call.taken = True
         answer = await self._upstream().send(b"POST", target.origin, exchange.target_path, headers, payload)
-        lease.heard(answer)
+        lease.holds(answer)
         if answer.status < 400 and answer.content_type != b"application/json":
+            await answer.begun()
+            lease.heard(answer.status)
             return Reply(answer.status, answer.headers, None, answer.chunks())
         body = await answer.read()
+        lease.heard(answer.status)
         lease.close()
         reply = Reply(answer.status, answer.headers, body)
         if answer.status >= 400 and (wrapped := with_error_object(answer.status, body)) is not None:
@@ -208,13 +215,16 @@ class Forwarder:
         headers = anthropic.headers(exchange.forward, backend.api_key)
         lease.call.taken = True
         answer = await self._upstream().send(b"POST", lease.target.origin, anthropic.PATH, headers, payload)
-        lease.heard(answer)
+        lease.holds(answer)
         kept = [header for header in answer.headers if header[0] != b"content-type"]
         if answer.status < 400 and answer.content_type == b"text/event-stream":
+            await answer.begun()
+            lease.heard(answer.status)
             counts = counting is not None or bool(options.get("include_usage"))
             chunks = anthropic.stream(answer.chunks(), counts)
             return Reply(200, [*kept, EVENT_STREAM], None, chunks)
         body = await answer.read()
+        lease.heard(answer.status)
         lease.close()
         if answer.status < 400:
             return Reply(answer.status, [*kept, JSON], anthropic.answer(body))

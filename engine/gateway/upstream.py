@@ -94,12 +94,14 @@ class Answer:
         content_type: Its media type without parameters, in lower case.
     """
 
-    __slots__ = ("_connection", "_upstream", "content_type", "headers", "next_chunk", "read", "status")
+    __slots__ = ("_connection", "_upstream", "begun", "content_type", "headers", "next_chunk", "read", "status")
 
     def __init__(self, connection: Connection, upstream: "Upstream", origin: Origin) -> None:
         self._connection: Connection | None = connection
         self._upstream = (upstream, origin)
         self.status = connection.status
+        #: Returns when the body has begun; raises `NoAnswerError` or `SilenceError`.
+        self.begun = connection.begun
         #: The whole body; raises `CutError` or `SilenceError`.
         self.read = connection.read_whole
         #: The next bytes of the body as they arrive, empty at its end; raises the same.

@@ -116,6 +116,60 @@ def test_full_backend_bursts_to_the_next_and_then_refuses(pair: tuple[FakeUpstre
     assert [server.books.most_open for server in pair] == [2, 2]
 
 
+@pytest.fixture
+def dying(pair: tuple[FakeUpstream, FakeUpstream]) -> Iterator[tuple[RunningGateway, FakeUpstream, FakeUpstream]]:
+    """A tier whose only backend is the first, and a fallback to the second."""
+    first, other = pair
+    settings = Settings(probe_interval_s=0.1, breaker_failures=3, read_timeout_s=1.0, fallbacks={"t": ("u",)})
+    backends = Backend("first", first.url, "t", ("tiny",)), Backend("other", other.url, "u", ("other",))
+    with RunningGateway(*backends, settings=settings) as gateway:
+        yield gateway, first, other
+
+
+def test_a_stream_that_breaks_before_its_first_byte_goes_on_elsewhere(
+    pair: tuple[FakeUpstream, FakeUpstream],
+) -> None:
+    backends = [Backend(f"b{index}", server.url, "t", (f"m{index}",)) for index, server in enumerate(pair)]
+    body = {"model": "t", "stream": True, "act": {"m0": {"cut_head": True}, "m1": {}}}
+    with RunningGateway(*backends) as gateway:
+        for _ in range(40):
+            status, headers, answer = gateway.post(CHAT, body)
+            assert (status, headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
+            assert answer == pair[1].books.sent[-1]
+        assert pair[0].books.requests, "the dying one was never asked"
+
+
+def test_a_stream_that_breaks_before_its_first_byte_falls_back(
+    dying: tuple[RunningGateway, FakeUpstream, FakeUpstream],
+) -> None:
+    gateway, first, other = dying
+    body = {"model": "t", "stream": True, "act": {"tiny": {"cut_head": True}, "other": {}}}
+    for _ in range(5):
+        status, headers, answer = gateway.post(CHAT, body)
+        assert (status, headers["x-tokenmill-fallback"], answer) == (200, "u", other.books.sent[-1])
+    assert len(first.books.requests) == 3, "each counts as a failure: the circuit opens"
+
+
+def test_a_stream_that_breaks_before_its_first_byte_everywhere_is_an_error(
+    dying: tuple[RunningGateway, FakeUpstream, FakeUpstream],
+) -> None:
+    gateway, _, _ = dying
+    status, headers, answer = gateway.post(CHAT, {"model": "t", "stream": True, "act": {"cut_head": True}})
+    assert (status, json.loads(answer)["error"]["code"]) == (503, "service_unavailable")
+    assert "retry-after" in headers
+
+
+def test_a_stream_that_is_silent_after_its_head_is_a_timeout(
+    dying: tuple[RunningGateway, FakeUpstream, FakeUpstream],
+) -> None:
+    gateway, _, other = dying
+    body = {"model": "t", "stream": True, "act": {"head_s": 30}}
+    status, _, answer = gateway.post(CHAT, body)
+    assert (status, json.loads(answer)["error"]["code"]) == (504, "timeout")
+    status, headers, answer = gateway.post(CHAT, {**body, "act": {"tiny": {"head_s": 30}, "other": {}}})
+    assert (status, headers["x-tokenmill-fallback"], answer) == (200, "u", other.books.sent[-1])
+
+
 def test_unhealthy_backend_is_left_alone(pair: tuple[FakeUpstream, FakeUpstream]) -> None:
     sick, well = pair
     backends = Backend("sick", sick.url, "t", ("tiny",)), Backend("well", well.url, "t", ("tiny",))

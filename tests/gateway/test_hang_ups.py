@@ -50,6 +50,18 @@ def test_client_that_hangs_up_frees_the_slot(gateway: RunningGateway, upstream: 
     assert b'outcome="gone"' in gateway.get("/metrics")[2]
 
 
+def test_client_that_hangs_up_before_a_streams_first_byte_frees_the_slot(
+    gateway: RunningGateway, upstream: FakeUpstream
+) -> None:
+    connection = socket.create_connection(("127.0.0.1", gateway.port))
+    connection.sendall(request_bytes({"model": "tiny", "stream": True, "act": {"head_s": 1.5}}))
+    wait_until(lambda: upstream.books.open == 1)
+    connection.close()
+    wait_until(lambda: upstream.books.cancelled == 1, timeout_s=2)
+    assert upstream.books.open == 0
+    wait_until(lambda: b'tokenmill_outstanding_requests{backend="a",tier="utility"} 0.0' in gateway.get("/metrics")[2])
+
+
 def test_client_that_hangs_up_while_its_socket_is_full_frees_the_slot(
     gateway: RunningGateway, upstream: FakeUpstream
 ) -> None:
