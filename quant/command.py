@@ -105,7 +105,7 @@ def _quantize_parser() -> argparse.ArgumentParser:
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence, at most what the model takes")
     parser.add_argument("--scale-dtype", choices=("float16", "bfloat16"), help="default: as the model")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda if there is one")
-    parser.add_argument("--overwrite", action="store_true", help="discard what OUT holds")
+    parser.add_argument("--overwrite", action="store_true", help="delete the quantized checkpoint that OUT holds")
     return parser
 
 

@@ -13,16 +13,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from tokenmill.errors import ConfigurationError
+from tokenmill.errors import CheckpointError, ConfigurationError
+from tokenmill.quant.json_file import read_json
 
 _PROGRESS = "quantize-progress.json"
 _INDEX = "model.safetensors.index.json"
 #: Larger files beside the weights are not a tokenizer or a template and stay behind.
 _MAX_COMPANION_BYTES = 100 * 2**20
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+
+
+def check_apart(source: Path, out: Path) -> None:
+    """Refuses an output whose files could be the source's own, for `OutputDirectory` may delete them.
+
+    Links are followed: the weights of a model in a hub's cache are links to files elsewhere.
+
+    Args:
+        source: The model directory.
+        out: Where the result is to be written; need not exist.
+
+    Raises:
+        ConfigurationError: They are one directory, one is inside the other, or `out` holds what a file of the source
+            is a link to.
+    """
+    model, target = source.resolve(), out.resolve()
+    if target == model:
+        raise ConfigurationError(f"{out} is the model itself; name another directory to write to")
+    if model in target.parents:
+        raise ConfigurationError(f"{out} is inside the model's directory; name one beside {source}")
+    for file in (model, *(file.resolve() for file in model.iterdir())):
+        if target in file.parents:
+            raise ConfigurationError(f"{out} holds the model's {file}; name another directory to write to")
 
 
 class OutputDirectory:
@@ -32,10 +56,10 @@ class OutputDirectory:
         path: The directory; made if absent.
         num_parts: Number of files that the checkpoint will have.
         settings: Everything that decides the result; an unfinished run is resumed only if it agrees.
-        overwrite: Whether to discard what the directory holds.
+        overwrite: Whether to delete the checkpoint, finished or not, that the directory holds. Nothing else is deleted.
 
     Raises:
-        ConfigurationError: The directory holds something else.
+        ConfigurationError: The directory holds something else, or cannot be written to.
     """
 
     def __init__(self, path: Path, num_parts: int, settings: Mapping[str, Any], overwrite: bool = False) -> None:
@@ -43,22 +67,25 @@ class OutputDirectory:
         self.num_parts = num_parts
         fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         progress = path / _PROGRESS
-        if overwrite and path.exists():
-            shutil.rmtree(path)
-        if path.exists() and not path.is_dir():
-            raise ConfigurationError(f"{path} is a file; name a directory to write to")
-        if path.exists() and any(path.iterdir()):
+        try:
+            if path.exists() and not path.is_dir():
+                raise ConfigurationError(f"{path} is a file; name a directory to write to")
+            if overwrite and path.exists():
+                _delete_checkpoint(path)
+            if path.exists() and any(path.iterdir()):
+                if not progress.exists():
+                    raise ConfigurationError(f"{path} is not empty; name another directory or pass --overwrite")
+                if read_json(progress).get("fingerprint") != fingerprint:
+                    raise ConfigurationError(
+                        f"{path} holds an unfinished run of another model or with other settings; "
+                        "repeat its command to resume it, or pass --overwrite"
+                    )
+            path.mkdir(parents=True, exist_ok=True)
             if not progress.exists():
-                raise ConfigurationError(f"{path} is not empty; name another directory or pass --overwrite")
-            if json.loads(progress.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
-                raise ConfigurationError(
-                    f"{path} holds an unfinished run of another model or with other settings; "
-                    "repeat its command to resume it, or pass --overwrite"
-                )
-        path.mkdir(parents=True, exist_ok=True)
-        if not progress.exists():
-            self._write_json(_PROGRESS, {"fingerprint": fingerprint, "settings": dict(settings), "notes": {}})
-        self._progress = json.loads(progress.read_text(encoding="utf-8"))
+                self._write_json(_PROGRESS, {"fingerprint": fingerprint, "settings": dict(settings), "notes": {}})
+        except OSError as error:
+            raise ConfigurationError(f"{path} cannot be written to: {error.strerror}; name another directory") from None
+        self._progress = read_json(progress)
 
     def part(self, index: int) -> Path:
         """The file of part 0..num_parts-1."""
@@ -72,11 +99,17 @@ class OutputDirectory:
         """Writes one part, and numbers about it for `notes`.
 
         The notes are not in the file, because safetensors writes several metadata keys in a random order.
+
+        Raises:
+            ConfigurationError: The disk is full or failed; what was written before is still there.
         """
         aside = self.part(index).with_suffix(".unfinished")
         stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(stored, aside, metadata={"format": "pt"})
-        _flush(aside)
+        try:
+            save_file(stored, aside, metadata={"format": "pt"})
+            _flush(aside)
+        except (OSError, SafetensorError) as error:
+            raise ConfigurationError(f"{aside} cannot be written: {error}; make room and repeat to resume") from None
         self._progress["notes"][str(index)] = dict(notes)
         self._write_json(_PROGRESS, self._progress)
         aside.rename(self.part(index))
@@ -116,6 +149,30 @@ class OutputDirectory:
         aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
         _flush(aside)
         aside.rename(self.path / name)
+
+
+def _delete_checkpoint(path: Path) -> None:
+    """Deletes the files of a quantized checkpoint, or of an unfinished one; of anything else nothing.
+
+    Raises:
+        ConfigurationError: The directory holds something else, or directories, which no checkpoint of ours does.
+    """
+    entries = sorted(path.iterdir())
+    folders = [entry.name for entry in entries if entry.is_dir() and not entry.is_symlink()]
+    if entries and (folders or not _is_quantized(path)):
+        what = f"holds the directory {folders[0]}" if folders else "is no quantized checkpoint"
+        raise ConfigurationError(f"{path} {what}, and --overwrite deletes nothing else; name another directory")
+    for entry in entries:
+        entry.unlink()
+
+
+def _is_quantized(path: Path) -> bool:
+    if (path / _PROGRESS).is_file():
+        return True
+    try:
+        return "quantization_config" in read_json(path / "config.json")
+    except CheckpointError:
+        return False
 
 
 def _flush(path: Path) -> None:

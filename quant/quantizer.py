@@ -21,7 +21,7 @@ from tokenmill.quant.block import SCALABLE_MODELS, BlockSettings, quantize_block
 from tokenmill.quant.checkpoint import Checkpoint
 from tokenmill.quant.evaluate import Perplexity, count, negative_log_likelihood, text_windows
 from tokenmill.quant.format import Scheme, write_config
-from tokenmill.quant.output import OutputDirectory
+from tokenmill.quant.output import OutputDirectory, check_apart
 from tokenmill.quant.pack import read_layer, weight_tensor, write_layer
 from tokenmill.quant.streaming import StreamedModel
 
@@ -126,17 +126,18 @@ def quantize_checkpoint(
         source: Model directory: dense or bitsandbytes NF4.
         out: Directory to write to.
         request: How.
-        overwrite: Whether to discard what `out` holds.
+        overwrite: Whether to delete the quantized checkpoint, finished or not, that `out` holds.
         progress: Told after every block.
 
     Raises:
         CheckpointError: The source is damaged, already INT4, or of an unknown architecture.
-        ConfigurationError: `out` holds something else.
+        ConfigurationError: `out` holds something else, cannot be written to, or overlaps with the source.
         InputError: The group size does not divide an input size, or there is too little text.
         UnsupportedError: The method cannot do this architecture.
     """
     started = time.perf_counter()
     checkpoint = Checkpoint(source)
+    check_apart(source, out)
     if checkpoint.quantization is not None:
         raise CheckpointError(f"{source} is already {checkpoint.quantization.default.format}; quantize the original")
     _check_architecture(checkpoint, request.block)
