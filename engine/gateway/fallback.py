@@ -19,6 +19,7 @@ from tokenmill.engine.gateway.breaker import RetryBudget
 from tokenmill.engine.gateway.governance import bounds
 from tokenmill.engine.gateway.pipeline import Exchange, Reply
 from tokenmill.engine.gateway.portfolio import Route, Target
+from tokenmill.engine.gateway.router.features import BYTES_PER_TOKEN, features_of
 
 #: What a failure means. `unsent`: the backend has not seen the request; `failed`: another backend may do better;
 #: `lost`: the backend took it and is not heard of any more, so it may have done the work; `context`: the prompt is too
@@ -45,7 +46,6 @@ _TOO_LONG_TEXTS = (
     "exceeds the available context size",
 )
 _NOT_ANSWERED = frozenset({"content_policy_violation", "content_filter"})
-_BYTES_PER_TOKEN = 4
 
 
 def passes_on(status: int) -> bool:
@@ -86,7 +86,7 @@ def fitting(routes: Sequence[Route], exchange: Exchange) -> Sequence[Route]:
     """The routes with the fallbacks for long prompts put where they belong.
 
     They are left out where the prompt's bound shows that it fits, so that nothing is reserved at their price. Where by
-    the estimate (4 bytes to a token) it cannot fit into any backend that was asked for, those are left out.
+    the router's estimate it cannot fit into any backend that was asked for, those are left out.
 
     Raises:
         ApiError: 400 for a field of a wrong type.
@@ -95,13 +95,13 @@ def fitting(routes: Sequence[Route], exchange: Exchange) -> Sequence[Route]:
         return routes
     asked = bounds.asked(exchange)
     stated = (asked.completion or 0) * asked.answers
-    least, most = len(exchange.payload) // _BYTES_PER_TOKEN + stated, asked.prompt + stated
+    least, most = len(exchange.payload) // BYTES_PER_TOKEN + stated, asked.prompt + stated
     windows = [bounds.context_window(target) for route in routes if not route.after for target in route.targets]
     known = [window for window in windows if window is not None]
     if len(known) == len(windows):
         if most <= min(known):
             return [route for route in routes if route.after != "context"]
-        if least > max(known):
+        if least > max(known) and features_of(exchange).prompt_tokens + stated > max(known):
             instead = [Route(route.targets, route.model, route.why) for route in routes if route.after == "context"]
             return [*instead, *(route for route in routes if route.after == "error")]
     return routes

@@ -6,7 +6,7 @@ Only the last message is decoded, and of a long one only its two ends; the rest 
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -42,15 +42,35 @@ _SIGNS: dict[str, bytes] = {
 FEATURES = ("bias", "prompt", "question", "turns", *_SIGNS, "tools", "json", "vision")
 _SIGN_NAMES = tuple(_SIGNS)
 
-#: Where the prompt may stand, and what else is looked at of a body.
-_PROMPTS = ("messages", "prompt", "input", "documents")
-_FIELDS = frozenset({"tools", "functions", "response_format", "logprobs", "max_completion_tokens", "max_tokens", "n"})
+#: Tokens that a picture, recording or file counts for at most, however many bytes of base64 it has: what the largest
+#: picture takes by OpenAI's rule (eight tiles of 170 tokens and 85 more) and by Anthropic's (about 1,600). For other
+#: media it is a guess; a backend that finds the whole too long passes it on to the next tier.
+MEDIA_TOKENS = 1700
 
-#: What makes a capability necessary, as bytes in the messages; inside a text the quotes would be escaped.
-_PARTS = {
-    "vision": (b'"image_url"', b'"input_image"', b'"video_url"'),
-    "audio": (b'"input_audio"', b'"audio_url"'),
+#: Where the question may stand, and what else of a body a model reads.
+_PROMPTS = ("messages", "input", "prompt", "documents")
+_READ = frozenset({*_PROMPTS, "instructions", "system", "query", "queries", "suffix", "text_1", "text_2"})
+_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+#: Ask for an answer of a certain form where they hold a schema or the word; by vLLM where they hold anything.
+_FORMATS = frozenset({"response_format", "text", "output_format", "output_config"})
+_CONSTRAINTS = frozenset({"structured_outputs", *(f"guided_{kind}" for kind in ("json", "regex", "choice", "grammar"))})
+_LOGPROBS = frozenset({"logprobs", "top_logprobs", "prompt_logprobs"})
+#: Fields that make a capability necessary, beside tools.
+_ASKING = _FORMATS | _CONSTRAINTS | _LOGPROBS | {"modalities", "include"}
+_FIELDS = _READ | _ASKING | {"tools", "functions", "n", *_LIMITS}
+_NOTHING = frozenset({b"null", b"false", b"0", b"{}", b"[]", b'""'})
+
+#: Types of the parts of a message that are no text, by the capability that they need.
+_MEDIA = {
+    **dict.fromkeys(("image_url", "input_image", "image", "image_embeds", "video_url", "input_video"), "vision"),
+    **dict.fromkeys(("input_file", "file", "document"), "vision"),
+    **dict.fromkeys(("input_audio", "audio_url", "audio_embeds"), "audio"),
 }
+_TEXTS = frozenset({"text", "input_text", "output_text"})
+#: Where their bytes stand.
+_HOLDING = ("image_url", "video_url", "audio_url", "input_audio", "file", "file_data", "source")
+#: Of a document that is a text.
+_TEXT_SOURCE = re2.compile(rb'"type"\s*:\s*"text"')
 #: Endpoints that ask for something else than text.
 _NEEDED_AT = {
     **dict.fromkeys(("/v1/embeddings", "/pooling"), "embeddings"),
@@ -58,17 +78,38 @@ _NEEDED_AT = {
 }
 
 
+_NONE = msgspec.Raw(b"null")
+
+
 class _Message(msgspec.Struct):
-    role: str = ""
-    content: msgspec.Raw = msgspec.Raw(b"null")
+    """A message, or an item of the Responses API: what a tool gave stands in `output`."""
+
+    role: str | None = None
+    content: msgspec.Raw = _NONE
+    output: msgspec.Raw = _NONE
 
 
-class _Part(msgspec.Struct):
+class _Text(msgspec.Struct):
     text: str = ""
 
 
+class _Part(msgspec.Struct):
+    """A part of a message, by any of the APIs; what is no text stands in one of the fields but the last."""
+
+    type: str | None = None
+    image_url: msgspec.Raw = _NONE
+    video_url: msgspec.Raw = _NONE
+    audio_url: msgspec.Raw = _NONE
+    input_audio: msgspec.Raw = _NONE
+    file: msgspec.Raw = _NONE
+    file_data: msgspec.Raw = _NONE
+    source: msgspec.Raw = _NONE
+    content: msgspec.Raw = _NONE
+
+
 _MESSAGES = msgspec.json.Decoder(list[_Message])
-_PARTS_OF_TEXT = msgspec.json.Decoder(list[_Part])
+_PARTS = msgspec.json.Decoder(list[_Part | str])
+_PARTS_OF_TEXT = msgspec.json.Decoder(list[_Text])
 _TEXT = msgspec.json.Decoder(str)
 
 
@@ -110,11 +151,14 @@ def features_of(exchange: Exchange) -> Features:
         if found is not None:
             prompt = found
             break
-    question, turns, parts = _read(prompt)
+    media = _Media()
+    question, turns = _read(prompt, media)
     stated = body.those_of(_FIELDS)
     tools = _tools(body) if "tools" in stated or "functions" in stated else 0
-    needs = _needs(endpoint, body, stated, parts, tools)
-    size = len(prompt) + tools
+    needs = _needs(endpoint, body, stated, media.needs, tools)
+    size = tools - media.surplus
+    for name in stated & _READ:
+        size += len(body.view(name) or b"")
     values = {
         "bias": 1.0,
         "prompt": math.log1p(size / BYTES_PER_TOKEN) / 10,
@@ -127,9 +171,10 @@ def features_of(exchange: Exchange) -> Features:
         for name in ("tools", "json", "vision"):
             if name in needs:
                 values[name] = 1.0
-    limit = body.get("max_completion_tokens", int) if "max_completion_tokens" in stated else None
-    if not limit and "max_tokens" in stated:
-        limit = body.get("max_tokens", int)
+    limit = None
+    for name in _LIMITS:
+        if not limit and name in stated:
+            limit = body.get(name, int)
     several = "n" in stated and (body.get("n", int) or 1) != 1
     return Features(endpoint, question, size // BYTES_PER_TOKEN, limit, needs, values, several)
 
@@ -140,16 +185,13 @@ def _tools(body: Body) -> int:
     return len(tools) if len(tools) > 2 and tools != b"null" else 0
 
 
-def _needs(endpoint: str, body: Body, stated: frozenset[str], parts: Sequence[bytes], tools: int) -> frozenset[str]:
-    needs: set[str] = set()
-    if parts:
-        needs.update(name for name, forms in _PARTS.items() if any(form in part for part in parts for form in forms))
+def _needs(endpoint: str, body: Body, stated: frozenset[str], needs: set[str], tools: int) -> frozenset[str]:
     if tools:
         needs.add("tools")
-    if "response_format" in stated and b"json" in (body.raw_field("response_format") or b""):
-        needs.add("json")
-    if "logprobs" in stated and body.raw_field("logprobs") not in (b"null", b"false", b"0"):
-        needs.add("logprobs")
+    asking = stated & _ASKING
+    if asking:
+        said = {name: body.raw_field(name) or b"null" for name in asking}
+        needs.update(need for name, raw in said.items() if (need := _need(name, raw, endpoint)))
     if endpoint in _NEEDED_AT:
         needs.add(_NEEDED_AT[endpoint])
     elif endpoint.startswith("/v1/audio/"):
@@ -157,23 +199,78 @@ def _needs(endpoint: str, body: Body, stated: frozenset[str], parts: Sequence[by
     return frozenset(needs)
 
 
-def _read(prompt: memoryview) -> tuple[bytes, int, list[bytes]]:
-    """The last message's text, shortened; how many messages there are; the contents that are lists of parts."""
+def _need(name: str, raw: bytes, endpoint: str) -> str | None:
+    """The capability that a field makes necessary; None: none."""
+    if raw in _NOTHING:
+        return None
+    if name in _LOGPROBS:
+        return "logprobs"
+    if name in _CONSTRAINTS:
+        return "json"
+    if name in _FORMATS:
+        return "json" if b"json" in raw and (name != "text" or endpoint == "/v1/responses") else None
+    if name == "modalities":
+        return "audio" if b'"audio"' in raw else None
+    return "logprobs" if b"logprobs" in raw else None
+
+
+class _Media:
+    """What is no text in the messages.
+
+    Attributes:
+        needs: Capabilities that it makes necessary.
+        surplus: Bytes beyond those that `MEDIA_TOKENS` stand for.
+    """
+
+    __slots__ = ("needs", "surplus")
+
+    def __init__(self) -> None:
+        self.needs: set[str] = set()
+        self.surplus = 0
+
+    def look(self, raw: memoryview, *, within: bool = False) -> None:
+        """Takes in a list of parts; `within`: of a part that is what a tool gave."""
+        try:
+            parts = _PARTS.decode(raw)
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            return
+        for part in parts:
+            if isinstance(part, str) or part.type in _TEXTS:
+                continue
+            inner = memoryview(part.content)
+            if inner[0] != _LIST:
+                self._take(part)
+            elif not within:
+                self.look(inner, within=True)
+
+    def _take(self, part: _Part) -> None:
+        held = [name for name in _HOLDING if getattr(part, name) is not _NONE]
+        kind = part.type if part.type in _MEDIA else next((name for name in held if name in _MEDIA), None)
+        if kind is None or (kind == "document" and _TEXT_SOURCE.search(bytes(part.source))):
+            return
+        self.needs.add(_MEDIA[kind])
+        size = sum([len(getattr(part, name)) for name in held])
+        self.surplus += max(0, size - MEDIA_TOKENS * BYTES_PER_TOKEN)
+
+
+def _read(prompt: memoryview, media: _Media) -> tuple[bytes, int]:
+    """(the last message's text, shortened; how many messages there are)."""
     if not prompt or prompt[0] != _LIST:
-        return _text(prompt), 1, []
+        return _text(prompt), 1
     try:
         messages = _MESSAGES.decode(prompt) or [_Message()]
     except (msgspec.MsgspecError, UnicodeDecodeError):
-        return _text(prompt), 1, []
+        return _text(prompt), 1
     asked = content = None
-    parts = []
     for message in messages:
         content = memoryview(message.content)
         if content[0] == _LIST:
-            parts.append(content.tobytes())
+            media.look(content)
+        if message.output is not _NONE and memoryview(message.output)[0] == _LIST:
+            media.look(memoryview(message.output))
         if message.role == "user":
             asked = content
-    return _text(asked or content or prompt), len(messages), parts
+    return _text(asked or content or prompt), len(messages)
 
 
 def _text(raw: memoryview) -> bytes:

@@ -9,12 +9,16 @@ import pytest
 from tokenmill.engine.gateway.body import Body
 from tokenmill.engine.gateway.pipeline import Exchange
 from tokenmill.engine.gateway.router.classifier import bundled, complexity, logistic
-from tokenmill.engine.gateway.router.features import END_BYTES, FEATURES, Features, features_of
+from tokenmill.engine.gateway.router.features import END_BYTES, FEATURES, MEDIA_TOKENS, Features, features_of
 
 
 def features(endpoint: str = "/v1/chat/completions", **fields: Any) -> Features:
     raw = json.dumps(fields).encode()
     return features_of(Exchange(endpoint, [], raw, body=Body(raw), model="auto", request_id="r", forward=[]))
+
+
+#: What a tool gave, by Anthropic's API.
+PICTURED_RESULT = {"type": "tool_result", "content": [{"type": "text", "text": "a"}, {"type": "image", "source": {}}]}
 
 
 def user(text: Any) -> list[dict[str, Any]]:
@@ -53,6 +57,31 @@ def test_a_long_message_is_looked_at_from_both_ends() -> None:
         ({"messages": user([{"type": "image_url", "image_url": {"url": "x"}}])}, "/v1/chat/completions", {"vision"}),
         ({"messages": user([{"type": "input_audio", "input_audio": {}}])}, "/v1/chat/completions", {"audio"}),
         ({"messages": user('say "image_url" and "input_audio"')}, "/v1/chat/completions", set()),
+        ({"messages": user([{"type": "file", "file": {"file_data": "JVBE"}}])}, "/v1/chat/completions", {"vision"}),
+        ({"messages": user([{"image_url": {"url": "x"}}, "text"])}, "/v1/chat/completions", {"vision"}),
+        ({"messages": user([{"type": "text", "text": "image"}])}, "/v1/chat/completions", set()),
+        ({"messages": user("hi"), "modalities": ["text", "audio"]}, "/v1/chat/completions", {"audio"}),
+        ({"messages": user("hi"), "modalities": ["text"]}, "/v1/chat/completions", set()),
+        ({"messages": user("hi"), "structured_outputs": {"choice": ["a"]}}, "/v1/chat/completions", {"json"}),
+        ({"messages": user("hi"), "structured_outputs": None}, "/v1/chat/completions", set()),
+        ({"prompt": "hi", "guided_json": {"type": "object"}}, "/v1/completions", {"json"}),
+        ({"prompt": "hi", "guided_regex": "a+", "prompt_logprobs": 1}, "/v1/completions", {"json", "logprobs"}),
+        ({"input": "hi", "text": {"format": {"type": "json_schema", "schema": {}}}}, "/v1/responses", {"json"}),
+        ({"input": "hi", "text": {"format": {"type": "text"}, "verbosity": "low"}}, "/v1/responses", set()),
+        ({"input": "hi", "include": ["message.output_text.logprobs"]}, "/v1/responses", {"logprobs"}),
+        ({"input": "hi", "include": ["file_search_call.results"]}, "/v1/responses", set()),
+        ({"input": user([{"type": "input_image", "image_url": "data:,x"}])}, "/v1/responses", {"vision"}),
+        (
+            {"input": [{"type": "function_call_output", "output": [{"type": "input_image", "file_id": "f"}]}]},
+            "/v1/responses",
+            {"vision"},
+        ),
+        ({"messages": user([{"type": "image", "source": {}}])}, "/v1/messages", {"vision"}),
+        ({"messages": user([PICTURED_RESULT])}, "/v1/messages", {"vision"}),
+        ({"messages": user([{"type": "tool_use", "input": {"type": "image"}}])}, "/v1/messages", set()),
+        ({"messages": user([{"type": "document", "source": {"type": "text", "data": "x"}}])}, "/v1/messages", set()),
+        ({"messages": user([{"type": "document", "source": {"type": "url"}}])}, "/v1/messages", {"vision"}),
+        ({"messages": user("hi"), "output_format": {"type": "json_schema"}}, "/v1/messages", {"json"}),
         ({"input": "a"}, "/v1/embeddings", {"embeddings"}),
         ({"query": "a", "documents": ["b"]}, "/v1/rerank", {"rerank"}),
     ],
@@ -61,7 +90,62 @@ def test_what_it_needs(fields: dict[str, Any], endpoint: str, needs: set[str]) -
     assert features(endpoint, **fields).needs == needs
 
 
-@pytest.mark.parametrize("messages", [[], "text", {}, 3, None, [3], [{"role": 1}], [{"content": None}], [[]]])
+#: Parts that are none.
+ODD = [{"content": [3, None, {"type": 3}, {"content": [3]}]}, {"role": None, "output": [[]]}]
+LONG = "word " * 2000
+
+
+@pytest.mark.parametrize(
+    ("fields", "endpoint"),
+    [
+        ({"input": "hi", "instructions": LONG}, "/v1/responses"),
+        ({"input": "hi", "instructions": LONG, "prompt": {"id": "p"}}, "/v1/responses"),
+        ({"messages": user("hi"), "system": LONG}, "/v1/messages"),
+        ({"messages": user("hi"), "system": [{"type": "text", "text": LONG}]}, "/v1/messages"),
+        ({"messages": user("hi"), "documents": [{"text": LONG}]}, "/v1/chat/completions"),
+        ({"query": LONG, "documents": ["a"]}, "/v1/rerank"),
+        ({"text_1": "a", "text_2": [LONG]}, "/v1/score"),
+        ({"prompt": "a", "suffix": LONG}, "/v1/completions"),
+    ],
+)
+def test_everything_that_a_model_reads_is_counted(fields: dict[str, Any], endpoint: str) -> None:
+    assert features(endpoint, **fields).prompt_tokens == pytest.approx(len(LONG) / 4, rel=0.02)
+
+
+DATA = "iVBORw0KGgo+" * 60_000
+
+
+@pytest.mark.parametrize(
+    ("part", "endpoint"),
+    [
+        ({"type": "image_url", "image_url": {"url": f"data:image/png;base64,{DATA}"}}, "/v1/chat/completions"),
+        ({"type": "input_audio", "input_audio": {"data": DATA, "format": "wav"}}, "/v1/chat/completions"),
+        ({"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{DATA}"}}, "/v1/chat/completions"),
+        ({"type": "file", "file": {"file_data": DATA}}, "/v1/chat/completions"),
+        ({"type": "input_image", "image_url": f"data:image/png;base64,{DATA}"}, "/v1/responses"),
+        ({"type": "input_file", "file_data": DATA}, "/v1/responses"),
+        ({"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": DATA}}, "/v1/messages"),
+        ({"type": "document", "source": {"type": "base64", "data": DATA}}, "/v1/messages"),
+        ({"type": "tool_result", "content": [{"type": "image", "source": {"data": DATA}}]}, "/v1/messages"),
+    ],
+)
+def test_a_picture_counts_as_one_however_many_bytes_it_has(part: dict[str, Any], endpoint: str) -> None:
+    name = "input" if endpoint == "/v1/responses" else "messages"
+    for number in (1, 3):
+        fields = {name: user([{"type": "text", "text": "What is it?"}, *([part] * number)])}
+        assert features(endpoint, **fields).prompt_tokens == pytest.approx(number * MEDIA_TOKENS, rel=0.06)
+
+
+def test_what_is_a_text_is_no_picture() -> None:
+    texts = [{"type": "text", "text": f'"image_url": "data:image/png;base64,{DATA}"'}, {"type": "text", "text": DATA}]
+    texts += [{"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": DATA}}]
+    for part in texts:
+        assert features(messages=user([part])).prompt_tokens > len(DATA) / 4
+    small = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + DATA[:400]}}
+    assert features(messages=user([small])).prompt_tokens < 200
+
+
+@pytest.mark.parametrize("messages", [[], "text", {}, 3, None, [3], [{"role": 1}], [{"content": None}], [[]], ODD])
 def test_odd_messages_are_the_backends_to_refuse(messages: Any) -> None:
     assert features(messages=messages).values["bias"] == 1.0
 
@@ -69,6 +153,7 @@ def test_odd_messages_are_the_backends_to_refuse(messages: Any) -> None:
 def test_the_limit_of_the_answer() -> None:
     assert features(messages=user("hi"), max_tokens=7).completion_limit == 7
     assert features(messages=user("hi"), max_completion_tokens=9, max_tokens=7).completion_limit == 9
+    assert features("/v1/responses", input="hi", max_output_tokens=8).completion_limit == 8
     assert features(messages=user("hi"), n=3).several
 
 
