@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from tokenmill.engine.gateway.store import Claim, Connection, Cursor
-from tokenmill.errors import ConfigurationError, MissingDependencyError
+from tokenmill.engine.gateway.store import Claim, Connection, Cursor, StoreUnavailableError
+from tokenmill.errors import MissingDependencyError
 
 try:
     import psycopg
@@ -25,6 +25,8 @@ except ImportError as problem:
 
 #: Seconds to wait for the server when connecting: at first, and when it was lost.
 CONNECT_TIMEOUT_S, RECONNECT_TIMEOUT_S = 10, 2
+#: Seconds for which nobody tries to connect again when that has just failed: an event loop may be the one that waits.
+NOT_AGAIN_S = 1.0
 #: Seconds for which a name must have been free to be inherited. Who lives looks after his names twice a second.
 DEAD_AFTER_S = 1.2
 #: The same from when the server was found again: all were without it then, and come back one after the other.
@@ -41,11 +43,12 @@ class PostgresConnection:
         timeout_s: How long to wait for the server now.
 
     Raises:
-        ConfigurationError: The server does not let us in.
+        StoreUnavailableError: The server does not let us in, here or when a statement is to be run.
     """
 
     def __init__(self, url: str, timeout_s: int = CONNECT_TIMEOUT_S) -> None:
         self._url = url
+        self._again_at = float("-inf")
         self._raw = self._connect(timeout_s)
 
     @property
@@ -62,13 +65,35 @@ class PostgresConnection:
 
     def execute(self, statement: str, parameters: Sequence[Any] = (), /) -> Cursor:
         """See `store.Connection`."""
-        return self.raw.execute(_translated(statement), parameters)
+        raw = self.raw
+        try:
+            return raw.execute(_translated(statement), parameters)
+        except psycopg.OperationalError as error:
+            raise self._lost(error) from error
 
     def executemany(self, statement: str, parameters: Sequence[Sequence[Any]], /) -> object:
         """See `store.Connection`."""
         if parameters:
-            self.raw.cursor().executemany(_translated(statement), parameters)
+            raw = self.raw
+            try:
+                raw.cursor().executemany(_translated(statement), parameters)
+            except psycopg.OperationalError as error:
+                raise self._lost(error) from error
         return None
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All or nothing.
+
+        Raises:
+            StoreUnavailableError: The server is gone; nobody knows whether the end of the transaction arrived.
+        """
+        raw = self.raw
+        try:
+            with raw.transaction():
+                yield
+        except psycopg.OperationalError as error:
+            raise self._lost(error) from error
 
     def make(self, statement: str) -> None:
         """See `store.Connection`."""
@@ -86,11 +111,17 @@ class PostgresConnection:
         self._raw.close()
 
     def _connect(self, timeout_s: int) -> "psycopg.Connection[Any]":
+        if time.monotonic() < self._again_at:
+            raise StoreUnavailableError(f"{shown(self._url)} could not be reached a moment ago; see governance.store")
         try:
             return psycopg.connect(self._url, autocommit=True, connect_timeout=timeout_s, application_name="tokenmill")
         except psycopg.Error as error:
-            reason = " ".join(str(error).split())
-            raise ConfigurationError(f"{shown(self._url)} cannot be used: {reason}; see governance.store") from None
+            self._again_at = time.monotonic() + NOT_AGAIN_S
+            raise self._lost(error) from None
+
+    def _lost(self, error: psycopg.Error) -> StoreUnavailableError:
+        reason = " ".join(str(error).split())
+        return StoreUnavailableError(f"{shown(self._url)} cannot be used: {reason}; see governance.store")
 
 
 class Postgres:
@@ -124,9 +155,8 @@ class Postgres:
     def transaction(self, connection: Connection, waits: bool = True) -> Iterator[None]:
         """See `store.Database`; always waits."""
         assert isinstance(connection, PostgresConnection)
-        raw = connection.raw
-        with raw.transaction():
-            raw.execute("SELECT pg_advisory_xact_lock(%s)", (_WRITERS,))
+        with connection.transaction():
+            connection.execute("SELECT pg_advisory_xact_lock(?)", (_WRITERS,))
             yield
 
     def news(self) -> object:
@@ -171,7 +201,7 @@ class Postgres:
         with self._guard:
             self._held.discard(name)
             if self._session is not None and not self._session.broken:
-                with contextlib.suppress(psycopg.OperationalError):  # lost: the server has freed it
+                with contextlib.suppress(StoreUnavailableError):  # lost: the server has freed it
                     self._session.execute("SELECT pg_advisory_unlock(?)", (_lock_number(name),))
 
     def close(self) -> None:
@@ -185,7 +215,7 @@ class Postgres:
             self._session = PostgresConnection(self._url)
             return self._session
         if not self._session.broken:
-            with contextlib.suppress(psycopg.OperationalError):
+            with contextlib.suppress(StoreUnavailableError):
                 self._session.execute("SELECT 1")
                 return self._session
         # Until all is taken again, the broken one stands for what is lost.

@@ -53,6 +53,10 @@ CHANGES: Mapping[int, Sequence[str]] = {
 SCHEMA_VERSION = max(CHANGES)
 
 
+class StoreUnavailableError(ConfigurationError):
+    """The database cannot be asked now; later it may."""
+
+
 def now_ms() -> int:
     """The time in milliseconds since 1970, UTC."""
     return time.time_ns() // 1_000_000

@@ -22,6 +22,7 @@ from tokenmill.engine.gateway.metrics import Metrics
 from tokenmill.engine.gateway.portfolio import Portfolio
 from tokenmill.engine.gateway.request import ClientGoneError, Receive, Scope, Send, read_body, request_id
 from tokenmill.engine.gateway.settings import Settings
+from tokenmill.engine.gateway.store import StoreUnavailableError
 from tokenmill.errors import InputError
 
 log = logging.getLogger("tokenmill.gateway.admin")
@@ -81,6 +82,8 @@ class AdminSite:
             except InputError as error:
                 missing = str(error).startswith("there is no ")
                 return answer_error(ApiError(404 if missing else 400, f"{error}.", code="invalid_input"))
+            except StoreUnavailableError as error:
+                return answer_error(self._governance.unreadable(error))
             except ClientGoneError:
                 raise
             except Exception:

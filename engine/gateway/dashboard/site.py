@@ -23,6 +23,7 @@ from tokenmill.engine.gateway.dashboard.figures import SPANS, Figures, Sources, 
 from tokenmill.engine.gateway.heads import first_values
 from tokenmill.engine.gateway.request import ClientGoneError, Receive, Scope, Send, read_body
 from tokenmill.engine.gateway.settings import Settings
+from tokenmill.engine.gateway.store import StoreUnavailableError
 
 log = logging.getLogger("tokenmill.gateway.dashboard")
 
@@ -70,7 +71,7 @@ class DashboardSite:
             routes=[
                 Route(PREFIX, self._guarded(self._overview)),
                 *(Route(f"{PREFIX}/{name}", self._asset) for name in self._assets),
-                Route(f"{PREFIX}/login", self._login_page),
+                Route(f"{PREFIX}/login", self._answering(self._login_page)),
                 Route(f"{PREFIX}/login", self._guarded_form(self._login), methods=["POST"]),
                 Route(f"{PREFIX}/logout", self._guarded_form(self._logout), methods=["POST"]),
                 Route(f"{PREFIX}/canary", self._guarded_form(self._set_canary), methods=["POST"]),
@@ -97,13 +98,30 @@ class DashboardSite:
             actor = self._actor(request)
             if actor is None:
                 return RedirectResponse(f"{PREFIX}/login", 303, _HEADERS)
+            return await show(request, actor)
+
+        return self._answering(guarded)
+
+    def _answering(self, run: Handler) -> Handler:
+        """A handler that answers with a page whatever happens."""
+
+        async def answering(request: Request) -> Response:
             try:
-                return await show(request, actor)
+                return await run(request)
+            except ApiError as error:
+                said = error
+            except StoreUnavailableError as error:
+                said = self._sources.governance.unreadable(error)
+            except ClientGoneError:
+                raise
             except Exception:
                 log.exception("the dashboard failed")
-                return self._said("The dashboard failed; the gateway's log has the reason.", 500)
+                said = ApiError(500, "The dashboard failed; the gateway's log has the reason.")
+            answer = self._said(said.message, said.status)
+            answer.headers.update({name.decode(): value.decode() for name, value in said.headers})
+            return answer
 
-        return guarded
+        return answering
 
     def _guarded_form(self, run: Callable[[Request, dict[str, str]], Awaitable[Response]]) -> Handler:
         """A form's target: the form must come from a page of ours and be short."""
@@ -112,14 +130,11 @@ class DashboardSite:
             origin = request.headers.get("origin")
             if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
                 return self._said("This form was sent by another site.", 403)
-            try:
-                raw = await read_body(request.receive, first_values(request.scope["headers"]), _FORM)
-            except ApiError as error:
-                return self._said(error.message, error.status)
+            raw = await read_body(request.receive, first_values(request.scope["headers"]), _FORM)
             fields = parse_qs(raw.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=20)
             return await run(request, {name: values[0] for name, values in fields.items()})
 
-        return guarded
+        return self._answering(guarded)
 
     async def _login_page(self, request: Request) -> Response:
         if self._actor(request) is not None:

@@ -17,7 +17,7 @@ from tokenmill.engine.gateway.governance.service import MASTER, Governance
 from tokenmill.engine.gateway.heads import without
 from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply
 from tokenmill.engine.gateway.principal import Principal
-from tokenmill.engine.gateway.store import Connection, now_ms
+from tokenmill.engine.gateway.store import Connection, StoreUnavailableError, now_ms
 
 #: Headers that hold a client's credentials for the gateway: they end here.
 CREDENTIALS = frozenset({b"authorization", b"x-api-key", b"api-key", b"cookie", b"proxy-authorization"})
@@ -53,17 +53,24 @@ class Identities:
         """The owner of a request with these headers, the first value of each by its name in lower case.
 
         Raises:
-            ApiError: 401 without a key that is valid now.
+            ApiError: 401 without a key that is valid now; 503 while the store cannot be asked.
         """
         hashed = digest(_credential(fields))
         if self._governance.options.is_master(hashed):
             return Principal(MASTER)
+        try:
+            return self._owner(hashed)
+        except StoreUnavailableError as error:
+            raise self._governance.unreadable(error) from error
+
+    def _owner(self, hashed: str) -> Principal:
+        """The owner of the key with this hash."""
         store = self._governance.store
         reader = store.reader
         tick, news = time.monotonic(), store.news()
         if news != self._news or tick - self._read_at > VERSION_KEPT_S:
-            self._read_at, self._news = tick, news
             version = audit.sequence(reader)
+            self._read_at, self._news = tick, news
             if version != self._version or len(self._known) > MOST_KEPT:
                 self._known.clear()
                 self._version = version

@@ -5,13 +5,15 @@ import contextlib
 import logging
 from functools import partial
 
+from tokenmill.engine.gateway.api_error import ApiError, unavailable
 from tokenmill.engine.gateway.governance import accounts, books, retention, workers
 from tokenmill.engine.gateway.governance.accounts import Limits
 from tokenmill.engine.gateway.governance.options import Options
 from tokenmill.engine.gateway.governance.pages import Kept
 from tokenmill.engine.gateway.governance.schema import SCHEMA
+from tokenmill.engine.gateway.governance.seldom import Seldom
 from tokenmill.engine.gateway.governance.workers import WorkerLock
-from tokenmill.engine.gateway.store import Connection, Store, now_ms
+from tokenmill.engine.gateway.store import Connection, Store, StoreUnavailableError, now_ms
 
 log = logging.getLogger("tokenmill.gateway.governance")
 
@@ -19,6 +21,8 @@ log = logging.getLogger("tokenmill.gateway.governance")
 MASTER = "master"
 #: Seconds between two looks for processes that died; with a server, that is how it is kept knowing that we live.
 RECOVER_EVERY_S, RECOVER_EVERY_WITH_SERVER_S = 1.0, 0.5
+#: Seconds after which a client may try again when the store cannot be asked.
+STORE_RETRY_S = 2
 #: Seconds between two looks for ledger rows that are too old.
 PURGE_EVERY_S = 3600.0
 
@@ -42,6 +46,7 @@ class Governance:
         self._worker: WorkerLock | None = None
         self._housekeeping: asyncio.Task[None] | None = None
         self._stopping = asyncio.Event()
+        self._unreadable = Seldom()
 
     @property
     def store(self) -> Store:
@@ -74,6 +79,12 @@ class Governance:
             if self._worker is not None:
                 await asyncio.to_thread(self._worker.leave)
             await asyncio.to_thread(self._store.close)
+
+    def unreadable(self, error: StoreUnavailableError) -> ApiError:
+        """503: the answer where the store cannot be asked; the reason goes to the log."""
+        if count := self._unreadable.due():
+            log.warning("%d requests could not be served, the last because %s", count, error)
+        return unavailable("The gateway's books cannot be read now.", STORE_RETRY_S)
 
     async def _keep_house(self) -> None:
         purge_at = 0.0

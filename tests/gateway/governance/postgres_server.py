@@ -1,11 +1,13 @@
 """A PostgreSQL server of the tests' own: a fresh cluster in a temporary folder, on a Unix socket, gone afterwards."""
 
+import contextlib
 import ctypes
 import os
 import shutil
 import signal
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -93,8 +95,17 @@ class PostgresServer:
 
     def crash(self) -> None:
         """Ends the server as a power failure would, and starts it again."""
+        with self.away():
+            pass
+
+    @contextlib.contextmanager
+    def away(self) -> Iterator[None]:
+        """The server is gone meanwhile."""
         self._end()
-        self._start()
+        try:
+            yield
+        finally:
+            self._start()
 
     def _end(self) -> None:
         self._process.send_signal(signal.SIGQUIT)

@@ -1,16 +1,18 @@
 """Workers whose PostgreSQL goes away and comes back: nobody who lives is taken for dead, whoever dies is buried."""
 
 import contextlib
+import http.client
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from urllib.parse import urlencode
 
 import pytest
 
 from tests.gateway.governance.governed import CHAT, MASTER_KEY, Governed, options
 from tests.gateway.governance.postgres_server import PostgresServer
 from tests.gateway.governance.test_budgets import ask, end, key_with
-from tests.gateway.running import RunningGateway, wait_until
+from tests.gateway.running import RunningGateway, lowered, wait_until
 from tests.gateway.upstream import FakeUpstream
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.governance import accounts, workers
@@ -126,3 +128,42 @@ def test_streams_of_workers_that_lost_their_claims(store: Store, place: str, sha
         assert heir.process.poll() is None
         outcomes = store.reader.execute("SELECT outcome, count(*) FROM ledger GROUP BY outcome").fetchall()
         assert outcomes == [("lost", 6)]
+
+
+def test_server_that_is_gone_is_said_to_be_so(
+    store: Store, place: str, postgres: PostgresServer, shared_upstream: FakeUpstream
+) -> None:
+    """Every door answers 503 with the time to come back, from the first request on, and opens again by itself."""
+    backend = Backend("a", shared_upstream.url, "utility")
+    with RunningGateway(backend, governance=options(place), key=MASTER_KEY) as gateway:
+        identity, key = Governed(gateway, store).key()
+        cookie = log_in(gateway)[1]["set-cookie"].partition(";")[0]
+        as_key, as_master = {"authorization": f"Bearer {key}"}, {"authorization": f"Bearer {MASTER_KEY}"}
+        doors: list[Callable[[], tuple[int, dict[str, str], bytes]]] = [
+            lambda: gateway.post(CHAT, {"model": "tiny"}, **as_key),
+            lambda: gateway.send("GET", "/v1/models", headers=as_key),
+            lambda: gateway.post(CHAT, {"model": "tiny"}, **as_master),
+            lambda: gateway.send("GET", "/key/info", headers=as_key),
+            lambda: gateway.send("GET", f"/key/info?key={identity}", headers=as_master),
+            lambda: gateway.send("GET", "/admin/accounts", headers=as_master),
+            lambda: gateway.post("/admin/keys", {}, **as_master),
+            lambda: log_in(gateway, key),
+            lambda: gateway.send("GET", "/dashboard", headers={"cookie": cookie}),
+        ]
+        with postgres.away():
+            for door in doors:
+                status, headers, body = door()
+                assert (status, headers["retry-after"]) == (503, "2")
+                assert b"books cannot be" in body.replace(b"&#39;", b"'")
+        wait_until(lambda: all(door()[0] < 500 for door in doors))
+
+
+def log_in(gateway: RunningGateway, key: str = MASTER_KEY) -> tuple[int, dict[str, str], bytes]:
+    """Sends the dashboard's form; follows nothing."""
+    connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=30)
+    headers = {"content-type": "application/x-www-form-urlencoded"}
+    connection.request("POST", "/dashboard/login", urlencode({"key": key}), headers)
+    response = connection.getresponse()
+    answer = response.status, lowered(response.headers), response.read()
+    connection.close()
+    return answer
