@@ -21,10 +21,18 @@ TEMPLATE_TOKENS = 64
 TOOL_TOKENS = 512
 #: Tokens of an image that is named by its address; an inlined one has more bytes than tokens.
 IMAGE_TOKENS = 4096
+#: Tokens of a video, recording or file that is named by its address or id, whose length nothing here says.
+UNSEEN_TOKENS = 131_072
 #: What a stated number of tokens counts for at most; 64-bit columns hold its cost at any price.
 _MOST_TOKENS = 100_000_000
 #: An image among the contents, by any of the APIs.
 _IMAGES = re2.compile(rb'"image_url"\s*:|"image"')
+#: What is named by its address or id, by any of them.
+_UNSEEN = re2.compile(
+    rb'"(?:video|audio)_url"\s*:\s*(?:\{\s*"url"\s*:\s*)?"[^d]|"file_(?:url|id)"\s*:\s*"'
+    rb'|"source"\s*:\s*\{\s*"type"\s*:\s*"(?:url|file)"'
+)
+_MEDIA = re2.compile(_IMAGES.pattern + b"|" + _UNSEEN.pattern)
 #: Up to so many bytes `in` takes less time than the expression; for prose of 32 KiB ten times as much.
 _SHORT_BYTES = 2048
 _STATED = ("max_tokens", "max_completion_tokens", "max_output_tokens")
@@ -98,8 +106,9 @@ def asked(exchange: Exchange) -> Asked:
     named = body.those_of(_TELLING)
     if "tools" in named or "functions" in named:
         prompt += TOOL_TOKENS
-    if _may_hold_images(payload):
+    if _may_hold_media(payload):
         prompt += IMAGE_TOKENS * sum(1 for _ in _IMAGES.finditer(payload))
+        prompt += UNSEEN_TOKENS * sum(1 for _ in _UNSEEN.finditer(payload))
     prompt = min(prompt, _MOST_TOKENS)
     if endpoint in _NOT_GENERATING:
         return Asked(prompt, 1, 1, 0)
@@ -122,10 +131,10 @@ def context_window(target: Target) -> int | None:
     return max(known) if known and len(known) == len(windows) else None
 
 
-def _may_hold_images(payload: bytes) -> bool:
-    if len(payload) <= _SHORT_BYTES and b'"image' not in payload:
+def _may_hold_media(payload: bytes) -> bool:
+    if len(payload) <= _SHORT_BYTES and b'"image' not in payload and b'"type"' not in payload:
         return False
-    return _IMAGES.search(payload) is not None
+    return _MEDIA.search(payload) is not None
 
 
 def _count(body: Body, name: str) -> int:
