@@ -17,7 +17,7 @@ from urllib.parse import unquote
 
 import orjson
 
-from tokenmill.engine.gateway import metrics, openapi
+from tokenmill.engine.gateway import metrics, openapi, paths
 from tokenmill.engine.gateway.api_error import JSON, ApiError, Headers, model_not_found
 from tokenmill.engine.gateway.connection import CutError, SilenceError
 from tokenmill.engine.gateway.forward import Forwarder, error_event
@@ -37,6 +37,7 @@ from tokenmill.engine.gateway.request import (
     exchange_of,
     read_body,
     request_id,
+    with_model,
 )
 from tokenmill.engine.gateway.upstream import Upstream
 from tokenmill.errors import TokenmillError
@@ -165,9 +166,15 @@ class Gateway:
         method: str = scope["method"]
         fields = first_values(scope["headers"])
         identity = request_id(fields)
+        known = path in _POST_ONLY
+        model: str | None = None
+        if not known and path not in self._endpoints and not path.startswith("/v1/"):
+            path, model = paths.usual(path)
+            known = path in _POST_ONLY
+            scope["path"] = path
         try:
-            if method == "POST" and (path in _POST_ONLY or _is_passed(path)) and path not in self._endpoints:
-                await self._inference(scope, fields, receive, send, identity)
+            if method == "POST" and (known or _is_passed(path)) and path not in self._endpoints:
+                await self._inference(scope, fields, receive, send, identity, model)
                 return
             reply = await self._local(method, path, fields)
         except ApiError as error:
@@ -204,13 +211,19 @@ class Gateway:
         models = self._models(fields)
         return self._model(model, models) if model else _json({"object": "list", "data": models})
 
-    async def _inference(self, scope: Scope, fields: Fields, receive: Receive, send: Send, identity: str) -> None:
+    async def _inference(
+        self, scope: Scope, fields: Fields, receive: Receive, send: Send, identity: str, model: str | None
+    ) -> None:
+        """Answers a request to a model; `model` is the one that its path names, if it does."""
         started = time.perf_counter()
         length = fields.get(b"content-length")
         if self._identify is not None and (length is None or len(length) > _SHORT_DIGITS):
             # Who may ask for nothing has nothing kept in memory; a short body came with the head.
             self._identify(fields)
         payload = await read_body(receive, fields, self.settings)
+        if model is not None:
+            payload = await with_model(payload, model)
+            scope["query_string"] = b""  # Azure's `api-version`
         exchange = await exchange_of(scope, fields, payload, identity, started)
         hangup = _Hangup(scope)
         try:

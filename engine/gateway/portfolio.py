@@ -234,7 +234,8 @@ class Portfolio:
                     if targets:
                         yield Route(targets, None, FALLBACK, after)
                     continue
-                for model in principal.models or ():
+                offered = (model for target in targets for model in target.models if principal.may_ask_for(model))
+                for model in dict.fromkeys((*(principal.models or ()), *offered)):
                     serving = tuple(target for target in targets if model in target.models)
                     if serving:
                         yield Route(serving, model, FALLBACK, after)

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tokenmill.engine.gateway.wildcard import Wildcard
+
 
 @dataclass(frozen=True)
 class Principal:
@@ -13,7 +15,7 @@ class Principal:
     Attributes:
         key: The key's public id; `master` for the master key.
         organisation, team, app: Ids of the accounts above it; None where there is none.
-        models: Model and tier names it may ask for; None: all.
+        models: Model and tier names it may ask for, some with `*` for any text; None: all.
         metadata: What the key's maker attached.
         soft_limit_reached: An account of its chain has passed its soft limit: cheaper tiers are preferred.
     """
@@ -31,6 +33,13 @@ class Principal:
         """Ids of the accounts that its requests are charged to: its key's and all above it."""
         return tuple(one for one in (self.key, self.app, self.team, self.organisation) if one is not None)
 
+    @functools.cached_property
+    def _wildcards(self) -> tuple[Wildcard, ...]:
+        return tuple(Wildcard(name) for name in self.models or () if "*" in name)
+
     def may_ask_for(self, model: str | None) -> bool:
         """Whether a model's or tier's name is on its list; where there is a list, a name must be given."""
-        return self.models is None or model in self.models
+        models = self.models
+        if models is None or model in models:
+            return True
+        return model is not None and any(wildcard.matches(model) for wildcard in self._wildcards)

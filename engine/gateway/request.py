@@ -110,6 +110,16 @@ def _too_long(limit: int) -> ApiError:
     )
 
 
+async def with_model(payload: bytes, model: str) -> bytes:
+    """A body in JSON that asks for this model, whatever it asks for.
+
+    Raises:
+        ApiError: 400 when it is not a JSON object.
+    """
+    await check_utf8(payload)
+    return (await parsed(payload)).with_fields({"model": model})
+
+
 async def exchange_of(scope: Scope, fields: Fields, payload: bytes, identity: str, started: float) -> Exchange:
     """The exchange of a request to a model.
 

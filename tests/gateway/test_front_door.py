@@ -85,3 +85,84 @@ def test_a_body_that_is_slow_and_not_too_slow_arrives(door: RunningGateway, upst
             time.sleep(0.1)
         assert read_all(connection).startswith(b"HTTP/1.1 200 ")
     assert upstream.books.requests[0][2] == body
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"authorization": f"Bearer {MASTER_KEY}"},
+        {"authorization": f"bearer  {MASTER_KEY}"},
+        {"authorization": MASTER_KEY},
+        {"x_api_key": MASTER_KEY},
+        {"api_key": MASTER_KEY},
+        {"x_litellm_api_key": MASTER_KEY},
+        {"x_litellm_api_key": f"Bearer {MASTER_KEY}", "authorization": "Bearer of-another"},
+    ],
+    ids=str,
+)
+def test_a_key_may_come_in_any_of_the_usual_headers(
+    door: RunningGateway, upstream: FakeUpstream, headers: dict[str, str]
+) -> None:
+    assert door.post(CHAT, BODY, **headers)[0] == 200
+    _, sent, _ = upstream.books.requests[0]
+    assert sent["authorization"] == "Bearer the-backends-own"
+    assert MASTER_KEY not in str(sent)
+    assert (
+        door.send("GET", "/admin/accounts", None, {name.replace("_", "-"): headers[name] for name in headers})[0] == 200
+    )
+
+
+@pytest.mark.parametrize(
+    "headers", [{"authorization": "Bearer"}, {"authorization": ""}, {"x_litellm_api_key": "Bearer "}]
+)
+def test_a_header_without_a_key_is_none(door: RunningGateway, headers: dict[str, str]) -> None:
+    status, _, body = door.post(CHAT, BODY, **headers)
+    assert (status, "No API key" in body.decode()) == (401, True)
+
+
+@pytest.mark.parametrize(
+    ("path", "served"),
+    [
+        ("/chat/completions", CHAT),
+        ("/completions", "/v1/completions"),
+        ("/embeddings", "/v1/embeddings"),
+        ("/responses", "/v1/responses"),
+        ("/moderations", "/v1/moderations"),
+        ("/openai/v1/chat/completions", CHAT),
+    ],
+)
+def test_paths_are_served_without_v1_too(door: RunningGateway, upstream: FakeUpstream, path: str, served: str) -> None:
+    bearer = {"authorization": f"Bearer {MASTER_KEY}"}
+    assert door.post(served, BODY, **bearer)[::2] == door.post(path, BODY, **bearer)[::2]
+    assert [request[0] for request in upstream.books.requests] == [served, served]
+
+
+def test_the_models_are_listed_without_v1_too(door: RunningGateway) -> None:
+    bearer = {"authorization": f"Bearer {MASTER_KEY}"}
+    for path in ("/models", "/models/tiny", "/models/org/nested/name"):
+        assert door.send("GET", path, None, bearer)[::2] == door.send("GET", "/v1" + path, None, bearer)[::2]
+    assert door.send("GET", "/models")[0] == 401
+    assert door.send("POST", "/models", b"{}", bearer)[0] == 405
+    assert door.send("OPTIONS", "/chat/completions")[1]["allow"] == "POST, OPTIONS"
+
+
+@pytest.mark.parametrize(
+    "path", ["/openai/deployments/{}/chat/completions?api-version=2024-06-01", "/engines/{}/chat/completions"]
+)
+@pytest.mark.parametrize("model", ["tiny", "org/nested/name", "org%2Fnested%2Fname"])
+def test_a_path_names_the_model(door: RunningGateway, upstream: FakeUpstream, path: str, model: str) -> None:
+    for body in ({"messages": []}, {"model": "nobody", "messages": []}):
+        assert door.post(path.format(model), body, api_key=MASTER_KEY)[0] == 200
+    plain = model.replace("%2F", "/")
+    assert [json.loads(request[2])["model"] for request in upstream.books.requests] == [plain, plain]
+    assert {request[0] for request in upstream.books.requests} == {CHAT}
+    assert door.post(path.format("nobody"), {"model": "tiny"}, api_key=MASTER_KEY)[0] == 404
+    assert door.post(path.format("tiny"), b"[]", api_key=MASTER_KEY)[0] == 400
+
+
+@pytest.mark.parametrize(
+    "path", ["/nothing", "/openai/v1/../admin", "/openai/deployments/tiny/admin", "/engines//chat/completions"]
+)
+def test_other_paths_are_still_none(door: RunningGateway, upstream: FakeUpstream, path: str) -> None:
+    assert door.post(path, BODY, authorization=f"Bearer {MASTER_KEY}")[0] == 404
+    assert not upstream.books.requests

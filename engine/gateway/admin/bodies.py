@@ -19,7 +19,7 @@ Duration = Annotated[
 ]
 Models = Annotated[
     list[Annotated[str, Meta(min_length=1, max_length=300)]],
-    Meta(max_length=1000, description="Models and tiers; null: all."),
+    Meta(max_length=1000, description="Models and tiers, `*` in them stands for any text; null: all."),
 ]
 Metadata = Annotated[dict[str, Any], Meta(description="Kept with the key, at most 16 KiB.")]
 

@@ -14,6 +14,7 @@ from tokenmill.engine.gateway.admin.endpoint import Call
 from tokenmill.engine.gateway.api_error import ApiError
 from tokenmill.engine.gateway.governance import accounts, keys
 from tokenmill.engine.gateway.governance.keys import Key
+from tokenmill.engine.gateway.principal import Principal
 from tokenmill.engine.gateway.store import Connection
 from tokenmill.errors import InputError
 
@@ -85,7 +86,11 @@ def restricted(
     if role is not None:
         raise ApiError(403, "The role admin is needed to give a role.", code="forbidden", param="role")
     own = keys.by_id(connection, call.actor.name)
-    if own.models is not None and models is not None and not set(models) <= set(own.models):
+    if (
+        own.models is not None
+        and models is not None
+        and not all(map(Principal("", models=own.models).may_ask_for, models))
+    ):
         raise ApiError(
             403, f"Your own key may ask for {', '.join(own.models)} alone.", code="forbidden", param="models"
         )

@@ -1,6 +1,7 @@
 """The admin API as an ASGI application: checks who asks and what, runs an endpoint, answers JSON."""
 
 import logging
+import re
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from tokenmill.engine.gateway.admin.endpoint import Call, Endpoint
 from tokenmill.engine.gateway.admin.endpoints import ENDPOINTS, Backends
 from tokenmill.engine.gateway.admin.openapi import document
 from tokenmill.engine.gateway.api_error import ApiError, invalid_json
+from tokenmill.engine.gateway.governance.identify import credential
 from tokenmill.engine.gateway.governance.service import Governance
 from tokenmill.engine.gateway.heads import first_values
 from tokenmill.engine.gateway.metrics import Metrics
@@ -98,8 +100,12 @@ class AdminSite:
         if not endpoint.admits(actor):
             raise ApiError(403, f"This needs the role {endpoint.role}; this key has none such.", code="forbidden")
         body = None
+        if "\0" in request.scope["path"] or b"%00" in request.scope["query_string"]:
+            raise _nul("path or the query")
         if endpoint.body is not None:
             raw = await read_body(request.receive, first_values(request.scope["headers"]), _SETTINGS)
+            if _NUL.search(raw) is not None:
+                raise _nul("body")
             body = _decoded(raw, endpoint.body, request)
         answer = await endpoint.run(Call(actor, self._governance, request, body))
         if isinstance(answer, Response):
@@ -107,9 +113,7 @@ class AdminSite:
         return Response(orjson.dumps(answer), endpoint.status, media_type="application/json", headers=_NOT_KEPT)
 
     def _actor(self, request: Request) -> roles.Actor:
-        said = request.headers.get("authorization", "")
-        scheme, _, key = said.partition(" ")
-        key = key.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "").strip()
+        key = credential(first_values(request.scope["headers"]))
         if not key:
             raise _unauthorized("The key is missing; send `Authorization: Bearer KEY` with the master or an admin key.")
         actor = roles.identify(self._governance.store.reader, self._governance.options, key)
@@ -124,6 +128,8 @@ class AdminSite:
         return Response(self._document, media_type="application/json")
 
 
+#: A NUL in JSON: an odd number of backslashes before it.
+_NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 #: Every one reaches an endpoint's function, which refuses those that it does not take in the API's own shape.
 _EVERY_METHOD = ["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"]
 #: Answers may hold a new key: nobody on the way keeps them.
@@ -132,6 +138,13 @@ _NOT_KEPT = {"cache-control": "no-store"}
 
 def _unauthorized(message: str) -> ApiError:
     return ApiError(401, message, code="invalid_api_key", headers=[(b"www-authenticate", b"Bearer")])
+
+
+def _nul(where: str) -> ApiError:
+    """400: PostgreSQL keeps no text with a NUL, and nobody needs it to."""
+    return ApiError(
+        400, f"The {where} of the request has a NUL character (U+0000); leave it out.", code="invalid_input"
+    )
 
 
 def _wrong_method(methods: Iterable[str]) -> ApiError:

@@ -20,7 +20,9 @@ from tokenmill.engine.gateway.principal import Principal
 from tokenmill.engine.gateway.store import Connection, StoreUnavailableError, now_ms
 
 #: Headers that hold a client's credentials for the gateway: they end here.
-CREDENTIALS = frozenset({b"authorization", b"x-api-key", b"api-key", b"cookie", b"proxy-authorization"})
+CREDENTIALS = frozenset(
+    {b"authorization", b"x-api-key", b"api-key", b"x-litellm-api-key", b"cookie", b"proxy-authorization"}
+)
 #: Keys kept in memory; beyond it all are forgotten.
 MOST_KEPT = 10_000
 #: Seconds for which a version is good: of a server; of a file as long as there is no news.
@@ -55,7 +57,10 @@ class Identities:
         Raises:
             ApiError: 401 without a key that is valid now; 503 while the store cannot be asked.
         """
-        hashed = digest(_credential(fields))
+        key = credential(fields)
+        if not key:
+            raise _unauthorised("No API key was given; send `Authorization: Bearer KEY`.")
+        hashed = digest(key)
         if self._governance.options.is_master(hashed):
             return Principal(MASTER)
         try:
@@ -81,18 +86,24 @@ class Identities:
         return known.principal
 
 
-def _credential(fields: Mapping[bytes, bytes]) -> str:
-    said = fields.get(b"authorization")
-    if said is None:
-        found = fields.get(b"x-api-key", b"").strip()
-    else:
-        scheme, _, key = said.partition(b" ")
-        if scheme.lower() != b"bearer":
+def credential(fields: Mapping[bytes, bytes]) -> str:
+    """The key that a request with these headers brings; empty where it brings none.
+
+    It is in `x-litellm-api-key`, which goes first: `authorization` may then be another's; in `authorization`; in
+    Anthropic's `x-api-key` or Azure's `api-key`. With `Bearer` before it or bare.
+
+    Raises:
+        ApiError: 401 for another scheme than Bearer.
+    """
+    said = fields.get(b"x-litellm-api-key") or fields.get(b"authorization")
+    if not said:
+        return (fields.get(b"x-api-key") or fields.get(b"api-key", b"")).strip().decode("latin-1")
+    scheme, space, key = said.partition(b" ")
+    if scheme.lower() != b"bearer":
+        if space:
             raise _unauthorised("The `Authorization` header is not `Bearer KEY`.")
-        found = key.strip()
-    if not found:
-        raise _unauthorised("No API key was given; send `Authorization: Bearer KEY`.")
-    return found.decode("latin-1")
+        key = scheme
+    return key.strip().decode("latin-1")
 
 
 def _look_up(reader: Connection, hashed: str, now: int) -> _Known:

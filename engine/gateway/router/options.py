@@ -75,7 +75,7 @@ def options_of(
         elif (
             principal is not None
             and principal.models is not None
-            and not _allowed(tier, kept, principal.models, settings.name)
+            and not _allowed(tier, kept, principal, settings.name)
         ):
             refused[tier] = "key: its models do not include this tier"
         else:
@@ -111,10 +111,11 @@ def _unfit(backend: Backend, features: Features) -> str | None:
     return None
 
 
-def _allowed(tier: str, targets: tuple[Target, ...], listed: Sequence[str], name: str) -> bool:
+def _allowed(tier: str, targets: tuple[Target, ...], principal: Principal, name: str) -> bool:
     """Whether a key's list of models holds the tier or a model of it; one with the router's name alone holds all."""
-    models = set(listed) - {name}
-    return not models or tier in models or any(models & set(target.models) for target in targets)
+    if set(principal.models or ()) <= {name} or principal.may_ask_for(tier):
+        return True
+    return any(principal.may_ask_for(model) for target in targets for model in target.models)
 
 
 def _expected(features: Features, settings: RoutingSettings) -> int:

@@ -58,8 +58,16 @@ def test_generate_takes_litellms_fields_and_they_hold(workers: Workers) -> None:
 
 
 def test_an_empty_list_of_models_means_all(workers: Workers) -> None:
-    for models in ([], ["all-proxy-models"]):
+    for models in ([], ["all-proxy-models"], ["*"], ["nothing", "*"]):
         assert workers.chat(generate(workers, models=models)["key"], "utility")[0] == 200
+
+
+def test_a_name_of_models_may_be_a_wildcard(workers: Workers) -> None:
+    made = generate(workers, models=["ti*"])
+    assert made["models"] == ["ti*"]
+    assert (workers.chat(made["key"])[0], workers.chat(made["key"], "utility")[0]) == (200, 403)
+    listed = workers.json("GET", "/models", key=made["key"])
+    assert [model["id"] for model in listed["data"]] == ["tiny"]
 
 
 def test_a_budget_stops(workers: Workers) -> None:

@@ -131,8 +131,16 @@ def test_his_keys_may_do_no_more_than_his_own(teams: Teams) -> None:
     _, secret = made(teams.workers, **own)
     answer = teams.workers.json("POST", "/admin/keys", {"metadata": {"y": 2}}, secret, status=201)
     assert (answer["models"], answer["metadata"]) == (["tiny"], {"zones": ["edge"], "y": 2})
-    for more in ({"models": ["tiny", "utility"]}, {"metadata": {"zones": ["edge", "cloud"]}}):
+    for more in (
+        {"models": ["tiny", "utility"]},
+        {"models": ["*"]},
+        {"models": ["tiny*"]},
+        {"metadata": {"zones": ["edge", "cloud"]}},
+    ):
         assert teams.workers.send("POST", "/admin/keys", more, secret)[0] == 403
+    _, secret = made(teams.workers, **{**own, "models": ["ti*"]})
+    for models, status in ((["tiny", "tin*"], 201), (["*"], 403), (["*i*"], 403), (["utility"], 403)):
+        assert teams.workers.send("POST", "/admin/keys", {"models": models}, secret)[0] == status
 
 
 def test_every_other_path_is_refused(teams: Teams) -> None:

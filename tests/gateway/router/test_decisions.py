@@ -81,6 +81,8 @@ def test_a_key_is_held_to_its_models() -> None:
     assert order(routed(TWO, principal=Principal("k", models=("auto", "utility")))) == ["small"]
     assert order(routed(TWO, principal=Principal("k", models=("auto", "large")))) == ["large"]
     assert order(routed(TWO, principal=Principal("k", models=("auto",)))) == ["large", "small"]
+    assert order(routed(TWO, principal=Principal("k", models=("auto", "larg*")))) == ["large"]
+    assert order(routed(TWO, principal=Principal("k", models=("*",)))) == ["large", "small"]
     with pytest.raises(ApiError) as refused:
         routed(TWO, principal=Principal("k", models=("auto", "other")))
     assert (refused.value.status, refused.value.code) == (403, "model_not_allowed")
