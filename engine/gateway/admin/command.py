@@ -50,6 +50,8 @@ _KEY_COLUMNS = {
     "id": "id", "name": "name", "above": "parent", "state": "state", "role": "role", "models": "models",
     "spent $": "spent_dollars", "hard limit $": "limits.hard_limit_dollars", "expires": "expires_at",
 }  # fmt: skip
+#: Rows of the audit trail that are listed at most.
+_MOST_ROWS = 1_000_000
 _ONCE = "This is the only time that the key is shown; it is kept as a hash."
 
 
@@ -129,6 +131,8 @@ def _ledger(store: Store, options: argparse.Namespace) -> Answer:
 
 
 def _list_audit(store: Store, options: argparse.Namespace) -> Answer:
+    if not 1 <= options.limit <= _MOST_ROWS:
+        raise InputError(f"--limit {options.limit} is outside 1 to {_MOST_ROWS}; give a number within")
     query = "SELECT sequence, at, actor, action, subject, details FROM audit ORDER BY sequence DESC LIMIT ?"
     names = ("sequence", "at", "actor", "action", "subject", "details")
     rows = [dict(zip(names, row, strict=True)) for row in store.reader.execute(query, (options.limit,))]

@@ -21,19 +21,32 @@ from tokenmill.errors import CheckpointError
 
 T = TypeVar("T")
 
-#: Longest metadata of a key, as JSON.
-MOST_METADATA = 16 * 1024
+#: Longest metadata of a key, as JSON, and how deep it may nest: answers and the audit trail put it some levels deeper
+#: still, and orjson writes 254.
+MOST_METADATA, DEEPEST_METADATA = 16 * 1024, 240
 _WHOLE = {"type": "integer"}
 
 
 def checked_metadata(metadata: dict[str, Any] | None) -> dict[str, Any]:
-    """Metadata that is not too long.
+    """Metadata that is not too long and can be kept as JSON.
 
     Raises:
-        ApiError: 400 when it is.
+        ApiError: 400 when it is or cannot.
     """
     metadata = metadata or {}
-    if len(orjson.dumps(metadata)) > MOST_METADATA:
+    nested: Any = metadata
+    for _ in range(254 - DEEPEST_METADATA):
+        nested = [nested]
+    try:
+        written = orjson.dumps(nested)
+    except orjson.JSONEncodeError as error:
+        raise ApiError(
+            400,
+            f"`metadata` cannot be kept: {str(error).lower()}; its integers have at most 64 bits, its objects and "
+            f"lists at most {DEEPEST_METADATA} levels.",
+            param="metadata",
+        ) from None
+    if len(written) - 2 * (254 - DEEPEST_METADATA) > MOST_METADATA:
         raise ApiError(400, f"`metadata` is longer than {MOST_METADATA} bytes as JSON.", param="metadata")
     return metadata
 

@@ -33,6 +33,8 @@ HERE = Path(__file__).resolve().parent
 KEPT_S = 2.0
 #: Seconds after which an open page asks again.
 REFRESH_S = 15
+#: More than any of our forms has.
+_MOST_FIELDS = 20
 _FORM = Settings(max_body_bytes=8 * 1024, body_timeout_s=10.0)
 _HEADERS = {
     "cache-control": "no-store",
@@ -131,7 +133,10 @@ class DashboardSite:
             if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
                 return self._said("This form was sent by another site.", 403)
             raw = await read_body(request.receive, first_values(request.scope["headers"]), _FORM)
-            fields = parse_qs(raw.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=20)
+            try:
+                fields = parse_qs(raw.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=_MOST_FIELDS)
+            except ValueError:
+                raise ApiError(400, f"The form has more than {_MOST_FIELDS} fields.") from None
             return await run(request, {name: values[0] for name, values in fields.items()})
 
         return self._answering(guarded)

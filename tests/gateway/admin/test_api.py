@@ -160,6 +160,25 @@ def test_a_canary_is_set_and_rolled_back_in_every_worker_without_a_restart(worke
     assert workers.send("PUT", "/admin/backends/c/canary", {"share": 0})[0] == 404
 
 
+def nested(levels: int) -> Any:
+    """Lists in lists."""
+    made: Any = 1
+    for _ in range(levels):
+        made = [made]
+    return made
+
+
+@pytest.mark.parametrize("metadata", [{"a": -(2**63), "b": 2**64 - 1}, {"a": nested(239)}])
+def test_what_can_be_kept_is_kept(workers: Workers, metadata: dict[str, Any]) -> None:
+    """Also where it is shown and written down inside of something else."""
+    made = workers.json("POST", "/admin/keys", {"name": "a\\u0000b", "metadata": metadata}, status=201)
+    assert (made["name"], made["metadata"]) == ("a\\u0000b", metadata)
+    changed = {"key": made["id"], "metadata": {**metadata, "more": 1}}
+    assert workers.json("POST", "/key/update", changed)["metadata"] == changed["metadata"]
+    assert workers.send("GET", "/admin/keys")[0] == 200
+    assert workers.send("GET", "/admin/audit?limit=1000")[0] == 200
+
+
 @pytest.mark.parametrize(
     ("method", "path", "body", "status"),
     [
@@ -183,6 +202,15 @@ def test_a_canary_is_set_and_rolled_back_in_every_worker_without_a_restart(worke
         ("PATCH", "/admin/keys", {}, 405),
         ("GET", "/admin/nothing", None, 404),
         ("GET", "/admin/keys/%2e%2e%2f%00", None, 404),
+        ("GET", "/admin/keys/a%00", None, 400),
+        ("GET", "/admin/ledger?team=a%00", None, 400),
+        ("GET", "/key/info?key=a%00", None, 400),
+        ("POST", "/admin/keys", {"name": "a\0b"}, 400),
+        ("POST", "/admin/keys", {"name": "a\\\0b"}, 400),
+        ("POST", "/key/generate", {"key_alias": "a\0"}, 400),
+        ("POST", "/key/generate", {"metadata": {"a": [2**64]}}, 400),
+        ("POST", "/admin/keys", {"metadata": {"a": nested(240)}}, 400),
+        ("POST", "/admin/keys", {"metadata": {"a": nested(900)}}, 400),
     ],
 )
 def test_bad_requests_are_refused(workers: Workers, method: str, path: str, body: Any, status: int) -> None:

@@ -53,6 +53,13 @@ def test_questions_to_an_empty_ledger(administered: Store) -> None:
     assert books.latencies(reader, 0) == {}
 
 
+@pytest.mark.parametrize("limit", ["-1", "0", str(10**30)])
+def test_the_command_lists_so_many_rows(administered: Store, capsys: pytest.CaptureFixture[str], limit: str) -> None:
+    assert cli.main(["admin", "--store", str(administered.place), "audit", "list", "--limit", limit]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--limit {limit} is outside 1 to 1000000" in line
+
+
 def test_the_command_takes_either(administered: Store, capsys: pytest.CaptureFixture[str]) -> None:
     administered.write_now(lambda c: accounts.create(c, "team", "T", None, Limits(), "test", "t-1"))
     assert cli.main(["admin", "--store", str(administered.place), "team", "list"]) == 0

@@ -61,6 +61,8 @@ def test_strangers_see_the_login_and_nothing_else(browser: Browser) -> None:
     plain = browser.workers.json("POST", "/admin/keys", {}, status=201)["key"]
     assert browser.post("/dashboard/login", {"key": plain})[0] == 403
     assert browser.post("/dashboard/login", {"key": "x" * 10_000})[0] == 413
+    status, _, body = browser.post("/dashboard/login", {f"field{number}": "" for number in range(21)})
+    assert (status, "more than 20 fields" in body) == (400, True)
 
 
 def test_the_cookie_is_for_this_site_alone(browser: Browser) -> None:
