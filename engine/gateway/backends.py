@@ -27,7 +27,8 @@ class Backend:
         protocol: What it speaks; `anthropic` is translated from and to chat completions.
         health_path: Path of the health probe, from the server's root. None: health by outcome only.
         weight: Share of its tier's load relative to the tier's other backends, above 0.
-        max_concurrency: Requests it may have open at once; more go elsewhere, or are refused with 429.
+        max_concurrency: Requests it may have open at once; more go elsewhere, or are refused with 429. Of this and the
+            two limits that follow each gateway worker has an equal part, at least 1.
         requests_per_minute: Requests it may be sent in any minute; None: any number.
         tokens_per_minute: Tokens after which it gets no request until the minute is over; None: any number.
         canary: Share of its tier's requests, 0 to 1, that go to this backend, and no more while others of the tier

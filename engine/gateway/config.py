@@ -108,21 +108,29 @@ class Backend(Section):
     )
     weight: float = Field(1.0, description="Share of the tier's load, relative to its other backends.", gt=0)
     max_concurrency: int | None = Field(
-        None, description="Requests it may have open at once; more go to others or get 429.", ge=1
+        None,
+        description="Requests it may have open at once; more go to others or get 429. Each worker has an equal part of "
+        "it, at least 1: below the number of workers it is that number.",
+        ge=1,
     )
     requests_per_minute: int | None = Field(
-        None, description="Requests it may be sent in any minute; more go to others or get 429.", ge=1, le=10**9
+        None,
+        description="Requests it may be sent in any minute; more go to others or get 429. Shared like "
+        "`max_concurrency`.",
+        ge=1,
+        le=10**9,
     )
     tokens_per_minute: int | None = Field(
         None,
-        description="Tokens, prompt and answer, after which it gets no request until the minute is over.",
+        description="Tokens, prompt and answer, after which it gets no request until the minute is over. Shared like "
+        "`max_concurrency`.",
         ge=1,
         le=10**12,
     )
     canary: float | None = Field(
         None,
-        description="Share of the tier's requests, 0 to 1, that go here, and no more: not those that the others have no "
-        "room for. While all others are down, all.",
+        description="Share of the tier's requests, 0 to 1, that go here, and no more: not those that the others have "
+        "no room for. While all others are down, all.",
         ge=0,
         le=1,
     )

@@ -59,5 +59,5 @@ class Pace:
 
 
 def share(limit: int | None, workers: int) -> int | None:
-    """One process's part of a limit: never none of it."""
+    """One process's part of a limit: never none of it, so a limit below the number of processes is that number."""
     return None if limit is None else max(1, limit // workers)

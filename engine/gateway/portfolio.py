@@ -25,7 +25,8 @@ class Target:
 
     Attributes:
         backend: What it is.
-        outstanding: Requests open at it now.
+        outstanding: Requests of this process that are open at it now.
+        most_open: This process's part of its `max_concurrency`; None: any number.
         up: What the last probe or outcome said; None before the first.
         catalog: Model objects of its `/v1/models` by id; None until it was asked with success.
         canary: The share of its tier's requests that it gets, and no more; changed by `Portfolio.set_canary`.
@@ -37,6 +38,7 @@ class Target:
     def __init__(self, backend: Backend, settings: Settings) -> None:
         self.backend = backend
         self.outstanding = 0
+        self.most_open = share(backend.max_concurrency, settings.workers)
         self.up: bool | None = None
         self.catalog: dict[str, dict[str, Any]] | None = None
         self.canary = backend.canary
@@ -82,7 +84,7 @@ class Target:
 
     def has_room(self) -> bool:
         """Whether its limits on concurrency and per minute admit one more request."""
-        limit = self.backend.max_concurrency
+        limit = self.most_open
         return (limit is None or self.outstanding < limit) and self.pace.allows()
 
     def answers(self, model: str | None) -> bool:

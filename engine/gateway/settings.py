@@ -38,7 +38,7 @@ class Settings:
         fallbacks: Tier to the tiers that take over, in this order, when none of its backends can serve, or does.
         context_window_fallbacks: Tier to those that take over from it when a prompt is too long for it.
         content_policy_fallbacks: Tier to those that take over when its backends refuse a request's content.
-        workers: Gateway processes that share what a backend may be sent in a minute.
+        workers: Gateway processes that share what a backend may be sent, at once and in a minute.
         default_model: What a request without `model` means. None: the sole tier's model, if there is one tier.
     """
 

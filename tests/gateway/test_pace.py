@@ -1,9 +1,13 @@
-"""Requests and tokens per minute of one backend: a sliding window, shared between processes in equal parts."""
+"""What one backend may be sent, at once and in a minute (a sliding window): shared between processes in equal parts."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from tests.gateway.running import RunningGateway
-from tests.gateway.upstream import FakeUpstream
+from tests.gateway.upstream import Books, FakeUpstream
+from tests.gateway.workers import MASTER_KEY, Workers
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.pace import Pace, share
 from tokenmill.engine.gateway.portfolio import Portfolio
@@ -44,6 +48,23 @@ def test_tokens_count_when_they_are_known() -> None:
 @pytest.mark.parametrize(("limit", "workers", "part"), [(None, 4, None), (9, 4, 2), (3, 4, 1)])
 def test_workers_share_a_limit(limit: int | None, workers: int, part: int | None) -> None:
     assert share(limit, workers) == part
+
+
+def test_workers_share_what_a_backend_may_have_open(shared_upstream: FakeUpstream, tmp_path: Path) -> None:
+    backend = Backend("a", shared_upstream.url, "t", ("tiny",), max_concurrency=2)
+    settings = Settings(probe_interval_s=0.1, workers=2)
+    with Workers(tmp_path, backend, count=2, settings=settings) as workers:
+        shared_upstream.books = Books()
+        # All are there before the first is answered.
+        with ThreadPoolExecutor(24) as clients:
+            answers = list(clients.map(lambda _: workers.chat(MASTER_KEY, act={"delay_s": 0.5})[0], range(24)))
+    assert set(answers) == {200, 429}
+    assert shared_upstream.books.most_open <= 2
+    alone = Portfolio([Backend("a", "http://127.0.0.1:9", "t", ("m",), max_concurrency=1)], Settings(workers=4))
+    (target,) = alone.targets
+    assert target.has_room(), "below the number of workers a limit is that number"
+    target.outstanding = 1
+    assert not target.has_room()
 
 
 def test_a_request_beyond_the_pace_goes_to_the_fallback_and_then_to_nobody(shared_upstream: FakeUpstream) -> None:

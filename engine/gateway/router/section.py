@@ -104,7 +104,10 @@ class Routing(Section):
         True, description="Backends in other zones (edge, then cloud) may take what nearer ones of their tier cannot."
     )
     burst_queue: int | None = Field(
-        None, description="Open requests at every nearer backend from which others take over; default: when full.", ge=1
+        None,
+        description="Open requests at every nearer backend from which others take over, in equal parts for each "
+        "worker, at least 1; default: when full.",
+        ge=1,
     )
     log: str | None = Field(
         None, description="File that gets a line of features and outcome per routed request, no text.", min_length=1

@@ -62,7 +62,8 @@ class RoutingSettings:
         weights: The classifier's weights by feature; None: those that come with Tokenmill.
         rules: Go before the classifier, in this order.
         burst: Backends in other zones may take what the preferred ones cannot.
-        burst_queue: Open requests at every preferred backend from which others take over; None: when they are full.
+        burst_queue: Open requests at every preferred backend, of all workers together, from which others take over;
+            None: when they are full.
         log: File that gets a line of features and outcome for each routed request; None: none.
         escalation: None: none.
     """

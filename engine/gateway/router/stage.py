@@ -6,6 +6,7 @@ what it is. In every case nearer zones come first, and the answer's headers say 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -15,6 +16,7 @@ from tokenmill.engine.gateway.api_error import JSON, ApiError
 from tokenmill.engine.gateway.decision import Decision
 from tokenmill.engine.gateway.fallback import fitting
 from tokenmill.engine.gateway.hints import hints_of, strip
+from tokenmill.engine.gateway.pace import share
 from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply
 from tokenmill.engine.gateway.portfolio import Portfolio, Route, Target
 from tokenmill.engine.gateway.router.burst import by_preference, spread
@@ -56,6 +58,8 @@ class Router:
         audit: Audit = log_decision,
     ) -> None:
         self._portfolio = portfolio
+        # Each worker sees its own requests alone.
+        settings = replace(settings, burst_queue=share(settings.burst_queue, portfolio.settings.workers))
         self._settings = settings
         self._outcomes = outcomes
         self._audit = audit

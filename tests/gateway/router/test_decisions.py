@@ -167,6 +167,16 @@ def test_what_a_canary_costs_does_not_decide() -> None:
     assert 0 < exchange.decision.cost < 400, "at the stable one's price, although the canary is nearer"
 
 
+def test_workers_share_the_queue_from_which_others_take_over() -> None:
+    two = [backend("here", "t", 1, 0.9), backend("away", "t", 1, 0.9, zone="cloud")]
+    for workers, first in ((1, "here"), (2, "away"), (8, "away")):
+        portfolio = Portfolio(two, Settings(workers=workers))
+        portfolio.targets[0].outstanding = 2
+        assert order(routed(portfolio, RoutingSettings(burst_queue=4)))[0] == first
+        portfolio.targets[0].outstanding = 0
+        assert order(routed(portfolio, RoutingSettings(burst_queue=4)))[0] == "here"
+
+
 def test_escalation_is_planned_only_where_it_may_happen() -> None:
     able = (
         backend("small", "utility", 1_000, 0.9, capabilities=("logprobs",)),
