@@ -6,6 +6,7 @@ of its own. Within a tier all but the first draw on a retry budget; `fallback` s
 first byte of an answer nothing is repeated.
 """
 
+import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
@@ -150,6 +151,10 @@ class Forwarder:
         except (ConnectFailedError, NoAnswerError):
             call.taken = False
             lease.failed()
+            lease.close()
+            raise
+        except asyncio.CancelledError:
+            # Given up before its answer: the request may go on with another.
             lease.close()
             raise
         except SilenceError:

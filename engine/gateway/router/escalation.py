@@ -3,19 +3,22 @@
 The first tier is asked for the probabilities of its tokens. Where their confidence is below the threshold, and there is
 time and budget, the second tier's answer is given instead, whole: nothing of the first one is shown. A stream is held
 back until it is judged: all of it, or its first `hold_tokens` tokens. In the latter case what follows is released
-unjudged; the rule is that the beginning decides. When the allowance ends while a stream is held back, what has come
-so far is judged and decides.
+unjudged; the rule is that the beginning decides. When the allowance ends while a stream is held back, or while the
+second tier has not begun to answer, the first answer is given as it is.
 
 What is released are the first tier's own bytes, but for the log probabilities where the client did not ask for them.
-Where the second tier fails, the first one's answer is given after all.
+Where the second tier fails, the first one's answer is given after all. Where the first one fails, another tier is
+asked; for a stream that fails while it is held back, the second one.
 """
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 from tokenmill.engine.gateway.api_error import ApiError
 from tokenmill.engine.gateway.body import Body
+from tokenmill.engine.gateway.connection import CutError
 from tokenmill.engine.gateway.fallback import passes_on, trouble_of
 from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply
 from tokenmill.engine.gateway.portfolio import Route
@@ -56,44 +59,53 @@ class Escalation:
         except ApiError as error:
             reply = error
         exchange.body, exchange.payload = body, payload
+        then, held = _of_tier(routes, self._settings.then), None
+        others = _without(routes, first) if exchange.calls else routes
+        if isinstance(reply, Reply) and reply.chunks is not None and (left_s := self._left_s(exchange)) > 0:
+            held = await hold(reply.chunks, self._settings.hold_tokens, left_s)
+            exchange.on_end(held.end)
+            reply.chunks = held.chunks()
+            if (failure := _failure(held, exchange)) is not None:
+                await held.close()
+                # What has come is charged, and beside it money is reserved for this tier.
+                reply, others = failure, then
         if _another_may_do_better(reply, exchange):
-            return await _instead(exchange, proceed, _without(routes, first) if exchange.calls else routes, reply)
+            return await _instead(exchange, proceed, others, reply)
         if isinstance(reply, ApiError):
             raise reply
         if reply.status >= 400:
             return reply
         release = _unchanged if asked else _cleaned
-        return await self._judged(exchange, proceed, reply, _of_tier(routes, self._settings.then), release)
+        return await self._judged(exchange, proceed, reply, held, then, release)
+
+    def _left_s(self, exchange: Exchange) -> float:
+        """What is left of the allowance."""
+        return self._settings.allowance_s - (time.perf_counter() - exchange.started)
 
     async def _judged(
         self,
         exchange: Exchange,
         proceed: Handler,
         reply: Reply,
+        held: Held | None,
         then: list[Route],
         release: Callable[[Reply], Reply],
     ) -> Reply:
         settings = self._settings
-        left_s = settings.allowance_s - (time.perf_counter() - exchange.started)
-        held: Held | None = None
-        if reply.chunks is None:
-            logprobs = logprobs_of(reply.body or b"")
-        else:
-            held = await hold(reply.chunks, settings.hold_tokens, left_s)
-            exchange.on_end(held.end)
-            reply.chunks = held.chunks()
-            logprobs = held.logprobs
+        logprobs = logprobs_of(reply.body or b"") if held is None else held.logprobs
         sure = confidence(logprobs, settings.statistic)
         note: dict[str, Any] = {"confidence": sure, "escalated": False}
         exchange.notes[self.name] = note
-        late = time.perf_counter() - exchange.started > settings.allowance_s and held is None
-        if sure is None or sure >= settings.threshold or late or not then:
+        left_s = 0.0 if held is not None and held.late else self._left_s(exchange)
+        if sure is None or sure >= settings.threshold or left_s <= 0 or not then:
             return _with_note(release(reply), note)
         target = exchange.target
         exchange.routes = then
+        better: Reply | None
         try:
-            better = await proceed(exchange)
-        except ApiError:
+            async with asyncio.timeout(left_s):
+                better = await proceed(exchange)
+        except (ApiError, TimeoutError):
             better = None
         except BaseException:
             if held is not None:
@@ -137,6 +149,16 @@ def _another_may_do_better(reply: Reply | ApiError, exchange: Exchange) -> bool:
     if isinstance(reply, ApiError) or reply.status < 400 or exchange.target is None:
         return passes_on(reply.status)
     return trouble_of(reply, exchange, exchange.target) in ("failed", "context")
+
+
+def _failure(held: Held, exchange: Exchange) -> Reply | ApiError | None:
+    """What a stream comes to that failed while it was held back; None: it did not."""
+    if held.broken is None or exchange.target is None:
+        return held.error
+    name = exchange.target.backend.name
+    if isinstance(held.broken, CutError):
+        return ApiError(502, f"The backend {name} broke off in the middle of its answer.", code="upstream_cut")
+    return ApiError(504, f"The backend {name} was silent for too long.", code="timeout")
 
 
 async def _instead(exchange: Exchange, proceed: Handler, routes: Sequence[Route], failed: Reply | ApiError) -> Reply:

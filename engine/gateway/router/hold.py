@@ -5,13 +5,25 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator
 
+import msgspec
+
+from tokenmill.engine.gateway.api_error import JSON
 from tokenmill.engine.gateway.connection import CutError, SilenceError
-from tokenmill.engine.gateway.pipeline import Exchange
+from tokenmill.engine.gateway.pipeline import Exchange, Reply
 from tokenmill.engine.gateway.router.confidence import logprobs_of
 from tokenmill.engine.gateway.sse import Events, data_of
 
 #: More than this of a stream is not held: what has come is judged.
 MOST_BYTES = 4 * 1024 * 1024
+#: Status of an error in a stream that states none.
+_BAD_GATEWAY = 502
+
+
+class _Said(msgspec.Struct):
+    error: dict[str, msgspec.Raw] | None = None
+
+
+_SAID = msgspec.json.Decoder(_Said)
 
 
 class Held:
@@ -19,18 +31,23 @@ class Held:
 
     Attributes:
         logprobs: The log probabilities of the tokens in it.
+        late: The time was over before enough of it had come.
+        broken: Why no more of it came; None: nothing broke.
+        error: The error that it says instead of going on, as an answer; None: it says none.
     """
 
     def __init__(self, source: AsyncGenerator[bytes, None]) -> None:
         self.logprobs: list[float] = []
+        self.late = False
+        self.broken: CutError | SilenceError | None = None
+        self.error: Reply | None = None
         self._source = source
         self._held: list[bytes] = []
         self._next: asyncio.Task[bytes | None] | None = None
-        self._broken: CutError | SilenceError | None = None
         self._ended = False
 
     async def fill(self, tokens: int | None, left_s: float) -> None:
-        """Reads until so many tokens have come (None: all), the time is over or the stream ends."""
+        """Reads until so many tokens have come (None: all), the time is over, or the stream ends, breaks or fails."""
         events = Events()
         deadline = time.perf_counter() + left_s
         size = 0
@@ -41,7 +58,11 @@ class Held:
             size += len(chunk)
             self._held.append(chunk)
             for raw in events.feed(chunk):
-                self.logprobs += logprobs_of(data_of(raw) or b"")
+                data = data_of(raw) or b""
+                if b'"error"' in data and (error := _error(data)) is not None:
+                    self.error = error
+                    return
+                self.logprobs += logprobs_of(data)
 
     async def _read(self, deadline: float) -> bytes | None:
         """The next chunk; None at the stream's end, or when the time is over (it is then still awaited)."""
@@ -50,12 +71,13 @@ class Held:
         # A stream may not be broken off by a timeout: what is awaited goes on.
         done, _ = await asyncio.wait({self._next}, timeout=max(deadline - time.perf_counter(), 0))
         if not done:
+            self.late = True
             return None
         task, self._next = self._next, None
         try:
             chunk = task.result()
         except (CutError, SilenceError) as error:
-            self._broken, chunk = error, None
+            self.broken, chunk = error, None
         self._ended = chunk is None
         return chunk
 
@@ -71,8 +93,6 @@ class Held:
                 if late is None:
                     return
                 yield late
-            if self._broken is not None:
-                raise self._broken
             if not self._ended:
                 async for chunk in self._source:
                     yield chunk
@@ -92,6 +112,18 @@ class Held:
         """The request has ended, perhaps before anyone read the stream."""
         if self._next is not None:
             self._next.cancel()
+
+
+def _error(data: bytes) -> Reply | None:
+    """The answer that an event with an error comes to; None: it is another event."""
+    try:
+        said = _SAID.decode(data).error
+        code = None if said is None else msgspec.json.decode(said.get("code", b"null"))
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+    if said is None:
+        return None
+    return Reply(code if isinstance(code, int) and 400 <= code <= 599 else _BAD_GATEWAY, [JSON], data)
 
 
 async def _next(source: AsyncGenerator[bytes, None]) -> bytes | None:

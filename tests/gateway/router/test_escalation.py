@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from tests.gateway.running import RunningGateway
+from tests.gateway.running import RunningGateway, wait_until
 from tests.gateway.upstream import Books, FakeUpstream
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.money import Prices
 from tokenmill.engine.gateway.router.settings import EscalationSettings, RoutingSettings
+from tokenmill.engine.gateway.settings import Settings
 
 SURE, UNSURE = {"logprob": -0.01}, {"logprob": -3.0}
 CHEAP, DEAR = Prices(10_000, 10_000, 10_000), Prices(1_000_000, 1_000_000, 1_000_000)
@@ -20,7 +21,7 @@ CHEAP, DEAR = Prices(10_000, 10_000, 10_000), Prices(1_000_000, 1_000_000, 1_000
 class Pair:
     """A small and a large model, and a gateway that asks the small one first."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, gateway: Settings | None = None, **settings: Any) -> None:
         self.small, self.large = FakeUpstream(("small",)).start(), FakeUpstream(("large",)).start()
         escalation = EscalationSettings("utility", "reasoning", 0.5, **settings)
         self.gateway = RunningGateway(
@@ -28,6 +29,7 @@ class Pair:
                     capabilities=("logprobs",)),
             Backend("large", self.large.url, "reasoning", ("large",), prices=DEAR, quality=0.95,
                     capabilities=("logprobs",)),
+            settings=gateway or Settings(probe_interval_s=0.1, breaker_failures=10_000),
             routing=RoutingSettings(escalation=escalation),
         )  # fmt: skip
 
@@ -125,9 +127,39 @@ def test_money_and_shape_may_forbid_it(pair: Pair) -> None:
         assert headers.get("x-tokenmill-escalated") is None
 
 
-def test_a_cut_stream_is_cut_for_the_client(pair: Pair) -> None:
-    with pytest.raises(IncompleteRead):
-        pair.ask({"small": {**SURE, "cut_after": 3}}, stream=True)
+@pytest.mark.parametrize("logprob", [SURE, UNSURE, {}])
+@pytest.mark.parametrize(
+    "failing", [{"cut_after": 3}, {"cut_head": True}, {"chunks": 3, "error": {"message": "dead", "code": 500}}]
+)
+def test_a_stream_that_fails_while_it_is_held_is_never_shown(pair: Pair, failing: Any, logprob: Any) -> None:
+    small = {**logprob, **failing}
+    status, headers, body = pair.ask({"small": small, "large": {}}, stream=True)
+    assert (status, headers["x-tokenmill-tier"], body) == (200, "reasoning", pair.large.books.sent[0])
+    assert headers["x-tokenmill-reason"].startswith("failed over from utility")
+    assert "x-tokenmill-escalated" not in headers
+    for large in ({"status": 503, "body": "busy"}, {"cut_after": 0}, {"cut_head": True}):
+        status, headers, body = pair.ask({"small": small, "large": large}, stream=True)
+        assert headers["content-type"] == "application/json"
+        error = json.loads(body)["error"]
+        expected = (500, "dead") if "error" in failing else (502, None) if "cut_after" in failing else (503, None)
+        assert (status, error["message"] if expected[1] else None) == expected
+
+
+def test_an_error_in_a_held_stream_that_is_the_requests_passes(pair: Pair) -> None:
+    for error, status in (({"message": "no", "code": 400}, 400), ({"message": "no", "code": "odd"}, 502)):
+        got, _, body = pair.ask({"small": {"error": error}, "large": {"status": 500, "body": "busy"}}, stream=True)
+        assert (got, json.loads(body)["error"]) == (status, error)
+        assert bool(pair.large.books.requests) is (status == 502)
+
+
+def test_a_stream_that_is_silent_while_it_is_held_is_given_up() -> None:
+    built = Pair(gateway=Settings(probe_interval_s=0.1, read_timeout_s=0.5))
+    with built.gateway:
+        _, headers, body = built.ask({"small": {**SURE, "interval_s": 30}, "large": {}}, stream=True)
+        assert (headers["x-tokenmill-tier"], body) == ("reasoning", built.large.books.sent[0])
+        status, _, body = built.ask({"small": {**SURE, "interval_s": 30}, "large": {"delay_s": 30}}, stream=True)
+        assert (status, json.loads(body)["error"]["code"]) == (504, "timeout")
+    built.close()
 
 
 def test_the_beginning_decides_where_only_it_is_held() -> None:
@@ -145,14 +177,39 @@ def test_the_beginning_decides_where_only_it_is_held() -> None:
 
 
 def test_the_allowance_ends_the_holding() -> None:
+    built = Pair(allowance_s=0.4)
+    with built.gateway:
+        for sureness in (SURE, UNSURE):
+            small = {**sureness, "chunks": 8, "interval_s": 0.2}
+            _, headers, body = built.ask({"small": small, "large": {}}, stream=True)
+            assert (headers["x-tokenmill-tier"], headers["x-tokenmill-escalated"]) == ("utility", "false")
+            assert all(f"w{number} ".encode() in body for number in range(8)), "it is released as it is"
+            assert not built.large.books.requests
+        with pytest.raises(IncompleteRead):  # what breaks then has been shown
+            built.ask({"small": {**SURE, "interval_s": 0.2, "cut_after": 4}, "large": {}}, stream=True)
+    built.close()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_nothing_is_escalated_after_the_allowance(stream: bool) -> None:
     built = Pair(allowance_s=0.2)
     with built.gateway:
-        slow = {"chunks": 8, "interval_s": 0.1}
-        _, headers, body = built.ask({"small": {**SURE, **slow}}, stream=True)
-        assert headers["x-tokenmill-escalated"] == "false"
-        assert all(f"w{number} ".encode() in body for number in range(8))
-        _, headers, _ = built.ask({"small": {**UNSURE, **slow}, "large": {}}, stream=True)
-        assert headers["x-tokenmill-escalated"] == "true", "what has come so far decides"
-        _, headers, _ = built.ask({"small": {**UNSURE, "delay_s": 0.5}, "large": {}})
-        assert headers["x-tokenmill-escalated"] == "false", "too late"
+        for slow in ({"delay_s": 0.5}, {"head_s": 0.5}) if stream else ({"delay_s": 0.5},):
+            _, headers, body = built.ask({"small": {**UNSURE, **slow}, "large": {}}, stream=stream)
+            assert (headers["x-tokenmill-tier"], headers["x-tokenmill-escalated"]) == ("utility", "false")
+            assert (b"w4 " if stream else b"word ") in body
+            assert not built.large.books.requests
+    built.close()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_second_tier_that_is_too_slow_is_given_up(stream: bool) -> None:
+    built = Pair(allowance_s=1.5)
+    with built.gateway:
+        for large in ({"delay_s": 29}, {"head_s": 29}) if stream else ({"delay_s": 29},):
+            _, headers, body = built.ask({"small": UNSURE, "large": large}, stream=stream)
+            assert (headers["x-tokenmill-tier"], headers["x-tokenmill-escalated"]) == ("utility", "false")
+            assert (b"w4 " if stream else b"word ") in body
+            wait_until(lambda: built.large.books.cancelled == 1)
+            assert (built.large.books.open, len(built.large.books.requests)) == (0, 1)
     built.close()

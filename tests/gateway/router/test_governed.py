@@ -30,15 +30,19 @@ def pair() -> Iterator[tuple[FakeUpstream, FakeUpstream]]:
 
 @pytest.fixture(scope="module")
 def gateway(pair: tuple[FakeUpstream, FakeUpstream], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    store: Path = tmp_path_factory.mktemp("books") / "books.sqlite"
+    with running(pair, tmp_path_factory.mktemp("books") / "books.sqlite") as made:
+        yield made
+
+
+def running(pair: tuple[FakeUpstream, FakeUpstream], store: Path, allowance_s: float = 30.0) -> RunningGateway:
+    """A gateway that asks the small model first."""
     backends = (
         Backend("small", pair[0].url, "utility", ("small",), prices=CHEAP, quality=0.6, capabilities=("logprobs",)),
         Backend("large", pair[1].url, "reasoning", ("large",), prices=DEAR, quality=0.9),
     )
-    routing = RoutingSettings(escalation=EscalationSettings("utility", "reasoning", 0.5))
+    routing = RoutingSettings(escalation=EscalationSettings("utility", "reasoning", 0.5, allowance_s=allowance_s))
     options = Options(str(store), digest(MASTER), completion_bound=50)
-    with RunningGateway(*backends, governance=options, key=MASTER, routing=routing) as running:
-        yield running
+    return RunningGateway(*backends, governance=options, key=MASTER, routing=routing)
 
 
 def post(gateway: RunningGateway, path: str, body: Any, key: str = MASTER, **headers: str) -> tuple[int, Any, Any]:
@@ -92,6 +96,35 @@ def test_an_escalated_request_is_charged_for_both_answers(
     assert total[0] == 1
     for column in ("key", "team", "organisation", "outcome", "day"):
         assert list(summed(gateway, key, column).values()) == [total], column
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_second_tier_that_is_given_up_is_charged_at_its_bound(
+    pair: tuple[FakeUpstream, FakeUpstream], tmp_path: Path, stream: bool
+) -> None:
+    asked = {"act": {"small": {"logprob": -3.0}, "large": {"delay_s": 29}}, "stream": stream}
+    with running(pair, tmp_path / "books.sqlite", allowance_s=1.5) as gateway:
+        key = new_key(gateway, max_budget=sum(bounds_of(**asked)) / 1e8)
+        body = {"model": "auto", "messages": [{"role": "user", "content": "What is it?"}], "max_tokens": 10, **asked}
+        status, headers, _ = gateway.post("/v1/chat/completions", body, authorization=f"Bearer {key}")
+        assert (status, headers["x-tokenmill-escalated"]) == (200, "false")
+        wait_until(lambda: spent(gateway, key) > 0)
+        kinds = summed(gateway, key, "kind")
+        assert {kind: row[-1] for kind, row in kinds.items() if kind != "answer"} == {"failed": bounds_of(**asked)[1]}
+        assert spent(gateway, key) * 1e8 == pytest.approx(sum(row[-1] for row in kinds.values()))
+
+
+def test_a_stream_that_breaks_while_it_is_held_and_the_tier_that_takes_over_are_paid(
+    gateway: RunningGateway, pair: tuple[FakeUpstream, FakeUpstream]
+) -> None:
+    asked = {"act": {"small": {"logprob": -0.01, "cut_after": 3}, "large": {}}, "stream": True}
+    key = new_key(gateway, max_budget=sum(bounds_of(**asked)) / 1e8)
+    body = {"model": "auto", "messages": [{"role": "user", "content": "What is it?"}], "max_tokens": 10, **asked}
+    status, headers, _ = gateway.post("/v1/chat/completions", body, authorization=f"Bearer {key}")
+    assert (status, headers["x-tokenmill-tier"]) == (200, "reasoning")
+    wait_until(lambda: spent(gateway, key) > 0)
+    assert set(summed(gateway, key, "kind")) == {"answer", "failed"}
+    assert 0 < spent(gateway, key) * 1e8 <= sum(bounds_of(**asked))
 
 
 def summed(gateway: RunningGateway, key: str, column: str) -> dict[str, tuple[int, ...]]:
