@@ -23,6 +23,7 @@ class Backend:
         models: Public names of the models it serves. Empty: its own `/v1/models` says (asked by the health probe).
         model_names: Public model name to the backend's own name, where they differ; the request's `model` is
             rewritten on the way in, every other byte of each field stays.
+        prefix: What the public names of the models that it lists itself begin with.
         api_key: Sent instead of the client's credentials. None: the client's `Authorization` passes through.
         protocol: What it speaks; `anthropic` is translated from and to chat completions.
         health_path: Path of the health probe, from the server's root. None: health by outcome only.
@@ -35,7 +36,8 @@ class Backend:
             are up; None: no canary.
         zone: `on-premises`, `edge` or `cloud`; residency policies read it.
         region: Free text, e.g. `eu-central`.
-        version: Free text that names the model's version; shown in metrics and response headers.
+        version: Free text that names the model's version; shown in metrics and, where requests are routed, in the
+            answer's header `x-tokenmill-version`.
         prices: What its tokens cost.
         context_window: Most tokens of a prompt and its answer together; None: not known.
         max_output_tokens: Most tokens of one answer; None: not known.
@@ -64,6 +66,7 @@ class Backend:
     max_output_tokens: int | None = None
     capabilities: tuple[Capability, ...] = ()
     quality: float | None = None
+    prefix: str = ""
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.base_url)
@@ -87,4 +90,4 @@ class Backend:
 
     def upstream_model(self, model: str) -> str:
         """The backend's own name of a public model name."""
-        return self.model_names.get(model, model)
+        return self.model_names.get(model) or model.removeprefix(self.prefix)

@@ -136,7 +136,7 @@ class Backend(Section):
     )
     zone: Literal["on-premises", "edge", "cloud"] = Field("on-premises", description="Where it stands, for policies.")
     region: str | None = Field(None, description="Free text, e.g. `eu-central`.")
-    version: str | None = Field(None, description="Version of the model, free text.")
+    version: str | None = Field(None, description="Version of the model, free text; an answer's `x-tokenmill-version`.")
     price: Price = Field(default_factory=Price, description="What its tokens cost.")
     context_window: int | None = Field(
         None, description="Most tokens of a prompt and its answer together; longer requests are not routed here.", ge=1
@@ -223,6 +223,11 @@ class RemoteBackend(Backend):
         default_factory=dict,
         description="Public model name to the server's own name for it; default: what its `/v1/models` lists.",
     )
+    prefix: str = Field(
+        "",
+        description="What the public names of the models that it lists begin with, e.g. `openai/`; not with `models`.",
+        max_length=200,
+    )
     api_key_env: str | None = Field(
         None,
         description="Environment variable that holds its API key; default: the client's `Authorization` is passed on.",
@@ -252,6 +257,12 @@ class RemoteBackend(Backend):
         if parts.username is not None or parts.password is not None:
             raise ValueError("the URL holds a password; put the key into a variable and name it in 'api_key_env'")
         return value
+
+    @model_validator(mode="after")
+    def _prefix_is_of_what_it_lists(self) -> "RemoteBackend":
+        if self.prefix and self.models:
+            raise ValueError("'prefix' is for models that the server lists, and 'models' names them; keep one")
+        return self
 
     @model_validator(mode="after")
     def _one_key(self) -> "RemoteBackend":

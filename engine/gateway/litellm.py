@@ -259,8 +259,10 @@ class _Importer:
             source.leave(place, f"its api_base {address[:60]!r} is no http(s)://host[:port][/prefix]")
             return None
         wildcard = "*" in name or "*" in upstream
-        if wildcard and (name, upstream) != ("*", "*"):
-            source.leave(place, "a wildcard is understood only as model_name '*' for all that one server lists")
+        if wildcard and (upstream != "*" or name.find("*") != len(name) - 1 or provider.protocol != "openai"):
+            source.leave(
+                place, "a wildcard is understood only as `*` or `NAME/*` for all that a server of OpenAI's lists"
+            )
             return None
         backend = {
             "url": address,
@@ -268,6 +270,7 @@ class _Importer:
             "health_path": None,
             "zone": zone(address),
             "models": {} if wildcard else {name: upstream},
+            "prefix": name[:-1] if wildcard else "",
             **self._key(parameters, provider),
             **self._limits(parameters),
             "region": source.text((*parameters, "region_name")),

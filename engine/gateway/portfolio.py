@@ -5,9 +5,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from tokenmill.engine.gateway.api_error import ApiError, model_not_found, unavailable
+from tokenmill.engine.gateway.api_error import ApiError, Headers, model_not_found, unavailable
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.breaker import Breaker
+from tokenmill.engine.gateway.heads import sentence
 from tokenmill.engine.gateway.event_tokens import EventTokens
 from tokenmill.engine.gateway.pace import Pace, share
 from tokenmill.engine.gateway.principal import Principal
@@ -33,6 +34,7 @@ class Target:
         pace: What it was sent in the last minute.
         origin: Where its connections go.
         reason: Why it is down, for people.
+        headers: What an answer says of it: tier, name, and version where it states one.
     """
 
     def __init__(self, backend: Backend, settings: Settings) -> None:
@@ -47,6 +49,12 @@ class Target:
         )
         self.origin = Origin.of(backend.root)
         self.reason = "not probed yet"
+        self.headers: Headers = [
+            (b"x-tokenmill-tier", backend.tier.encode()),
+            (b"x-tokenmill-backend", backend.name.encode()),
+        ]
+        if backend.version:
+            self.headers.append((b"x-tokenmill-version", sentence(backend.version).encode()))
         self._settings = settings
         self._breakers: dict[str | None, Breaker] = {}
         self._event_tokens: dict[str | None, EventTokens] = {}
@@ -54,7 +62,8 @@ class Target:
     @property
     def models(self) -> tuple[str, ...]:
         """Public names of the models it serves, as far as known."""
-        return self.backend.models or tuple(self.catalog or ())
+        listed, prefix = self.catalog or (), self.backend.prefix
+        return self.backend.models or (tuple([prefix + name for name in listed]) if prefix else tuple(listed))
 
     def own_model(self, model: str | None) -> str | None:
         """The backend's own name of a public model, for None of its first; None: it is not known yet."""

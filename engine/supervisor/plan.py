@@ -196,6 +196,7 @@ def _remote(name: str, tier: str, backend: RemoteBackend, quality: float | None)
         base_url=backend.url,
         models=tuple(backend.models),
         model_names=backend.models,
+        prefix=backend.prefix,
         api_key=backend.secret(),
         protocol=backend.protocol,
         health_path=backend.health_path,

@@ -110,7 +110,7 @@ def test_what_is_not_understood_is_listed_and_nothing_else(tmp_path: Path) -> No
         "model_list:\n"
         + model("a", "model: openai/a, api_key: k, temperature: 0.1, tags: [x]", ", model_info: {id: one, mode: chat}")
         + model("b", "model: azure/b, api_base: 'https://x.openai.azure.com', api_version: v")
-        + model("c/*", "model: openai/*")
+        + model("c/*", "model: 'anthropic/*'")
         + "router_settings:\n  routing_strategy: latency-based-routing\n  retry_policy: {TimeoutErrorRetries: 3}\n"
         + "litellm_settings: {success_callback: [langfuse], json_logs: true}\ngeneral_settings: {}\n"
         + "guardrails:\n  - guardrail_name: pii\n"
@@ -309,6 +309,26 @@ def test_a_short_master_key_is_taken_with_a_warning(tmp_path: Path, monkeypatch:
 def test_one_server_may_serve_all_that_it_lists(tmp_path: Path) -> None:
     config = convert(tmp_path, "model_list:\n" + model("*", "model: 'openai/*', api_base: http://h/v1")).config
     assert backends(config, "all")[0].models == {}
+
+
+def test_a_provider_may_serve_all_that_it_lists(tmp_path: Path) -> None:
+    text = "model_list:\n" + "".join(
+        model(name, f"model: {said!r}, api_key: k")
+        for name, said in (
+            ("openai/*", "openai/*"),
+            ("fast/*", "groq/*"),
+            ("anthropic/*", "anthropic/*"),
+            ("gpt-*", "openai/gpt-*"),
+            ("*/x", "openai/*"),
+            ("one", "openai/*"),
+        )
+    )
+    imported = convert(tmp_path, text)
+    assert list(imported.config.tiers) == ["openai", "fast"]
+    assert [backends(imported.config, name)[0].models for name in imported.config.tiers] == [{}, {}]
+    assert len(imported.left_out) == 4
+    assert all("a wildcard is understood only" in line for line in imported.left_out)
+    assert [backend.prefix for backend in make_plan(imported.config).remotes] == ["openai/", "fast/"]
 
 
 def test_weights_come_from_weight_then_rpm_where_all_state_it(tmp_path: Path) -> None:
