@@ -72,8 +72,11 @@ def named(connection: Connection, said: str) -> Key:
 
 
 def aliased(connection: Connection, alias: str) -> list[str]:
-    """Ids of the keys with this name."""
-    query = "SELECT id FROM accounts WHERE kind = 'key' AND name = ? ORDER BY created_at"
+    """Ids of the keys with this name that were not revoked; an empty name is none."""
+    query = (
+        "SELECT id FROM accounts JOIN keys USING (id) WHERE name = ? AND name <> '' AND revoked_at IS NULL "
+        "ORDER BY created_at"
+    )
     return [row[0] for row in connection.execute(query, (alias,))]
 
 

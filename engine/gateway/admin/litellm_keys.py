@@ -83,8 +83,10 @@ async def generate(call: Call) -> Any:
     )
     expires_at = _end(body.duration, body.expires)
     store = call.governance.store
-    identity, secret = await store.write(
-        lambda connection: keys.create(
+
+    def run(connection: Connection) -> tuple[str, str]:
+        _refuse_taken(connection, body.key_alias)
+        return keys.create(
             connection,
             call.by,
             name=body.key_alias or "",
@@ -94,7 +96,8 @@ async def generate(call: Call) -> Any:
             expires_at=expires_at,
             metadata=metadata,
         )
-    )
+
+    identity, secret = await store.write(run)
     shown = views.litellm_key(store.reader, keys.by_id(store.reader, identity))
     return {**shown, "key": secret}
 
@@ -126,6 +129,8 @@ async def update(call: Call) -> Any:
         found = keyring.named(connection, body.key)
         if body.team_id is not UNSET and body.team_id:
             _stays_below(connection, found, body.team_id)
+        if body.key_alias is not UNSET:
+            _refuse_taken(connection, body.key_alias, found.id)
         account = accounts.find(connection, found.id)
         kept = account.limits
         limits = Limits(
@@ -150,6 +155,36 @@ async def update(call: Call) -> Any:
 
     found = await store.write(run)
     return {"key": body.key, **views.litellm_key(store.reader, found)}
+
+
+def _refuse_taken(connection: Connection, alias: str | None, own: str | None = None) -> None:
+    """Refuses an alias that another key has: here, too, it names one key. Names that `/admin` gives may repeat."""
+    if alias and any(identity != own for identity in keyring.aliased(connection, alias)):
+        raise ApiError(
+            400,
+            f"A key with the alias `{quote(alias)}` exists already; choose another, or delete that key.",
+            code="alias_taken",
+            param="key_alias",
+        )
+
+
+def _aliased(connection: Connection, alias: str) -> str:
+    """The key that an alias means.
+
+    Raises:
+        ApiError: 404 where it means none, 400 where `/admin` gave several keys this name.
+    """
+    found = keyring.aliased(connection, alias)
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise ApiError(404, f"There is no key with the alias `{quote(alias)}`.", code="not_found", param="key_aliases")
+    raise ApiError(
+        400,
+        f"{len(found)} keys have the alias `{quote(alias)}`; delete them by their ids: {', '.join(found[:5])}.",
+        code="alias_not_unique",
+        param="key_aliases",
+    )
 
 
 def _stays_below(connection: Connection, found: Key, team: str) -> None:
@@ -179,7 +214,7 @@ async def delete(call: Call) -> Any:
 
     def run(connection: Connection) -> None:
         found = [keyring.named(connection, said).id for said in body.keys]
-        found += [identity for alias in body.key_aliases for identity in keyring.aliased(connection, alias)]
+        found += [_aliased(connection, alias) for alias in body.key_aliases]
         for identity in found:
             keys.revoke(connection, identity, call.by)
 

@@ -98,6 +98,36 @@ def test_delete_by_key_token_and_alias(workers: Workers) -> None:
     assert workers.send("POST", "/key/delete", {})[0] == 400
 
 
+def test_an_alias_names_one_key(workers: Workers) -> None:
+    first = generate(workers, key_alias="only one")
+    other = generate(workers, key_alias="another one")
+    for path, fields in (("/key/generate", {}), ("/key/update", {"key": other["key"]})):
+        status, _, body = workers.send("POST", path, {"key_alias": "only one", **fields})
+        error = json.loads(body)["error"]
+        assert (status, error["param"]) == (400, "key_alias")
+        assert error["message"].startswith("A key with the alias `only one` exists already")
+    assert (
+        workers.json("POST", "/key/update", {"key": first["key"], "key_alias": "only one"})["key_alias"] == "only one"
+    )
+    workers.json("POST", "/key/delete", {"key_aliases": ["only one"]})
+    status, _, body = workers.send("POST", "/key/delete", {"key_aliases": ["only one"]})
+    assert (status, b"no key with the alias `only one`" in body) == (404, True)
+    assert generate(workers, key_alias="only one")["key_alias"] == "only one"
+
+
+def test_deleting_by_an_alias_deletes_all_or_nothing(workers: Workers) -> None:
+    """Names that the admin API gave may repeat; an empty one is no alias."""
+    named = [workers.json("POST", "/admin/keys", {"name": "twice"}, status=201) for _ in range(2)]
+    unnamed, good = generate(workers), generate(workers, key_alias="good")
+    for aliases, expected in ((["good", "twice"], 400), (["good", "nobody"], 404), (["good", ""], 404)):
+        status, _, body = workers.send("POST", "/key/delete", {"key_aliases": aliases})
+        assert (status, json.loads(body)["error"]["param"]) == (expected, "key_aliases")
+        if expected == 400:
+            assert named[0]["id"] in body.decode() and named[1]["id"] in body.decode()
+    for identity in (named[0]["id"], named[1]["id"], unnamed["token_id"], good["token_id"]):
+        assert workers.json("GET", f"/admin/keys/{identity}")["state"] == "valid"
+
+
 @pytest.mark.parametrize(
     "field",
     [
