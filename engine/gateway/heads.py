@@ -72,3 +72,8 @@ def lines(headers: Headers) -> bytes:
         return b""
     names, values = zip(*headers, strict=True)
     return layout(names).template % values
+
+
+def sentence(text: str) -> str:
+    """A text fit for a response header: one line of ASCII."""
+    return text if text.isascii() and text.isprintable() else re.sub(r"[^\x20-\x7e]+", " ", text)

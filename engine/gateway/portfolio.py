@@ -8,8 +8,8 @@ from typing import Any, Literal
 from tokenmill.engine.gateway.api_error import ApiError, Headers, model_not_found, unavailable
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.breaker import Breaker
-from tokenmill.engine.gateway.heads import sentence
 from tokenmill.engine.gateway.event_tokens import EventTokens
+from tokenmill.engine.gateway.heads import sentence
 from tokenmill.engine.gateway.pace import Pace, share
 from tokenmill.engine.gateway.principal import Principal
 from tokenmill.engine.gateway.settings import Settings

@@ -5,7 +5,6 @@ Only the last message is decoded, and of a long one only its two ends; the rest 
 
 import functools
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -306,8 +305,3 @@ def _sign_set() -> Any:
 def signs(question: bytes) -> list[str]:
     """Which of the classifier's words and forms a text holds."""
     return [_SIGN_NAMES[number] for number in _sign_set().Match(question) or ()]
-
-
-def sentence(text: str) -> str:
-    """A text fit for a response header: one line of ASCII."""
-    return text if text.isascii() and text.isprintable() else re.sub(r"[^\x20-\x7e]+", " ", text)

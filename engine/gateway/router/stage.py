@@ -2,7 +2,7 @@
 
 `auto` (or whatever the configuration calls it) is routed by the six criteria; a tier's name or a concrete model stays
 what it is. In every case nearer zones come first, and the answer's headers say where it came from:
-`x-tokenmill-tier`, `x-tokenmill-backend`, `x-tokenmill-reason`.
+`x-tokenmill-tier`, `x-tokenmill-backend`, `x-tokenmill-version`, `x-tokenmill-reason`.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ import orjson
 from tokenmill.engine.gateway.api_error import JSON, ApiError
 from tokenmill.engine.gateway.decision import Decision
 from tokenmill.engine.gateway.fallback import fitting
+from tokenmill.engine.gateway.heads import sentence
 from tokenmill.engine.gateway.hints import hints_of, strip
 from tokenmill.engine.gateway.pace import share
 from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply
@@ -22,7 +23,7 @@ from tokenmill.engine.gateway.portfolio import Portfolio, Route, Target
 from tokenmill.engine.gateway.router.burst import by_preference, spread
 from tokenmill.engine.gateway.router.classifier import bundled, complexity
 from tokenmill.engine.gateway.router.criteria import Question, ranked, reasons
-from tokenmill.engine.gateway.router.features import features_of, sentence
+from tokenmill.engine.gateway.router.features import features_of
 from tokenmill.engine.gateway.router.groups import Groups
 from tokenmill.engine.gateway.router.observed import Observed
 from tokenmill.engine.gateway.router.options import Option, described, options_of
@@ -239,7 +240,6 @@ def _explain(reply: Reply, exchange: Exchange) -> None:
         reason = f"{'escalated' if escalated else 'failed over'} from {decision.tier}; {reason}"
     reply.headers = [
         *reply.headers,
-        (b"x-tokenmill-tier", target.backend.tier.encode()),
-        (b"x-tokenmill-backend", target.backend.name.encode()),
+        *target.headers,
         (b"x-tokenmill-reason", sentence(reason)[:_LONGEST_REASON].encode()),
     ]

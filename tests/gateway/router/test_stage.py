@@ -32,7 +32,7 @@ class Factory:
             Backend("small", self.small.url, "utility", prices=CHEAP, context_window=4000, quality=0.6,
                     capabilities=("logprobs",)),
             Backend("large", self.large.url, "reasoning", prices=DEAR, context_window=64_000, quality=0.9,
-                    capabilities=("tools", "json", "vision")),
+                    version="2026-05\N{GREEK SMALL LETTER BETA}\n2", capabilities=("tools", "json", "vision")),
             Backend("vast", self.cloud.url, "frontier", prices=Prices(900_000_000, 900_000_000, 2_000_000_000),
                     zone="cloud", quality=0.97, capabilities=("tools", "json", "vision")),
             Backend("embed", self.embed.url, "embedding", prices=CHEAP, quality=0.9, capabilities=("embeddings",)),
@@ -162,6 +162,12 @@ def test_names_stay_what_they_are(factory: Factory) -> None:
     assert factory.ask(EASY, model="nothing")[0] == 404
     listed = json.loads(factory.gateway.get("/v1/models")[2])["data"]
     assert "auto" in [model["id"] for model in listed]
+
+
+def test_an_answer_says_which_version_gave_it(factory: Factory) -> None:
+    _, headers, _ = factory.ask(EASY, model="large")
+    assert headers["x-tokenmill-version"] == "2026-05 2", "one line of ASCII"
+    assert "x-tokenmill-version" not in factory.ask(EASY, model="small")[1]
 
 
 def test_the_dry_run_asks_nobody(factory: Factory) -> None:
