@@ -2,7 +2,8 @@
 
 For a threshold t, the answers with confidence >= t are given and the others escalated. `error` is the share of wrong
 ones among those given. The chosen threshold is the lowest whose error is below the limit even at the upper end of its
-interval (Wilson's score interval), so that little data makes it cautious.
+interval (Wilson's score interval), so that little data makes it cautious. The gateway knows thresholds up to 1, which
+gives the answers of confidence 1: where too many of those are wrong, there is none to choose.
 
 Where the second tier's correctness is not logged it counts as always right, and `quality` is then relative to it.
 """
@@ -80,7 +81,7 @@ class Calibration:
 
 
 def curve(samples: Sequence[Sample], cost_ratio: float) -> list[Point]:
-    """The points of every threshold that the data can tell apart, from giving all answers to giving none.
+    """The points of every threshold up to 1 that the data can tell apart, from giving all answers to giving the fewest.
 
     Args:
         samples: The data; at least one.
@@ -90,7 +91,7 @@ def curve(samples: Sequence[Sample], cost_ratio: float) -> list[Point]:
     total = len(ordered)
     then_right = sum(sample.then_correct is not False for sample in ordered)
     given = right = 0
-    points = [_point(1.0 if ordered[0].confidence < 1 else math.nextafter(1, 2), 0, 0, then_right, total, cost_ratio)]
+    points = [_point(1.0, 0, 0, then_right, total, cost_ratio)] if ordered[0].confidence < 1 else []
     for place, sample in enumerate(ordered, 1):
         given, right = place, right + sample.correct
         then_right -= sample.then_correct is not False
@@ -131,17 +132,24 @@ def calibrate(samples: Sequence[Sample], statistic: Statistic, max_error: float,
         cost_ratio: Cost of an answer of the first tier, in units of one of the second.
 
     Raises:
-        InputError: Too few samples.
+        InputError: Too few samples, or no threshold keeps to `max_error`.
     """
     if len(samples) < 20:
         raise InputError(f"{len(samples)} samples are too few to calibrate from; log at least 20, better 500")
     points = curve(samples, cost_ratio)
-    chosen = next(point for point in points if point.error_bound <= max_error)
+    chosen = next((point for point in points if point.error_bound <= max_error), None)
+    if chosen is None:
+        best = min(points, key=lambda point: point.error_bound)
+        raise InputError(
+            f"no threshold keeps the wrong ones among the answers given to {max_error:.2%}: the best, "
+            f"{best.threshold:.4f}, gives {1 - best.escalated:.1%} of the answers, of which {best.error:.2%} are "
+            f"wrong, at most {best.error_bound:.2%} (95%); raise --max-error, or ask the second tier alone"
+        )
     shown = points
     if len(points) > MOST_POINTS:
         step = (len(points) - 1) / (MOST_POINTS - 1)
         shown = [points[round(number * step)] for number in range(MOST_POINTS)]
-    return Calibration(min(chosen.threshold, 1.0), statistic, len(samples), chosen, tuple(shown))
+    return Calibration(chosen.threshold, statistic, len(samples), chosen, tuple(shown))
 
 
 def write(calibration: Calibration, path: Path) -> None:

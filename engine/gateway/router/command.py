@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -12,6 +13,9 @@ from tokenmill.engine.gateway.router.features import FEATURES
 from tokenmill.engine.gateway.router.settings import Statistic
 from tokenmill.errors import InputError
 
+#: What stands in a line in the place of something that is not known.
+_ABSENT = (None, "")
+
 
 def calibrate(argv: list[str]) -> int:
     """`tokenmill calibrate DATA`."""
@@ -19,7 +23,8 @@ def calibrate(argv: list[str]) -> int:
         prog="tokenmill calibrate",
         description="Chooses the confidence from which the first tier's answer is good enough. DATA is JSON lines or "
         "CSV with `confidence` (0 to 1) and `correct` (true or false) of its answers, and, where known, "
-        "`then_correct` of the second tier's.",
+        "`then_correct` of the second tier's. The lines that `routing.log` wrote are taken, too, with `good` for "
+        "`correct`. Lines without a confidence or without either of these are skipped.",
     )
     parser.add_argument("data", type=Path, metavar="DATA")
     parser.add_argument("--max-error", type=float, default=0.05, help="most wrong answers among those given (0.05)")
@@ -36,7 +41,11 @@ def calibrate(argv: list[str]) -> int:
         value = getattr(options, name)
         if not least <= value <= most:
             raise InputError(f"--{name.replace('_', '-')}={value} is outside {least:g} to {most:g}")
-    samples = [_sample(row, where) for row, where in _rows(options.data)]
+    lines = [_sample(row, where) for row, where in _rows(options.data)]
+    samples = [sample for sample in lines if sample is not None]
+    if len(samples) < len(lines):
+        skipped = len(lines) - len(samples)
+        print(f"skipped {skipped} of {len(lines)} lines, which lack a confidence, or whether the answer was right")
     found = calibration.calibrate(samples, options.statistic, options.max_error, options.cost_ratio)
     calibration.write(found, options.out)
     chosen = found.chosen
@@ -101,18 +110,23 @@ def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
             yield row, f"{path}:{number}"
 
 
-def _sample(row: dict[str, Any], where: str) -> calibration.Sample:
+def _sample(row: dict[str, Any], where: str) -> calibration.Sample | None:
+    """A line's sample; None: it lacks a confidence, or whether the answer was right."""
+    said = row.get("confidence")
+    name = "good" if row.get("correct") in _ABSENT else "correct"
+    if said in _ABSENT or row.get(name) in _ABSENT:
+        return None
     try:
-        value = float(row["confidence"])
-    except (KeyError, TypeError, ValueError):
-        raise InputError(f"{where}: 'confidence' is {row.get('confidence')!r}; give a number from 0 to 1") from None
+        value = float(said)
+    except (TypeError, ValueError):
+        value = math.nan
     if not 0 <= value <= 1:
-        raise InputError(f"{where}: 'confidence' is {value}; give a number from 0 to 1")
+        raise InputError(f"{where}: 'confidence' is {said!r}; give a number from 0 to 1")
     then = row.get("then_correct")
     return calibration.Sample(
         value,
-        _truth(row.get("correct"), "correct", where),
-        None if then in (None, "") else _truth(then, "then_correct", where),
+        _truth(row[name], name, where),
+        None if then in _ABSENT else _truth(then, "then_correct", where),
     )
 
 
@@ -128,7 +142,7 @@ def _example(row: dict[str, Any], where: str) -> training.Example | None:
     features = row.get("features")
     if not isinstance(features, dict):
         raise InputError(f"{where}: 'features' is missing; take the lines that routing.log writes")
-    if "good" in row:
+    if row.get("good") not in _ABSENT:
         hard = not _truth(row["good"], "good", where)
     elif row.get("confidence") is not None:
         hard = bool(row.get("escalated"))

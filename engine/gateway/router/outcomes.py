@@ -1,8 +1,9 @@
 """The log that the classifier and the thresholds are made from: one line of JSON for each routed request that ended.
 
-A line holds the features, the tier and how it ended, and nothing of the request's text:
+A line holds the features, the tier that was chosen and how it ended, and nothing of the request's text:
 {"id", "at", "tier", "features", "complexity", "confidence", "escalated", "status", "outcome"}. Whoever learns later
-whether the answer was good adds `"good": true` or `false` by the id.
+whether that tier's answer was good adds `"good": true` or `false` by the id. `tokenmill router train` and `tokenmill
+calibrate` read the log.
 """
 
 import asyncio

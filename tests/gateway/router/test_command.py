@@ -66,6 +66,34 @@ def test_hopeless_data_escalates_everything() -> None:
     assert found.threshold == 1.0
 
 
+def test_a_threshold_that_the_gateway_cannot_keep_is_not_chosen(tmp_path: Path) -> None:
+    data, out = tmp_path / "log.jsonl", tmp_path / "c.json"
+    rows = [{"confidence": 1.0 if number < 100 else 0.5, "correct": number % 5 > 1} for number in range(200)]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(InputError) as caught:
+        command.calibrate([str(data), "--out", str(out), "--max-error", "0.05"])
+    assert "no threshold keeps the wrong ones among the answers given to 5.00%" in str(caught.value)
+    assert "the best, 0.5000, gives 100.0% of the answers, of which 40.00% are wrong" in str(caught.value)
+    assert not out.exists()
+    command.calibrate([str(data), "--out", str(out), "--max-error", "0.5"])
+    found = calibration.read(out)
+    given = [row["correct"] for row in rows if row["confidence"] >= found.threshold]
+    assert (len(rows) - len(given)) / len(rows) == found.chosen.escalated, "it reports what the gateway does"
+    assert all(point.threshold <= 1 and point.escalated < 1 for point in found.curve)
+
+
+def test_the_routing_log_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log, out = tmp_path / "routing.jsonl", tmp_path / "c.json"
+    line = {"id": "r", "at": 1.0, "tier": "utility", "features": {"bias": 1.0}, "escalated": False, "outcome": "ok"}
+    judged = [{**line, "confidence": row["confidence"], "good": row["correct"]} for row in calibrated_samples(300)]
+    lacking = [{**line, "confidence": None, "good": True}, {**line, "confidence": 0.5}, {**line, "good": False},
+               {**line, "confidence": 0.9, "good": None}]  # fmt: skip
+    log.write_text("\n".join(map(json.dumps, [*judged, *lacking])))
+    assert command.calibrate([str(log), "--out", str(out), "--max-error", "0.3"]) == 0
+    assert "skipped 4 of 304 lines" in capsys.readouterr().out
+    assert calibration.read(out).samples == 300
+
+
 def test_csv_is_read_too(tmp_path: Path) -> None:
     data = tmp_path / "log.csv"
     rows = [f"{row['confidence']},{str(row['correct']).lower()},{int(row['then_correct'])}"
@@ -83,9 +111,11 @@ def test_csv_is_read_too(tmp_path: Path) -> None:
         ('{"confidence": 0.5, "correct": true}\n' * 3, "3 samples"),
         ("nonsense", ":1: not JSON"),
         ("[1]", ":1: [1] is no object"),
-        ('{"correct": true}', "'confidence' is None"),
-        ('{"confidence": 2, "correct": true}', "'confidence' is 2.0"),
-        ('{"confidence": "nan", "correct": true}', "'confidence' is nan"),
+        ('{"correct": true}', "0 samples are too few"),
+        ('{"confidence": 2, "correct": true}', "'confidence' is 2;"),
+        ('{"confidence": "nan", "correct": true}', "'confidence' is 'nan'"),
+        ('{"confidence": [1], "correct": true}', "'confidence' is [1]"),
+        ('{"confidence": 0.5, "good": "maybe"}', "'good' is 'maybe'"),
         ('{"confidence": 0.5, "correct": "maybe"}', "'correct' is 'maybe'"),
     ],
 )
