@@ -24,10 +24,13 @@ CREATE TABLE IF NOT EXISTS ledger_hours (
 #: The first hour that is not summed.
 LEDGER_SUMMED = "CREATE TABLE IF NOT EXISTS ledger_summed (until_hour BIGINT NOT NULL)"
 
+#: Sessions of the dashboard that were ended before their time, by the end of their cookie, until when in milliseconds.
+ENDED_SESSIONS = "CREATE TABLE IF NOT EXISTS ended_sessions (mac TEXT PRIMARY KEY, until BIGINT NOT NULL)"
+
 
 def make(connection: Connection) -> None:
     """Makes the tables where they are missing."""
-    for statement in (ROLES, CANARIES, LEDGER_HOURS, LEDGER_SUMMED):
+    for statement in (ROLES, CANARIES, LEDGER_HOURS, LEDGER_SUMMED, ENDED_SESSIONS):
         connection.execute(statement)
 
 

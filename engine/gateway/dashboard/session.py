@@ -1,10 +1,13 @@
-"""Sessions of the dashboard: a signed cookie, valid in every worker, void when the master key changes."""
+"""Sessions of the dashboard: a signed cookie, valid in every worker until its time is over or somebody logs out.
+
+It is void when the master key changes, and so is a key's when that is revoked or gets another secret.
+"""
 
 import hashlib
 import hmac
 import re
 
-from tokenmill.engine.gateway.admin import roles
+from tokenmill.engine.gateway.admin import keyring, roles
 from tokenmill.engine.gateway.admin.roles import MASTER, Actor
 from tokenmill.engine.gateway.governance import keys
 from tokenmill.engine.gateway.governance.options import Options
@@ -22,19 +25,30 @@ def _mac(options: Options, text: str) -> str:
     return hmac.new(secret, text.encode(), hashlib.sha256).hexdigest()
 
 
-def cookie(options: Options, actor: Actor) -> str:
+def _signature(connection: Connection, options: Options, name: str, until: str) -> str:
+    """What ends a cookie; the secret that its owner has now is a part of it."""
+    secret = "" if name == MASTER else keyring.secret_hash(connection, name)
+    return _mac(options, f"{name}:{until}:{secret}")
+
+
+def cookie(connection: Connection, options: Options, actor: Actor) -> str:
     """The cookie's value for somebody who has just shown his key."""
-    text = f"{actor.name}:{now_ms() + LIFETIME_S * 1000}"
-    return f"{text}:{_mac(options, text)}"
+    until = str(now_ms() + LIFETIME_S * 1000)
+    return f"{actor.name}:{until}:{_signature(connection, options, actor.name, until)}"
 
 
 def actor_of(connection: Connection, options: Options, value: str) -> Actor | None:
-    """Whose session a cookie stands for; None when it is forged or over, or its key was revoked or may not see all."""
+    """Whose session a cookie stands for.
+
+    None when it is forged, over or ended, or its key was revoked, has another secret or may not see all.
+    """
     found = _SHAPE.fullmatch(value)
     if found is None:
         return None
     name, until, mac = found.groups()
-    if not hmac.compare_digest(mac, _mac(options, f"{name}:{until}")) or now_ms() >= int(until):
+    if now_ms() >= int(until) or not hmac.compare_digest(mac, _signature(connection, options, name, until)):
+        return None
+    if connection.execute("SELECT 1 FROM ended_sessions WHERE mac = ?", (mac,)).fetchone() is not None:
         return None
     if name == MASTER:
         return Actor(MASTER, "admin")
@@ -44,6 +58,17 @@ def actor_of(connection: Connection, options: Options, value: str) -> Actor | No
         return None
     actor = roles.actor_of(connection, name)
     return None if key.refusal(now_ms()) is not None or not actor.may("auditor") else actor
+
+
+def end(connection: Connection, value: str) -> None:
+    """Ends the session of a cookie of ours, in every worker, whoever else has a copy of it."""
+    found = _SHAPE.fullmatch(value)
+    if found is not None:
+        _, until, mac = found.groups()
+        connection.execute("DELETE FROM ended_sessions WHERE until <= ?", (now_ms(),))
+        connection.execute(
+            "INSERT INTO ended_sessions (mac, until) VALUES (?, ?) ON CONFLICT (mac) DO NOTHING", (mac, int(until))
+        )
 
 
 def token(options: Options, value: str) -> str:

@@ -159,7 +159,7 @@ class DashboardSite:
         secure = "https" in (request.url.scheme, request.headers.get("x-forwarded-proto"))
         answer.set_cookie(
             session.COOKIE,
-            session.cookie(self._options, actor),
+            session.cookie(store.reader, self._options, actor),
             max_age=session.LIFETIME_S,
             path=PREFIX,
             httponly=True,
@@ -171,6 +171,8 @@ class DashboardSite:
     async def _logout(self, request: Request, fields: dict[str, str]) -> Response:
         if not self._token_fits(request, fields):
             return self._said("The form is too old; load the page again.", 403)
+        ended = request.cookies.get(session.COOKIE, "")
+        await self._sources.governance.store.write(partial(session.end, value=ended))
         answer = RedirectResponse(f"{PREFIX}/login", 303, _HEADERS)
         answer.delete_cookie(session.COOKIE, path=PREFIX, httponly=True, samesite="strict")
         return answer

@@ -137,6 +137,30 @@ def test_a_session_ends_with_its_key_and_shows_an_auditor_no_forms(browser: Brow
     assert browser.get()[0] == 303
 
 
+def test_a_session_ends_when_its_key_is_rotated(browser: Browser) -> None:
+    made = browser.workers.json("POST", "/admin/keys", {"role": "auditor"}, status=201)
+    browser.log_in(made["key"])
+    assert browser.get()[0] == 200
+    rotated = browser.workers.json("POST", f"/admin/keys/{made['id']}/rotate")
+    assert browser.get()[0] == 303
+    browser.log_in(rotated["key"])
+    assert browser.get()[0] == 200
+
+
+def test_a_session_ends_with_its_logout_in_every_worker(browser: Browser) -> None:
+    browser.log_in()
+    other = Browser(browser.workers)
+    other.log_in()
+    copied = browser.cookie
+    assert browser.post("/dashboard/logout", {"token": "0" * 64})[0] == 403
+    assert browser.get()[0] == 200
+    assert browser.post("/dashboard/logout", {"token": browser.token()})[0] == 303
+    browser.cookie = copied
+    for _ in range(8):
+        assert browser.get()[0] == 303
+    assert other.get()[0] == 200
+
+
 def test_metrics_are_of_both_workers_and_survive_one(workers: Workers) -> None:
     def requests() -> float:
         found = re.findall(
