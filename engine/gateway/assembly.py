@@ -43,7 +43,12 @@ def create_app(document: Document) -> Gateway:
     services: list[Service] = []
     sites: dict[str, Application] = {}
     observed = document.observability
-    counted = Metrics(portfolio, observed)
+
+    def upstream() -> Upstream:
+        return gateway.upstream()  # made last; nobody asks before it runs
+
+    servers = Engines(portfolio, upstream)
+    counted = Metrics(portfolio, observed, servers)
     watchers: list[RequestLog | Traces] = []
     if observed.request_log:
         watchers.append(RequestLog(observed.log_bodies))
@@ -51,16 +56,12 @@ def create_app(document: Document) -> Gateway:
         watchers.append(Traces(observed.traces, observed.trace_share))
     stages += watchers
     services += watchers
-
-    def upstream() -> Upstream:
-        return gateway.upstream()  # made last; nobody asks before it runs
-
     governance = None if document.governance is None else Governance(document.governance)
     identities = None if governance is None else Identities(governance)
     if governance is not None and identities is not None:
         services += [governance, Canaries(portfolio, governance), Rollup(governance)]
         sites |= dict.fromkeys(PREFIXES, AdminSite(governance, portfolio, counted))
-        sites[DASHBOARD] = DashboardSite(Sources(governance, counted, Engines(portfolio, upstream)))
+        sites[DASHBOARD] = DashboardSite(Sources(governance, counted, servers))
         stages.append(Identify(identities, document.settings.default_model))
     tell = log_decision if governance is None else _audit_trail(governance)
     sensitivity, routing = document.sensitivity, document.routing

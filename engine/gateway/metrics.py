@@ -12,9 +12,7 @@ from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
-
-from tokenmill.engine.gateway.observability import snapshot
+from tokenmill.engine.gateway.observability import engines, gpus, snapshot
 from tokenmill.engine.gateway.observability.bounded import Bounded
 from tokenmill.engine.gateway.observability.consumption import Consumption
 from tokenmill.engine.gateway.observability.decisions import Decisions, was_escalated
@@ -24,12 +22,15 @@ from tokenmill.engine.gateway.observability.tally import Histogram, Tally
 from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply
 from tokenmill.engine.gateway.portfolio import Portfolio, Target
 
-CONTENT_TYPE = CONTENT_TYPE_LATEST.encode()
+CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 #: Rendering takes milliseconds: answers younger than this are given again.
 RENDERING_KEPT_S = 0.5
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _SECONDS_PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1)
+#: Teams and apps are many: fewer bounds.
+_OWNED_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_OWNED_SECONDS_PER_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25)
 _ENDPOINTS = frozenset(
     f"/v1/{name}" for name in ("chat/completions", "completions", "embeddings", "rerank", "score", "responses")
 )
@@ -41,6 +42,7 @@ class Metrics:
     Args:
         portfolio: The backends.
         options: Bounds, and where the workers meet.
+        servers: Asks the vLLM servers about themselves when somebody asks for the metrics; None: nobody does.
 
     Attributes:
         open: Requests that have not ended.
@@ -48,9 +50,12 @@ class Metrics:
         board: The figures of all workers.
     """
 
-    def __init__(self, portfolio: Portfolio, options: Options | None = None) -> None:
+    def __init__(
+        self, portfolio: Portfolio, options: Options | None = None, servers: engines.Engines | None = None
+    ) -> None:
         options = options or Options()
         self._portfolio = portfolio
+        self._servers = servers
         self.for_all = options.open_metrics
         shared = Path(options.shared) if options.shared else None
         self._teams, self._apps = (
@@ -84,6 +89,18 @@ class Metrics:
             _SECONDS_PER_TOKEN,
         )
         self._owned_requests = Tally("tokenmill_account_requests", "Requests to models by who asked.", whose)
+        self._owned_first_token = Histogram(
+            "tokenmill_account_time_to_first_token_seconds",
+            "From a request's head to the first byte of a streamed reply, by who asked.",
+            whose,
+            _OWNED_SECONDS,
+        )
+        self._owned_per_token = Histogram(
+            "tokenmill_account_time_per_output_token_seconds",
+            "Time between the output tokens of a streamed reply, its mean, by who asked.",
+            whose,
+            _OWNED_SECONDS_PER_TOKEN,
+        )
         self._escalations = Tally(
             "tokenmill_escalations",
             "Answers that were not confident enough and were asked of another tier.",
@@ -100,6 +117,8 @@ class Metrics:
             self._first_token,
             self._per_token,
             self._owned_requests,
+            self._owned_first_token,
+            self._owned_per_token,
             self._escalations,
             self._outstanding,
             self._up,
@@ -107,7 +126,7 @@ class Metrics:
         )
         self._rendered = b""
         self._rendered_at = 0.0
-        self._rendering: asyncio.Future[bytes] | None = None
+        self._rendering: asyncio.Task[bytes] | None = None
 
     def count(self, exchange: Exchange) -> None:
         """Counts a request that has ended."""
@@ -119,25 +138,24 @@ class Metrics:
         if target is None:
             return
         self._duration.observe(where, time.perf_counter() - exchange.started)
+        principal = exchange.principal
+        team = self._teams.name(principal.team) if principal else ""
+        app = self._apps.name(principal.app) if principal else ""
+        self._owned_requests.add(whose := (team, app, tier))
+        self._consumption.count(team, app, exchange)
         if exchange.first_chunk_at:
-            self._first_token.observe(where, exchange.first_chunk_at - exchange.started)
+            waited = exchange.first_chunk_at - exchange.started
+            self._first_token.observe(where, waited)
+            self._owned_first_token.observe(whose, waited)
             completion = exchange.usage.completion
             if completion > 1:
-                span = exchange.last_chunk_at - exchange.first_chunk_at
-                self._per_token.observe(where, span / (completion - 1))
-        self._count_owned(exchange, tier)
+                mean = (exchange.last_chunk_at - exchange.first_chunk_at) / (completion - 1)
+                self._per_token.observe(where, mean)
+                self._owned_per_token.observe(whose, mean)
         if exchange.decision is not None:
             if was_escalated(exchange):
                 self._escalations.add((exchange.decision.tier, tier))
             self._decisions.note(exchange)
-
-    def _count_owned(self, exchange: Exchange, tier: str) -> None:
-        """Counts for the request's team and app."""
-        principal = exchange.principal
-        team = self._teams.name(principal.team) if principal else ""
-        app = self._apps.name(principal.app) if principal else ""
-        self._owned_requests.add((team, app, tier))
-        self._consumption.count(team, app, exchange)
 
     async def start(self) -> None:
         """Begins to tell the other workers."""
@@ -158,21 +176,26 @@ class Metrics:
         families = [*(one.family() for one in self._all), *self._consumption.families()]
         return Report(os.getpid(), families, self._decisions.latest(), [_state(target) for target in targets])
 
-    def _everybodys(self) -> bytes:
+    async def _render(self) -> bytes:
+        servers = await self._servers.now() if self._servers is not None else []
+        return await asyncio.to_thread(self._text, servers)
+
+    def _text(self, servers: list[engines.Engine]) -> bytes:
+        """The sums of all workers, then what each of them would say the same of: vLLM and this machine's GPUs."""
         seen = self.board.everybody()
-        return snapshot.text(snapshot.total([one.report.families for one in seen], [one.lives for one in seen]))
+        sums = snapshot.total([one.report.families for one in seen], [one.lives for one in seen])
+        return snapshot.text([*sums, *engines.families(servers), *gpus.families(gpus.gpus())])
 
     async def render(self) -> bytes:
         """The text for a scrape, made in a thread; scrapes at the same time share one rendering."""
         if time.monotonic() - self._rendered_at < RENDERING_KEPT_S:
             return self._rendered
         if self._rendering is None:
-            loop = asyncio.get_running_loop()
-            self._rendering = loop.run_in_executor(None, self._everybodys)
+            self._rendering = asyncio.create_task(self._render())
             self._rendering.add_done_callback(self._keep)
         return await asyncio.shield(self._rendering)
 
-    def _keep(self, rendering: asyncio.Future[bytes]) -> None:
+    def _keep(self, rendering: asyncio.Task[bytes]) -> None:
         self._rendering = None
         if not rendering.cancelled() and rendering.exception() is None:
             self._rendered = rendering.result()

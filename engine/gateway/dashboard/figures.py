@@ -150,4 +150,4 @@ def _backends(seen: Sequence[Seen], shares: dict[str, float | None]) -> list[dic
 
 
 def _sum(families: Sequence[Family], name: str) -> float:
-    return sum(value for family in families if family.name == name for _, _, value in family.samples)
+    return sum(number for family in families if family.name == name for _, (number,) in family.series)

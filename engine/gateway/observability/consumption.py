@@ -10,8 +10,8 @@ interpreter).
 from collections.abc import Callable, Iterable
 
 from tokenmill.engine.gateway.money import MICRO_CENTS_PER_DOLLAR
-from tokenmill.engine.gateway.observability.snapshot import Family
-from tokenmill.engine.gateway.observability.tally import Tally, Values
+from tokenmill.engine.gateway.observability.snapshot import Family, Values
+from tokenmill.engine.gateway.observability.tally import Tally
 from tokenmill.engine.gateway.pipeline import Exchange
 
 #: Where `governance.reserve` notes what a request was charged, a `Spending`.

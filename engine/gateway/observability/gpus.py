@@ -5,7 +5,10 @@ Functions and structures are those of NVML's reference (`nvmlDeviceGetUtilizatio
 
 import ctypes
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from tokenmill.engine.gateway.observability.snapshot import Family
 
 _OK = 0
 
@@ -34,6 +37,25 @@ class Gpu:
     busy: float
     used: int
     total: int
+
+
+def families(cards: Iterable[Gpu] | None) -> list[Family]:
+    """Metrics of the GPUs by index and name; no series where there is no driver."""
+    seen = list(cards or ())
+    return [
+        Family(
+            f"tokenmill_gpu_{name}",
+            text,
+            "gauge",
+            ("gpu", "name"),
+            [((str(card.index), card.name), [float(getattr(card, attribute))]) for card in seen],
+        )
+        for attribute, name, text in (
+            ("busy", "utilization_ratio", "Share of the driver's last sample period in which a GPU worked, 0 to 1."),
+            ("used", "memory_used_bytes", "A GPU's memory in use."),
+            ("total", "memory_bytes", "A GPU's memory."),
+        )
+    ]
 
 
 @functools.cache

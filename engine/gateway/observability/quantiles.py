@@ -1,6 +1,5 @@
 """Quantiles from the histograms of all workers, as Prometheus' `histogram_quantile` has them."""
 
-import math
 from collections.abc import Sequence
 
 from tokenmill.engine.gateway.observability.snapshot import Family
@@ -15,28 +14,26 @@ def quantiles(families: Sequence[Family], name: str, label: str, shares: Sequenc
         label: Whose values to tell apart; all others are added.
         shares: Which quantiles, 0 to 1.
     """
-    found: dict[str, dict[float, float]] = {}
+    found: dict[str, list[float]] = {}
+    bounds: tuple[float, ...] = ()
     for family in families:
         if family.name == name:
-            for sample, labels, value in family.samples:
-                if sample.endswith("_bucket"):
-                    buckets = found.setdefault(labels[label], {})
-                    bound = float(labels["le"])
-                    buckets[bound] = buckets.get(bound, 0.0) + value
+            at, bounds = family.labels.index(label), family.bounds
+            for values, (*counts, _) in family.series:
+                known = found.get(values[at])
+                found[values[at]] = counts if known is None else list(map(float.__add__, known, counts))
     return {
-        value: [_quantile(sorted(buckets.items()), share) for share in shares]
-        for value, buckets in sorted(found.items())
-        if buckets.get(math.inf)
+        value: [_quantile(bounds, counts, share) for share in shares]
+        for value, counts in sorted(found.items())
+        if sum(counts)
     }
 
 
-def _quantile(buckets: Sequence[tuple[float, float]], share: float) -> float:
-    rank = share * buckets[-1][1]
+def _quantile(bounds: Sequence[float], counts: Sequence[float], share: float) -> float:
+    rank = share * sum(counts)
     below, low = 0.0, 0.0
-    for bound, count in buckets:
-        if count >= rank:
-            if math.isinf(bound):
-                return low
-            return low + (bound - low) * ((rank - below) / (count - below) if count > below else 1.0)
-        below, low = count, bound
+    for bound, count in zip(bounds, counts, strict=False):
+        if below + count >= rank:
+            return low + (bound - low) * ((rank - below) / count if count else 1.0)
+        below, low = below + count, bound
     return low

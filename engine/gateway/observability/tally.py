@@ -7,12 +7,9 @@ interpreter). Names follow Prometheus: a counter's samples end in `_total`, a hi
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Literal
 
-from tokenmill.engine.gateway.observability.snapshot import Family
-
-Values = tuple[str, ...]
+from tokenmill.engine.gateway.observability.snapshot import Family, Values
 
 
 class Tally:
@@ -46,13 +43,9 @@ class Tally:
         self._values[values] = amount
 
     def family(self) -> Family:
-        """All of its samples."""
-        name = f"{self._name}_total" if self._kind == "counter" else self._name
-        samples = [
-            (name, dict(zip(self._labels, values, strict=True)), float(amount))
-            for values, amount in list(self._values.items())
-        ]
-        return Family(self._name, self._text, self._kind, samples)
+        """All of its series."""
+        series = [(values, [float(amount)]) for values, amount in list(self._values.items())]
+        return Family(self._name, self._text, self._kind, self._labels, series)
 
 
 class Histogram:
@@ -84,16 +77,6 @@ class Histogram:
         series[-1] += figure
 
     def family(self) -> Family:
-        """All of its samples."""
-        samples: list[tuple[str, dict[str, str], float]] = []
-        marks = [*(str(bound) for bound in self._bounds), "+Inf"]
-        for values, series in list(self._series.items()):
-            *counts, total = list(series)
-            labels = dict(zip(self._labels, values, strict=True))
-            sums = list(accumulate(counts))
-            samples += [
-                (f"{self._name}_bucket", {**labels, "le": mark}, so_far)
-                for mark, so_far in zip(marks, sums, strict=True)
-            ]
-            samples += [(f"{self._name}_count", labels, sums[-1]), (f"{self._name}_sum", labels, total)]
-        return Family(self._name, self._text, "histogram", samples)
+        """All of its series."""
+        series = [(values, list(numbers)) for values, numbers in list(self._series.items())]
+        return Family(self._name, self._text, "histogram", self._labels, series, self._bounds)

@@ -151,6 +151,9 @@ vllm:num_requests_running{engine="0",model_name="m"} 3.0
 vllm:num_requests_running{engine="1",model_name="m"} 1.0
 vllm:num_requests_waiting{engine="0",model_name="m"} 2.0
 vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.25
+vllm:kv_cache_usage_perc{engine="1",model_name="m} 7"} 0.75
+vllm:num_requests_waiting_by_reason{engine="0",model_name="m",reason="capacity"} 9.0
+vllm:num_requests_running_created{engine="0",model_name="m"} 9.0
 vllm:prefix_cache_queries_total{engine="0",model_name="m"} 200.0
 vllm:prefix_cache_hits_total{engine="0",model_name="m"} 50.0
 vllm:prefix_cache_hits_created{engine="0",model_name="m"} 1.7e9
@@ -159,9 +162,27 @@ vllm:spec_decode_num_draft_tokens_total{engine="0",model_name="m"} 0.0
 
 
 def test_vllms_page_is_read() -> None:
-    assert engines.read("e", VLLM) == engines.Engine("e", 4, 2, 0.25, 0.25, None)
-    assert engines.read("e", b"other_metric 1\n") is None
-    assert engines.read("e", b"vllm:num_requests_running nonsense\n") is None
+    found = engines.read("e", "utility", VLLM)
+    assert found == engines.Engine("e", "utility", 4, 2, 0.5, 200, 50, 0, None)
+    assert (found.cache_hits, found.accepted) == (0.25, None)
+    for page in (b"other_metric 1\n", b"vllm:num_requests_running nonsense\n", b"vllm:num_requests_running NaN\n"):
+        assert engines.read("e", "utility", page) is None
+
+
+def test_what_an_engine_does_not_tell_has_no_series() -> None:
+    told = engines.read("e", "utility", VLLM)
+    silent = engines.read("f", "code", b"vllm:num_requests_running 1\n")
+    assert told is not None and silent is not None
+    lines = snapshot.text(engines.families([told, silent])).decode().splitlines()
+    assert [line for line in lines if not line.startswith("#")] == [
+        'tokenmill_engine_running_requests{backend="e",tier="utility"} 4.0',
+        'tokenmill_engine_running_requests{backend="f",tier="code"} 1.0',
+        'tokenmill_engine_waiting_requests{backend="e",tier="utility"} 2.0',
+        'tokenmill_engine_kv_cache_usage_ratio{backend="e",tier="utility"} 0.5',
+        'tokenmill_engine_prefix_cache_query_tokens_total{backend="e",tier="utility"} 200.0',
+        'tokenmill_engine_prefix_cache_hit_tokens_total{backend="e",tier="utility"} 50.0',
+        'tokenmill_engine_draft_tokens_total{backend="e",tier="utility"} 0.0',
+    ]
 
 
 #: A driver's library as far as it is asked, in C: what a machine without a GPU cannot give.
@@ -185,11 +206,19 @@ def test_gpus_are_read_from_the_drivers_library(tmp_path: Path) -> None:
     source.write_text(NVML, encoding="utf-8")
     subprocess.run(["cc", "-shared", "-fPIC", "-w", "-o", library, source], check=True)
     # The first device refuses to say how busy it is and is left out.
-    assert gpus.gpus(str(library)) == [gpus.Gpu(1, "Test GPU", 0.4, 50, 80)]
+    found = gpus.gpus(str(library))
+    assert found == [gpus.Gpu(1, "Test GPU", 0.4, 50, 80)]
+    lines = snapshot.text(gpus.families(found)).decode().splitlines()
+    assert [line for line in lines if not line.startswith("#")] == [
+        'tokenmill_gpu_utilization_ratio{gpu="1",name="Test GPU"} 0.4',
+        'tokenmill_gpu_memory_used_bytes{gpu="1",name="Test GPU"} 50.0',
+        'tokenmill_gpu_memory_bytes{gpu="1",name="Test GPU"} 80.0',
+    ]
 
 
 def test_without_a_driver_there_is_nothing() -> None:
     assert gpus.gpus("libthere-is-none.so") is None
+    assert all(not family.series for family in gpus.families(None))
     with pytest.raises(OSError, match="there-is-none"):
         ctypes.CDLL("libthere-is-none.so")
 
@@ -209,10 +238,7 @@ def test_calls_are_counted_once_and_summed_either_way() -> None:
     seen = Consumption()
     seen.count("a", "", exchange(Call(one, None, Usage(10, 4, 3)), Call(two, None, Usage(1, 0, 2))))
     seen.count("b", "x", exchange(Call(one, None, Usage(5, 0, 0))))
-    sums = {
-        family.name: {tuple(labels.values()): value for _, labels, value in family.samples}
-        for family in seen.families()
-    }
+    sums = {family.name: {values: value for values, (value,) in family.series} for family in seen.families()}
     assert sums["tokenmill_tokens"] == {
         ("small", "one", "prompt"): 15,
         ("small", "one", "cached"): 4,
