@@ -19,7 +19,7 @@ def iso(at: int | None) -> str | None:
 
 
 def account(found: Account) -> dict[str, Any]:
-    """An account; what it has spent is of the period that runs now."""
+    """An account; what it has spent, and when that begins anew, is of the period that runs now."""
     now, limits = now_ms(), found.limits
     over = found.renewed(now)
     return {
@@ -36,7 +36,7 @@ def account(found: Account) -> dict[str, Any]:
         },
         "spent_dollars": 0.0 if over else dollars(found.spent),
         "reserved_dollars": dollars(found.reserved),
-        "period_end": None if over else iso(found.period_end),
+        "period_end": iso(found.runs_until(now)),
         "soft_limit_reached_at": None if over else iso(found.soft_reached_at),
     }
 

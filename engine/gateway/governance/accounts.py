@@ -88,6 +88,13 @@ class Account:
         """When its budget starts anew, in milliseconds; None: never."""
         return None if self.limits.period_ms is None else self.period_start + self.limits.period_ms
 
+    def runs_until(self, now: int) -> int | None:
+        """When the period that runs at `now` ends, also where no request has begun it yet."""
+        length = self.limits.period_ms
+        if length is None:
+            return None
+        return self.period_start + (max(now - self.period_start, 0) // length + 1) * length
+
 
 _COLUMNS = (
     "id, kind, parent, name, hard_limit, soft_limit, period_ms, requests_per_minute, tokens_per_minute, "

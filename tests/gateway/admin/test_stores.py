@@ -3,7 +3,7 @@
 import pytest
 
 from tokenmill import cli
-from tokenmill.engine.gateway.admin import books, canaries, keyring, roles, tables
+from tokenmill.engine.gateway.admin import books, canaries, keyring, roles, tables, views
 from tokenmill.engine.gateway.governance import accounts, audit, keys
 from tokenmill.engine.gateway.governance.accounts import Limits
 from tokenmill.engine.gateway.governance.options import Options, digest
@@ -35,6 +35,22 @@ def test_roles_rotation_and_changes(administered: Store) -> None:
     with pytest.raises(InputError, match="has expired"):
         write(lambda c: keyring.rotate(c, identity, "test"))
     assert audit.verify(reader).sequence == 4
+
+
+def test_period_that_is_over_is_followed_by_the_one_that_runs(administered: Store) -> None:
+    """No request has come since: what is kept is of the old period."""
+    hour, began = 3_600_000, now_ms() - 3_600_000 * 5 // 2
+    identity, _ = administered.write_now(lambda c: keys.create(c, "test", limits=Limits(hard_limit=9, period_ms=hour)))
+    update = "UPDATE accounts SET period_start = ?, spent = 7, soft_reached_at = 1 WHERE id = ?"
+    administered.write_now(lambda c: c.execute(update, (began, identity)))
+    account = accounts.find(administered.reader, identity)
+    shown = views.account(account)
+    assert (shown["period_end"], shown["spent_dollars"]) == (views.iso(began + 3 * hour), 0)
+    assert shown["soft_limit_reached_at"] is None
+    seen = views.litellm_key(administered.reader, keys.by_id(administered.reader, identity))
+    assert seen["budget_reset_at"] == shown["period_end"]
+    ends = [account.runs_until(began + after) for after in (-1, 0, hour - 1, hour)]
+    assert ends == [began + hour, began + hour, began + hour, began + 2 * hour]
 
 
 def test_canaries(administered: Store) -> None:
