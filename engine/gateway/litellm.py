@@ -52,6 +52,10 @@ _REASONS: Mapping[str, str] = {
     "router_settings.allowed_fails_policy": "`allowed_fails` counts for every kind of failure",
     "general_settings.database_url": f"keys and books are kept in a file beside this one, or where {env.STORE.name} "
     "says; LiteLLM's tables are others",
+    **dict.fromkeys(
+        ("general_settings.custom_auth", "general_settings.enable_jwt_auth"),
+        "keys are checked here, where there is a master_key; without one everybody may ask for everything",
+    ),
     "general_settings.background_health_checks": "backends are always watched",
     "general_settings.store_model_in_db": "models are those of this file",
 }

@@ -1,5 +1,6 @@
 """The other files that a LiteLLM proxy's file takes in: `include: [models.yaml]`."""
 
+import os
 from pathlib import Path
 
 from tokenmill.engine.gateway import yaml_file
@@ -47,7 +48,7 @@ def _paths(file: YamlFile, first: Path) -> list[Path]:
     for index, name in enumerate(names):
         place: Place = (_INCLUDE, index)
         beside = [one.parent / name for one in (file.path, first)]
-        path = next((one for one in beside if one.is_file()), None)
+        path = next((one for one in beside if os.path.isfile(one)), None)  # noqa: PTH113 - any text may stand there
         if path is None:
             raise ConfigurationError(f"{file.where(place)}: {dotted(place)}: there is no file {str(beside[0])!r}")
         found.append(path)

@@ -112,8 +112,8 @@ def test_what_is_not_understood_is_listed_and_nothing_else(tmp_path: Path) -> No
         + model("b", "model: azure/b, api_base: 'https://x.openai.azure.com', api_version: v")
         + model("c/*", "model: 'anthropic/*'")
         + "router_settings:\n  routing_strategy: latency-based-routing\n  retry_policy: {TimeoutErrorRetries: 3}\n"
-        + "litellm_settings: {success_callback: [langfuse], json_logs: true}\ngeneral_settings: {}\n"
-        + "guardrails:\n  - guardrail_name: pii\n"
+        + "litellm_settings: {success_callback: [langfuse], json_logs: true}\n"
+        + "general_settings: {custom_auth: mine.check}\nguardrails:\n  - guardrail_name: pii\n"
     )
     imported = convert(tmp_path, text)
     assert imported.config.observability.request_log
@@ -127,8 +127,10 @@ def test_what_is_not_understood_is_listed_and_nothing_else(tmp_path: Path) -> No
         "6: router_settings.routing_strategy",
         "7: router_settings.retry_policy",
         "8: litellm_settings.success_callback",
+        "9: general_settings.custom_auth",
         "10: guardrails",
     ]
+    assert "without one everybody may ask" in left[-2]
 
 
 @pytest.mark.parametrize("path", sorted(FILES.glob("*.yaml")), ids=lambda path: path.name)
@@ -202,6 +204,7 @@ def test_files_are_included_as_litellm_does_it() -> None:
         ("[nowhere.yaml]", "1: include[0]: there is no file '{}/nowhere.yaml'"),
         ("nowhere.yaml", "1: include: is not a list of file names"),
         ("[3]", "1: include: is not a list of file names"),
+        (f"[{'x' * 5000}]", "1: include[0]: there is no file '{}/" + "x" * 5000 + "'"),
     ],
 )
 def test_an_include_that_is_none_is_one_line(tmp_path: Path, said: str, words: str) -> None:
@@ -420,9 +423,12 @@ _PARAMETERS = st.fixed_dictionaries(
         ),
         _VALUES,
     ),
+    st.dictionaries(
+        st.sampled_from(["credential_list", "environment_variables", "include", "general_settings"]), _VALUES
+    ),
 )
-def test_no_value_raises_anything_else(deployments: list[Any], router: dict[str, Any]) -> None:
-    file = yaml_file.YamlFile(Path("c.yaml"), {"model_list": deployments, "router_settings": router})
+def test_no_value_raises_anything_else(deployments: list[Any], router: dict[str, Any], more: dict[str, Any]) -> None:
+    file = yaml_file.YamlFile(Path("c.yaml"), {"model_list": deployments, "router_settings": router, **more})
     try:
         litellm.convert(file)
     except ConfigurationError as error:
