@@ -1,4 +1,4 @@
-"""`tokenmill admin`: accounts, keys, ledger and audit trail, on the store itself; no gateway need run."""
+"""`tokenmill admin`: accounts, keys, canaries, ledger and audit trail, on the store itself; no gateway need run."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ from typing import Any, cast
 from rich.console import Console
 from rich.table import Table
 
-from tokenmill.engine.gateway.admin import books, keyring, roles, tables, views
+from tokenmill.engine.gateway.admin import books, canaries, keyring, roles, tables, views
 from tokenmill.engine.gateway.admin.duration import milliseconds
 from tokenmill.engine.gateway.governance import accounts, audit, keys
 from tokenmill.engine.gateway.governance.accounts import Kind, Limits
@@ -52,6 +52,8 @@ _KEY_COLUMNS = {
 }  # fmt: skip
 #: Rows of the audit trail that are listed at most.
 _MOST_ROWS = 1_000_000
+_CANARY_COLUMNS = {"backend": "backend", "share": "share"}
+_FOLLOWING = "Gateways with this store follow within a second; a name that none of their backends has changes nothing."
 _ONCE = "This is the only time that the key is shown; it is kept as a hash."
 
 
@@ -151,6 +153,27 @@ def _verify_audit(store: Store, options: argparse.Namespace) -> Answer:
     )
 
 
+def _list_canaries(store: Store, _options: argparse.Namespace) -> Answer:
+    found = sorted(canaries.shares(store.reader).items())
+    return Answer([{"backend": backend, "share": share} for backend, share in found], _CANARY_COLUMNS)
+
+
+def _put_canary(store: Store, options: argparse.Namespace) -> Answer:
+    """Sets a share; None (`promote`): a backend like the others."""
+    share = options.share
+    if share is not None and not 0 <= share <= 1:
+        raise InputError(f"a share of {share}: give a number from 0 (rolled back) to 1")
+    store.write_now(partial(canaries.put, backend=options.backend, share=share, actor=ACTOR))
+    return Answer({"backend": options.backend, "share": share}, note=_FOLLOWING)
+
+
+def _clear_canary(store: Store, options: argparse.Namespace) -> Answer:
+    if options.backend not in canaries.shares(store.reader):
+        raise InputError(f"the share of {options.backend!r} is not changed; `canary list` has those that are")
+    store.write_now(partial(canaries.clear, backend=options.backend, actor=ACTOR))
+    return Answer({"backend": options.backend, "share": "as configured"}, note=_FOLLOWING)
+
+
 def _limits(options: argparse.Namespace, base: Limits) -> Limits:
     """The limits that the command line names, the others as before."""
 
@@ -210,6 +233,16 @@ def parser() -> argparse.ArgumentParser:
     change = _action(things, "limits", "set an account's limits; what is not named stays", _set_limits, limits)
     change.add_argument("account", help="id of an organisation, team, app or key")
     change.add_argument("--replace", action="store_true", help="remove the limits that are not named")
+
+    actions = _thing(things, "canary", "shares of canaries that differ from the configuration")
+    _action(actions, "list", "all of them", _list_canaries)
+    change = _action(actions, "set", "give a backend a share of its tier; 0 rolls it back", _put_canary)
+    change.add_argument("backend", help="its name")
+    change.add_argument("share", type=float, help="0 to 1")
+    change = _action(actions, "promote", "make a canary a backend like the others", _put_canary)
+    change.add_argument("backend", help="its name")
+    change.set_defaults(share=None)
+    _action(actions, "clear", "go back to the configured share", _clear_canary).add_argument("backend", help="its name")
 
     sums = _action(things, "ledger", "requests, tokens and cost, summed", _ledger)
     sums.add_argument("--by", default="team,app", metavar="COLUMNS", help=f"of {', '.join(books.COLUMNS)}")

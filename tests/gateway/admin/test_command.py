@@ -61,6 +61,17 @@ def test_tables_are_for_people(admin: Admin) -> None:
     assert "organisation.create" in admin.shown("audit", "list")
 
 
+def test_canaries_are_set_promoted_and_cleared(admin: Admin) -> None:
+    assert admin.json("canary", "list") == []
+    assert admin.json("canary", "set", "next", "0.25") == {"backend": "next", "share": 0.25}
+    assert admin.json("canary", "set", "new", "0")["share"] == 0
+    assert admin.json("canary", "promote", "next") == {"backend": "next", "share": None}
+    assert admin.json("canary", "list") == [{"backend": "new", "share": 0}, {"backend": "next", "share": None}]
+    assert "within a second" in admin.shown("canary", "clear", "new")
+    assert "next" in admin.shown("canary", "list")
+    assert "canary.clear" in admin.shown("audit", "list")
+
+
 def test_audit_trail_is_verified(admin: Admin, tmp_path: Path) -> None:
     head = admin.json("audit", "verify")
     assert head["intact"]
@@ -83,6 +94,9 @@ def test_audit_trail_is_verified(admin: Admin, tmp_path: Path) -> None:
         (["team", "create", "x", "--period", "soon"], "no duration"),
         (["key", "revoke", "none"], "no key 'none'"),
         (["ledger", "--by", "colour"], "'colour'"),
+        (["canary", "set", "a", "1.5"], "share of 1.5"),
+        (["canary", "set", "a", "nan"], "share of nan"),
+        (["canary", "clear", "a"], "'a' is not changed"),
     ],
 )
 def test_wrong_input_is_one_line(admin: Admin, arguments: list[str], says: str) -> None:
@@ -101,4 +115,8 @@ def test_a_serving_gateway_obeys_at_once(workers: Workers, capsys: pytest.Captur
     assert [workers.chat(key["key"])[0] for _ in range(4)] == [200] * 4
     admin.shown("key", "revoke", key["id"])
     assert [workers.chat(key["key"])[0] for _ in range(8)] == [401] * 8
+    admin.shown("canary", "set", "b", "0.5")
+    shown = {one["name"]: one["canary"] for one in workers.json("GET", "/admin/backends")["backends"]}
+    assert shown["b"] == 0.5
+    admin.shown("canary", "clear", "b")
     assert admin.json("audit", "verify")["intact"]
