@@ -39,6 +39,16 @@ _VERHOEFF_PERMUTATION = (
     (2, 7, 9, 3, 8, 0, 6, 4, 1, 5),
     (7, 0, 4, 6, 9, 1, 3, 2, 5, 8),
 )
+#: By place from the right, check so far and digit, the check that follows; for numbers of up to 16 digits.
+_VERHOEFF = tuple(
+    [
+        {str(digit): row[image] for digit, image in enumerate(_VERHOEFF_PERMUTATION[place % 8])}
+        for row in _VERHOEFF_PRODUCT
+    ]
+    for place in range(16)
+)
+#: Twice a digit, its own digits added.
+_DOUBLED = str.maketrans("0123456789", "0246813579")
 _NIF_LETTERS = "TRWAGMYFPDXBNJZSQVHLCKE"
 #: Values of the characters in odd places of an Italian tax code, digits first; letters A.. have the same ten and more.
 _CODICE_ODD = (1, 0, 5, 7, 9, 13, 15, 17, 19, 21, 2, 4, 18, 20, 11, 3, 6, 8, 12, 14, 16, 10, 22, 25, 24, 23)
@@ -46,11 +56,8 @@ _CODICE_ODD = (1, 0, 5, 7, 9, 13, 15, 17, 19, 21, 2, 4, 18, 20, 11, 3, 6, 8, 12,
 
 def luhn(digits: str) -> bool:
     """Payment cards (ISO/IEC 7812-1, annex B)."""
-    total = 0
-    for place, digit in enumerate(reversed(digits)):
-        value = int(digit) << (place & 1)
-        total += value - 9 if value > 9 else value
-    return total % 10 == 0
+    total = sum((digits[-1::-2] + digits[-2::-2].translate(_DOUBLED)).encode())
+    return (total - len(digits) * ord("0")) % 10 == 0
 
 
 def iban(text: str) -> bool:
@@ -130,10 +137,12 @@ def uk_nhs(digits: str) -> bool:
 
 def aadhaar(digits: str) -> bool:
     """Indian Aadhaar numbers: Verhoeff's check digit; they start with 2 to 9."""
+    if digits[0] in "01":
+        return False
     check = 0
-    for place, digit in enumerate(reversed(digits)):
-        check = _VERHOEFF_PRODUCT[check][_VERHOEFF_PERMUTATION[place % 8][int(digit)]]
-    return check == 0 and digits[0] not in "01"
+    for step, digit in zip(_VERHOEFF, reversed(digits), strict=False):
+        check = step[check][digit]
+    return check == 0
 
 
 def mrz_field(field: str, check: str) -> bool:

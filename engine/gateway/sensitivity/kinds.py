@@ -7,6 +7,7 @@ fancy digits, dashes and spaces already made plain.
 
 import functools
 import ipaddress
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ _START = rb"(?:\A|[^0-9])"
 _END = rb"(?:\z|[^0-9])"
 _WORD_START = rb"(?:\A|[^0-9A-Za-z])"
 _MONTH = rb"(?:jan|feb|mar|m.r|apr|ma[yi]|jun|jul|aug|sep|o[ck]t|nov|de[cz])[a-z]{0,6}"
-_SPACE_OR_PUNCTUATION = re.compile(rb"[^0-9A-Za-z]+")
+#: Letters beyond ASCII in Latin-1; the last one stands for those of other scripts, too (`plain`).
+_LETTER = rb"\xaa\xb5\xba\xc0-\xd6\xd8-\xf6\xf8-\xff"
 _DATE = re.compile(
     rb"(?:[0-9]{1,4}[./-][0-9]{1,2}[./-][0-9]{1,4}|[0-9]{1,2}[. ]{0,2}"
     + _MONTH
@@ -89,18 +91,24 @@ def numbers(lengths: range, fits: Callable[[str], bool], alphabet: bytes = _DIGI
         neat: It is written in one piece or in groups as on a card: two neighbours in a table are not one number.
     """
 
+    runs = _runs(alphabet)
+
     def check(text: bytes, start: int, end: int) -> tuple[int, int] | None:
         while start < end and text[start] not in alphabet:
             start += 1
-        found = None
-        groups: list[int] = []
         if neat and text[max(start - 2, 0) : start] == b"0.":
             return None  # a fraction
-        for bare, stop in _prefixes(text, start, min(end, start + 3 * lengths.stop), alphabet):
-            groups.append(len(bare) - sum(groups))
-            if len(bare) in lengths and (not neat or _neat(groups)) and fits(bare):
-                found = start, stop
-        return found
+        end = min(end, start + 3 * lengths.stop)
+        groups = runs.findall(text, start, end)
+        if groups and _is(text, end, alphabet) and _is(text, end - 1, alphabet):
+            groups.pop()  # it goes on
+        bare = b"".join(groups).decode("ascii")
+        while groups:
+            if len(bare) in lengths and (not neat or _neat([len(group) for group in groups])) and fits(bare):
+                *_, last = itertools.islice(runs.finditer(text, start, end), len(groups))
+                return start, last.end()
+            bare = bare[: -len(groups.pop())]
+        return None
 
     return check
 
@@ -227,7 +235,8 @@ def _passport_number(value: bytes) -> bool:
 
 
 #: Hints; see `scanner.HINTS`.
-_AT, _NUMBER, _DOTS, _COLONS, _WORD, _KEY, _ANNOUNCED = "at", "number", "dots", "colons", "word", "key", "announced"
+_AT, _NUMBER, _GROUPS, _DOTS, _COLONS = "at", "number", "groups", "dots", "colons"
+_WORD, _KEY, _ANNOUNCED = "word", "key", "announced"
 
 
 def _announced(words: bytes, value: bytes, gap: int = 30) -> bytes:
@@ -237,7 +246,10 @@ def _announced(words: bytes, value: bytes, gap: int = 30) -> bytes:
 KINDS: tuple[Kind, ...] = (
     Kind(
         "email", "contact", _AT,
-        (rb"[0-9A-Za-z._%+'?\x80-\xff-]{1,64}@(?:[0-9A-Za-z\x80-\xff-]{1,63}\.){1,8}[A-Za-z]{2,24}",),
+        (
+            rb"(?:[0-9A-Za-z._%+'?\x80-\xff-]{1,64}|\"[^\"@\r\n]{1,64}\")@"
+            rb"(?:[0-9A-Za-z\x80-\xff-]{1,63}\.){1,8}(?:xn--[0-9A-Za-z-]{2,59}|[A-Za-z" + _LETTER + rb"]{2,24})",
+        ),
         _email,
     ),
     Kind(
@@ -246,6 +258,9 @@ KINDS: tuple[Kind, ...] = (
             rb"\+[1-9](?:[ \t().\n/-]{0,3}[0-9]){6,14}",
             _START + rb"00[1-9](?:[ \t().\n/-]{0,3}[0-9]){7,14}",
             _START + rb"\(?[2-9][0-9]{2}\)?[ .\n-]{1,2}[2-9][0-9]{2}[ .\n-]{1,2}[0-9]{4}",
+            # Mobile numbers of Germany and of the United Kingdom as they are written at home.
+            _START + rb"\(?01[567][0-9]{1,2}\)?[ ./-]{1,3}[0-9](?:[ -]?[0-9]){5,7}" + _END,
+            _START + rb"\(?07[1-9][0-9]{2}\)?[ -](?:[0-9]{6}|[0-9]{3}[ -][0-9]{3})" + _END,
         ),
         _phone,
     ),
@@ -254,6 +269,8 @@ KINDS: tuple[Kind, ...] = (
         (
             rb"(?i)(?:phone|tel|mobile|mobil|cell|fax|call|dial|telefon|handy|whatsapp|sms)[^0-9+(\n]{0,20}"
             rb"[0-9(](?:[ ()./\n-]{0,2}[0-9]){6,14}",
+            # Words that announce other numbers, too: only what begins as a number of another place, and no date.
+            rb"(?i)\b(?:unter|ruf|anruf|erreich)[^0-9+(\n]{0,25}\(?0[1-9][0-9]{1,4}(?:[ ()./\n-]{0,2}[0-9]){4,10}",
         ),
         _announced_phone,
     ),
@@ -266,9 +283,13 @@ KINDS: tuple[Kind, ...] = (
         "credit_card", "financial", _NUMBER,
         (
             _START + rb"[2-6][0-9]{12,18}" + _END,
-            _START + rb"[2-6][0-9]{1,3}(?:" + _SEPARATOR + rb"[0-9]{2,4}){3,9}" + _END,
             _START + rb"[3-6][0-9]{3}" + _SEPARATOR + rb"[0-9]{6}" + _SEPARATOR + rb"[0-9]{4,5}" + _END,
         ),
+        numbers(range(13, 20), _card, neat=True),
+    ),
+    Kind(
+        "credit_card", "financial", _GROUPS,
+        (_START + rb"[2-6][0-9]{1,3}(?:" + _SEPARATOR + rb"[0-9]{2,4}){3,9}" + _END,),
         numbers(range(13, 20), _card, neat=True),
     ),
     Kind(
@@ -300,12 +321,15 @@ KINDS: tuple[Kind, ...] = (
         "us_ein", "government", _ANNOUNCED, (_announced(rb"\bein\b|employer id|tax id", rb"[0-9]{2}-[0-9]{7}", 40),),
         _last_digits(9, lambda digits: digits[:2] != "00"),
     ),
-    Kind("de_tax_id", "government", _NUMBER,
-        (
-            _START + rb"[1-9][0-9]{10}" + _END,
-            _START + rb"[1-9][0-9]{1,3}(?:" + _SEPARATOR + rb"[0-9]{2,4}){2,4}" + _END,
-        ),
-        numbers(range(11, 12), checksums.de_tax_id, neat=True)),
+    Kind(
+        "de_tax_id", "government", _NUMBER, (_START + rb"[1-9][0-9]{10}" + _END,),
+        numbers(range(11, 12), checksums.de_tax_id, neat=True),
+    ),
+    Kind(
+        "de_tax_id", "government", _GROUPS,
+        (_START + rb"[1-9][0-9]{1,3}(?:" + _SEPARATOR + rb"[0-9]{2,4}){2,4}" + _END,),
+        numbers(range(11, 12), checksums.de_tax_id, neat=True),
+    ),
     Kind(
         "uk_nino", "government", _NUMBER,
         (_WORD_START + rb"(?i)[A-CEGHJ-PR-TW-Z][A-CEGHJ-NPR-TW-Z](?:[ -]?[0-9]{2}){3}[ -]?[A-D]",),
@@ -396,8 +420,10 @@ KINDS: tuple[Kind, ...] = (
     Kind(
         "credential", "secret", _WORD,
         (
-            rb"(?i)(?:password|passwd|pwd|passphrase|passwort|secret|api[_ -]?key|access[_ -]?token|auth[_ -]?token)"
+            rb"(?i)(?:password|passwd|pwd|passphrase|passwort|secret|(?:api|access|secret)[_ -]?key"
+            rb"|(?:access|auth)[_ -]?token)"
             rb"[\"']?[ \t]{0,2}(?:is|:|=|:=|=>)[ \t]{0,2}[\"']?[0-9A-Za-z!#$%&*+./:?@^_~-]{6,128}",
+            rb"(?i)\b(?:bearer|basic)[ \t]{1,2}[0-9A-Za-z+/._~-]{16,}",
         ),
         last_token(_ALNUM + b"!#$%&*+./:?@^_~-", _mixed),
     ),

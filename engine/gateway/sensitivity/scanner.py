@@ -6,16 +6,18 @@ of an RE2 set tells which hints it holds, one pass for each of those hints which
 only those patterns run.
 """
 
+import bisect
 import functools
 import hashlib
+import itertools
 import re
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import re2
 
 from tokenmill.engine.gateway.sensitivity.kinds import KINDS, Check
+from tokenmill.engine.gateway.sensitivity.plain import CONTROLS, plain, prepare, undisguised, without_controls
 
 #: Characters from one window's beginning to the next one's.
 STRIDE = 4096
@@ -23,28 +25,33 @@ STRIDE = 4096
 OVERLAP = 512
 #: Windows remembered; about 200 bytes each.
 MAX_ENTRIES = 16_384
-#: How often escapes inside escapes are taken off.
-_DEPTH = 3
-
+#: The place of control characters among the hints.
+_CONTROLS = 0
+#: How far a token is followed that a window cuts off; a longer one has no end that a placeholder could stand for.
+_LONGEST_TOKEN = 16_384
+_TOKEN = re.compile(rf"[\w.-]{{0,{_LONGEST_TOKEN}}}")
+#: Candidates after which a window in which there are many lets others run: less than a millisecond's worth.
+_BREATH = 64
 #: Without one of these a window holds none of the kinds behind it.
 HINTS: dict[str, bytes] = {
     "at": rb"@",
     "number": rb"[0-9](?:[ \t\r\n._/()-]{0,3}[0-9]){4}",
+    # Apart from "number", whose other patterns would multiply the states of these: 7 ms for each page of numbers.
+    "groups": rb"[0-9]{2}[ \t\r\n._/-]{1,2}[0-9]{2,4}[ \t\r\n._/-]{1,2}[0-9]{2}",
     "announced": rb"(?i)(?:ssn|security|itin|taxpayer|\bein\b|employer id|tax id|\bnhs"
-    rb"|\bbsn|burgerservice|sofinummer|aadha|uidai|phone|tel|mobil|cell|fax|call|dial|handy|whatsapp|sms)[^0-9\n]*[0-9]",
+    rb"|\bbsn|burgerservice|sofinummer|aadha|uidai|phone|tel|mobil|cell|fax|call|dial|handy|whatsapp|sms"
+    rb"|\bunter|\bruf|\banruf|\berreich)[^0-9\n]*[0-9]",
     "dots": rb"[0-9]\.[0-9]{1,3}\.[0-9]",
     "colons": rb"[0-9A-Fa-f:]:[0-9A-Fa-f]{0,4}:",
     "word": rb"(?i)passport|reisepass|passeport|pasaporte|passaporto|born|birth|dob\b|d\.o\.b|geboren|geburt|geb\."
-    rb"|passw|pwd|passphrase|secret|api[_ -]?key|token|[a-z]{6}[0-9]{2}[a-z][0-9]{2}[a-z][0-9]{3}[a-z]",
+    rb"|passw|pwd|passphrase|secret|(?:api|access)[_ -]?key|token|bearer|basic[ \t]"
+    rb"|[a-z]{6}[0-9]{2}[a-z][0-9]{2}[a-z][0-9]{3}[a-z]",
     "key": rb"[spr]k[-_]|A[KS]IA|gh[pousr]_|github_pat_|glpat-|xox[abeprs]-|AIza|hf_|npm_|pypi-|SG\.|eyJ|-----BEGIN",
 }
 
-_ESCAPE = re.compile(
-    r"\\u([0-9A-Fa-f]{4})|\\x([0-9A-Fa-f]{2})|\\([nrt\"'\\/])|%([0-9A-Fa-f]{2})|&#([0-9]{1,7});|&#[xX]([0-9A-Fa-f]{1,6});"
-)
-_NAMED_ESCAPES = {"n": "\n", "r": "\r", "t": "\t"}
-#: Characters that are not seen: they may stand inside a number and are left out before it is looked for.
-_UNSEEN = "\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\u2061\u2062\u2063\u2064\ufe0e\ufe0f\ufeff"
+
+#: (kind, start, end), in bytes of what the patterns see.
+_Candidate = tuple[str, int, int]
 
 
 class Finding(NamedTuple):
@@ -74,66 +81,6 @@ def compile_pattern(pattern: bytes) -> Any:
     return re2.compile(pattern, _options())
 
 
-@functools.cache
-def _plain_characters() -> dict[int, str]:
-    """Digits, letters, dashes and spaces of other scripts and styles that read as an ASCII character."""
-    table = {}
-    for code in (*range(0x80, 0x3100), *range(0xFE00, 0x10000), *range(0x1D400, 0x1D800), *range(0x1F100, 0x1F1B0)):
-        character = chr(code)
-        kind = unicodedata.category(character)
-        plain = unicodedata.normalize("NFKC", character)
-        if kind == "Nd":
-            table[code] = str(unicodedata.decimal(character))
-        elif kind == "Pd" or code == 0x2212:
-            table[code] = "-"
-        elif kind == "Zs":
-            table[code] = " "
-        elif len(plain) == 1 and plain.isascii():
-            table[code] = plain
-    return table
-
-
-@functools.cache
-def _fancy() -> frozenset[str]:
-    return frozenset({*map(chr, _plain_characters()), *_UNSEEN})
-
-
-def prepare() -> None:
-    """Builds the tables now rather than at the first text that needs them (some 20 ms)."""
-    _fancy()
-
-
-def plain(text: str) -> tuple[bytes, list[int] | None]:
-    """A text as the patterns see it, one byte a character, and each byte's place in the text (None: the same)."""
-    places = None
-    if not text.isascii() and not _fancy().isdisjoint(set(text)):
-        text = text.translate(_plain_characters())
-        if any(character in text for character in _UNSEEN):
-            places = [place for place, character in enumerate(text) if character not in _UNSEEN]
-            text = "".join(text[place] for place in places)
-    return text.encode("latin-1", "replace"), places
-
-
-def _unescaped(match: re.Match[str]) -> str:
-    four, two, named, percent, decimal, hexadecimal = match.groups()
-    if named:
-        return _NAMED_ESCAPES.get(named, named)
-    code = int(decimal) if decimal else int(four or two or percent or hexadecimal, 16)
-    return chr(code) if code < 0x110000 and not 0xD800 <= code < 0xE000 else "?"
-
-
-def undisguised(text: str) -> str | None:
-    """The text with JSON, percent and character-reference escapes taken off, also nested ones; None without any."""
-    if "\\" not in text and "%" not in text and "&#" not in text:
-        return None
-    bare = text
-    for _ in range(_DEPTH):
-        bare, count = _ESCAPE.subn(_unescaped, bare)
-        if not count:
-            break
-    return None if bare == text else bare
-
-
 class Scanner:
     """Finds data by its form.
 
@@ -159,60 +106,94 @@ class Scanner:
             for hint in HINTS
         }
         own = {name: text.encode("latin-1", "replace") for name, text in (patterns or {}).items()}
+        self._hints.Add(CONTROLS)
+        self._behind.append(_searchers([]))
         for hint, pattern in (*HINTS.items(), *own.items()):
             behind = forms.get(hint, [(hint, pattern, _whole)])
             if behind:
                 self._hints.Add(pattern)
                 self._behind.append(_searchers(behind))
-        self._empty = not self._behind
+        self._empty = len(self._behind) == 1
         if not self._empty:
             self._hints.Compile()
         prepare()
 
     def windows(self, text: str) -> Iterator[tuple[Finding, ...]]:
-        """The findings of one window of the text after the other, places counted from the text's beginning."""
+        """The findings of one window of the text after the other, places counted from the text's beginning.
+
+        Nothing comes in between where a window takes long: whoever asks may let others run then.
+        """
         for begin in range(0, max(len(text) - OVERLAP, 1), STRIDE):
             # One character before tells whether what stands at the beginning really begins there.
             start = max(begin - 1, 0)
             stop = begin + STRIDE + OVERLAP
-            found = self._window(text[start:stop], start > 0, stop < len(text))
-            yield tuple(_moved(finding, start, text) for finding in found) if found else ()
+            for found in self._window(text[start:stop], start > 0, stop < len(text)):
+                yield tuple(_moved(finding, start, text) for finding in found) if found else ()
 
     def find(self, text: str) -> list[Finding]:
         """Everything found in a text, in the order of windows; what lies in two of them stands twice."""
         return [finding for found in self.windows(text) for finding in found]
 
-    def _window(self, text: str, before: bool, after: bool) -> tuple[Finding, ...]:
+    def _window(self, text: str, before: bool, after: bool) -> Iterator[tuple[Finding, ...]]:
+        """The findings of one window, last; while they are looked for, nothing from time to time."""
         if self._empty:
-            return ()
+            return
         key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16, key=b"%d%d" % (before, after))
         digest = key.digest()
         known = self._seen.pop(digest, None)
         if known is None:
-            known = tuple(self._search(text, before, after))
+            findings: list[Finding] = []
+            for finding in self._search(text, before, after):
+                if finding is None:
+                    yield ()
+                else:
+                    findings.append(finding)
+            known = tuple(findings)
             if len(self._seen) >= self._max_entries:
                 del self._seen[next(iter(self._seen))]
         self._seen[digest] = known
-        return known
+        yield known
 
-    def _search(self, text: str, before: bool, after: bool) -> Iterator[Finding]:
-        seen, places = plain(text)
-        for kind, start, end in _without_look_alikes(list(self._candidates(seen))):
+    def _search(self, text: str, before: bool, after: bool) -> Iterator[Finding | None]:
+        """The findings of one window that nobody remembers; None: it goes on."""
+        seen, places, hints = self._seen_as(text)
+        candidates: list[_Candidate] = []
+        for one in self._candidates(seen, hints):
+            if one is None:
+                yield None
+            else:
+                candidates.append(one)
+        for kind, start, end in _without_look_alikes(candidates):
             # Cut off by the window's edge: the next window, or the one before, sees it whole.
             if (before and start == 0) or (after and end == len(seen) and start > STRIDE):
                 continue
             yield Finding(kind, places[start], places[end - 1] + 1) if places else Finding(kind, start, end)
         bare = undisguised(text)
         if bare is not None:
-            shown = {(kind, seen[start:end]) for kind, start, end in self._candidates(seen)}
-            hidden, _ = plain(bare)
-            for kind in {
-                kind for kind, start, end in self._candidates(hidden) if (kind, hidden[start:end]) not in shown
-            }:
+            shown = {(kind, seen[start:end]) for kind, start, end in candidates}
+            hidden, _, hints = self._seen_as(bare)
+            kinds = set()
+            for one in self._candidates(hidden, hints):
+                if one is None:
+                    yield None
+                elif (one[0], hidden[one[1] : one[2]]) not in shown:
+                    kinds.add(one[0])
+            for kind in kinds:
                 yield Finding(kind, -1, -1)
 
-    def _candidates(self, seen: bytes) -> Iterator[tuple[str, int, int]]:
-        for hint in self._hints.Match(seen) or ():
+    def _seen_as(self, text: str) -> tuple[bytes, list[int] | None, list[int]]:
+        """A text as `plain` makes it, without control characters, and the hints in it."""
+        seen, places = plain(text)
+        hints = self._hints.Match(seen) or []
+        if _CONTROLS in hints:
+            seen, places = without_controls(seen, places)
+            hints = self._hints.Match(seen) or []
+        return seen, places, hints
+
+    def _candidates(self, seen: bytes, hints: Iterable[int]) -> Iterator[_Candidate | None]:
+        """(kind, start, end) of what its check let pass; None after every `_BREATH` that were looked at."""
+        looked = 0
+        for hint in hints:
             which, searchers = self._behind[hint]
             for number in which.Match(seen) or ():
                 name, pattern, check = searchers[number]
@@ -223,16 +204,25 @@ class Scanner:
                     if found is not None:
                         yield (name, *found)
                     place = max(found[1], start + 1) if found else start + 1
+                    looked += 1
+                    if looked % _BREATH == 0:
+                        yield None
 
 
-def _without_look_alikes(found: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
+def _without_look_alikes(found: list[_Candidate]) -> list[_Candidate]:
     """Without telephone numbers that are part of something else: the digits of a bank account are none."""
-    return [
-        one
-        for one in dict.fromkeys(found)
-        if one[0] != "phone"
-        or not any(other[0] != "phone" and other[1] <= one[1] and one[2] <= other[2] for other in found)
-    ]
+    phones = any(one[0] == "phone" for one in found)
+    others = sorted((start, end) for kind, start, end in found if kind != "phone") if phones else []
+    if not others:
+        return list(dict.fromkeys(found))
+    # The farthest end of those that begin here or before.
+    ends = list(itertools.accumulate((end for _, end in others), max))
+
+    def inside(start: int, end: int) -> bool:
+        before = bisect.bisect_right(others, (start, ends[-1]))
+        return before > 0 and ends[before - 1] >= end
+
+    return [one for one in dict.fromkeys(found) if one[0] != "phone" or not inside(one[1], one[2])]
 
 
 def _searchers(forms: list[tuple[str, bytes, Check]]) -> tuple[Any, list[tuple[str, Any, Check]]]:
@@ -254,7 +244,8 @@ def _moved(finding: Finding, by: int, text: str) -> Finding:
     if start < 0:
         return finding
     start, end = start + by, end + by
-    if end - start >= OVERLAP - 1:
-        while end < len(text) and (text[end].isalnum() or text[end] in "-_."):
-            end += 1
+    if end - start >= OVERLAP - 1 and (rest := _TOKEN.match(text, end)):
+        if rest.end() - end == _LONGEST_TOKEN:
+            return Finding(kind, -1, -1)
+        end = rest.end()
     return Finding(kind, start, end)

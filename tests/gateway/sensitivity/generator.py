@@ -44,7 +44,11 @@ def grouped(dice: random.Random, text: str, *sizes: int) -> str:
 
 def email(dice: random.Random) -> str:
     name = dice.choice(NAMES) + dice.choice(["", ".", "_", "-", "+", "."]) + dice.choice(NAMES) + digits(dice, 2)
-    return f"{name}@{dice.choice(NAMES)}.{dice.choice(['com', 'org', 'co.uk', 'de', 'museum', 'io'])}"
+    host = dice.choice(
+        [*NAMES, "m\u00fcnchen", "\u0142\u00f3d\u017a", "\u043f\u0440\u0438\u043c\u0435\u0440", "\u4f8b\u5b50"]
+    )
+    ends = ["com", "org", "co.uk", "de", "museum", "io", "xn--p1ai", "\u0440\u0444", "\u516c\u53f8"]
+    return f"{name}@{host}.{dice.choice(ends)}"
 
 
 def phone(dice: random.Random) -> str:
@@ -58,6 +62,9 @@ def phone(dice: random.Random) -> str:
             f"0033 1 {digits(dice, 2)} {digits(dice, 2)} {digits(dice, 2)} {digits(dice, 2)}",
             f"phone: 0{dice.randint(20, 99)} {number}",
             f"call me at 0{digits(dice, 3)}/{number}",
+            f"unter 0{dice.randint(201, 999)} {number}",
+            f"01{dice.randint(50, 79)} {dice.choice('123456789')}{digits(dice, 6)}",
+            f"07{dice.randint(100, 999)} {digits(dice, 6)}",
         ]
     )
 
@@ -195,7 +202,9 @@ def api_key(dice: random.Random) -> str:
 
 def credential(dice: random.Random) -> str:
     word = "".join(dice.choices(string.ascii_lowercase, k=6)) + digits(dice, 3) + "!"
-    return dice.choice(["password: ", "password is ", "api_key=", "secret: "]) + word
+    token = digits(dice, 2) + "".join(dice.choices(string.ascii_letters + string.digits, k=38))
+    shown = [f"{what}{word}" for what in ("password: ", "password is ", "api_key=", "secret: ")]
+    return dice.choice([*shown, f"aws_secret_access_key = {token}", f"Authorization: Bearer {token}"])
 
 
 MAKERS: dict[str, Callable[[random.Random], str]] = {

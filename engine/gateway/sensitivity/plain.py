@@ -1,0 +1,143 @@
+"""A text as the patterns see it: disguises off, one byte a character.
+
+What Unicode itself says about a character decides: its value as a digit, its category, its compatibility form. So
+digits of every script are digits, dashes are dashes, and what is not seen is not there.
+"""
+
+import functools
+import re
+import unicodedata
+from html.entities import html5
+
+#: How often escapes inside escapes are taken off.
+_DEPTH = 3
+_ESCAPE = re.compile(
+    r"\\u([0-9A-Fa-f]{4})|\\x([0-9A-Fa-f]{2})|\\([nrt\"'\\/])|%([0-9A-Fa-f]{2})|&#([0-9]{1,7});"
+    r"|&#[xX]([0-9A-Fa-f]{1,6});|&([A-Za-z]{2,24};)"
+)
+_NAMED_ESCAPES = {"n": "\n", "r": "\r", "t": "\t"}
+
+#: Dots in the middle of a line, and the full stops that domain names may have (RFC 3490).
+_DOTS = "\u00b7\u2022\u2027\u2219\u22c5\u30fb\u3002\uff0e\uff61\uff65"
+#: Seen as nothing, or as a blank of any width, though their categories do not say so (Default_Ignorable_Code_Point).
+_BLANKS = "\u115f\u1160\u17b4\u17b5\u3164\uffa0\ufffc"
+#: Where the table looks: beyond are ideographs and syllables, which read as no ASCII character.
+_SCRIPTS = (
+    range(0x80, 0x3400),
+    range(0xA000, 0xAC00),
+    range(0xD7B0, 0xD800),
+    range(0xF900, 0x20000),
+    range(0xE0000, 0xE1000),
+)
+
+#: A pattern of control characters. Those that break a line count as its end, the others as nothing; a zero stays: it
+#: stands between texts.
+CONTROLS = rb"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"
+_BREAKS = b"\x0b\x0c\x1c\x1d\x1e\x1f\x85"
+_CONTROLS = bytes(
+    code for code in (*range(1, 0x20), *range(0x7F, 0xA0)) if code not in _BREAKS and code not in b"\t\n\r"
+)
+_BROKEN = bytes.maketrans(_BREAKS, b"\n" * len(_BREAKS))
+#: What stands for a letter that one byte cannot hold, and for anything else.
+_LETTER, _OTHER = "\xff", "?"
+
+
+def _read_as(character: str) -> str | None:
+    """The ASCII character that one beyond ASCII reads as; empty: it is not seen; None: neither."""
+    category = unicodedata.category(character)
+    if category in ("Cf", "Mn", "Me") or character in _BLANKS:
+        return ""
+    digit = unicodedata.digit(character, None)
+    if digit is not None:
+        return str(digit)
+    if character in _DOTS:
+        return "."
+    if category == "Pd" or character == "\u2212":
+        return "-"
+    if category == "Zs":
+        return " "
+    if category in ("Zl", "Zp"):
+        return "\n"
+    if category == "Cn" or not unicodedata.decomposition(character):
+        return None
+    form = unicodedata.normalize("NFKC", character)
+    return form if len(form) == 1 and form.isascii() else None
+
+
+@functools.cache
+def _plain_characters() -> dict[int, str]:
+    """Of all characters that read as an ASCII character or as none, which."""
+    reads = ((code, _read_as(chr(code))) for codes in _SCRIPTS for code in codes)
+    return {code: plain for code, plain in reads if plain is not None}
+
+
+@functools.cache
+def _fancy() -> frozenset[str]:
+    return frozenset(map(chr, _plain_characters()))
+
+
+@functools.cache
+def _unseen() -> frozenset[str]:
+    return frozenset(chr(code) for code, plain in _plain_characters().items() if not plain)
+
+
+class _Letters(dict[int, str]):
+    """One byte for each character: letters stay letters, whatever their script."""
+
+    def __missing__(self, code: int) -> str:
+        letter = code < 0x100 or unicodedata.category(chr(code))[0] in "LMN"
+        self[code] = shown = (chr(code) if code < 0x100 else _LETTER) if letter else _OTHER
+        return shown
+
+
+_LETTERS = _Letters()
+
+
+def prepare() -> None:
+    """Builds the tables now rather than at the first text that needs them (some 60 ms)."""
+    _fancy()
+    _unseen()
+
+
+def plain(text: str) -> tuple[bytes, list[int] | None]:
+    """A text as the patterns see it, one byte a character, and each byte's place in the text (None: the same)."""
+    places = None
+    if not text.isascii():
+        characters = set(text)
+        if not _fancy().isdisjoint(characters):
+            unseen = _unseen()
+            if not unseen.isdisjoint(characters):
+                places = [place for place, character in enumerate(text) if character not in unseen]
+            text = text.translate(_plain_characters())
+        if "@" in text and max(characters) > _LETTER:
+            text = text.translate(_LETTERS)
+    return text.encode("latin-1", "replace"), places
+
+
+def without_controls(shown: bytes, places: list[int] | None) -> tuple[bytes, list[int] | None]:
+    """What `plain` returned without control characters; for the few texts that hold some (`CONTROLS`)."""
+    kept = [place for place, byte in enumerate(shown) if byte not in _CONTROLS]
+    return shown.translate(_BROKEN, _CONTROLS), kept if places is None else [places[place] for place in kept]
+
+
+def _unescaped(match: re.Match[str]) -> str:
+    four, two, named, percent, decimal, hexadecimal, reference = match.groups()
+    if named:
+        return _NAMED_ESCAPES.get(named, named)
+    if reference:
+        return html5.get(reference, match[0])
+    code = int(decimal) if decimal else int(four or two or percent or hexadecimal, 16)
+    return chr(code) if code < 0x110000 and not 0xD800 <= code < 0xE000 else "?"
+
+
+def undisguised(text: str) -> str | None:
+    """The text with JSON, percent and character-reference escapes taken off, also nested ones; None without any."""
+    if "\\" not in text and "%" not in text and "&" not in text:
+        return None
+    bare = text
+    for _ in range(_DEPTH):
+        before = bare
+        bare = _ESCAPE.sub(_unescaped, bare)
+        if bare == before:
+            break
+    return None if bare == text else bare
