@@ -40,7 +40,7 @@ class Sensitivity:
 
     Args:
         settings: The policy.
-        audit: Told about every request in which something was found.
+        audit: Told about every request in which something was found or whose key confines it.
     """
 
     name = NOTE
@@ -64,6 +64,8 @@ class Sensitivity:
         strip(exchange)
         if clearance.action != "allow" or clearance.kinds:
             self._audit(f"sensitivity.{clearance.action}", subject_of(exchange), told(exchange, clearance))
+        elif clearance is not found:
+            self._audit("sensitivity.confine", subject_of(exchange), told(exchange, clearance))
         if clearance.action == "refuse":
             raise ApiError(403, f"Not sent to any model: {clearance.why}.", code="sensitive_data")
         return proceed(exchange)
