@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import Iterator
 
+import openai
 import pytest
 
 from tests.gateway.governance.governed import CHAT, MASTER_KEY, options
@@ -166,3 +167,11 @@ def test_a_path_names_the_model(door: RunningGateway, upstream: FakeUpstream, pa
 def test_other_paths_are_still_none(door: RunningGateway, upstream: FakeUpstream, path: str) -> None:
     assert door.post(path, BODY, authorization=f"Bearer {MASTER_KEY}")[0] == 404
     assert not upstream.books.requests
+
+
+def test_azures_client_is_served(door: RunningGateway, upstream: FakeUpstream) -> None:
+    client = openai.AzureOpenAI(azure_endpoint=door.url, api_key=MASTER_KEY, api_version="2024-06-01")
+    with client:
+        answer = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "hello"}])
+    assert answer.choices[0].message.content
+    assert upstream.books.requests[0][0] == CHAT
