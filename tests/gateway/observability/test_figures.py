@@ -12,6 +12,7 @@ import prometheus_client
 import pytest
 from prometheus_client import CollectorRegistry
 
+from tokenmill.engine.gateway import metrics
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.money import MICRO_CENTS_PER_DOLLAR, Prices
 from tokenmill.engine.gateway.observability import engines, gpus, snapshot
@@ -22,7 +23,7 @@ from tokenmill.engine.gateway.observability.shared import Board, Report
 from tokenmill.engine.gateway.observability.snapshot import Family
 from tokenmill.engine.gateway.observability.tally import Histogram, Tally
 from tokenmill.engine.gateway.pipeline import Call, Exchange, Usage
-from tokenmill.engine.gateway.portfolio import Target
+from tokenmill.engine.gateway.portfolio import Portfolio, Target
 from tokenmill.engine.gateway.settings import Settings
 
 
@@ -254,3 +255,19 @@ def test_calls_are_counted_once_and_summed_either_way() -> None:
     cost = {("a", "", "small"): 85 / MICRO_CENTS_PER_DOLLAR, ("b", "x", "small"): 25 / MICRO_CENTS_PER_DOLLAR}
     assert sums["tokenmill_cost_dollars"] == pytest.approx(cost)
     assert sums["tokenmill_upstream_requests"] == {("small", "one"): 2, ("small", "two"): 1}
+
+
+def test_time_per_token_is_that_of_the_answer_that_was_given() -> None:
+    portfolio = Portfolio([Backend(name, "http://127.0.0.1:9", name) for name in ("small", "large")], Settings())
+    small, large = portfolio.targets
+    counted = metrics.Metrics(portfolio)
+    # An unsure answer and the one that took over; then one whose better failed.
+    for target, *calls in (
+        (large, Call(small, None, Usage(1, 0, 90)), Call(large, None, Usage(1, 0, 11))),
+        (small, Call(small, None, Usage(1, 0, 5)), Call(large, None)),
+    ):
+        ended = exchange(*calls)
+        ended.target, ended.first_chunk_at, ended.last_chunk_at = target, 10.0, 11.0
+        counted.count(ended)
+    (family,) = (one for one in counted.report().families if one.name == "tokenmill_time_per_output_token_seconds")
+    assert {tier: numbers[-1] for (tier, _), numbers in family.series} == pytest.approx({"large": 0.1, "small": 0.25})
