@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from tokenmill.engine.gateway.governance import accounts, audit, keys
-from tokenmill.engine.gateway.governance.options import Options, digest
+from tokenmill.engine.gateway.governance.guesses import Guesses
+from tokenmill.engine.gateway.governance.options import digest
 from tokenmill.engine.gateway.store import Connection, now_ms
 from tokenmill.errors import InputError
 
@@ -35,13 +36,22 @@ class Actor:
         return self.role in ("admin", needed)
 
 
-def identify(connection: Connection, options: Options, key: str) -> Actor | None:
-    """Whose key this is; None for a key that is unknown, revoked or expired."""
+def identify(connection: Connection, guesses: Guesses, key: str) -> Actor | None:
+    """Whose key this is; None for a key that is unknown, revoked or expired.
+
+    Raises:
+        ApiError: 429 after too many keys that nobody has.
+    """
     hashed = digest(key)
-    if options.is_master(hashed):
+    if guesses.is_master(hashed):
         return Actor(MASTER, "admin")
     found = keys.by_hash(connection, hashed)
-    if found is None or found.refusal(now_ms()) is not None:
+    if found is None:
+        too_many = guesses.refused()
+        if too_many is not None:
+            raise too_many
+        return None
+    if found.refusal(now_ms()) is not None:
         return None
     return actor_of(connection, found.id)
 

@@ -116,7 +116,7 @@ class AdminSite:
         key = credential(first_values(request.scope["headers"]))
         if not key:
             raise _unauthorized("The key is missing; send `Authorization: Bearer KEY` with the master or an admin key.")
-        actor = roles.identify(self._governance.store.reader, self._governance.options, key)
+        actor = roles.identify(self._governance.store.reader, self._governance.guesses, key)
         if actor is None:
             raise _unauthorized("The key is not valid; send the master key or one with a role.")
         return actor

@@ -20,15 +20,16 @@ LIFETIME_S = 8 * 3600
 _SHAPE = re.compile(r"([A-Za-z0-9._-]{1,63}):([0-9]{1,15}):([0-9a-f]{64})")
 
 
-def _mac(options: Options, text: str) -> str:
-    secret = hashlib.sha256(b"tokenmill dashboard 1:" + options.master_digest.encode()).digest()
+def _mac(connection: Connection, options: Options, text: str) -> str:
+    (kept,) = connection.execute("SELECT secret FROM session_secret").fetchone()
+    secret = hashlib.sha256(f"tokenmill dashboard 2:{kept}:{options.master_digest}".encode()).digest()
     return hmac.new(secret, text.encode(), hashlib.sha256).hexdigest()
 
 
 def _signature(connection: Connection, options: Options, name: str, until: str) -> str:
     """What ends a cookie; the secret that its owner has now is a part of it."""
     secret = "" if name == MASTER else keyring.secret_hash(connection, name)
-    return _mac(options, f"{name}:{until}:{secret}")
+    return _mac(connection, options, f"{name}:{until}:{secret}")
 
 
 def cookie(connection: Connection, options: Options, actor: Actor) -> str:
@@ -71,11 +72,11 @@ def end(connection: Connection, value: str) -> None:
         )
 
 
-def token(options: Options, value: str) -> str:
+def token(connection: Connection, options: Options, value: str) -> str:
     """What a form must bring besides the cookie: another site can neither read nor guess it."""
-    return _mac(options, f"form:{value}")
+    return _mac(connection, options, f"form:{value}")
 
 
-def token_fits(options: Options, value: str, said: str) -> bool:
+def token_fits(connection: Connection, options: Options, value: str, said: str) -> bool:
     """Whether a form brought the token that belongs to its cookie."""
-    return hmac.compare_digest(token(options, value).encode(), said.encode("utf-8", "replace"))
+    return hmac.compare_digest(token(connection, options, value).encode(), said.encode("utf-8", "replace"))

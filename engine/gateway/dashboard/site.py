@@ -148,10 +148,9 @@ class DashboardSite:
 
     async def _login(self, request: Request, fields: dict[str, str]) -> Response:
         key = fields.get("key", "").strip()
-        store = self._sources.governance.store
-        actor = roles.identify(store.reader, self._options, key) if key else None
+        store, guesses = self._sources.governance.store, self._sources.governance.guesses
+        actor = roles.identify(store.reader, guesses, key) if key else None
         if actor is None or not actor.may("auditor"):
-            log.warning("a login at the dashboard was refused")
             return self._page(
                 "login.html.jinja", 403, problem="This is neither the master key nor one that may see all."
             )
@@ -199,13 +198,15 @@ class DashboardSite:
 
     def _token_fits(self, request: Request, fields: dict[str, str]) -> bool:
         cookie = request.cookies.get(session.COOKIE, "")
-        return session.token_fits(self._options, cookie, fields.get("token", ""))
+        reader = self._sources.governance.store.reader
+        return session.token_fits(reader, self._options, cookie, fields.get("token", ""))
 
     async def _overview(self, request: Request, actor: Actor) -> Response:
         asked = request.query_params.get("span", "24h")
         span = asked if asked in SPANS else "24h"
         figures = await self._figures(span)
-        token = session.token(self._options, request.cookies[session.COOKIE])
+        reader = self._sources.governance.store.reader
+        token = session.token(reader, self._options, request.cookies[session.COOKIE])
         return self._page("overview.html.jinja", f=figures, actor=actor, token=token, spans=list(SPANS))
 
     async def _figures(self, span: str) -> Figures:

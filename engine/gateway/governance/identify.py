@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from tokenmill.engine.gateway.api_error import ApiError, quote
 from tokenmill.engine.gateway.governance import accounts, audit, keys
+from tokenmill.engine.gateway.governance.keys import Key
 from tokenmill.engine.gateway.governance.options import digest
 from tokenmill.engine.gateway.governance.service import MASTER, Governance
 from tokenmill.engine.gateway.heads import without
@@ -55,13 +56,14 @@ class Identities:
         """The owner of a request with these headers, the first value of each by its name in lower case.
 
         Raises:
-            ApiError: 401 without a key that is valid now; 503 while the store cannot be asked.
+            ApiError: 401 without a key that is valid now; 503 while the store cannot be asked; 429 after too many keys
+                that nobody has.
         """
         key = credential(fields)
         if not key:
             raise _unauthorised("No API key was given; send `Authorization: Bearer KEY`.")
         hashed = digest(key)
-        if self._governance.options.is_master(hashed):
+        if self._governance.guesses.is_master(hashed):
             return Principal(MASTER)
         try:
             return self._owner(hashed)
@@ -82,7 +84,10 @@ class Identities:
         known = self._known.get(hashed)
         now = now_ms()
         if known is None or (known.until is not None and now >= known.until):
-            known = self._known[hashed] = _look_up(reader, hashed, now)
+            key = keys.by_hash(reader, hashed)
+            if key is None:
+                raise self._governance.guesses.refused() or _unauthorised("This API key is not known here.")
+            known = self._known[hashed] = _what_it_stands_for(reader, key, now)
         return known.principal
 
 
@@ -106,10 +111,7 @@ def credential(fields: Mapping[bytes, bytes]) -> str:
     return key.strip().decode("latin-1")
 
 
-def _look_up(reader: Connection, hashed: str, now: int) -> _Known:
-    key = keys.by_hash(reader, hashed)
-    if key is None:
-        raise _unauthorised("This API key is not known here.")
+def _what_it_stands_for(reader: Connection, key: Key, now: int) -> _Known:
     refusal = key.refusal(now)
     if refusal is not None:
         raise _unauthorised(f"The API key {key.id} {refusal}.")

@@ -27,12 +27,14 @@ class Options:
         completion_bound: Completion tokens to reserve for an answer where neither the request nor the backend's
             longest answer or context window bounds it.
         retention_days: Ledger rows older than this are removed; None: never.
+        guessable: The master key is short enough to be guessed: see `guesses`.
     """
 
     store: str
     master_digest: str = field(repr=False)
     completion_bound: int = 4096
     retention_days: int | None = None
+    guessable: bool = False
 
     def is_master(self, key_digest: str) -> bool:
         """Whether a digest is the master key's; takes the same time whatever the answer."""

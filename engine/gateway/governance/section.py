@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from tokenmill.engine.gateway.governance.options import Options, checked_master_key, digest
+from tokenmill.engine.gateway.governance.options import SHORTEST_MASTER_KEY, Options, checked_master_key, digest
 from tokenmill.engine.gateway.sections import Section
 
 
@@ -31,7 +31,7 @@ class Governance(Section):
     guessable_master_key: bool = Field(
         False,
         description="Take a master key of fewer than 16 characters, as many LiteLLM files have; whoever reaches the "
-        "port may guess it.",
+        "port may guess it. After ten unknown keys within a minute a worker does not take it until the minute is over.",
     )
     completion_bound: int = Field(
         4096,
@@ -78,4 +78,5 @@ class Governance(Section):
             key, where = os.environ.get(self.master_key_env, "").strip(), self.master_key_env
         checked_master_key(key, where, self.guessable_master_key)
         store = self.store if "://" in self.store else str(Path(self.store).expanduser().absolute())
-        return Options(store, digest(key), self.completion_bound, self.retention_days)
+        guessable = len(key) < SHORTEST_MASTER_KEY
+        return Options(store, digest(key), self.completion_bound, self.retention_days, guessable)

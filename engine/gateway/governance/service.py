@@ -8,6 +8,7 @@ from functools import partial
 from tokenmill.engine.gateway.api_error import ApiError, unavailable
 from tokenmill.engine.gateway.governance import accounts, books, retention, workers
 from tokenmill.engine.gateway.governance.accounts import Limits
+from tokenmill.engine.gateway.governance.guesses import Guesses
 from tokenmill.engine.gateway.governance.options import Options
 from tokenmill.engine.gateway.governance.pages import Kept
 from tokenmill.engine.gateway.governance.schema import SCHEMA
@@ -36,11 +37,13 @@ class Governance:
         options: What was configured.
 
     Attributes:
+        guesses: Knows the master key, and counts keys that nobody has.
         apply: `books.apply` with what this process knows already; for `Store.write_item` and `Store.post_item`.
     """
 
     def __init__(self, options: Options) -> None:
         self.options = options
+        self.guesses = Guesses(options)
         self.apply = partial(books.apply, kept=Kept())
         self._store: Store | None = None
         self._worker: WorkerLock | None = None

@@ -6,6 +6,7 @@ from tokenmill import cli
 from tokenmill.engine.gateway.admin import books, canaries, keyring, roles, tables, views
 from tokenmill.engine.gateway.governance import accounts, audit, keys
 from tokenmill.engine.gateway.governance.accounts import Limits
+from tokenmill.engine.gateway.governance.guesses import Guesses
 from tokenmill.engine.gateway.governance.options import Options, digest
 from tokenmill.engine.gateway.store import Store, now_ms
 from tokenmill.errors import InputError
@@ -22,11 +23,11 @@ def administered(store: Store) -> Store:
 def test_roles_rotation_and_changes(administered: Store) -> None:
     write, reader = administered.write_now, administered.reader
     identity, first = write(lambda c: keys.create(c, "test", name="a", models=["m"]))
-    options = Options("unused", digest("the-master-key-of-tests"))
+    guesses = Guesses(Options("unused", digest("the-master-key-of-tests")))
     write(lambda c: roles.give(c, identity, "auditor", "test"))
-    assert roles.identify(reader, options, first) == roles.Actor(identity, "auditor")
+    assert roles.identify(reader, guesses, first) == roles.Actor(identity, "auditor")
     second = write(lambda c: keyring.rotate(c, identity, "test"))
-    assert roles.identify(reader, options, first) is None
+    assert roles.identify(reader, guesses, first) is None
     assert keyring.named(reader, second).id == identity == keyring.named(reader, digest(second)).id
     write(lambda c: keyring.change(c, identity, "test", name="b", models=None, metadata={"x": 1}, expires_at=now_ms()))
     changed = keys.by_id(reader, identity)

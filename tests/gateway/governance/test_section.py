@@ -46,6 +46,14 @@ def test_master_key_reaches_the_workers_as_a_hash_alone(tmp_path: Path, monkeypa
     assert digest(KEY) not in repr(found)
 
 
+@pytest.mark.parametrize(("key", "guessable"), [("sk-1234", True), ("a" * 15, True), ("a" * 16, False)])
+def test_short_master_key_is_marked(tmp_path: Path, key: str, guessable: bool) -> None:
+    """Where it is taken; a long one is not slowed down because short ones would be taken."""
+    lines = ("  store: x.db", f"  master_key: {key}", "  guessable_master_key: true")
+    found = options(tmp_path, *lines)
+    assert found is not None and found.guessable == guessable
+
+
 @pytest.mark.parametrize(("value", "says"), [(None, "is not set"), ("short", "5 characters, fewer than 16")])
 def test_no_master_key_no_governance(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str | None, says: str
