@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
@@ -11,23 +10,20 @@ from tokenmill.engine.gateway.pipeline import Exchange
 from tokenmill.engine.gateway.sensitivity.clearance import ANYWHERE, Clearance
 from tokenmill.engine.gateway.sensitivity.kinds import CLASS_OF, NOT_REDACTABLE
 from tokenmill.engine.gateway.sensitivity.presidio import Presidio, kind_of
-from tokenmill.engine.gateway.sensitivity.redaction import Redaction
+from tokenmill.engine.gateway.sensitivity.redaction import Redaction, unescaped
 from tokenmill.engine.gateway.sensitivity.scanner import Finding, Scanner
 from tokenmill.engine.gateway.sensitivity.settings import ACTIONS, Action, SensitivitySettings
 from tokenmill.engine.gateway.sensitivity.texts import Texts, UnreadableError, texts_of
+from tokenmill.engine.gateway.sensitivity.turns import DetectorError, Turns
 
 log = logging.getLogger("tokenmill.gateway")
 
-#: The search lets other requests run after this long.
-TURN_S = 0.001
 #: A longer body gets no placeholders: it stays in trusted zones.
 MOST_REDACTED_BYTES = 2 * 1024 * 1024
+#: The same where there is more to replace.
+MOST_VALUES = 1000
 #: Less than this of a found text cannot be told from chance and is not replaced everywhere.
 _SHORTEST_VALUE = 4
-
-
-class DetectorError(Exception):
-    """The search failed or took too long; the text says how, without any of the data."""
 
 
 class Detector:
@@ -80,9 +76,10 @@ class Detector:
     async def _judge(self, exchange: Exchange) -> Clearance:
         if exchange.body is None:
             return self._unreadable("a form cannot be searched", {})
+        turns = Turns(self.settings.timeout_s)
         query = exchange.query.decode("latin-1")
-        texts = await texts_of(exchange.body, query)
-        found = await self._find(texts)
+        texts = await texts_of(exchange.body, query, turns)
+        found = await self._find(texts, turns)
         kinds = Counter(kind for kind, _ in found)
         actions = {kind: self.settings.action(kind) for kind in kinds}
         action: Action = max(actions.values(), key=ACTIONS.index, default="allow")
@@ -92,41 +89,34 @@ class Detector:
         if action == "stay":
             return self._stay(kinds, f"it holds {named}")
         if texts.unreadable and self.settings.unreadable == "stay":
-            return self._unreadable(f"{texts.unreadable} in it cannot be searched", kinds)
+            return self._unreadable(f"it holds {texts.unreadable}, which cannot be searched", kinds)
         if action == "allow":
             return Clearance(kinds)
         values = {text: kind for kind, text in found if text is not None and len(text) >= _SHORTEST_VALUE}
         body = exchange.body
-        if not NOT_REDACTABLE & set(kinds) and len(body.raw) <= MOST_REDACTED_BYTES:
-            redaction = Redaction(values, body.raw)
-            hidden = redaction.body(body)
-            if not await self._find(await texts_of(hidden, query)):
+        small = len(body.raw) <= MOST_REDACTED_BYTES and len(values) <= MOST_VALUES
+        if small and not NOT_REDACTABLE & set(kinds):
+            redaction = Redaction(values, await unescaped(body.raw, turns))
+            hidden = await redaction.body(body, turns)
+            if not await self._find(await texts_of(hidden, query, turns), turns):
                 why = f"placeholders stand for {named}"
                 return Clearance(kinds, "redact", redaction=redaction, hidden=hidden, why=why)
         return self._stay(kinds, f"it holds {named} where no placeholder can stand")
 
-    async def _find(self, texts: Texts) -> list[tuple[str, str | None]]:
+    async def _find(self, texts: Texts, turns: Turns) -> list[tuple[str, str | None]]:
         """(kind, the data) of everything; None in the data's place where it shows only without escapes."""
         if self._idle:
             return []
         found: dict[tuple[str, str | None], None] = {}
-        spent = 0.0
-        limit = self.settings.timeout_s
         for text in texts.all():
-            turn = time.perf_counter()
             for findings in self._scanner.windows(text):
-                _collect(found, findings, text)
-                now = time.perf_counter()
-                if now - turn > TURN_S:
-                    spent += now - turn
-                    if spent > limit:
-                        raise DetectorError(f"it took more than {limit:g} s")
-                    await asyncio.sleep(0)
-                    turn = time.perf_counter()
-            spent += time.perf_counter() - turn
+                if findings:
+                    _collect(found, findings, text)
+                if turns.due():
+                    await turns.give()
             if self._presidio is not None:
-                async with asyncio.timeout(limit):
-                    _collect(found, await self._presidio.find(text), text)
+                async with asyncio.timeout(self.settings.timeout_s):
+                    _collect(found, await turns.wait_for(self._presidio.find(text)), text)
         return list(found)
 
     def _stay(self, kinds: Mapping[str, int], why: str) -> Clearance:

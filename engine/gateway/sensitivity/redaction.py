@@ -6,12 +6,22 @@ exact: an answer that repeats the request word for word is the unredacted reques
 
 import json
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import msgspec
 
-from tokenmill.engine.gateway.body import Body
+from tokenmill.engine.gateway.body import SLICE_BYTES, Body, parsed
+from tokenmill.engine.gateway.sensitivity.strings import decoded, encoded
+from tokenmill.engine.gateway.sensitivity.turns import Turns
+
+#: What every placeholder looks like, and a value that could be part of one.
+_MARK, _INSIDE = re.compile(r"\[[A-Z0-9_]+\]"), re.compile(r"[A-Z0-9_]+")
+#: The rest of a string in a JSON text; of one with very many escapes the beginning of the rest.
+_REST = re.compile(r'[^"\\]*(?:\\.[^"\\]*){0,4096}')
+#: Others run while a text longer than this is changed.
+_LONG = 4096
+#: What follows the name of a member.
+_COLON = re.compile(r"\s*:")
 
 
 class Redaction:
@@ -19,86 +29,157 @@ class Redaction:
 
     Args:
         values: What is to be replaced, each with its kind.
-        taken: The request's body: no placeholder may occur in it.
+        taken: The request's body, `unescaped`: no placeholder may occur in it.
     """
 
     def __init__(self, values: Mapping[str, str], taken: bytes) -> None:
-        if b"\\u" in taken:
-            taken = msgspec.json.encode(msgspec.json.decode(taken))
+        labels = {kind: _label(kind, taken) for kind in dict.fromkeys(values.values())}
         self.placeholders: dict[str, str] = {}
         counts: dict[str, int] = {}
         for value, kind in values.items():
-            counts[kind] = counts.get(kind, 0) + 1
-            self.placeholders[value] = f"[{_label(kind, taken)}_{counts[kind]}]"
+            label = labels[kind]
+            counts[label] = counts.get(label, 0) + 1
+            self.placeholders[value] = f"[{label}_{counts[label]}]"
         self._values = {placeholder: value for value, placeholder in self.placeholders.items()}
+        # Longer ones first: a value may contain another.
         self._ordered = sorted(self.placeholders.items(), key=lambda pair: -len(pair[0]))
-        # Replacing one after the other is a hundred times faster, and the same, where none can touch a placeholder.
+        # No value can be found in a placeholder.
+        marks = " ".join(self._values)
         self._plain = not any(
-            "[" in value or "]" in value or any(value in mark for mark in self._values) for value in self.placeholders
+            "[" in value or "]" in value or (_INSIDE.fullmatch(value) and value in marks) for value in self.placeholders
         )
-        self._data = _alternatives(self.placeholders)
-        self._marks = _alternatives(self._values)
+        self._beginnings = frozenset(mark[:length] for mark in self._values for length in range(1, len(mark)))
         self.longest = max(map(len, self._values), default=0)
 
-    def hide(self, text: str) -> str:
-        """The text with placeholders."""
-        if self._plain:
-            for value, placeholder in self._ordered:
-                text = text.replace(value, placeholder)
-            return text
-        return self._data.sub(lambda match: self.placeholders[match[0]], text)
+    async def hide(self, text: str, turns: Turns) -> str:
+        """The text with placeholders.
+
+        Args:
+            text: Any text of the request.
+            turns: Says when others run.
+
+        Raises:
+            DetectorError: It took too long.
+        """
+        # Text and placeholders by turns; they stay apart where a value may look like a piece of a placeholder.
+        pieces = [text]
+        long = len(text) > _LONG
+        for value, placeholder in self._ordered:
+            if self._plain:
+                pieces[0] = pieces[0].replace(value, placeholder)
+            elif value in text:
+                pieces = [
+                    part
+                    for place, piece in enumerate(pieces)
+                    for part in ([piece] if place % 2 else _between(piece.split(value), placeholder))
+                ]
+            if long and turns.due():
+                await turns.give()
+        return "".join(pieces)
 
     def restore(self, text: str) -> str:
         """The text with the values back."""
-        return self._marks.sub(lambda match: self._values[match[0]], text) if "[" in text else text
+        return _MARK.sub(lambda match: self._values.get(match[0], match[0]), text) if "[" in text else text
 
     def restore_json(self, text: str) -> str:
         """The same inside a text that is JSON itself (arguments of a tool): values are escaped as JSON wants it."""
-        if "[" not in text:
-            return text
-        return self._marks.sub(lambda match: json.dumps(self._values[match[0]], ensure_ascii=False)[1:-1], text)
+        return _MARK.sub(self._in_json, text) if "[" in text else text
+
+    def _in_json(self, match: re.Match[str]) -> str:
+        value = self._values.get(match[0])
+        return match[0] if value is None else json.dumps(value, ensure_ascii=False)[1:-1]
 
     def held_back(self, text: str) -> int:
         """How many characters at the text's end may be the beginning of a placeholder."""
         start = text.rfind("[", max(len(text) - self.longest, 0))
-        if start < 0:
-            return 0
-        tail = text[start:]
-        return len(tail) if any(mark.startswith(tail) and mark != tail for mark in self._values) else 0
+        return len(text) - start if start >= 0 and text[start:] in self._beginnings else 0
 
-    def body(self, body: Body) -> Body:
-        """A request's body with placeholders in all of its strings; fields without any keep their bytes."""
-        changes: dict[str, Any] = {}
+    async def body(self, body: Body, turns: Turns) -> Body:
+        """A request's body with placeholders in its strings; everything else, numbers too, keeps its bytes.
+
+        Args:
+            body: The request's.
+            turns: Says when others run.
+
+        Raises:
+            DetectorError: It took too long.
+        """
+        changes: dict[str, msgspec.Raw] = {}
         for name in body.names():
             raw = body.raw_field(name)
             if raw is not None and name != "model":
-                value = msgspec.json.decode(raw)
-                hidden = mapped(value, self.hide)
-                if hidden != value:
-                    changes[name] = hidden
-        return Body(body.with_fields(changes))
+                hidden = await self._field(raw.decode(), turns)
+                if hidden is not None:
+                    changes[name] = msgspec.Raw(hidden.encode())
+                if turns.due():
+                    await turns.give()
+        whole = body.with_fields(changes)
+        if turns.due():
+            await turns.give()
+        return await parsed(whole)
+
+    async def _field(self, raw: str, turns: Turns) -> str | None:
+        """A field's JSON text with placeholders in its strings, not in names; None where it holds none of the data."""
+        parts: list[str] = []
+        done, start = 0, raw.find('"')
+        while start >= 0:
+            end = start + 1
+            while raw[end := _end(raw, end)] != '"':
+                if turns.due():
+                    await turns.give()
+            end += 1
+            if not _COLON.match(raw, end):
+                piece = raw[start:end]
+                if "\\" not in piece:
+                    text = piece[1:-1]
+                elif len(piece) <= SLICE_BYTES:
+                    text = json.loads(piece)
+                else:
+                    text = await decoded(memoryview(piece.encode()), turns)
+                hidden = await self.hide(text, turns)
+                if hidden != text:
+                    parts += (raw[done:start], await encoded(hidden, turns))
+                    done = end
+            if turns.due():
+                await turns.give()
+            start = raw.find('"', end)
+        return "".join((*parts, raw[done:])) if parts else None
 
 
-def mapped(value: Any, change: Callable[[str], str]) -> Any:
-    """A JSON value with every string (not the names of members) changed."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, dict):
-        return {name: mapped(member, change) for name, member in value.items()}
-    if isinstance(value, list):
-        return [mapped(item, change) for item in value]
-    return value
+async def unescaped(raw: bytes, turns: Turns) -> bytes:
+    """A JSON text with `\\u00..` escapes taken off, also where they are none: to see what could be read in it."""
+    parts = raw.split(b"\\u00")
+    for place in range(1, len(parts)):
+        part = parts[place]
+        try:
+            parts[place] = bytes((int(part[:2], 16),)) + part[2:]
+        except ValueError:
+            continue
+        if turns.due():
+            await turns.give()
+    return b"".join(parts)
 
 
-def _alternatives(texts: Mapping[str, str]) -> re.Pattern[str]:
-    """One pattern for all of them, longer ones first: a value may contain another."""
-    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or r"(?!)")
+def _end(raw: str, place: int) -> int:
+    """Where a string ends; of one with very many escapes where the next of them stands."""
+    quote = raw.find('"', place)
+    if raw.find("\\", place, quote) < 0:
+        return quote
+    found = _REST.match(raw, place)
+    return found.end() if found else place
+
+
+def _between(texts: list[str], placeholder: str) -> list[str]:
+    """The texts with the placeholder between each two."""
+    return [piece for text in texts for piece in (placeholder, text)][1:]
 
 
 def _label(kind: str, taken: bytes) -> str:
     """The kind in capitals, with a number where the request itself holds something that looks like a placeholder."""
     label = re.sub(r"[^A-Z]", "_", kind.upper())
-    number = 0
-    while f"[{label}{number or ''}_".encode() in taken:
-        number += 1
-    return f"{label}{number or ''}"
+    if f"[{label}".encode() not in taken:
+        return label
+    used = {match[1] for match in re.finditer(rb"\[%s([0-9]*)_" % label.encode(), taken)}
+    if b"" not in used:
+        return label
+    return label + next(str(number) for number in range(1, len(used) + 2) if str(number).encode() not in used)

@@ -46,7 +46,9 @@ class Sensitivity(Section):
         min_length=1,
     )
     unreadable: Literal["stay", "allow"] = Field(
-        "stay", description="What happens to what cannot be searched: pictures, sound, files, token ids."
+        "stay",
+        description="What happens to what cannot be searched, which is all that is not known to be text: pictures, "
+        "sound, files, token ids, conversations that the backend keeps, parts of types that nobody here knows.",
     )
     timeout_seconds: float = Field(
         2.0,

@@ -38,7 +38,7 @@ class SensitivitySettings:
         policies: Kind or class of data to what happens; a kind goes before its class.
         default: What happens to kinds that no policy names.
         trusted_zones: Zones that may see everything.
-        unreadable: What happens to what cannot be searched: pictures, sound, files, token ids.
+        unreadable: What happens to what cannot be searched: all that is not known to be text.
         timeout_s: A search that takes longer has failed.
         patterns: The operator's own kinds: name to pattern.
         presidio: Ask Presidio, too; None: do not.

@@ -3,7 +3,6 @@
 Nothing is left out but the model's name: a field that no one knows yet may carry text, too.
 """
 
-import asyncio
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -12,33 +11,26 @@ from typing import Any
 import msgspec
 
 from tokenmill.engine.gateway.body import SLICE_BYTES, Body
+from tokenmill.engine.gateway.sensitivity import unreadable
+from tokenmill.engine.gateway.sensitivity.strings import decoded
+from tokenmill.engine.gateway.sensitivity.turns import Turns
 
 #: Strings up to this length are searched together, in one text.
 SHORT = 512
+#: Objects and lists up to this length are decoded in one go: at worst, nothing but brackets, some three milliseconds.
+_PIECE_BYTES = 48 * 1024
 #: Numbers below this are no one's.
 _LONG_NUMBER = 10**6
 #: Stands between short strings: nothing that is looked for reaches across it.
 _WALL = "\n\0\0\0\n"
+#: What a zero character of the request itself is searched as: as unseen, and no wall.
+_UNSEEN = "\u200b"
 #: How much of neighbouring parts of a message is also read without the seam.
 _SEAM = 64
-#: Members that hold what cannot be read as text.
-_MEDIA = frozenset(
-    {
-        "image_url",
-        "input_image",
-        "input_audio",
-        "audio_url",
-        "video_url",
-        "image",
-        "audio",
-        "video",
-        "file",
-        "file_data",
-    }
-)
-_CONTENT_FIELDS = frozenset({"messages", "input", "prompt", "documents", "query", "text_1", "text_2"})
-_QUOTE, _BRACE, _BRACKET = b'"{['
-_TOKEN_IDS = re.compile(rb"\s*(\[\s*)+-?[0-9]")
+_QUOTE, _BRACE, _BRACKET, _NULL = b'"{[n'
+_NUMBERS = b"-0123456789"
+#: Without one of these a list of numbers holds nothing to search.
+_SEARCHABLE = re.compile(rb'"|[0-9]{7}')
 _DATA_URL = re.compile(r"data:[^,]{0,200};base64,")
 
 
@@ -75,6 +67,8 @@ class Texts:
 
     def add(self, key: str, text: str) -> None:
         """One string and the name it stands under."""
+        if "\0" in text:
+            text = text.replace("\0", _UNSEEN)
         if key == "text":
             # Where one part of a message ends and the next begins: templates join them without a seam.
             if self._joined:
@@ -94,80 +88,141 @@ class Texts:
         """What follows does not join what was before."""
         self._joined = None
 
-    def walk(self, value: Any, key: str = "", *, content: bool = True) -> None:
-        """Collects the strings of a decoded value, in the order in which they stand."""
+    def walk(self, value: Any, key: str = "", *, content: bool = True, listed: bool = False) -> None:
+        """Collects the strings of a decoded value, in the order in which they stand.
+
+        Args:
+            value: What `json` decoded.
+            key: The name it stands under.
+            content: It may hold what cannot be searched; False: settings, arguments of a tool.
+            listed: It is an item of a list, or of a field that may be a part itself.
+        """
         if isinstance(value, str):
             self.add(key, value)
         elif isinstance(value, dict):
+            kind = value.get("type") if content else None
+            if content and unreadable.may_be_part(key, listed) and not unreadable.is_text(kind, value, key):
+                self.unreadable = unreadable.PART
             for name, member in value.items():
-                if content and name in _MEDIA and member is not None:
-                    self.unreadable = "a picture, sound or file"
+                if content and member is not None and unreadable.names_media(name):
+                    self.unreadable = unreadable.MEDIA
                 if isinstance(member, (dict, list)):
                     self.add("", name)
-                self.walk(member, name, content=content)
+                    self.walk(member, name, content=content and not unreadable.is_arguments(name, kind))
+                else:
+                    self.walk(member, name)
         elif isinstance(value, list):
             self.new_list()
             for item in value:
-                self.walk(item, key, content=content)
+                if content and isinstance(item, (int, float)) and not isinstance(item, bool):
+                    self.unreadable = unreadable.TOKENS
+                self.walk(item, key, content=content, listed=True)
         elif isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) >= _LONG_NUMBER:
             self.add(key, str(value))
         elif key:
             self._short.append(key + _WALL)
 
 
-async def texts_of(body: Body, query: str = "") -> Texts:
+async def texts_of(body: Body, query: str, turns: Turns) -> Texts:
     """Everything to search in a request; long bodies are decoded in slices with the event loop running between.
+
+    Args:
+        body: The request's.
+        query: Its query string.
+        turns: Says when others run.
 
     Raises:
         UnreadableError: A field holds broken JSON.
+        DetectorError: It took too long.
     """
     texts = Texts()
-    _check_distinct(memoryview(body.raw), {name: body.view(name) or memoryview(b"") for name in body.names()})
+    views = {name: body.view(name) or memoryview(b"") for name in body.names()}
+    await _check_distinct(memoryview(body.raw), views, turns)
     if query:
         texts.add("", query)
-    for name in body.names():
-        raw = body.view(name)
-        if raw is None or name == "model":
+    for name, raw in views.items():
+        if name == "model":
             continue
         texts.add("", name)
+        content = name not in unreadable.SETTINGS
         try:
-            await _collect(texts, raw, name, content=name in _CONTENT_FIELDS)
+            if content and (why := unreadable.of_field(name)) and not _asks_for_nothing(name, raw):
+                texts.unreadable = why
+            await _collect(texts, raw, name, turns, content=content, listed=name in unreadable.ASKED)
         except RepeatedError:
             raise
         except (msgspec.MsgspecError, ValueError, RecursionError):
             raise UnreadableError(f"the field {name} cannot be decoded") from None
+        if turns.due():
+            await turns.give()
     return texts
 
 
-async def _collect(texts: Texts, raw: memoryview, key: str, *, content: bool) -> None:
-    if content and key in ("prompt", "input") and _TOKEN_IDS.match(raw):
-        texts.unreadable = "token ids"
-    elif len(raw) <= SLICE_BYTES:
-        texts.walk(_DECODER.decode(str(raw, "utf-8")), key, content=content)
-    elif raw[0] == _QUOTE:
-        texts.add(key, await _long_string(raw))
+def _asks_for_nothing(name: str, raw: memoryview) -> bool:
+    """Whether a field with the name of sound or pictures holds none: null, or how the answer is to sound."""
+    if raw[0] == _NULL:
+        return True
+    spoken = name == "audio" and raw[0] == _BRACE and len(raw) < SHORT
+    return spoken and unreadable.SPOKEN.issuperset(msgspec.json.decode(raw))
+
+
+async def _collect(
+    texts: Texts, raw: memoryview, key: str, turns: Turns, *, content: bool, listed: bool = False
+) -> None:
+    """`Texts.walk` for a value that is not decoded yet, piece by piece where it is long."""
+    if raw[0] == _QUOTE and len(raw) > SLICE_BYTES:
+        texts.add(key, await decoded(raw, turns))
+    elif raw[0] == _QUOTE or len(raw) <= _PIECE_BYTES:
+        texts.walk(_DECODER.decode(str(raw, "utf-8")), key, content=content, listed=listed)
     elif raw[0] == _BRACE:
-        await asyncio.sleep(0)
-        members = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
-        _check_distinct(raw, {name: memoryview(member) for name, member in members.items()})
-        for name, member in members.items():
-            if content and name in _MEDIA:
-                texts.unreadable = "a picture, sound or file"
-            texts.add("", name)
-            await _collect(texts, memoryview(member), name, content=content)
+        await _object(texts, raw, key, turns, content=content, listed=listed)
     elif raw[0] == _BRACKET:
-        await asyncio.sleep(0)
-        done = 0
-        texts.new_list()
-        for item in msgspec.json.decode(raw, type=list[msgspec.Raw]):
-            view = memoryview(item)
-            await _collect(texts, view, key, content=content)
-            done += len(view) + 64
-            if done > SLICE_BYTES:
-                done = 0
-                await asyncio.sleep(0)
+        await _list(texts, raw, key, turns, content=content)
     else:
         texts.add(key, bytes(raw).decode())
+
+
+async def _object(texts: Texts, raw: memoryview, key: str, turns: Turns, *, content: bool, listed: bool) -> None:
+    await turns.give()
+    members = {name: memoryview(raw) for name, raw in msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).items()}
+    await _check_distinct(raw, members, turns)
+    named = members.get("type") if content else None
+    kind = msgspec.json.decode(named) if named is not None and len(named) < SHORT else named
+    if content and unreadable.may_be_part(key, listed) and not unreadable.is_text(kind, members, key):
+        texts.unreadable = unreadable.PART
+    for name, member in members.items():
+        if content and member[0] != _NULL and unreadable.names_media(name):
+            texts.unreadable = unreadable.MEDIA
+        texts.add("", name)
+        await _collect(texts, member, name, turns, content=content and not unreadable.is_arguments(name, kind))
+        if turns.due():
+            await turns.give()
+
+
+async def _list(texts: Texts, raw: memoryview, key: str, turns: Turns, *, content: bool) -> None:
+    texts.new_list()
+    if await _nothing_in(raw, turns):
+        if content:
+            texts.unreadable = unreadable.TOKENS
+        return
+    await turns.give()
+    for item in msgspec.json.decode(raw, type=list[msgspec.Raw]):
+        view = memoryview(item)
+        if content and view[0] in _NUMBERS:
+            texts.unreadable = unreadable.TOKENS
+        await _collect(texts, view, key, turns, content=content, listed=True)
+        if turns.due():
+            await turns.give()
+
+
+async def _nothing_in(raw: memoryview, turns: Turns) -> bool:
+    """Whether a long list holds no string and no number that is someone's."""
+    for start in range(0, len(raw), _PIECE_BYTES):
+        if _SEARCHABLE.search(raw, start, start + _PIECE_BYTES + 6):
+            return False
+        if turns.due():
+            await turns.give()
+    return True
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -181,7 +236,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_distinct)
 _NAME = re.compile(rb'\s*[{,]\s*("(?:[^"\\]|\\.)*")\s*:\s*')
 
 
-def _check_distinct(raw: memoryview, members: Mapping[str, memoryview]) -> None:
+async def _check_distinct(raw: memoryview, members: Mapping[str, memoryview], turns: Turns) -> None:
     """Raises where a member stands twice: only one of the two was decoded, but both would be sent."""
     place = 0
     for member in members.values():
@@ -189,6 +244,8 @@ def _check_distinct(raw: memoryview, members: Mapping[str, memoryview]) -> None:
         if found is None or not _stands_at(raw, found.end(), member):
             raise RepeatedError
         place = found.end() + len(member)
+        if turns.due():
+            await turns.give()
     if bytes(raw[place:]).strip() not in (b"}", b"{}"):
         raise RepeatedError
 
@@ -197,25 +254,3 @@ def _stands_at(raw: memoryview, place: int, member: memoryview) -> bool:
     """Whether a member's two ends stand where it would; where another does, the walk does not end at the brace."""
     stop, edge = place + len(member), min(_SEAM, len(member))
     return raw[place : place + edge] == member[:edge] and raw[stop - edge : stop] == member[len(member) - edge :]
-
-
-async def _long_string(raw: memoryview) -> str:
-    """Decodes a JSON string piece by piece."""
-    parts = []
-    start, last = 1, len(raw) - 1
-    await asyncio.sleep(0)
-    while start < last:
-        stop = min(start + SLICE_BYTES, last)
-        while stop < last and stop > start + 12 and _inside(raw, stop):
-            stop -= 1
-        if stop <= start + 12:
-            stop = last  # nothing but escapes: in one go
-        parts.append(msgspec.json.decode(b'"' + bytes(raw[start:stop]) + b'"', type=str))
-        start = stop
-        await asyncio.sleep(0)
-    return "".join(parts)
-
-
-def _inside(raw: memoryview, place: int) -> bool:
-    """Whether a cut here could fall inside an escape (a surrogate pair has 12 bytes) or a character."""
-    return b"\\" in bytes(raw[place - 12 : place]) or 0x80 <= raw[place] < 0xC0

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,15 @@ from typing import Any
 import pytest
 
 from tests.gateway.running import RunningGateway
+from tests.gateway.sensitivity.searching import clear, exchange_of
 from tests.gateway.upstream import Books, FakeUpstream
 from tokenmill.engine.gateway.api_error import ApiError
 from tokenmill.engine.gateway.backends import Backend
-from tokenmill.engine.gateway.body import Body
 from tokenmill.engine.gateway.pipeline import Exchange, Reply
 from tokenmill.engine.gateway.portfolio import Portfolio, Route
 from tokenmill.engine.gateway.principal import Principal
 from tokenmill.engine.gateway.router.settings import RoutingSettings
-from tokenmill.engine.gateway.sensitivity import detector
+from tokenmill.engine.gateway.sensitivity import detector, turns
 from tokenmill.engine.gateway.sensitivity.clearance import NOTE, Clearance
 from tokenmill.engine.gateway.sensitivity.detector import Detector
 from tokenmill.engine.gateway.sensitivity.settings import SensitivitySettings
@@ -72,6 +73,14 @@ def test_it_comes_back_in_streams(gateway: RunningGateway, cloud: FakeUpstream, 
     assert MAIL.encode() not in cloud.books.requests[0][2]
 
 
+def test_numbers_beside_redacted_data_keep_their_digits(gateway: RunningGateway, cloud: FakeUpstream) -> None:
+    tool = {"type": "function", "function": {"name": "f", "description": MAIL, "parameters": {"maximum": 10**30}}}
+    assert ask(gateway, cloud, "hi", model="vast", tools=[tool])[0] == 200
+    sent = cloud.books.requests[0][2]
+    assert MAIL.encode() not in sent
+    assert str(10**30).encode() in sent
+
+
 def test_what_may_not_leave_is_refused_with_the_reason(gateway: RunningGateway, cloud: FakeUpstream) -> None:
     for text, code, words in (
         (f"card {CARD}", "residency", "it holds credit_card"),
@@ -100,17 +109,6 @@ def test_where_no_placeholder_can_stand_it_stays(gateway: RunningGateway, cloud:
     assert MAIL not in cloud.books.requests[0][2].decode()
 
 
-def exchange_of(body: bytes, principal: Principal | None = None, **headers: str) -> Exchange:
-    raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
-    made = Exchange("/v1/chat/completions", raw, body, body=Body(body), model="m", request_id="r", forward=raw)
-    made.principal = principal
-    return made
-
-
-def clear(settings: SensitivitySettings, body: bytes, **headers: str) -> Clearance:
-    return asyncio.run(Detector(settings).clear(exchange_of(body, **headers)))
-
-
 TEXT = json.dumps({"messages": [{"role": "user", "content": "all is well"}]}).encode()
 
 
@@ -131,6 +129,89 @@ def test_a_detector_that_takes_too_long_keeps_the_request_here() -> None:
     slow = clear(SensitivitySettings(timeout_s=0.001), body)
     assert slow.zones == frozenset({"on-premises"})
     assert "took" in slow.why
+
+
+@pytest.mark.parametrize("text", ["hi", "hello " * 3000])
+def test_no_search_is_short_enough_to_escape_the_limit(text: str) -> None:
+    slow = clear(SensitivitySettings(timeout_s=1e-7), json.dumps({"prompt": text}).encode())
+    assert slow.zones == frozenset({"on-premises"})
+    assert "took" in slow.why
+
+
+class Clock:
+    """Time that passes by a step whenever somebody looks."""
+
+    def __init__(self, step_s: float) -> None:
+        self.now, self.step_s = 0.0, step_s
+
+    def __call__(self) -> float:
+        self.now += self.step_s
+        return self.now
+
+
+MANY = json.dumps({"messages": [{"role": "user", "content": f"{number} word " * 60} for number in range(400)]}).encode()
+
+
+def test_the_limit_holds_for_many_texts_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns.time, "perf_counter", Clock(1e-4))
+    assert clear(SensitivitySettings(timeout_s=60), MANY).action == "allow"
+    slow = clear(SensitivitySettings(timeout_s=0.02), MANY)
+    assert (slow.action, slow.kinds) == ("stay", {})
+    assert "took" in slow.why
+
+
+@pytest.mark.parametrize(
+    ("body", "pieces"),
+    [
+        pytest.param(MANY, 400, id="many texts"),
+        pytest.param(json.dumps({"prompt": "1234 " * 200_000}).encode(), 240, id="one long text"),
+        pytest.param(json.dumps({"x": {f"a{number}": 1 for number in range(20_000)}}).encode(), 20_000, id="members"),
+        pytest.param(json.dumps({"x": [{"a": "b" * 600}] * 2_000}).encode(), 2_000, id="items"),
+        pytest.param(json.dumps({"prompt": "\u00e9\n" * 400_000}).encode(), 200, id="escapes"),
+        pytest.param(json.dumps({"prompt": ["a b@example.com c"] * 2_000}).encode(), 2_000, id="redacted texts"),
+    ],
+)
+def test_others_may_run_between_any_two_pieces(body: bytes, pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns.time, "perf_counter", Clock(turns.TURN_S * 2))
+    ran = 0
+
+    async def others() -> None:
+        nonlocal ran
+        while True:
+            await asyncio.sleep(0)
+            ran += 1
+
+    async def run() -> Clearance:
+        other = asyncio.ensure_future(others())
+        try:
+            return await Detector(SensitivitySettings(default="redact", timeout_s=1e6)).clear(exchange_of(body))
+        finally:
+            other.cancel()
+
+    assert asyncio.run(run()).zones is None
+    assert ran >= pieces
+
+
+def test_a_window_full_of_candidates_is_interrupted() -> None:
+    dice = random.Random(1)
+    text = " ".join(f"{dice.randint(0, 9999):04d}" for _ in range(800))
+    assert sum(1 for _ in detector.Scanner().windows(text)) > 10
+
+
+def test_zeros_hide_nothing_and_join_nothing() -> None:
+    for between in ("\0", "\0\0\0"):
+        split = between.join(("4111", "1111", "1111", "1111"))
+        assert clear(SensitivitySettings(), json.dumps({"prompt": f"card {split} ok"}).encode()).kinds == {
+            "credit_card": 1
+        }
+    apart = [f"{part}" for part in ("4111", "1111", "1111", "1111")]
+    assert clear(SensitivitySettings(), json.dumps({"prompt": apart}).encode()).kinds == {}
+
+
+@pytest.mark.parametrize(("count", "action"), [(detector.MOST_VALUES, "redact"), (detector.MOST_VALUES + 1, "stay")])
+def test_more_data_than_placeholders_stays(count: int, action: str) -> None:
+    body = json.dumps({"prompt": " ".join(f"user{number}@example.com" for number in range(count))}).encode()
+    assert clear(SensitivitySettings(default="redact"), body).action == action
 
 
 def test_long_bodies_are_searched_to_their_end() -> None:
@@ -171,7 +252,7 @@ def test_members_that_stand_twice_cannot_hide_anything(body: bytes) -> None:
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("filler", [0, 300_000])
 def test_spaces_and_escapes_between_members_are_nothing(indent: int | None, filler: int) -> None:
-    fields = {'a "name": {': [1, {}], "é\\": {"b": [], "c": "x" * filler, "d": "}"}, "prompt": "hi", "e": {}}
+    fields = {'a "name": {': ["1", {}], "é\\": {"b": [], "c": "x" * filler, "d": "}"}, "prompt": "hi", "e": {}}
     for ascii_only in (False, True):
         body = b" \n" + json.dumps(fields, indent=indent, ensure_ascii=ascii_only).encode() + b" \n"
         assert clear(SensitivitySettings(), body).action == "allow"
@@ -196,6 +277,25 @@ def test_a_key_may_be_confined() -> None:
     assert confined(kept, Principal("k", metadata={"zones": ["edge", "cloud"]})).zones == frozenset()
     assert confined(free, Principal("k", metadata={"regions": "eu"})).regions == frozenset({"eu"})
     assert confined(free, Principal("k", metadata={"zones": 7})).zones == frozenset()
+
+
+def test_that_a_key_confines_a_request_is_audited() -> None:
+    told: list[tuple[str, Any]] = []
+
+    async def below(_exchange: Exchange) -> Reply:
+        return Reply(200)
+
+    def tell(action: str, _subject: str, details: Mapping[str, Any]) -> None:
+        told.append((action, details["zones"]))
+
+    async def run() -> None:
+        for settings in (SensitivitySettings(), SensitivitySettings(default="allow", unreadable="allow")):
+            stage = Sensitivity(settings, tell)
+            for metadata in ({"zones": ["edge"]}, {"regions": ["eu"]}, {"team": "a"}):
+                await stage.handle(exchange_of(TEXT, Principal("k", metadata=metadata)), below)
+
+    asyncio.run(run())
+    assert told == [("sensitivity.confine", ["edge"]), ("sensitivity.confine", None)] * 2
 
 
 @pytest.fixture
