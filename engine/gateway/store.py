@@ -39,6 +39,8 @@ SLOW_S, SLOW_FOR_S = 0.005, 1.0
 #: Transactions of the event loop after which a thread does what they left undone; requests meanwhile take longer, and
 #: after as many more they wait for it: what is undone stays bounded, however little of the core the thread gets.
 TIDY_AFTER = 1000
+#: Seconds after which what nobody waits for is written again where the database could not be asked.
+AGAIN_S = 1.0
 #: How long what nobody waits for may wait for company, in seconds: a transaction of its own costs ten times as much.
 POSTED_WAIT_S = 0.005
 #: What made each version of the tables from the one before; both databases take the statements.
@@ -228,6 +230,8 @@ class Store:
         self._behind = 0
         self._counting = threading.Lock()
         self._slow_until = 0.0
+        #: What nobody waits for and could not be written yet; the thread's.
+        self._unwritten: list[_Job] = []
         self._untidy = 0
         self._tidier: threading.Thread | None = None
         #: What the event loop asked for since it last came round; one wake-up of the writer is enough for all of it.
@@ -262,7 +266,10 @@ class Store:
         return future
 
     def post(self, operation: Operation[object]) -> None:
-        """`submit` for who does not wait; a failure goes to the log."""
+        """`submit` for who does not wait; a failure goes to the log.
+
+        While the database cannot be asked it is tried again: it must do no harm where nobody knows whether it was done.
+        """
         self.post_item(_one_by_one, operation)
 
     async def write(self, operation: Operation[T]) -> T:
@@ -388,7 +395,10 @@ class Store:
             batch: list[_Job] = []
             taken = 0
             while not taken or (len(batch) < MOST_IN_A_BATCH and not self._queue.empty()):
-                jobs = self._queue.get()
+                try:
+                    jobs = self._queue.get(timeout=AGAIN_S if self._unwritten else None)
+                except queue.Empty:
+                    break
                 taken += 1
                 if jobs is None:
                     last = True
@@ -396,9 +406,12 @@ class Store:
                 batch += jobs
             if self._untidy >= TIDY_AFTER and (tidier := self._tidying()) is not None:
                 tidier.join()
-            self._commit([job for job in batch if _wanted(job)])
+            again, self._unwritten = self._unwritten, []
+            self._commit([*again, *(job for job in batch if _wanted(job))])
             with self._counting:
                 self._behind -= taken
+        for job in self._unwritten:
+            _deliver_failure(job, StoreUnavailableError(f"{self._database.shown} could not be reached to the end"))
 
     def _commit(self, batch: list[_Job]) -> None:
         """Runs a batch in one transaction; where one operation fails, each runs in a transaction of its own."""
@@ -406,7 +419,10 @@ class Store:
             results = self._transact(self._writer, batch)
         except Exception as error:  # noqa: BLE001 - it goes to whoever waits for the operation
             if len(batch) == 1:
-                _deliver_failure(batch[0], error)
+                if batch[0].waiter is None and isinstance(error, StoreUnavailableError):
+                    self._unwritten.append(batch[0])
+                else:
+                    _deliver_failure(batch[0], error)
                 return
             for job in batch:
                 self._commit([job])

@@ -49,7 +49,7 @@ class Governance:
         self._worker: WorkerLock | None = None
         self._housekeeping: asyncio.Task[None] | None = None
         self._stopping = asyncio.Event()
-        self._unreadable = Seldom()
+        self._unreadable, self._unkept = Seldom(), Seldom()
 
     @property
     def store(self) -> Store:
@@ -99,6 +99,9 @@ class Governance:
                 if self.options.retention_days is not None and loop.time() >= purge_at:
                     purge_at = loop.time() + PURGE_EVERY_S
                     await asyncio.to_thread(retention.purge, self.store, self.options.retention_days, now_ms())
+            except StoreUnavailableError as error:
+                if self._unkept.due():
+                    log.warning("the store cannot be looked after: %s; trying again", error)
             except Exception:
                 # The store may be busy or full for a while; the requests say so themselves.
                 log.exception("looking after the store failed; trying again")

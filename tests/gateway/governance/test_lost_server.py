@@ -4,7 +4,9 @@ import contextlib
 import http.client
 import json
 import socket
+import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlencode
 
 import pytest
@@ -20,7 +22,7 @@ from tokenmill.engine.gateway.governance.accounts import Limits
 from tokenmill.engine.gateway.governance.schema import SCHEMA
 from tokenmill.engine.gateway.governance.workers import WorkerLock
 from tokenmill.engine.gateway.money import Prices
-from tokenmill.engine.gateway.store import Store
+from tokenmill.engine.gateway.store import Store, StoreUnavailableError
 
 _CLAIMS = (
     "SELECT pid FROM pg_locks JOIN pg_database ON oid = database "
@@ -128,6 +130,33 @@ def test_streams_of_workers_that_lost_their_claims(store: Store, place: str, sha
         assert heir.process.poll() is None
         outcomes = store.reader.execute("SELECT outcome, count(*) FROM ledger GROUP BY outcome").fetchall()
         assert outcomes == [("lost", 6)]
+
+
+def test_request_that_ends_while_the_server_is_gone_is_settled_later(
+    store: Store, place: str, postgres: PostgresServer
+) -> None:
+    """By what it used, as if the server had been there."""
+    upstream = FakeUpstream().start()
+    backend = Backend("a", upstream.url, "utility", prices=Prices(3_000_000, 1_000_000, 7_000_000))
+    with RunningGateway(backend, governance=options(place), key=MASTER_KEY) as gateway:
+        governed = Governed(gateway, store)
+        key_id, key = governed.key()
+        act = {"chunks": 20, "until_open": 2}
+        body = {"model": "tiny", "stream": True, "max_tokens": 20, "act": act}
+        with ThreadPoolExecutor() as pool:
+            asking = pool.submit(governed.ask, key, body)
+            wait_until(lambda: governed.account(key_id).reserved > 0)
+            with postgres.away():
+                # The second one, for which the upstream waits.
+                urllib.request.urlopen(f"{upstream.url}/chat/completions", b"{}").close()  # noqa: S310
+                assert asking.result(timeout=30)[0] == 200
+        with contextlib.suppress(StoreUnavailableError):
+            store.reader.execute("SELECT 1")
+        wait_until(lambda: len(governed.ledger(key_id)) == 1)
+        (row,) = governed.ledger(key_id)
+        assert (row.completion, row.exact, row.outcome) == (20, True, "ok")
+        assert (governed.account(key_id).spent, governed.account(key_id).reserved) == (row.cost, 0)
+    upstream.stop()
 
 
 def test_server_that_is_gone_is_said_to_be_so(
