@@ -150,12 +150,11 @@ def features_of(exchange: Exchange) -> Features:
         if found is not None:
             prompt = found
             break
-    media = _Media()
-    question, turns = _read(prompt, media)
+    question, turns, media = _read(prompt)
     stated = body.those_of(_FIELDS)
     tools = _tools(body) if "tools" in stated or "functions" in stated else 0
-    needs = _needs(endpoint, body, stated, media.needs, tools)
-    size = tools - media.surplus
+    needs = _needs(endpoint, body, stated, media, tools)
+    size = tools if media is None else tools - media.surplus
     for name in stated & _READ:
         size += len(body.view(name) or b"")
     values = {
@@ -184,7 +183,8 @@ def _tools(body: Body) -> int:
     return len(tools) if len(tools) > 2 and tools != b"null" else 0
 
 
-def _needs(endpoint: str, body: Body, stated: frozenset[str], needs: set[str], tools: int) -> frozenset[str]:
+def _needs(endpoint: str, body: Body, stated: frozenset[str], media: "_Media | None", tools: int) -> frozenset[str]:
+    needs = set() if media is None else media.needs
     if tools:
         needs.add("tools")
     asking = stated & _ASKING
@@ -252,24 +252,24 @@ class _Media:
         self.surplus += max(0, size - MEDIA_TOKENS * BYTES_PER_TOKEN)
 
 
-def _read(prompt: memoryview, media: _Media) -> tuple[bytes, int]:
-    """(the last message's text, shortened; how many messages there are)."""
+def _read(prompt: memoryview) -> tuple[bytes, int, _Media | None]:
+    """(the last message's text, shortened; how many messages there are; what their lists of parts hold)."""
     if not prompt or prompt[0] != _LIST:
-        return _text(prompt), 1
+        return _text(prompt), 1, None
     try:
         messages = _MESSAGES.decode(prompt) or [_Message()]
     except (msgspec.MsgspecError, UnicodeDecodeError):
-        return _text(prompt), 1
-    asked = content = None
+        return _text(prompt), 1, None
+    asked = content = media = None
     for message in messages:
         content = memoryview(message.content)
-        if content[0] == _LIST:
-            media.look(content)
-        if message.output is not _NONE and memoryview(message.output)[0] == _LIST:
-            media.look(memoryview(message.output))
+        for part in (content,) if message.output is _NONE else (content, memoryview(message.output)):
+            if part[0] == _LIST:
+                media = media or _Media()
+                media.look(part)
         if message.role == "user":
             asked = content
-    return _text(asked or content or prompt), len(messages)
+    return _text(asked or content or prompt), len(messages), media
 
 
 def _text(raw: memoryview) -> bytes:

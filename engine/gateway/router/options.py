@@ -134,9 +134,8 @@ def _option(
     # What a backend that is down would cost says nothing; where all are, the forwarder will say so.
     first = answering or zones[0]
     cost = first.cost(features.prompt_tokens, completion)
-    return Option(
-        tier, group.targets, spread(group.route, group, zones), first, group.quality, cost, answering is not None
-    )
+    route = group.route if zones is group.zones else spread(group.route, group, zones)
+    return Option(tier, group.targets, route, first, group.quality, cost, answering is not None)
 
 
 def _answering(zones: Sequence[Group], group: Group, groups: Groups) -> Group | None:
