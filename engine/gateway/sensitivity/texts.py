@@ -5,7 +5,7 @@ Nothing is left out but the model's name: a field that no one knows yet may carr
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -137,7 +137,7 @@ async def texts_of(body: Body, query: str, turns: Turns) -> Texts:
     """
     texts = Texts()
     views = {name: body.view(name) or memoryview(b"") for name in body.names()}
-    await _check_distinct(memoryview(body.raw), views, turns)
+    await _check_distinct(memoryview(body.raw), views.values(), turns)
     if query:
         texts.add("", query)
     for name, raw in views.items():
@@ -184,13 +184,14 @@ async def _collect(
 
 async def _object(texts: Texts, raw: memoryview, key: str, turns: Turns, *, content: bool, listed: bool) -> None:
     await turns.give()
-    members = {name: memoryview(raw) for name, raw in msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).items()}
-    await _check_distinct(raw, members, turns)
+    members = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+    await _check_distinct(raw, map(memoryview, members.values()), turns)
     named = members.get("type") if content else None
-    kind = msgspec.json.decode(named) if named is not None and len(named) < SHORT else named
+    kind = msgspec.json.decode(named) if named is not None and len(memoryview(named)) < SHORT else named
     if content and unreadable.may_be_part(key, listed) and not unreadable.is_text(kind, members, key):
         texts.unreadable = unreadable.PART
-    for name, member in members.items():
+    for name, encoded in members.items():
+        member = memoryview(encoded)
         if content and member[0] != _NULL and unreadable.names_media(name):
             texts.unreadable = unreadable.MEDIA
         texts.add("", name)
@@ -236,10 +237,10 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_distinct)
 _NAME = re.compile(rb'\s*[{,]\s*("(?:[^"\\]|\\.)*")\s*:\s*')
 
 
-async def _check_distinct(raw: memoryview, members: Mapping[str, memoryview], turns: Turns) -> None:
+async def _check_distinct(raw: memoryview, members: Iterable[memoryview], turns: Turns) -> None:
     """Raises where a member stands twice: only one of the two was decoded, but both would be sent."""
     place = 0
-    for member in members.values():
+    for member in members:
         found = _NAME.match(raw, place)
         if found is None or not _stands_at(raw, found.end(), member):
             raise RepeatedError
