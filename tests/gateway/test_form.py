@@ -24,6 +24,7 @@ from tokenmill.engine.gateway.api_error import ApiError
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.form import MOST_PARTS, SLICE_BYTES, Form, form_of
 from tokenmill.engine.gateway.governance.schema import SCHEMA
+from tokenmill.engine.gateway.sensitivity.settings import SensitivitySettings
 from tokenmill.engine.gateway.store import Store
 
 TYPE = b"multipart/form-data; boundary=b"
@@ -331,3 +332,18 @@ def test_a_key_reaches_its_own_models_alone(
         ):
             assert gateway.send("POST", PATH, payload, headers)[0] == status
     assert len(upstream.books.requests) == 1
+
+
+def test_a_form_stays_where_the_policy_keeps_what_it_cannot_read(
+    shared_upstream: FakeUpstream, upstream: FakeUpstream
+) -> None:
+    backends = (
+        Backend("near", shared_upstream.url, "t", ("near",), {"near": "tiny"}),
+        Backend("far", shared_upstream.url, "u", ("far",), {"far": "tiny"}, zone="cloud"),
+    )
+    with RunningGateway(*backends, sensitivity=SensitivitySettings(default="stay")) as gateway:
+        for model, expected in ((b"near", 200), (b"t", 200), (b"far", 403), (b"u", 403)):
+            form = FILE + field(b"model", model) + END
+            status, _, body = gateway.send("POST", PATH, form, {"content-type": TYPE.decode()})
+            assert (status, b"a form cannot be searched" in body) == (expected, expected == 403)
+    assert [raw for _, _, raw in upstream.books.requests] == [FILE + MODEL + END] * 2
