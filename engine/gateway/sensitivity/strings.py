@@ -38,6 +38,8 @@ async def decoded(raw: memoryview, turns: Turns) -> str:
         start = stop
         if turns.due():
             await turns.give()
+    if len(raw) > SLICE_BYTES:
+        await turns.give()
     return "".join(parts)
 
 

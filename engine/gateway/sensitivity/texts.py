@@ -27,7 +27,9 @@ _WALL = "\n\0\0\0\n"
 _UNSEEN = "\u200b"
 #: How much of neighbouring parts of a message is also read without the seam.
 _SEAM = 64
-_QUOTE, _BRACE, _BRACKET, _NULL = b'"{[n'
+_QUOTE, _BRACE, _BRACKET = b'"{['
+#: Values that hold no picture, whatever their name.
+_NOTHING, _LONGEST_NOTHING = frozenset({b"null", b"false", b"true", b"0", b"[]", b"{}", b'""'}), 6
 _NUMBERS = b"-0123456789"
 #: Without one of these a list of numbers holds nothing to search.
 _SEARCHABLE = re.compile(rb'"|[0-9]{7}')
@@ -104,7 +106,7 @@ class Texts:
             if content and unreadable.may_be_part(key, listed) and not unreadable.is_text(kind, value, key):
                 self.unreadable = unreadable.PART
             for name, member in value.items():
-                if content and member is not None and unreadable.names_media(name):
+                if content and member and member is not True and unreadable.names_media(name):
                     self.unreadable = unreadable.MEDIA
                 if isinstance(member, (dict, list)):
                     self.add("", name)
@@ -160,10 +162,15 @@ async def texts_of(body: Body, query: str, turns: Turns) -> Texts:
 
 def _asks_for_nothing(name: str, raw: memoryview) -> bool:
     """Whether a field with the name of sound or pictures holds none: null, or how the answer is to sound."""
-    if raw[0] == _NULL:
+    if _is_nothing(raw):
         return True
     spoken = name == "audio" and raw[0] == _BRACE and len(raw) < SHORT
     return spoken and unreadable.SPOKEN.issuperset(msgspec.json.decode(raw))
+
+
+def _is_nothing(raw: memoryview) -> bool:
+    """Whether a value is empty, or only says yes or no."""
+    return len(raw) < _LONGEST_NOTHING and bytes(raw) in _NOTHING
 
 
 async def _collect(
@@ -192,7 +199,7 @@ async def _object(texts: Texts, raw: memoryview, key: str, turns: Turns, *, cont
         texts.unreadable = unreadable.PART
     for name, encoded in members.items():
         member = memoryview(encoded)
-        if content and member[0] != _NULL and unreadable.names_media(name):
+        if content and not _is_nothing(member) and unreadable.names_media(name):
             texts.unreadable = unreadable.MEDIA
         texts.add("", name)
         await _collect(texts, member, name, turns, content=content and not unreadable.is_arguments(name, kind))

@@ -30,6 +30,7 @@ _KEPT_THERE = frozenset({"previous_response_id", "conversation"})
 _TEXT_TYPES = frozenset(
     {
         *("text", "input_text", "output_text", "summary_text", "reasoning_text", "refusal", "thinking", "reasoning"),
+        *("reasoning.text", "reasoning.summary"),
         *("message", "function", "custom", "tool_use", "tool_result", "function_call", "function_call_output"),
         *("custom_tool_call", "custom_tool_call_output", "web_search_call", "url_citation", "char_location"),
     }

@@ -113,6 +113,8 @@ def test_text_and_settings_go_anywhere(filler: str) -> None:
             "audio": {"voice": "alloy", "format": "wav"},
             "stream_options": {"include_usage": True},
             "metadata": {"image": "a name"},
+            "images": [],
+            "extra": {"file": "", "x": filler, "images": [], "use_audio": True, "video": None},
             "logit_bias": {"50256": -100},
             "prediction": {"type": "content", "content": filler},
             "max_tokens": 5,
