@@ -77,7 +77,7 @@ class RoleBody(_Body):
 
 
 class CanaryBody(_Body):
-    """The share of its tier's requests that a backend gets alone; null: a backend like the others."""
+    """The share of its tier's requests that a backend gets, and no more; null: a backend like the others."""
 
     share: Annotated[float, Meta(ge=0, le=1)] | None
 
