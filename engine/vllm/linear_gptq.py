@@ -1,24 +1,33 @@
-"""GPTQ checkpoints that stock vLLM refuses although our kernel can run them.
+"""Four-bit GPTQ checkpoints, also those that stock vLLM refuses although our kernel can run them.
 
-vLLM 0.32 takes GPTQ with sym=True, desc_act=False, group sizes -1, 32, 64 and 128 that divide every shard. This
-method takes the rest of the four-bit ones: act-order, zero points, any group size, ragged last groups, sizes that
-are no multiple of 32. Checkpoints that stock takes stay with stock's method (and get our kernel there).
+vLLM 0.32 takes GPTQ layers with sym=True, desc_act=False, group sizes -1, 32, 64 and 128 that divide every shard. The
+method here takes them and the rest: act-order, zero points, any group size, ragged last groups, sizes that are no
+multiple of 32 or 8, rules that change these for some layers. What a layer is shows only when it is made, so every
+four-bit checkpoint is claimed and each layer decides: ours where our kernel can do it, stock's method where only that
+can.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
+from copy import deepcopy
 from typing import Any, ClassVar
 
 import torch
 from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 from vllm.model_executor.layers.quantization import register_quantization_config
-from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig
+from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig, AutoGPTQLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-from vllm.model_executor.layers.quantization.utils.gptq_utils import get_linear_quant_method
+from vllm.model_executor.layers.quantization.utils.gptq_utils import (
+    get_dynamic_override,
+    get_linear_quant_method,
+    override_config,
+)
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.model_executor.parameter import (
+    BasevLLMParameter,
     ChannelQuantScaleParameter,
-    PackedColumnParameter,
     PackedvLLMParameter,
     RowvLLMParameter,
 )
@@ -26,56 +35,38 @@ from vllm.scalar_type import scalar_types
 
 from tokenmill.engine.vllm import linear_kernel
 from tokenmill.errors import CheckpointError
-from tokenmill.kernels.int4_gemm.weight import CODES_PER_WORD, SYMMETRIC_ZERO, Int4Weight
-from tokenmill.quant.format import parse_config
+from tokenmill.kernels.int4_gemm.weight import CODES_PER_WORD, Int4Weight
 from tokenmill.quant.pack import read_gptq_zeros
 
 NAME = "tokenmill_gptq"
 STOCK_GROUP_SIZES = (-1, 32, 64, 128)
 
 
-def stock_refuses(config: Mapping[str, Any], sizes: tuple[int, ...] = ()) -> str | None:
-    """What of a GPTQ quantization config stock vLLM 0.32 refuses although it is plain four-bit GPTQ; None: nothing.
-
-    Args:
-        config: The checkpoint's `quantization_config`.
-        sizes: Input features of the model's layers, as far as they are known.
-    """
-    if config.get("desc_act") and config.get("group_size") != -1:
-        return "desc_act=True"
-    if not config.get("sym", True):
-        return "sym=False"
-    if config.get("group_size") not in STOCK_GROUP_SIZES:
-        return f"group_size={config['group_size']}"
-    ragged = [size for size in sizes if config["group_size"] > 0 and size % config["group_size"]]
-    return f"{ragged[0]} features in groups of {config['group_size']}" if ragged else None
-
-
-def _sizes(hf_config: Any) -> tuple[int, ...]:
-    text = getattr(hf_config, "text_config", hf_config)
-    return tuple(getattr(text, name, 0) or 0 for name in ("hidden_size", "intermediate_size"))
-
-
 class WideGPTQConfig(AutoGPTQConfig):  # type: ignore[misc]
-    """vLLM's GPTQ configuration without its refusals."""
+    """vLLM's GPTQ configuration without its refusals.
+
+    Attributes:
+        weight_bits, group_size, is_sym, desc_act: As in the checkpoint; vLLM applies the rules of `dynamic` to a copy
+            for each layer.
+    """
 
     #: Read by vLLM's per-layer rules, which refuse what is not in it.
-    TYPE_MAP: ClassVar = {(4, True): scalar_types.uint4b8, (4, False): scalar_types.uint4}
+    TYPE_MAP: ClassVar = {**AutoGPTQConfig.TYPE_MAP, (4, False): scalar_types.uint4}
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         QuantizationConfig.__init__(self)
         self.full_config = dict(config)
-        self.checkpoint_format = parse_config(config).default.format
+        self.checkpoint_format = config.get("checkpoint_format") or "gptq"
         self.dynamic = config.get("dynamic") or {}
         self.weight_bits = 4
         self.pack_factor = CODES_PER_WORD
         self.group_size = config["group_size"]
-        self.is_sym = config.get("sym", True)
+        self.is_sym = bool(config.get("sym", True))
         self.desc_act = bool(config.get("desc_act"))
         self.lm_head_quantized = bool(config.get("lm_head", False))
         self.modules_in_block_to_quantize = config.get("modules_in_block_to_quantize") or []
-        self.quant_type = None
-        self.autoround_version = ""
+        self.quant_type = self.TYPE_MAP[(4, self.is_sym)]
+        self.autoround_version = config.get("autoround_version", "")
 
     @classmethod
     def get_name(cls) -> str:
@@ -91,8 +82,8 @@ class WideGPTQConfig(AutoGPTQConfig):  # type: ignore[misc]
 
     @staticmethod
     def get_checkpoint_weight_mapper() -> WeightsMapper:
-        """Keeps every tensor; vLLM's own drops g_idx on the way, which turns act-order into noise."""
-        return WeightsMapper()
+        """Keeps the g_idx of linear layers; vLLM's own drops every one, which turns act-order into noise."""
+        return WeightsMapper(orig_to_new_regex={re.compile(r"\.experts\.\d+\..*\.g_idx$"): None})
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "WideGPTQConfig":
@@ -102,42 +93,56 @@ class WideGPTQConfig(AutoGPTQConfig):  # type: ignore[misc]
     def override_quantization_method(
         cls, hf_quant_cfg: Mapping[str, Any], user_quant: str | None, hf_config: object = None
     ) -> str | None:
-        """Claims a four-bit GPTQ checkpoint that stock would refuse, unless the user named another method."""
+        """Claims a four-bit GPTQ checkpoint unless the user named another method."""
         ours = hf_quant_cfg.get("quant_method", "").lower() == "gptq" and hf_quant_cfg.get("bits") == 4
+        readable = (hf_quant_cfg.get("checkpoint_format") or "gptq") in ("gptq", "gptq_v2")
         asked = user_quant in (None, "gptq", "auto_gptq", "gptq_marlin", NAME)
-        return NAME if ours and asked and stock_refuses(hf_quant_cfg, _sizes(hf_config)) else None
+        return NAME if ours and readable and asked else None
+
+    @property
+    def scheme(self) -> str:
+        """For messages: `4-bit GPTQ with group_size=32, sym=False, desc_act=False`."""
+        settings = f"group_size={self.group_size}, sym={self.is_sym}, desc_act={self.desc_act}"
+        return f"{self.weight_bits}-bit GPTQ with {settings}"
+
+    @property
+    def has_order(self) -> bool:
+        """Whether g_idx says which group a row is in; with one group it says nothing."""
+        return self.desc_act and self.group_size != -1
 
     def get_quant_method(self, layer: Any, prefix: str) -> Any:
-        return get_linear_quant_method(self, layer, prefix, WideGPTQMethod)
+        """Ours for a linear layer, stock's for experts.
 
-
-class SharedGroupIndex(RowvLLMParameter):  # type: ignore[misc]
-    """The g_idx [K] of a layer; merged layers (q, k, v) see the same inputs and must group them alike."""
-
-    def load_merged_column_weight(self, loaded_weight: torch.Tensor, **shard: Any) -> None:
-        self._load_shared(loaded_weight)
-
-    def load_qkv_weight(self, loaded_weight: torch.Tensor, **shard: Any) -> None:
-        self._load_shared(loaded_weight)
-
-    def _load_shared(self, loaded_weight: torch.Tensor) -> None:
-        if getattr(self, "loaded", False) and not bool((self.data == loaded_weight).all()):
-            raise CheckpointError(
-                "layers that vLLM merges (q/k/v or gate/up) have different g_idx; quantize them in one order"
-            )
-        self.loaded = True
-        self._assert_and_load(loaded_weight)
+        Raises:
+            CheckpointError: Experts have zero points or an act-order.
+        """
+        if not isinstance(layer, RoutedExperts):
+            return get_linear_quant_method(self, layer, prefix, WideGPTQMethod)
+        if get_dynamic_override(self, prefix) is not False:
+            of_layer = deepcopy(self)
+            override_config(of_layer, prefix)
+            if not of_layer.is_sym or of_layer.has_order:
+                raise CheckpointError(
+                    f"{prefix}: experts in {of_layer.scheme} cannot be loaded; quantize them with sym=True and "
+                    "desc_act=False"
+                )
+        return super().get_quant_method(layer, prefix)
 
 
 @register_weight_loader_v2_supported_method
 class WideGPTQMethod(LinearMethodBase):  # type: ignore[misc]
     """Loads one GPTQ layer of any four-bit kind and runs it with `int4_gemm`.
 
-    Scales and zero points are kept whole on every rank; a row-parallel shard picks its groups by index.
+    Scales and zero points are kept whole on every rank until a row-parallel shard has picked its groups by index.
+
+    Attributes:
+        stock: vLLM's method, where only that can do the layer.
+        prepared: The packed layer, where ours does it.
     """
 
     def __init__(self, quant_config: WideGPTQConfig) -> None:
         self.quant_config = quant_config
+        self.stock: AutoGPTQLinearMethod | None = None
 
     def create_weights(
         self,
@@ -152,61 +157,146 @@ class WideGPTQMethod(LinearMethodBase):  # type: ignore[misc]
         config = self.quant_config
         K, N = input_size_per_partition, sum(output_partition_sizes)
         size = input_size if config.group_size == -1 else config.group_size
-        reason = linear_kernel.why_not(K, N, min(size, K), config.is_sym, params_dtype)
-        if reason is None:
-            odd = [width for width in (K, *output_partition_sizes) if width % CODES_PER_WORD]
-            reason = (
-                f"a shard has {odd[0]} features, no multiple of 8; use a smaller tensor-parallel size" if odd else None
+        layer.tokenmill_shape = (K, size)
+        load = extra_weight_attrs.get("weight_loader")
+        # Some checkpoints leave g_idx out where it says nothing; then this default stays.
+        first = get_tensor_model_parallel_rank() * K if input_size != K else 0
+        natural = (torch.arange(first, first + K) // size).to(torch.int32)
+        layer.register_parameter(
+            "g_idx", RowvLLMParameter(data=natural, input_dim=0, weight_loader=_load_alike(layer, load))
+        )
+        reason = self._why_not(K, N, input_size, params_dtype)
+        if reason is not None:
+            if not self._stock_can(K):
+                raise CheckpointError(f"{linear_kernel.layer_name(layer)} is {config.scheme}: {reason}")
+            self.stock = AutoGPTQLinearMethod(config)
+            self.stock.create_weights(
+                layer, K, output_partition_sizes, input_size, output_size, params_dtype, **extra_weight_attrs
             )
-        if reason:
-            raise CheckpointError(f"GPTQ layer with {stock_refuses(config.full_config)}: {reason}")
-        loader = extra_weight_attrs.get("weight_loader")
-        groups = -(-input_size // size)
-        packing = {"packed_factor": CODES_PER_WORD, "weight_loader": loader}
-        empty = torch.empty
+            return
+        words, groups = -(-K // CODES_PER_WORD), -(-input_size // size)
         layer.register_parameter(
             "qweight",
             PackedvLLMParameter(
-                data=empty(K // CODES_PER_WORD, N, dtype=torch.int32),
+                data=torch.empty(words, N, dtype=torch.int32),
                 input_dim=0,
                 output_dim=1,
                 packed_dim=0,
-                **packing,
-            ),
-        )
-        layer.register_parameter(
-            "qzeros",
-            PackedColumnParameter(
-                data=empty(groups, N // CODES_PER_WORD, dtype=torch.int32), output_dim=1, packed_dim=1, **packing
+                packed_factor=CODES_PER_WORD,
+                weight_loader=load,
             ),
         )
         layer.register_parameter(
             "scales",
-            ChannelQuantScaleParameter(data=empty(groups, N, dtype=params_dtype), output_dim=1, weight_loader=loader),
+            ChannelQuantScaleParameter(
+                data=torch.empty(groups, N, dtype=params_dtype), output_dim=1, weight_loader=load
+            ),
         )
-        # Some checkpoints leave g_idx out where it says nothing; then this default stays.
-        first = get_tensor_model_parallel_rank() * K if input_size != K else 0
-        natural = (torch.arange(first, first + K) // size).to(torch.int32)
-        layer.register_parameter("g_idx", SharedGroupIndex(data=natural, input_dim=0, weight_loader=loader))
-        layer.tokenmill_shape = (K, size)
+        if config.is_sym:  # as stock, which does not look at them either
+            zeros = BasevLLMParameter(data=torch.empty(0), weight_loader=_load_nothing)
+        else:
+            zeros = ChannelQuantScaleParameter(
+                data=torch.empty(groups, N, dtype=torch.uint8),
+                output_dim=1,
+                weight_loader=_load_unpacked(load, config.checkpoint_format),
+            )
+        layer.register_parameter("qzeros", zeros)
+
+    def _why_not(self, K: int, N: int, input_size: int, dtype: torch.dtype) -> str | None:
+        config = self.quant_config
+        if config.weight_bits != 4:
+            return f"our kernel takes 4 bits, not {config.weight_bits}"
+        if input_size != K and K % CODES_PER_WORD:
+            return f"a shard has {K} features, no multiple of 8; use a smaller tensor-parallel size"
+        size = input_size if config.group_size == -1 else config.group_size
+        return linear_kernel.why_not(K, N, min(size, K), config.is_sym, dtype)
+
+    def _stock_can(self, K: int) -> bool:
+        config = self.quant_config
+        fits = config.group_size in STOCK_GROUP_SIZES and (config.group_size == -1 or K % config.group_size == 0)
+        return fits and config.is_sym and not config.has_order
 
     def process_weights_after_loading(self, layer: Any) -> None:
+        """Packs the layer and lets go of the checkpoint's tensors.
+
+        Raises:
+            CheckpointError: A value is out of range, or the layer has an order that stock's method ignores.
+        """
+        config, name = self.quant_config, linear_kernel.layer_name(layer)
+        if config.has_order and not getattr(layer.g_idx, "loaded", False):
+            raise CheckpointError(f"{name}.g_idx is missing; the checkpoint is incomplete")
         K, size = layer.tokenmill_shape
-        zeros: torch.Tensor | None = read_gptq_zeros(
-            layer.qzeros.data, layer.scales.shape[1], self.quant_config.checkpoint_format
-        )
-        if zeros is not None and bool((zeros == SYMMETRIC_ZERO).all()):
-            zeros = None
-        g_idx: torch.Tensor | None = layer.g_idx.data.to(torch.int32)
-        if bool((g_idx == torch.arange(K, device=layer.g_idx.device) // size).all()):
-            g_idx = None
-        weight = Int4Weight(layer.qweight.data, layer.scales.data, min(size, K), K, zeros, g_idx)
-        self.prepared = linear_kernel.prepare(weight, layer.scales.dtype)
-        for name in ("qweight", "qzeros", "scales", "g_idx"):
-            linear_kernel.release(layer, name)
+        g_idx = layer.g_idx.data
+        if self.stock is not None:
+            if not bool((g_idx - g_idx[0] == torch.arange(K, device=g_idx.device) // size).all()):
+                raise CheckpointError(f"{name}.g_idx is no plain order, which vLLM's own method cannot run")
+            self.stock.process_weights_after_loading(layer)
+            linear_kernel.release(layer, "g_idx")
+            return
+        zeros = None if config.is_sym else layer.qzeros.data
+        with linear_kernel.naming(layer):
+            weight = local_weight(layer.qweight.data, layer.scales.data, zeros, g_idx, size)
+            self.prepared = linear_kernel.prepare(weight, layer.scales.dtype)
+        for short in ("qweight", "qzeros", "scales", "g_idx"):
+            linear_kernel.release(layer, short)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return self.prepared(x, bias=bias)
+        """x [..., K] @ W + bias."""
+        return self.prepared(x, bias=bias) if self.stock is None else self.stock.apply(layer, x, bias)
+
+
+def local_weight(
+    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, g_idx: torch.Tensor, group_size: int
+) -> Int4Weight:
+    """A shard's weight with only the groups that its rows are in.
+
+    Args:
+        codes: [ceil(K/8), N] int32, the rows of this shard.
+        scales: [G, N] of the whole layer.
+        zeros: [G, N] uint8 of the whole layer; None where it is symmetric.
+        g_idx: [K] int32, the groups of this shard's rows.
+        group_size: Rows that share a scale.
+
+    Raises:
+        InputError: A shape does not fit or a value is out of range.
+    """
+    K = g_idx.shape[0]
+    size = min(group_size, K)
+    Int4Weight(codes, scales, size, K, zeros, g_idx).check_values()
+    first, last = int(g_idx.min()), int(g_idx.max()) + 1
+    if bool((g_idx - first == torch.arange(K, device=g_idx.device) // size).all()):
+        return Int4Weight(codes, scales[first:last], size, K, None if zeros is None else zeros[first:last])
+    return Int4Weight(codes, scales, size, K, zeros, g_idx)
+
+
+def _load_alike(layer: Any, load: Any) -> Callable[..., None]:
+    """Loads g_idx [K]; layers that vLLM merges (q, k, v) see the same inputs and must group them alike."""
+
+    def loader(parameter: Any, loaded: torch.Tensor, *shard: Any, **named: Any) -> None:
+        before = parameter.data.clone() if getattr(parameter, "loaded", False) else None
+        load(parameter, loaded, *shard, **named)
+        if before is not None and not torch.equal(before, parameter.data):
+            raise CheckpointError(
+                f"{linear_kernel.layer_name(layer)}: layers that vLLM merges (q/k/v or gate/up) have different g_idx; "
+                "quantize them in one order"
+            )
+        parameter.loaded = True
+
+    return loader
+
+
+def _load_unpacked(load: Any, checkpoint_format: str) -> Callable[..., None]:
+    """Loads qzeros [G, ceil(N/8)] as zero points [G, N] uint8, which can be cut and merged at any column."""
+
+    def loader(parameter: Any, loaded: torch.Tensor, *shard: Any, **named: Any) -> None:
+        zeros = read_gptq_zeros(loaded, loaded.shape[1] * CODES_PER_WORD, checkpoint_format)
+        load(parameter, zeros, *shard, **named)
+
+    return loader
+
+
+def _load_nothing(parameter: Any, loaded: torch.Tensor, *shard: Any, **named: Any) -> None:
+    """For a tensor that says nothing."""
 
 
 def install() -> None:

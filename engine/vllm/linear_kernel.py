@@ -5,6 +5,8 @@ checkpoint; `linear.install` puts this one first. What arrives is one of three l
 `Int4Weight` and packed by `kernels.int4_gemm.op.prepare` for the device the layer is on.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from vllm.scalar_type import scalar_types
 
 from tokenmill import env
 from tokenmill.engine.vllm import compat, hooks
+from tokenmill.errors import CheckpointError, InputError
 from tokenmill.kernels import registry
 from tokenmill.kernels.int4_gemm import op
 from tokenmill.kernels.int4_gemm.weight import CODES_PER_WORD, Int4Weight, unpack_codes
@@ -67,9 +70,9 @@ class TokenmillLinearKernel(MPLinearKernel):  # type: ignore[misc]
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Packs the layer and lets go of the checkpoint's tensors."""
-        weight = self._canonical(layer)
         names = [self.w_q_name, self.w_s_name, self.w_zp_name, getattr(self, "w_gidx_name", None)]
-        self.prepared = prepare(weight, self.config.act_type)
+        with naming(layer):
+            self.prepared = prepare(self._canonical(layer), self.config.act_type)
         for name in names:
             release(layer, name)
 
@@ -97,6 +100,20 @@ class TokenmillLinearKernel(MPLinearKernel):  # type: ignore[misc]
             g_idx = getattr(layer, str(getattr(self, "w_gidx_name", "g_idx"))).data.to(torch.int32)
         group_size = K if self.config.group_size == -1 else self.config.group_size
         return Int4Weight(codes_kn.contiguous(), scales_gn.contiguous(), group_size, K, zeros, g_idx)
+
+
+def layer_name(layer: torch.nn.Module) -> str:
+    """The layer's full name in vLLM; its class where it has none (an output layer)."""
+    return str(getattr(layer, "prefix", "") or type(layer).__name__)
+
+
+@contextmanager
+def naming(layer: torch.nn.Module) -> Iterator[None]:
+    """Says of which layer the checkpoint is damaged when a value or a shape is refused inside."""
+    try:
+        yield
+    except InputError as error:
+        raise CheckpointError(f"{layer_name(layer)}: {error}") from None
 
 
 def prepare(weight: Int4Weight, dtype: torch.dtype) -> op.PreparedInt4:

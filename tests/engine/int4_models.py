@@ -18,11 +18,10 @@ from tokenmill.quant.rtn import round_to_nearest
 
 @dataclass(frozen=True)
 class Variant:
-    """One kind of checkpoint: a name, its scheme, and whether stock vLLM 0.32 takes it on an AVX-512 machine."""
+    """One kind of checkpoint: a name and its scheme."""
 
     name: str
     scheme: Scheme
-    stock: bool = True
 
 
 VARIANTS = (
@@ -32,10 +31,10 @@ VARIANTS = (
     Variant("awq-g64", Scheme("awq", 64, False)),
     Variant("ct-g128", Scheme("pack-quantized", 128, True)),
     Variant("ct-asym-g64", Scheme("pack-quantized", 64, False)),
-    Variant("gptq-asym-g128", Scheme("gptq", 128, False), stock=False),
-    Variant("gptq-act-order-g128", Scheme("gptq", 128, True, act_order=True), stock=False),
-    Variant("gptq-g16", Scheme("gptq", 16, True), stock=False),
-    Variant("gptq-ragged-g96", Scheme("gptq", 96, True), stock=False),
+    Variant("gptq-asym-g128", Scheme("gptq", 128, False)),
+    Variant("gptq-act-order-g128", Scheme("gptq", 128, True, act_order=True)),
+    Variant("gptq-g16", Scheme("gptq", 16, True)),
+    Variant("gptq-ragged-g96", Scheme("gptq", 96, True)),
 )
 
 
@@ -47,7 +46,7 @@ def write_pair(variant: Variant, folder: Path) -> tuple[Path, Path]:
     exact: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         if tensor.dim() == 2 and name.endswith("_proj.weight"):
-            weight = _quantize(tensor, variant.scheme)
+            weight = quantize(tensor, variant.scheme)
             layer = name.removesuffix("weight")
             quantized |= {layer + short: value for short, value in write_layer(weight, variant.scheme).items()}
             exact[name] = dequantize(weight, torch.float32).t().contiguous()
@@ -67,7 +66,7 @@ def write_pair(variant: Variant, folder: Path) -> tuple[Path, Path]:
     return both
 
 
-def _quantize(tensor: torch.Tensor, scheme: Scheme) -> Int4Weight:
+def quantize(tensor: torch.Tensor, scheme: Scheme) -> Int4Weight:
     """Rounds a [N, K] layer to nearest; with act-order, rows are put into groups at random.
 
     GPTQ orders rows by what the layer's inputs look like, so layers with the same inputs have the same order.
