@@ -78,15 +78,27 @@ def read_layer(layer: str, tensors: Tensors, scheme: Scheme) -> Int4Weight:
     Raises:
         CheckpointError: A tensor is missing, has a wrong shape or dtype, or holds a value out of range.
     """
-    missing = missing_tensors(scheme, set(tensors))
-    if missing:
-        raise CheckpointError(f"{layer}.{missing[0]} is missing; the checkpoint is incomplete")
     try:
-        weight = _READERS[scheme.format](tensors, scheme)
+        weight = form_layer(layer, tensors, scheme)
         weight.check_values()
     except InputError as error:
         raise CheckpointError(f"{layer}: {error}") from None
     return weight
+
+
+def form_layer(layer: str, tensors: Tensors, scheme: Scheme) -> Int4Weight:
+    """`read_layer` without a look at the values: its tensors, but for `weight_shape`, may be on the meta device.
+
+    Raises:
+        CheckpointError: A tensor is missing, or has a wrong shape or dtype.
+    """
+    missing = missing_tensors(scheme, set(tensors))
+    if missing:
+        raise CheckpointError(f"{layer}.{missing[0]} is missing; the checkpoint is incomplete")
+    try:
+        return _READERS[scheme.format](tensors, scheme)
+    except InputError as error:
+        raise CheckpointError(f"{layer}: {error}") from None
 
 
 def write_layer(weight: Int4Weight, scheme: Scheme) -> dict[str, torch.Tensor]:
@@ -133,12 +145,14 @@ def _make(
 ) -> Int4Weight:
     """The canonical weight, with redundant zero points and group indices left out."""
     group_size = scheme.rows_per_group(K)
-    if zeros is not None and scheme.symmetric and bool((zeros == SYMMETRIC_ZERO).all()):
+    has_values = not codes.is_meta
+    if zeros is not None and scheme.symmetric and has_values and bool((zeros == SYMMETRIC_ZERO).all()):
         zeros = None
     if g_idx is not None:
         _check("g_idx", g_idx, (K,), (torch.int32, torch.int64))
         g_idx = g_idx.to(torch.int32)
-        if torch.equal(g_idx, torch.arange(K, dtype=torch.int32, device=g_idx.device) // group_size):
+        natural = torch.arange(K, dtype=torch.int32, device=g_idx.device) // group_size
+        if has_values and torch.equal(g_idx, natural):
             g_idx = None
     return Int4Weight(
         codes=codes.contiguous(),

@@ -92,6 +92,16 @@ GPTQ_LINEAR_METHOD = PrivateName(
     "linear",
     "applies a GPTQ checkpoint's per-layer rules",
 )
+LOAD_WEIGHTS = PrivateName(
+    "vllm.model_executor.model_loader.default_loader:DefaultModelLoader.load_weights",
+    "linear",
+    "loads a checkpoint's files into a model; serves what was in memory where they have nothing",
+)
+PREPARE_WEIGHTS = PrivateName(
+    "vllm.model_executor.model_loader.default_loader:DefaultModelLoader._prepare_weights",
+    "linear",
+    "finds or downloads those files; called by the function above",
+)
 SERVE_SUBCOMMAND = PrivateName(
     "vllm.entrypoints.cli.serve:ServeSubcommand",
     "launch",
@@ -109,6 +119,8 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     MP_LINEAR_KERNEL,
     AUTO_GPTQ_CONFIG,
     GPTQ_LINEAR_METHOD,
+    LOAD_WEIGHTS,
+    PREPARE_WEIGHTS,
     SERVE_SUBCOMMAND,
     ARGUMENT_PARSER,
 )

@@ -1,4 +1,4 @@
-"""INT4 linear layers by our GEMM: first in vLLM's list of kernels, and for GPTQ checkpoints that stock refuses."""
+"""INT4 linear layers by our GEMM: first in vLLM's list of kernels, and for GPTQ layers that stock refuses."""
 
 from tokenmill.engine.vllm import compat
 from tokenmill.engine.vllm.hooks import HookStatus
@@ -8,7 +8,7 @@ def install() -> HookStatus:
     """Offers the kernel to vLLM before its own; says what typical INT4 layers would run on, or why not on ours."""
     import torch
 
-    from tokenmill.engine.vllm import linear_gptq, linear_kernel
+    from tokenmill.engine.vllm import linear_checkpoint, linear_kernel
 
     dtype = torch.bfloat16
     reason = linear_kernel.why_not(4096, 4096, 128, symmetric=True, dtype=dtype)
@@ -17,6 +17,9 @@ def install() -> HookStatus:
     kernels = compat.POSSIBLE_KERNELS.resolve().setdefault(compat.CURRENT_PLATFORM.resolve()._enum, [])
     if linear_kernel.TokenmillLinearKernel not in kernels:
         kernels.insert(0, linear_kernel.TokenmillLinearKernel)
+    linear_checkpoint.install()
     if compat.series(compat.vllm_version()) == "0.32":
+        from tokenmill.engine.vllm import linear_gptq
+
         linear_gptq.install()
     return HookStatus("linear", "active", "ready for INT4 layers (GPTQ, AWQ, compressed-tensors)")
