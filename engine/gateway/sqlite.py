@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tokenmill.engine.gateway.store import Claim, Connection
+from tokenmill.engine.gateway.store import Claim, Connection, StoreUnavailableError
 from tokenmill.errors import ConfigurationError
 
 #: Pages in the write-ahead log before they are copied into the file, which waits for the disk: 16 MiB. A connection
@@ -25,8 +25,8 @@ from tokenmill.errors import ConfigurationError
 _CHECKPOINT_PAGES = 4096
 #: How long a connection that may wait does so for a program that holds the file without our lock, in seconds.
 _PATIENCE_S = 30.0
-
-
+#: What may pass: somebody holds the file, the disk is full or fails.
+_PASSING = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR})
 #: Size of the number that counts what was announced.
 _NEWS_BYTES = 8
 #: What stands in a table's statement where its rows are to lie in the order of its primary key (`governance.schema`).
@@ -139,7 +139,11 @@ class Sqlite:
 
     @contextlib.contextmanager
     def transaction(self, connection: Connection, waits: bool = True) -> Iterator[None]:
-        """See `store.Database`."""
+        """See `store.Database`.
+
+        Raises:
+            StoreUnavailableError: Nothing can be written now.
+        """
         assert isinstance(connection, SqliteConnection)
         order = connection.order
         fcntl.flock(order, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -164,6 +168,12 @@ class Sqlite:
                 with contextlib.suppress(sqlite3.OperationalError):  # a full disk has rolled it back already
                     connection.execute("ROLLBACK")
                 raise
+        except sqlite3.OperationalError as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in _PASSING:
+                raise StoreUnavailableError(
+                    f"{self._path} cannot be written now: {error}; see governance.store"
+                ) from error
+            raise
         finally:
             fcntl.flock(order, fcntl.LOCK_UN)
 

@@ -3,7 +3,11 @@
 import threading
 from pathlib import Path
 
+import pytest
+
+from tests.gateway.running import wait_until
 from tokenmill.engine.gateway.sqlite import Sqlite
+from tokenmill.engine.gateway.store import Connection, Store, StoreUnavailableError
 
 
 def test_a_new_file_is_opened_by_many_at_once(tmp_path: Path) -> None:
@@ -29,3 +33,24 @@ def test_a_new_file_is_opened_by_many_at_once(tmp_path: Path) -> None:
         for user in users:
             user.join()
     assert not refused
+
+
+def test_what_a_full_disk_kept_from_being_written_is_written_when_there_is_room(tmp_path: Path) -> None:
+    """What nobody waits for; who waits is told."""
+    store = Store(tmp_path / "full.db", ("CREATE TABLE things (size INTEGER, content BLOB)",))
+
+    def room(pages: int) -> None:
+        store.write_now(lambda connection: connection.execute(f"PRAGMA max_page_count = {pages}"))
+
+    def large(connection: Connection) -> None:
+        connection.execute("INSERT INTO things VALUES (1, zeroblob(1000000))")
+
+    room(20)
+    with pytest.raises(StoreUnavailableError, match="full"):
+        store.write_now(large)
+    store.post(large)
+    query = "SELECT count(*) FROM things"
+    assert store.write_now(lambda connection: connection.execute(query).fetchone()) == (0,)
+    room(10_000)
+    wait_until(lambda: store.reader.execute(query).fetchone() == (1,))
+    store.close()
