@@ -181,6 +181,9 @@ void int4_gemm_cpu(Tensor out, const Tensor& x, const Tensor& packed, const std:
     STD_TORCH_CHECK(x.size(1) == p.K && out.size(1) == p.N && out.size(0) == x.size(0), "x [", x.size(0), ", ",
                     x.size(1), "] and out [", out.size(0), ", ", out.size(1), "] do not fit a weight of ", p.K, " by ",
                     p.N);
+    STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == p.N && bias->is_contiguous() &&
+                              bias->scalar_type() == x.scalar_type()),
+                    "the bias must be contiguous, of the dtype of x, and have ", p.N, " elements");
     p.ldx = x.stride(0);
     const auto* from = static_cast<const char*>(x.const_data_ptr());
     auto* to = static_cast<char*>(out.mutable_data_ptr());

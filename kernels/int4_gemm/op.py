@@ -141,16 +141,16 @@ class PreparedInt4:
 
         Args:
             x: Activations of `dtype`; leading dimensions are rows.
-            bias: [N] of the same dtype, instead of the layer's own.
+            bias: [N] of the same dtype on the same device, instead of the layer's own.
             out: Contiguous buffer [..., N] of the same dtype; None allocates one.
 
         Raises:
-            InputError: x has another dtype or size, or out does not fit.
+            InputError: x has another dtype or size, or bias or out does not fit.
         """
         # A layer's call comes after megabytes of another layer's weight: whatever it touches has left the caches, and
         # every operation on a tensor costs microseconds. The usual call, rows and no buffer, makes as few as can be.
         shape = x.shape
-        if shape[-1] != self.K or x.dtype != self.dtype:
+        if not shape or shape[-1] != self.K or x.dtype != self.dtype:
             raise InputError(
                 f"x is {x.dtype} {list(shape)}; this layer takes {self.dtype} [..., {self.K}]; convert or reshape it"
             )
@@ -165,8 +165,17 @@ class PreparedInt4:
                 f"out is {out.dtype} {list(out.shape)} with strides {out.stride()}; pass a contiguous "
                 f"{x.dtype} {[*shape[:-1], self.N]} or None"
             )
+        if bias is None:
+            bias = self.bias
+        elif (
+            bias.shape != (self.N,) or bias.dtype != x.dtype or bias.device != x.device or not bias.is_contiguous()
+        ):  # kernels read N elements of x's dtype, one after the other
+            raise InputError(
+                f"bias is {bias.dtype} {list(bias.shape)} with strides {bias.stride()} on {bias.device}; pass a "
+                f"contiguous {x.dtype} [{self.N}] on {x.device} or None"
+            )
         if rows.shape[0]:
-            self.multiply(rows, out if flat else out.view(-1, self.N), self.bias if bias is None else bias)
+            self.multiply(rows, out if flat else out.view(-1, self.N), bias)
         return out
 
 
@@ -181,7 +190,7 @@ def prepare(
     """Packs a layer for the implementation that will run it.
 
     Args:
-        weight: The canonical weight, on any device.
+        weight: The canonical weight, on any device; its values are checked, which reads all but the codes.
         dtype: Of the activations: bfloat16, float16 or float32.
         device: Where it will run.
         activation_bits: 16 multiplies the activations as they are; 8 quantises them to int8 with one scale per row
@@ -189,17 +198,19 @@ def prepare(
         implementation: Its name, or None to choose.
 
     Raises:
-        InputError: dtype or activation_bits is not one of those above.
+        InputError: dtype or activation_bits is not one of those above; a scale or bias is not finite, a zero point or
+            group index out of range.
         UnsupportedError: The implementation asked for, or every one, refuses; says why.
     """
     if dtype not in _FLOATS:
         raise InputError(f"dtype={dtype} is not bfloat16, float16 or float32; convert the activations")
     if activation_bits not in (8, 16):
         raise InputError(f"activation_bits={activation_bits} is not 8 or 16")
+    weight.check_values()
     problem = problem_of(weight, dtype, torch.device(device), activation_bits)
     chosen = registry.choose(INT4_GEMM, problem, implementation)
     multiply = _prepare_of(chosen.name)(weight, dtype, activation_bits)
-    bias = None if weight.bias is None else weight.bias.to(device, dtype)
+    bias = None if weight.bias is None else weight.bias.to(device, dtype).contiguous()
     return PreparedInt4(chosen.name, weight.K, weight.N, dtype, bias, multiply)
 
 
@@ -251,7 +262,7 @@ def int4_gemm(
         implementation: `cuda`, `triton`, `cpu` or `reference`; None chooses.
 
     Raises:
-        InputError: A shape, dtype or device is not what is said above.
+        InputError: A shape, dtype or device is not what is said above, or a value is not what `prepare` takes.
         UnsupportedError: No implementation, or not the one asked for, can do this.
     """
     canonical = {name: getattr(weight, name) for name in ("codes", "scales", "zeros", "g_idx", "bias")}
@@ -265,6 +276,7 @@ def int4_gemm(
     else:
         checks.check_output(INT4_GEMM.outputs[0], out, problem)
     chosen = registry.choose(INT4_GEMM, problem, implementation)
+    weight.check_values()
     if x.shape[0]:
         chosen.run(x=x, out=out, activation_bits=activation_bits, group_size=weight.group_size, **canonical)
     return out

@@ -7,7 +7,7 @@ import torch
 
 from tokenmill.kernels.int4_gemm.weight import Int4Weight
 
-#: (x [M, K], out [M, N], bias [N] or None) writes out = x @ W + bias.
+#: (x [M, K], out [M, N], bias [N] or None) writes out = x @ W + bias. The bias is contiguous and of x's dtype.
 Multiply = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None]
 
 
@@ -22,7 +22,8 @@ def from_canonical(prepare: Prepare) -> Callable[..., torch.Tensor]:
 
     def run(x: torch.Tensor, out: torch.Tensor, activation_bits: int, **canonical: Any) -> torch.Tensor:
         weight = as_weight(x, **canonical)
-        prepare(weight, x.dtype, activation_bits)(x, out, weight.bias)
+        bias = None if weight.bias is None else weight.bias.to(x.dtype).contiguous()
+        prepare(weight, x.dtype, activation_bits)(x, out, bias)
         return out
 
     return run

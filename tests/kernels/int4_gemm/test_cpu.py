@@ -1,9 +1,13 @@
 """INT4 GEMM on the CPU: every kernel against float64, on every instruction set that this processor has."""
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tokenmill import platform
+from tokenmill.env import ISA_LEVELS
 from tokenmill.errors import InputError, UnsupportedError
 from tokenmill.kernels import extension
 from tokenmill.kernels.int4_gemm import cpu_impl, cpu_layout, op
@@ -261,12 +265,86 @@ def test_automatic_choice_explains_itself() -> None:
         (lambda w: op.prepare(w, torch.float64), "float64"),
         (lambda w: op.prepare(w, torch.bfloat16)(torch.zeros(2, 256)), "float32"),
         (lambda w: op.prepare(w, torch.bfloat16)(torch.zeros(2, 12, dtype=torch.bfloat16)), "256"),
+        (lambda w: op.prepare(w, torch.bfloat16)(torch.zeros((), dtype=torch.bfloat16)), r"x is torch.bfloat16 \[\]"),
     ],
 )
 def test_bad_input_is_one_line(call: object, message: str) -> None:
     with pytest.raises(InputError, match=message) as error:
         call(random_weight(256, 32, 128))  # type: ignore[operator]
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    ("bias", "message"),
+    [
+        (
+            torch.zeros(31, dtype=torch.bfloat16),
+            r"bias is torch.bfloat16 \[31\] .*; pass a contiguous torch.bfloat16 \[32\]",
+        ),
+        (torch.zeros(1, dtype=torch.bfloat16), r"\[1\]"),
+        (torch.zeros(1, 32, dtype=torch.bfloat16), r"\[1, 32\]"),
+        (torch.zeros(64, dtype=torch.bfloat16)[::2], r"with strides \(2,\)"),
+        (torch.zeros(32), r"bias is torch.float32"),
+        (torch.zeros(32, dtype=torch.bfloat16, device="meta"), "on meta"),
+    ],
+)
+def test_a_bias_that_does_not_fit_the_call_is_one_line(implementation: str, bias: torch.Tensor, message: str) -> None:
+    layer = op.prepare(random_weight(256, 32, 128), torch.bfloat16, implementation=implementation)
+    with pytest.raises(InputError, match=message) as error:
+        layer(activations(3, 256, torch.bfloat16), bias=bias)
+    assert "\n" not in str(error.value)
+
+
+def test_a_bias_of_another_form_is_brought_into_that_of_the_layer() -> None:
+    """The weight's own, which checkpoints may store in float32, and which may be a column of something."""
+    weight = random_weight(256, 32, 128)
+    assert weight.bias is not None
+    wide = torch.zeros(32, 2)
+    wide[:, 0] = weight.bias.float()
+    x = activations(3, 256, torch.bfloat16)
+    expected = op.prepare(weight, torch.bfloat16)(x)
+    assert_bit_equal(op.prepare(replace(weight, bias=wide[:, 0]), torch.bfloat16)(x), expected)
+    assert_bit_equal(op.int4_gemm(x, replace(weight, bias=wide[:, 0].contiguous())), expected)
+
+
+def test_the_native_call_refuses_a_bias_that_does_not_fit() -> None:
+    packed = cpu_layout.pack(random_weight(256, 32, 128)).buffer
+    x, out = activations(3, 256, torch.bfloat16), torch.empty(3, 32, dtype=torch.bfloat16)
+    isa = ISA_LEVELS.index(cpu_impl.level(16, torch.bfloat16))
+    good = torch.zeros(64, dtype=torch.bfloat16)
+    for bias in (good[:31], good[::2], good[:32].float(), good[:32].unsqueeze(0)):
+        with pytest.raises(RuntimeError, match="the bias must be contiguous, of the dtype of x, and have 32 elements"):
+            torch.ops.tokenmill_native.int4_gemm_cpu(out, x, packed, bias, 16, isa)
+    torch.ops.tokenmill_native.int4_gemm_cpu(out, x, packed, good[:32], 16, isa)
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    ("name", "place", "value", "message"),
+    [
+        ("g_idx", (3,), 9, r"g_idx\[3\]=9 must be in 0..1"),
+        ("g_idx", (3,), -1, r"g_idx\[3\]=-1 must be in 0..1"),
+        ("scales", (1, 2), float("inf"), r"scales\[1, 2\]=inf must be finite"),
+        ("scales", (1, 2), float("nan"), r"scales\[1, 2\]=nan must be finite"),
+        ("zeros", (0, 2), 16, r"zeros\[0, 2\]=16 must be in 0..15"),
+        ("bias", (4,), float("nan"), r"bias\[4\]=nan must be finite"),
+    ],
+)
+def test_values_that_no_weight_has_are_one_line(
+    implementation: str, name: str, place: tuple[int, ...], value: float, message: str
+) -> None:
+    weight = random_weight(256, 32, 128, symmetric=False, act_order=True)
+    getattr(weight, name)[place] = value
+    x = activations(3, 256, torch.bfloat16)
+    calls: list[Callable[[], object]] = [
+        lambda: op.prepare(weight, torch.bfloat16, implementation=implementation),
+        lambda: op.int4_gemm(x, weight, implementation=implementation),
+    ]
+    for call in calls:
+        with pytest.raises(InputError, match=message) as error:
+            call()
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("activation_bits", [16, 8])
