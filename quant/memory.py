@@ -1,8 +1,9 @@
 """How much memory a model needs, from its config.json alone: weights by component, KV cache, activations.
 
-weights      every matrix of the architecture, quantized or not
+weights      every matrix of the architecture, quantized or not, as model_sizes.py counts them
 scales       16 bits a group, and 4 bits of zero point if asymmetric
-KV cache     2 (key and value) x layers x KV heads x head size x bytes, for each token of context
+KV cache     for each token of context 2 (key and value) x layers that attend x KV heads x head size x bytes; with
+             latent attention layers x (rank + rotary key) x bytes
 activations  the largest tensors alive at once for one step of `step_tokens` tokens, and the logits of its rows
 """
 
@@ -10,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tokenmill.errors import CheckpointError, InputError
+from tokenmill.errors import InputError
+from tokenmill.quant.model_sizes import ModelSizes, model_sizes
 
 #: Bits of a weight that is not quantized, of a scale, and of a KV entry.
 _FULL_BITS = 16
@@ -92,71 +94,13 @@ class Plan:
         }
 
 
-@dataclass(frozen=True)
-class _Shape:
-    """The sizes that a config.json states, under their usual letters."""
-
-    hidden: int
-    inner: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    vocabulary: int
-    experts: int
-    shared_inner: int
-    tied: bool
-    biases: int
-
-
-def _shape(config: Mapping[str, Any]) -> _Shape:
-    config = config.get("text_config", config)
-
-    def size(*names: str, default: int | None = None) -> int:
-        for name in names:
-            value = config.get(name)
-            if value is not None:
-                if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                    raise CheckpointError(f"config.json: {name}={value!r} is no size")
-                return value
-        if default is None:
-            raise CheckpointError(f"config.json has no {names[0]!r}; only decoder models with that key can be planned")
-        return default
-
-    hidden, heads = size("hidden_size", "n_embd"), size("num_attention_heads", "n_head")
-    if hidden < 1 or heads < 1:
-        raise CheckpointError(f"config.json: hidden_size={hidden}, num_attention_heads={heads}; both must be positive")
-    kv_heads, head_size = size("num_key_value_heads", default=heads), size("head_dim", default=hidden // heads)
-    experts = size("num_local_experts", "num_experts", "n_routed_experts", default=0)
-    inner = size("intermediate_size", "n_inner")
-    biases = 0
-    if config.get("attention_bias") or config.get("model_type") == "qwen2":
-        biases += (heads + 2 * kv_heads) * head_size
-    if config.get("mlp_bias"):
-        biases += 2 * inner + hidden
-    return _Shape(
-        hidden=hidden,
-        inner=size("moe_intermediate_size", default=inner) if experts else inner,
-        layers=size("num_hidden_layers", "n_layer"),
-        heads=heads,
-        kv_heads=kv_heads,
-        head_size=head_size,
-        vocabulary=size("vocab_size"),
-        experts=experts,
-        shared_inner=size("shared_expert_intermediate_size", default=0),
-        tied=bool(config.get("tie_word_embeddings", False)),
-        biases=biases,
-    )
-
-
-def _matrices(
-    name: str, sizes: list[tuple[int, int]], layers: int, bits: int, group_size: int, zeros: bool
-) -> Component:
-    """A component of [K, N] matrices in every layer, with the scales that they need."""
-    parameters = layers * sum(K * N for K, N in sizes)
+def _matrices(name: str, sizes: ModelSizes, bits: int, group_size: int, zeros: bool) -> Component:
+    """A component of [K, N] matrices, with the scales that they need."""
+    own = [(K, N, count) for (component, K, N), count in sizes.matrices.items() if component == name]
+    parameters = sum(K * N * count for K, N, count in own)
     if bits == _FULL_BITS:
         return Component(name, parameters, bits)
-    groups = layers * sum((1 if group_size == -1 else -(-K // group_size)) * N for K, N in sizes)
+    groups = sum((1 if group_size == -1 else -(-K // group_size)) * N * count for K, N, count in own)
     return Component(name, parameters, bits, groups * (_FULL_BITS + (bits if zeros else 0)) // 8)
 
 
@@ -183,7 +127,7 @@ def plan(
         kv_bits: Bits of a KV entry: 8 or 16.
 
     Raises:
-        CheckpointError: A size is missing or no number.
+        CheckpointError: A size is missing or no number, or the architecture is no language model.
         InputError: An argument is out of range.
     """
     if bits not in (4, 8, 16) or kv_bits not in (8, 16):
@@ -192,31 +136,23 @@ def plan(
         raise InputError(f"group_size={group_size} is neither positive nor -1 (per channel)")
     if min(context, requests, step_tokens) < 1:
         raise InputError(f"context={context}, requests={requests}, step_tokens={step_tokens}: each must be positive")
-    s = _shape(config)
-    query, kv = s.heads * s.head_size, s.kv_heads * s.head_size
-    attention = [(s.hidden, query), (s.hidden, kv), (s.hidden, kv), (query, s.hidden)]
-    mlp = [(s.hidden, s.inner), (s.hidden, s.inner), (s.inner, s.hidden)]
-    shared = [(s.hidden, s.shared_inner), (s.hidden, s.shared_inner), (s.shared_inner, s.hidden)]
-    quantized = (s.layers, bits, group_size, not symmetric)
+    sizes = model_sizes(config)
+    names = dict.fromkeys(component for component, _, _ in sizes.matrices)
+    rest = "norms, biases, routers" if "experts" in names else "norms and biases"
     components = [
-        Component("embedding", s.vocabulary * s.hidden, _FULL_BITS),
-        _matrices("attention", attention, *quantized),
-        _matrices("experts" if s.experts else "feed-forward", mlp * max(s.experts, 1), *quantized),
+        Component("embedding", sizes.embedding, _FULL_BITS),
+        *(_matrices(name, sizes, bits, group_size, not symmetric) for name in names),
+        Component(rest, sizes.small, _FULL_BITS),
     ]
-    if s.shared_inner:
-        components.append(_matrices("shared expert", shared, *quantized))
-    small = s.layers * (2 * s.hidden + s.biases + s.experts * s.hidden) + s.hidden
-    components.append(Component("norms, biases, routers" if s.experts else "norms and biases", small, _FULL_BITS))
-    if not s.tied:
-        components.append(Component("output head", s.vocabulary * s.hidden, _FULL_BITS))
-    # Residual and normed stream, the wider of QKV and the gate and up projections, and float32 logits a request.
-    widest = max(query + 2 * kv, 3 * s.inner)
-    activations = step_tokens * (2 * s.hidden + widest) * _FULL_BITS // 8 + requests * s.vocabulary * 4
+    if sizes.head:
+        components.append(Component("output head", sizes.head, _FULL_BITS))
+    # Residual and normed stream, what is widest inside a block, and float32 logits a request.
+    features = 2 * sizes.hidden + sizes.widest
     return Plan(
         components=tuple(components),
         full_bytes=sum(component.parameters for component in components) * _FULL_BITS // 8,
-        kv_bytes_per_token=2 * s.layers * kv * kv_bits // 8,
+        kv_bytes_per_token=sizes.kv_numbers * kv_bits // 8,
         context=context,
         requests=requests,
-        activation_bytes=activations,
+        activation_bytes=step_tokens * features * _FULL_BITS // 8 + requests * sizes.vocabulary * 4,
     )

@@ -1,8 +1,9 @@
-"""The memory planner, against sizes that are known."""
+"""The memory planner, against sizes that are known and against the models that transformers builds."""
 
 from typing import Any
 
 import pytest
+import torch
 
 from tokenmill.errors import CheckpointError, InputError
 from tokenmill.quant.memory import Plan, plan
@@ -83,10 +84,89 @@ def test_scales_cost_what_they_weigh_on_disk() -> None:
     assert plan(one, group_size=-1).weight_bytes < plan(one).weight_bytes
 
 
+#: Configurations as hubs have them, which leave out what is the architecture's default.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "gemma": {"head_dim": 256},  # tied
+    "gemma3_text": {},
+    "cohere": {},
+    "olmo2": {},
+    "phi": {},  # two matrices a feed-forward network, biases everywhere
+    "phi3": {"pad_token_id": 0},
+    "gpt2": {"n_embd": 768, "n_layer": 3, "n_inner": None},
+    "opt": {"ffn_dim": 512},
+    "falcon": {},
+    "bloom": {},
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {"num_experts": 4},
+    "gpt_oss": {},
+    "deepseek_v2": {"first_k_dense_replace": 1, "n_routed_experts": 4},
+    "qwen3_next": {"num_experts": 4},
+    "mamba": {},
+}
+SMALL = {"hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 1000}
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_parameters_are_those_of_the_model(kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = {"model_type": kind, **(SMALL if kind != "gpt2" else {}), **FAMILIES[kind]}
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config))
+    planned = plan(config)
+    assert parameters(planned) == sum(parameter.numel() for parameter in model.parameters())
+    assert planned.weight_bytes < planned.full_bytes
+    assert plan({"model_type": "llava", "text_config": config}).as_dict() == planned.as_dict()
+
+
+def test_both_ways_of_counting_agree() -> None:
+    pytest.importorskip("transformers")
+    for config, kind in ((LLAMA_8B, "llama"), (MIXTRAL, "mixtral"), (LLAMA_8B | {"attention_bias": True}, "llama")):
+        assert plan(config | {"model_type": kind}).as_dict() == plan(config).as_dict()
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "numbers"),
+    [
+        ("deepseek_v2", {"kv_lora_rank": 512, "qk_rope_head_dim": 64}, 4 * (512 + 64)),
+        ("gemma", {"num_key_value_heads": 1, "head_dim": 256}, 4 * 2 * 256),
+        ("falcon", {"num_attention_heads": 8}, 4 * 2 * 64),  # one key for all queries
+        ("opt", {"num_attention_heads": 8}, 4 * 2 * 512),
+        ("qwen3_next", {"num_key_value_heads": 2, "head_dim": 128}, 1 * 2 * 256),  # one layer of four attends
+        ("mamba", {}, 0),
+    ],
+)
+def test_the_kv_cache_is_that_of_the_architecture(kind: str, config: dict[str, Any], numbers: int) -> None:
+    pytest.importorskip("transformers")
+    assert plan({"model_type": kind} | SMALL | config).kv_bytes_per_token == 2 * numbers
+
+
+def test_experts_and_what_chooses_them_are_told_apart() -> None:
+    pytest.importorskip("transformers")
+    sizes = {"moe_intermediate_size": 64, "n_routed_experts": 4, "n_shared_experts": 2, "first_k_dense_replace": 1}
+    planned = plan({"model_type": "deepseek_v2", "intermediate_size": 256, **SMALL, **sizes})
+    counted = {component.name: component.parameters for component in planned.components}
+    assert counted["experts"] == 3 * 4 * 3 * 512 * 64
+    assert counted["shared expert"] == 3 * 3 * 512 * 128
+    assert counted["feed-forward"] == 3 * 512 * 256
+    assert {component.name for component in planned.components if component.bits == 16} == {
+        "embedding",
+        "norms, biases, routers",
+        "output head",
+    }
+
+
 @pytest.mark.parametrize(
     ("config", "arguments", "error", "message"),
     [
         ({}, {}, CheckpointError, "config.json has no 'hidden_size'"),
+        ({"text_config": 5}, {}, CheckpointError, "text_config=5 is no object"),
+        ({"text_config": None}, {}, CheckpointError, "config.json has no 'hidden_size'"),
+        ({"model_type": "llama", "hidden_size": "4096"}, {}, CheckpointError, "as model_type='llama': .*hidden_size"),
+        ({"model_type": "llama", "hidden_size": -1}, {}, CheckpointError, "as model_type='llama': "),
+        ({"model_type": "llama", "num_attention_heads": 0}, {}, CheckpointError, "as model_type='llama': "),
+        ({"model_type": "t5"}, {}, CheckpointError, "model_type='t5' is no language model of transformers"),
+        (LLAMA_8B | {"kv_lora_rank": 512}, {}, CheckpointError, "kv_lora_rank .* install transformers"),
         (LLAMA_8B | {"hidden_size": "4096"}, {}, CheckpointError, "hidden_size='4096' is no size"),
         (LLAMA_8B | {"num_attention_heads": 0}, {}, CheckpointError, "both must be positive"),
         (LLAMA_8B, {"bits": 3}, InputError, "bits=3"),
@@ -97,5 +177,6 @@ def test_scales_cost_what_they_weigh_on_disk() -> None:
 def test_what_cannot_be_planned_gets_one_line(
     config: dict[str, Any], arguments: dict[str, int], error: type[Exception], message: str
 ) -> None:
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as caught:
         plan(config, **arguments)
+    assert "\n" not in str(caught.value)
