@@ -32,6 +32,9 @@ _SCALING_PAIRS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
     ("mlp.up_proj", ("mlp.down_proj",)),
 )
+#: Linears that vLLM merges, to the name of what they become.
+_MERGED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
+_MERGED |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
 SCALABLE_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -89,6 +92,33 @@ class _SetReachedError(Exception):
 def linears(block: nn.Module) -> dict[str, nn.Linear]:
     """Every linear of the block, by its name within it."""
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+
+
+def check_linears(block: nn.Module, settings: BlockSettings) -> None:
+    """Refuses a block that cannot be quantized as wanted; it needs no weights.
+
+    Raises:
+        InputError: There is no linear, or the group size does not divide an input size; the message names the linear.
+    """
+    found = linears(block)
+    if not found:
+        raise InputError("a block of the model has no linear layer; there is nothing to quantize")
+    for name, module in found.items():
+        if settings.group_size != -1 and module.in_features % settings.group_size:
+            raise InputError(
+                f"{name} has K={module.in_features} inputs, no multiple of group_size={settings.group_size}; "
+                "choose one that divides it, or -1 (per channel)"
+            )
+
+
+def served_sizes(block: nn.Module) -> list[tuple[int, int]]:
+    """(K, N) of the block's layers as vLLM runs them, with those that it merges into one; it needs no weights."""
+    sizes: dict[str, tuple[int, int]] = {}
+    for name, module in linears(block).items():
+        parent, _, own = name.rpartition(".")
+        merged = f"{parent}.{_MERGED.get(own, own)}"
+        sizes[merged] = (module.in_features, sizes.get(merged, (0, 0))[1] + module.out_features)
+    return list(sizes.values())
 
 
 def groups_by_input(block: nn.Module, run: BlockForward, hidden: torch.Tensor) -> list[tuple[str, ...]]:
@@ -194,13 +224,8 @@ def quantize_block(
     Raises:
         InputError: The group size does not divide an input size; the message names the linear.
     """
+    check_linears(block, settings)
     found = linears(block)
-    for name, module in found.items():
-        if settings.group_size != -1 and module.in_features % settings.group_size:
-            raise InputError(
-                f"{name} has K={module.in_features} inputs, no multiple of group_size={settings.group_size}; "
-                "choose one that divides it, or -1 (per channel)"
-            )
     layers: dict[str, Int4Weight] = {}
     errors: dict[str, float] = {}
     if not settings.needs_calibration:

@@ -100,8 +100,23 @@ class Checkpoint:
         """Names of the INT4 layers, in order of their names; empty for a dense or NF4 checkpoint."""
         if self.quantization is None:
             return ()
-        suffix = "." + weight_tensor(self.quantization.default)
-        return tuple(sorted(name.removesuffix(suffix) for name in self.tensors if name.endswith(suffix)))
+        own = tensor_names(self.quantization.default) - {"bias"}
+        return tuple(
+            sorted(
+                {
+                    layer
+                    for layer, _, kind in (name.rpartition(".") for name in self.tensors)
+                    if kind in own and self._is_int4(layer)
+                }
+            )
+        )
+
+    def _is_int4(self, layer: str) -> bool:
+        """Whether a layer with some of the tensors of an INT4 one is one: it may have lost the others."""
+        assert self.quantization is not None
+        if f"{layer}.{weight_tensor(self.quantization.default)}" in self.tensors:
+            return True
+        return f"{layer}.weight" not in self.tensors and self.quantization.scheme(layer) is not None
 
     def scheme(self, layer: str) -> Scheme:
         """How a layer of `layers` is quantized.
@@ -164,17 +179,23 @@ class Checkpoint:
             dtype: What to return.
 
         Raises:
-            CheckpointError: It is missing or damaged, or not finite.
+            CheckpointError: It is missing or damaged, or not finite in this dtype.
         """
         layer, _, kind = name.rpartition(".")
         if kind == "weight" and layer in self._layer_set:
-            return dequantize(self.layer(layer), dtype).T.contiguous()
-        if self._is_nf4 and nf4.is_quantized(name, self.tensors):
-            return nf4.dequantize(name, {part: self.tensor(part) for part in nf4.parts(name, self.tensors)}).to(dtype)
-        tensor = self.tensor(name)
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}; it must be floating point")
-        return tensor.to(dtype)
+            parameter = dequantize(self.layer(layer), dtype).T.contiguous()
+        elif self._is_nf4 and nf4.is_quantized(name, self.tensors):
+            parts = {part: self.tensor(part) for part in nf4.parts(name, self.tensors)}
+            parameter = nf4.dequantize(name, parts).to(dtype)
+        else:
+            tensor = self.tensor(name)
+            if not tensor.is_floating_point():
+                raise CheckpointError(
+                    f"{name} is {str(tensor.dtype).removeprefix('torch.')}; it must be floating point"
+                )
+            parameter = tensor.to(dtype)
+        _check_finite(name, parameter)
+        return parameter
 
     @cached_property
     def _layer_set(self) -> frozenset[str]:
@@ -198,3 +219,12 @@ class Checkpoint:
     def weight_bytes(self) -> int:
         """Bytes of all stored tensors."""
         return sum(info.num_bytes for info in self.tensors.values())
+
+
+def _check_finite(name: str, parameter: torch.Tensor) -> None:
+    # The extremes of a tensor are nan if any element is, and need no second tensor of its size.
+    if parameter.numel() and not bool(torch.isfinite(torch.stack(parameter.aminmax())).all()):
+        place = (~torch.isfinite(parameter)).nonzero()[0].tolist()
+        value = parameter[tuple(place)].item()
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        raise CheckpointError(f"{name}{place} is {value} in {dtype}; it must be finite: the checkpoint is damaged")

@@ -20,6 +20,7 @@ def quantize(argv: list[str]) -> int:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from tokenmill.quant.block import BlockSettings
+    from tokenmill.quant.format import STOCK_VLLM
     from tokenmill.quant.gptq import GptqOptions
     from tokenmill.quant.json_file import read_json
     from tokenmill.quant.quantizer import Request, quantize_checkpoint
@@ -29,8 +30,7 @@ def quantize(argv: list[str]) -> int:
     if min(arguments.samples, arguments.length - 1) < 1:
         raise ConfigurationError(f"--samples {arguments.samples} --length {arguments.length}: need 1 and 2 at least")
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigurationError(f"--device {device}: torch sees no CUDA device; use --device cpu")
+    _check_device(device)
     config = read_json(arguments.model / "config.json")
     stored = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     scale_dtype = arguments.scale_dtype or ("float16" if stored == "float16" else "bfloat16")
@@ -76,7 +76,27 @@ def quantize(argv: list[str]) -> int:
         )
     console.print(f"cost        {report.seconds:.1f} s, {_bytes(report.peak_bytes)} at the peak")
     console.print(f"written     {arguments.out} ({arguments.format})")
+    if (refusal := report.stock_refusal) is not None:
+        console.print(
+            f"vLLM        loads it with Tokenmill's plug-in; stock vLLM {STOCK_VLLM} does not load {refusal.reason}: "
+            f"{refusal.remedy}",
+            soft_wrap=True,
+            highlight=False,
+        )
     return 0
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigurationError(f"--device {name} is not one; use cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise ConfigurationError(f"--device {name}: torch sees {count or 'no'} CUDA device; use --device cpu")
 
 
 def _quantize_parser() -> argparse.ArgumentParser:
@@ -94,10 +114,12 @@ def _quantize_parser() -> argparse.ArgumentParser:
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument("--symmetric", action="store_true", default=True, help="zero point 8 everywhere")
     kinds.add_argument("--asymmetric", action="store_false", dest="symmetric", help="a zero point for each group")
-    parser.add_argument("--format", choices=("gptq", "pack-quantized"), default="gptq", help="format of the output")
+    formats = "format of the output; stock vLLM loads asymmetric weights as pack-quantized only"
+    parser.add_argument("--format", choices=("gptq", "pack-quantized"), default="gptq", help=formats)
     orders = ("group-aware", "static", "none", "dynamic")
-    parser.add_argument("--act-order", choices=orders, default="group-aware", help="GPTQ: order of rounding")
-    parser.add_argument("--damping", type=float, default=0.01, help="GPTQ: share of the Hessian's mean diagonal")
+    order = "GPTQ: order of rounding; dynamic needs --format gptq and Tokenmill's plug-in"
+    parser.add_argument("--act-order", choices=orders, default="group-aware", help=order)
+    parser.add_argument("--damping", type=float, default=0.01, help="GPTQ: share of the Hessian's mean diagonal, 0..1")
     parser.add_argument("--calibration", type=Path, help="text file; default: Python's standard library")
     parser.add_argument("--evaluation", type=Path, help="text file; default: held-out files of the standard library")
     parser.add_argument("--no-evaluation", action="store_true", help="do not measure perplexity")

@@ -8,19 +8,26 @@
 | pack-quantized | compressed-tensors | llm-compressor, Tokenmill      | weight_packed, weight_scale, weight_shape,   |
 |                |                    |                                | weight_zero_point, weight_g_idx              |
 
-Which layers are quantized is read from the tensors that are there; the configuration says how.
+Which layers are quantized is read from the tensors that are there; the configuration says how. What stock vLLM does not
+load of what can be written is said by `stock_refusal`.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tokenmill.errors import CheckpointError
+from tokenmill.kernels.int4_gemm.weight import CODES_PER_WORD
 
 #: Formats that can be read; the first and the last can be written.
 FORMATS = ("gptq", "gptq_v2", "awq", "pack-quantized")
 WRITABLE_FORMATS = ("gptq", "pack-quantized")
+#: The release of vLLM whose refusals `stock_refusal` knows, and the group sizes that it takes in GPTQ checkpoints.
+STOCK_VLLM = "0.32"
+_STOCK_GPTQ_GROUP_SIZES = (-1, 32, 64, 128)
+#: Sizes of a layer must be multiples of this for the INT4 kernel of vLLM's CPU build.
+_STOCK_CPU_MULTIPLE = 32
 
 
 @dataclass(frozen=True)
@@ -127,6 +134,53 @@ def write_config(scheme: Scheme, unquantized: Sequence[str] = ("lm_head",)) -> d
             "ignore": list(unquantized),
         }
     raise CheckpointError(f"format={scheme.format!r} cannot be written; use one of {', '.join(WRITABLE_FORMATS)}")
+
+
+@dataclass(frozen=True)
+class StockRefusal:
+    """Why stock vLLM does not load a checkpoint.
+
+    Attributes:
+        reason: What it does not take, and where if only there.
+        remedy: What to ask the quantizer for instead, or what to serve with.
+        with_plugin: Whether vLLM loads it with Tokenmill's plug-in.
+    """
+
+    reason: str
+    remedy: str
+    with_plugin: bool = True
+
+
+def stock_refusal(scheme: Scheme, sizes: Iterable[tuple[int, int]] = ()) -> StockRefusal | None:
+    """Why vLLM 0.32 without Tokenmill's plug-in does not load what `write_config` and `write_layer` make of a scheme.
+
+    Args:
+        scheme: The scheme of every quantized layer; its format is one of `WRITABLE_FORMATS`.
+        sizes: (K, N) of the layers as vLLM runs them: query, key and value in one, gate and up in one.
+
+    Returns:
+        The first reason, those that hold on every device first; None where it loads.
+    """
+    if scheme.format == "pack-quantized" and scheme.act_order:
+        remedy = "use --act-order static or group-aware, or --format gptq"
+        return StockRefusal("pack-quantized with a dynamic act-order", remedy, with_plugin=False)
+    if scheme.format == "gptq":
+        if not scheme.symmetric:
+            return StockRefusal("asymmetric GPTQ (sym=False)", "use --format pack-quantized or --symmetric")
+        if scheme.act_order and scheme.group_size != -1:  # with one group there is nothing to order
+            return StockRefusal(
+                "GPTQ with a dynamic act-order (desc_act=True)", "use --act-order static or group-aware"
+            )
+        if scheme.group_size not in _STOCK_GPTQ_GROUP_SIZES:
+            remedy = "use --group-size 32, 64, 128 or -1, or --format pack-quantized"
+            return StockRefusal(f"GPTQ with groups of {scheme.group_size}", remedy)
+    for size in (size for layer in sizes for size in layer):
+        if scheme.format == "gptq" and size % CODES_PER_WORD:
+            return StockRefusal(f"GPTQ layers with sizes such as {size}, no multiple of 8", "use the plug-in")
+        if size % _STOCK_CPU_MULTIPLE:
+            reason = f"INT4 layers with sizes such as {size}, no multiple of {_STOCK_CPU_MULTIPLE}, on a CPU"
+            return StockRefusal(reason, "use the plug-in")
+    return None
 
 
 def _need(config: Mapping[str, Any], key: str) -> Any:

@@ -29,13 +29,20 @@ class GptqOptions:
 
     Attributes:
         act_order: See `ActOrder`.
-        damping: Added to the diagonal of H, as a fraction of its mean.
+        damping: Added to the diagonal of H, as a fraction of its mean: 0..1.
         block: Rows whose effect on the rest is applied at once; changes the speed, not the result.
+
+    Raises:
+        InputError: The damping is outside its range.
     """
 
     act_order: ActOrder = "group-aware"
     damping: float = 0.01
     block: int = 128
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.damping <= 1:  # false for nan, too
+            raise InputError(f"damping={self.damping} is not in 0..1; 0.01 is usual, more where calibration is short")
 
 
 def relative_error(weight: torch.Tensor, quantized: Int4Weight, hessian: torch.Tensor) -> float:

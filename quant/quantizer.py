@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from tokenmill.errors import CheckpointError, InputError, UnsupportedError
+from tokenmill.errors import CheckpointError, ConfigurationError, InputError, UnsupportedError
 from tokenmill.kernels.int4_gemm.weight import dequantize
-from tokenmill.quant.block import SCALABLE_MODELS, BlockSettings, quantize_block
+from tokenmill.quant.block import SCALABLE_MODELS, BlockSettings, check_linears, quantize_block, served_sizes
 from tokenmill.quant.checkpoint import Checkpoint
 from tokenmill.quant.evaluate import Perplexity, count, negative_log_likelihood, text_windows
-from tokenmill.quant.format import Scheme, write_config
+from tokenmill.quant.format import STOCK_VLLM, Scheme, StockRefusal, stock_refusal, write_config
 from tokenmill.quant.output import OutputDirectory, check_apart
 from tokenmill.quant.pack import read_layer, weight_tensor, write_layer
 from tokenmill.quant.streaming import StreamedModel
@@ -72,6 +72,7 @@ class Report:
         errors: Relative square error of each layer's output on the calibration, by full name.
         seconds: Duration of this run; a resumed run counts from its start.
         peak_bytes: Most memory held: of the GPU, or of the process on a CPU.
+        stock_refusal: Why stock vLLM does not load the result, only vLLM with Tokenmill's plug-in; None if it does.
     """
 
     bytes_before: int
@@ -81,6 +82,7 @@ class Report:
     errors: dict[str, float]
     seconds: float
     peak_bytes: int
+    stock_refusal: StockRefusal | None
 
 
 class _BlockFile:
@@ -117,8 +119,9 @@ def calibration_batches(model: StreamedModel, text: str, num_samples: int, lengt
 def quantize_checkpoint(
     source: Path, out: Path, request: Request, overwrite: bool = False, progress: Progress | None = None
 ) -> Report:
-    """Quantizes every linear of every decoder block of a model and writes a checkpoint that stock vLLM loads.
+    """Quantizes every linear of every decoder block of a model and writes a checkpoint that vLLM loads.
 
+    Whether stock vLLM does, or only vLLM with Tokenmill's plug-in, is said by the report.
     Embeddings, norms and the output head stay as they are. If `out` holds an unfinished run of the same request, it is
     continued, and the result has the same bytes as an uninterrupted run's.
 
@@ -131,7 +134,8 @@ def quantize_checkpoint(
 
     Raises:
         CheckpointError: The source is damaged, already INT4, or of an unknown architecture.
-        ConfigurationError: `out` holds something else, cannot be written to, or overlaps with the source.
+        ConfigurationError: `out` holds something else, cannot be written to, or overlaps with the source; or vLLM
+            does not load the scheme at all.
         InputError: The group size does not divide an input size, or there is too little text.
         UnsupportedError: The method cannot do this architecture.
     """
@@ -141,18 +145,25 @@ def quantize_checkpoint(
     if checkpoint.quantization is not None:
         raise CheckpointError(f"{source} is already {checkpoint.quantization.default.format}; quantize the original")
     _check_architecture(checkpoint, request.block)
+    _check_scheme(request.scheme)
     model = StreamedModel(checkpoint, request.device, request.dtype)
-    limit = int(checkpoint.config.get("max_position_embeddings") or request.length)
-    length = min(request.length, limit)
-    output = OutputDirectory(out, model.num_blocks + 1, _settings(checkpoint, model, request), overwrite)
-    if model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(model.device)
-
-    calibration: list[torch.Tensor] = []
+    length = min(request.length, getattr(model.config, "max_position_embeddings", None) or request.length)
+    sizes: list[tuple[int, int]] = []
+    for index in range(model.num_blocks):
+        check_linears(model.skeleton(index), request.block)
+        sizes += served_sizes(model.skeleton(index))
+    batches: list[torch.Tensor] = []
     if request.block.needs_calibration:
         batches = calibration_batches(model, request.calibration, request.num_samples, length)
-        calibration = [model.embed(batch) for batch in batches]
     windows = [] if request.evaluation is None else text_windows(model, request.evaluation, length)
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)
+    # What could be refused has been; from here on `out` is written to. The part that is read last comes first, so that
+    # damage to it is not found after hours.
+    output = OutputDirectory(out, model.num_blocks + 1, _settings(checkpoint, model, request), overwrite)
+    if not output.is_written(model.num_blocks):
+        output.write_part(model.num_blocks, _other_tensors(model), {})
+    calibration = [model.embed(batch) for batch in batches]
     before = [model.embed(window) for window in windows]
     after = list(before)
     errors: dict[str, float] = {}
@@ -172,8 +183,6 @@ def quantize_checkpoint(
         checkpoint.close()
         if progress is not None:
             progress(index + 1, model.num_blocks, sum(found.values()) / len(found) if found else None)
-    if not output.is_written(model.num_blocks):
-        output.write_part(model.num_blocks, _other_tensors(model), {})
 
     measured: list[Perplexity | None] = [None, None]
     if request.evaluation is not None:
@@ -190,6 +199,7 @@ def quantize_checkpoint(
         errors=errors,
         seconds=time.perf_counter() - started,
         peak_bytes=peak_bytes(model.device),
+        stock_refusal=stock_refusal(request.scheme, sizes),
     )
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     config["quantization_config"] = write_config(request.scheme)
@@ -206,6 +216,12 @@ def _check_architecture(checkpoint: Checkpoint, settings: BlockSettings) -> None
         raise UnsupportedError(what, {"awq": f"model_type={kind!r}; input scaling knows {known}; use --method gptq"})
     if any(".experts." in name for name in checkpoint.tensors):
         raise UnsupportedError(what, {settings.method: "experts of a mixture are not quantized yet"})
+
+
+def _check_scheme(scheme: Scheme) -> None:
+    refusal = stock_refusal(scheme)
+    if refusal is not None and not refusal.with_plugin:
+        raise ConfigurationError(f"{refusal.reason} is not loaded by vLLM {STOCK_VLLM}; {refusal.remedy}")
 
 
 def _settings(checkpoint: Checkpoint, model: StreamedModel, request: Request) -> dict[str, Any]:
@@ -245,9 +261,7 @@ def _stored_dtype(model: StreamedModel, name: str) -> torch.dtype:
 
 def _other_tensors(model: StreamedModel) -> dict[str, torch.Tensor]:
     """Everything outside the blocks: embeddings, the last norm, the output head."""
-    in_blocks = {name for index in range(model.num_blocks) for name in model.block_parameters(index)}
-    names = [name for name in model.parameters() if name not in in_blocks and name in model.checkpoint.tensors]
-    return {name: model.checkpoint.parameter(name, _stored_dtype(model, name)) for name in names}
+    return {name: model.checkpoint.parameter(name, _stored_dtype(model, name)) for name in model.other_parameters()}
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -1,23 +1,39 @@
 """A causal language model that is computed one decoder block at a time, so that only one block is ever in memory.
 
 The architecture comes from transformers, built without weights; the weights come from a `Checkpoint`, whatever its
-format. It works for every model whose body is `embed_tokens`, `layers`, `norm` (and rotary embeddings made from the
-configuration): Llama, Mistral, Qwen, and their like.
+format. Nothing of a model is rebuilt here: its own forward computes the embedding, what it passes to its blocks and
+the logits, while other modules stand in for the blocks. It works for every model whose body keeps its blocks in
+`layers` and passes nothing of the text to them but the hidden states (Llama, Qwen, Gemma, Phi, OPT, Granite, Cohere,
+and their like); that is checked with a few tokens before anything is computed.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from tokenmill.errors import CheckpointError, MissingDependencyError
+from tokenmill.errors import CheckpointError, MissingDependencyError, TokenmillError
 from tokenmill.quant.checkpoint import Checkpoint
+from tokenmill.quant.stand_in import (
+    Call,
+    FirstBlockReachedError,
+    StandIn,
+    Visit,
+    parameters_without_memory,
+    run_block,
+    same,
+)
 
 #: Hidden states [batch, tokens, hidden] to hidden states.
 BlockForward = Callable[[torch.Tensor], torch.Tensor]
+
+#: Tokens with which a model's structure is checked.
+_PROBE_TOKENS = 4
 
 
 class ParameterSource(Protocol):
@@ -26,27 +42,6 @@ class ParameterSource(Protocol):
     def parameter(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """The parameter in the given dtype."""
         ...
-
-
-class _CaughtArgumentsError(Exception):
-    """Carries what a decoder block was called with out of the model's forward."""
-
-    def __init__(self, arguments: dict[str, Any]) -> None:
-        super().__init__()
-        self.arguments = arguments
-
-
-class _Catcher(nn.Module):
-    """Stands in for a decoder block, whose attention kind decides which mask the model passes."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        for name in ("attention_type", "layer_type", "is_sliding"):
-            if hasattr(block, name):
-                setattr(self, name, getattr(block, name))
-
-    def forward(self, hidden: torch.Tensor, **arguments: Any) -> None:
-        raise _CaughtArgumentsError(arguments)
 
 
 class StreamedModel:
@@ -59,7 +54,8 @@ class StreamedModel:
 
     Raises:
         MissingDependencyError: transformers is not installed.
-        CheckpointError: The architecture is unknown or is built differently.
+        CheckpointError: The architecture is unknown or cannot be computed block by block, or the checkpoint lacks a
+            weight of it.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
@@ -71,22 +67,27 @@ class StreamedModel:
             config = transformers.AutoConfig.for_model(**settings)
             self.stored_dtype: torch.dtype = getattr(torch, str(config.dtype or "bfloat16").removeprefix("torch."))
             self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else self.stored_dtype)
-            with torch.device("meta"):
+            # The fused attention that transformers prefers knows no cap on its logits and leaves it out.
+            attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
+            with parameters_without_memory():
                 self._skeleton = transformers.AutoModelForCausalLM.from_config(
-                    config, dtype=self.dtype, attn_implementation="sdpa"
+                    config, dtype=self.dtype, attn_implementation=attention
                 ).eval()
             self._body = self._skeleton.get_decoder()
             self._blocks: nn.ModuleList = self._body.layers
-            rotary = getattr(self._body, "rotary_emb", None)
-            if rotary is not None:
-                self._body.rotary_emb = type(rotary)(config=config).to(self.device)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            self.config = config
+            self._calls: dict[torch.Size, list[Call]] = {}
+            self._wrap: Callable[[torch.Tensor], Any] = lambda hidden: hidden  # hidden states as a block returns them
+            self._prefixes: dict[int, str] = {id(module): name for name, module in self._skeleton.named_modules()}
+            self._move_buffers()
+            self._places = self._find_parameters()
+            self._load_body()
+            self._check_structure()
+        except TokenmillError:
+            raise
+        except Exception as error:  # noqa: BLE001 (an architecture that is not as expected may raise anything)
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(f"{checkpoint.path} cannot be run block by block: {reason}") from None
-        self.config = config
-        self._prefixes: dict[int, str] = {id(module): name for name, module in self._skeleton.named_modules()}
-        self._arguments: dict[tuple[str, torch.Size], dict[str, Any]] = {}
-        self._body.embed_tokens = self._load(self._body.embed_tokens, checkpoint)
 
     @property
     def num_blocks(self) -> int:
@@ -97,82 +98,203 @@ class StreamedModel:
         """What the block's parameters are named after, e.g. `model.layers.3`."""
         return self._prefixes[id(self._blocks[index])]
 
+    def skeleton(self, index: int) -> nn.Module:
+        """The block without weights."""
+        return self._blocks[index]
+
     def block_parameters(self, index: int) -> tuple[str, ...]:
         """Full names of the block's parameters in the dense model."""
         return tuple(f"{self.block_name(index)}.{name}" for name, _ in self._blocks[index].named_parameters())
 
-    def parameters(self) -> tuple[str, ...]:
-        """Full names of all parameters of the dense model."""
-        return tuple(name for name, _ in self._skeleton.named_parameters())
+    def other_parameters(self) -> tuple[str, ...]:
+        """Full names of the parameters outside the blocks; of tied ones, the one under which they are stored."""
+        return tuple(self._places)
 
-    def _load(self, module: nn.Module, source: ParameterSource) -> nn.Module:
-        """A copy of a weightless module with its parameters from `source`."""
-        prefix = self._prefixes[id(module)]
-        names = [name for name, _ in module.named_parameters()]
-        # Copies, because a parameter of the same dtype is the mapped file itself and blocks are changed in place.
-        weights = {name: source.parameter(f"{prefix}.{name}", self.dtype).to(self.device, copy=True) for name in names}
-        for name, parameter in module.named_parameters():
-            if parameter.shape != weights[name].shape:
-                found, wanted = list(weights[name].shape), list(parameter.shape)
-                raise CheckpointError(f"{prefix}.{name} has shape {found}; config.json makes it {wanted}")
-        loaded = copy.deepcopy(module)
-        loaded.load_state_dict(weights, strict=False, assign=True)
-        return loaded.requires_grad_(False)
+    def _move_buffers(self) -> None:
+        """Rotary frequencies, scales of embeddings and the like, which no checkpoint holds, to the device."""
+        for module in self._skeleton.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.to(self.device)
+        for name in dict(self._skeleton.named_buffers()).keys() & self._skeleton.state_dict().keys():
+            if name in self.checkpoint.tensors:
+                raise ValueError(f"it stores the buffer {name}")
+
+    def _find_parameters(self) -> dict[str, tuple[str, ...]]:
+        """What the checkpoint calls each parameter outside the blocks, to all its places in the model."""
+        in_blocks = {name for index in range(self.num_blocks) for name in self.block_parameters(index)}
+        shared: dict[int, list[str]] = {}
+        for name, parameter in self._skeleton.named_parameters(remove_duplicate=False):
+            shared.setdefault(id(parameter), []).append(name)
+        places = {}
+        for names in shared.values():
+            stored = [name for name in names if self.checkpoint.has_parameter(name)]
+            if not stored:
+                kind = self.config.model_type
+                raise CheckpointError(
+                    f"{self.checkpoint.path} has no tensor {names[0]}, which model_type={kind!r} needs; "
+                    "the checkpoint is incomplete or stores it in another form"
+                )
+            for name in stored[1:]:
+                if not torch.equal(self._read(name), self._read(stored[0])):
+                    raise CheckpointError(
+                        f"{self.checkpoint.path}: config.json ties {stored[0]} and {name}, which differ; "
+                        "set tie_word_embeddings to false"
+                    )
+            if stored[0] not in in_blocks:
+                places[stored[0]] = tuple(names)
+        return places
+
+    def _read(self, name: str) -> torch.Tensor:
+        return self._checked(name, self._skeleton.get_parameter(name), self.checkpoint)
+
+    def _checked(self, name: str, wanted: nn.Parameter, source: ParameterSource) -> torch.Tensor:
+        # A copy, because a parameter of the same dtype is the mapped file itself and blocks are changed in place.
+        found = source.parameter(name, self.dtype).to(self.device, copy=True)
+        if found.shape != wanted.shape:
+            raise CheckpointError(f"{name} has shape {list(found.shape)}; config.json makes it {list(wanted.shape)}")
+        return found
+
+    def _load_body(self) -> None:
+        """Gives the body's own parameters their values; those of the head come with `head`."""
+        body = self._prefixes[id(self._body)] + "."
+        for stored, places in self._places.items():
+            if any(place.startswith(body) for place in places):
+                parameter = nn.Parameter(self._read(stored), requires_grad=False)
+                for place in places:
+                    module, _, name = place.rpartition(".")
+                    self._skeleton.get_submodule(module).register_parameter(name, parameter)
 
     def block(self, index: int, source: ParameterSource | None = None) -> nn.Module:
         """One decoder block with its weights, from `source` if not the checkpoint.
 
         Raises:
-            CheckpointError: A weight is missing or has another shape than the configuration says.
+            CheckpointError: A weight is missing, not finite, or of another shape than the configuration says.
         """
-        return self._load(self._blocks[index], source or self.checkpoint)
+        prefix, block = self.block_name(index), self._blocks[index]
+        weights = {
+            name: self._checked(f"{prefix}.{name}", parameter, source or self.checkpoint)
+            for name, parameter in block.named_parameters()
+        }
+        loaded = copy.deepcopy(block)
+        loaded.load_state_dict(weights, strict=False, assign=True)
+        return loaded.requires_grad_(False)
 
     def forward(self, index: int, block: nn.Module) -> BlockForward:
         """The function of one block on hidden states [batch, tokens, hidden]: causal, every position attended."""
 
         def run(hidden: torch.Tensor) -> torch.Tensor:
-            with torch.no_grad():
-                output = block(hidden, **self._block_arguments(index, hidden.shape))
+            output = run_block(block, hidden, self._block_call(index, hidden.shape[:2]))
             result: torch.Tensor = output[0] if isinstance(output, tuple) else output
             return result
 
         return run
 
-    def _block_arguments(self, index: int, shape: torch.Size) -> dict[str, Any]:
-        """What the model itself passes to the block beside the hidden states: masks, positions, rotary tables."""
-        kind = str(getattr(self._blocks[index], "attention_type", ""))
-        key = (kind, shape[:2])
-        if key not in self._arguments:
-            self._body.layers = nn.ModuleList([_Catcher(self._blocks[index])])
-            try:
-                tokens = torch.zeros(shape[:2], dtype=torch.long, device=self.device)
-                with torch.no_grad():
-                    self._body(input_ids=tokens, use_cache=False)
-            except _CaughtArgumentsError as caught:
-                self._arguments[key] = caught.arguments
-            finally:
-                self._body.layers = self._blocks
-        return self._arguments[key]
+    def _block_call(self, index: int, shape: torch.Size) -> Call:
+        """What the model itself passes to the block beside hidden states of [batch, tokens]."""
+        if shape not in self._calls:
+            tokens = torch.zeros(shape, dtype=torch.long, device=self.device)
+            calls: list[Call] = []
+
+            def note(_index: int, hidden: torch.Tensor, call: Call) -> torch.Tensor:
+                calls.append(call)
+                return hidden
+
+            with torch.no_grad(), self._in_place_of_blocks(note):
+                self._body(input_ids=tokens, use_cache=False)
+            self._calls[shape] = calls
+        return self._calls[shape][index]
+
+    @contextmanager
+    def _in_place_of_blocks(self, visit: Visit) -> Iterator[None]:
+        """Within it the model's forward calls `visit` instead of each block."""
+        stand_ins = [StandIn(block, partial(visit, i), self._wrap) for i, block in enumerate(self._blocks)]
+        self._body.layers = nn.ModuleList(stand_ins)
+        try:
+            yield
+        finally:
+            self._body.layers = self._blocks
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Token ids [batch, tokens] to the first block's hidden states."""
-        embedded: torch.Tensor = self._body.embed_tokens(tokens.to(self.device))
-        return embedded
+        return self._first_call(tokens)[0]
+
+    def _first_call(self, tokens: torch.Tensor) -> tuple[torch.Tensor, Call]:
+        def stop(_index: int, hidden: torch.Tensor, call: Call) -> torch.Tensor:
+            raise FirstBlockReachedError(hidden, call)
+
+        try:
+            with torch.no_grad(), self._in_place_of_blocks(stop):
+                self._body(input_ids=tokens.to(self.device), use_cache=False)
+        except FirstBlockReachedError as reached:
+            return reached.hidden, reached.call
+        raise ValueError("its forward runs no block")
 
     def head(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The function from the last block's hidden states to logits [batch, tokens, vocabulary]."""
-        norm = self._load(self._body.norm, self.checkpoint)
-        output = self._skeleton.get_output_embeddings()
-        if self.config.tie_word_embeddings:
-            weight = self._body.embed_tokens.weight
-        else:
-            weight = self._load(output, self.checkpoint).weight
+        """The function from the last block's hidden states to logits [batch, tokens, vocabulary].
+
+        Raises:
+            CheckpointError: A weight is missing, not finite, or of another shape than the configuration says.
+        """
+        weights = self._head_weights()
 
         def logits(hidden: torch.Tensor) -> torch.Tensor:
-            with torch.no_grad():
-                return nn.functional.linear(norm(hidden), weight)
+            tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
+            with self._in_place_of_blocks(lambda _index, _hidden, _call: hidden):
+                return self._logits(tokens, weights)
 
         return logits
+
+    def _head_weights(self) -> dict[str, torch.Tensor]:
+        """The parameters that are not of the body, by their places."""
+        unread = {name for name, parameter in self._skeleton.named_parameters() if parameter.is_meta}
+        stored = {name: places for name, places in self._places.items() if unread & set(places)}
+        return {place: tensor for name in stored for tensor in [self._read(name)] for place in stored[name]}
+
+    def _logits(self, tokens: torch.Tensor, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        with torch.no_grad():
+            keywords = {"input_ids": tokens, "use_cache": False}
+            output = torch.func.functional_call(self._skeleton, dict(weights), kwargs=keywords)
+        result: torch.Tensor = output.logits
+        return result
+
+    def _check_structure(self) -> None:
+        """Proves with a few tokens that the model is its embedding, its blocks one after the other, and its head.
+
+        Raises:
+            ValueError: It is something else; says what.
+        """
+        vocabulary = self._skeleton.get_input_embeddings().weight.shape[0]
+        tokens = torch.linspace(1, vocabulary - 1, _PROBE_TOKENS, device=self.device).long().unsqueeze(0)
+        output = run_block(self.block(0), *self._first_call(tokens))
+        if isinstance(output, tuple):
+            if any(part is not None for part in output[1:]):
+                raise ValueError("its blocks return more than hidden states")
+            self._wrap = lambda hidden: (hidden, *output[1:])
+        weights = self._head_weights()
+        states = torch.randn(self.num_blocks, *self.embed(tokens).shape, generator=torch.Generator().manual_seed(0))
+        states = states.to(self.device, self.dtype)
+        traces = []
+        for probe in (tokens, torch.zeros_like(tokens)):
+            calls: list[Call] = []
+
+            def note(index: int, hidden: torch.Tensor, call: Call, calls: list[Call] = calls) -> torch.Tensor:
+                if index != len(calls):
+                    raise ValueError(f"it runs block {index} where block {len(calls)} is due")
+                if index and not torch.equal(hidden, states[index - 1]):
+                    raise ValueError(f"it changes the hidden states between blocks {index - 1} and {index}")
+                calls.append(call)
+                return states[index]
+
+            with self._in_place_of_blocks(note):
+                traces.append((calls, self._logits(probe, weights)))
+            if len(calls) != self.num_blocks:
+                raise ValueError(f"it runs {len(calls)} of its {self.num_blocks} blocks")
+        for index, (one, other) in enumerate(zip(traces[0][0], traces[1][0], strict=True)):
+            arguments = ((*call.arguments, *sorted(call.keywords.items())) for call in (one, other))
+            if not same(*arguments):
+                raise ValueError(f"it passes more of the text to block {index} than hidden states")
+        if not torch.equal(traces[0][1], traces[1][1]):
+            raise ValueError("its head reads more of the text than hidden states")
 
     def tokenizer(self) -> Any:
         """The checkpoint's tokenizer.

@@ -110,6 +110,10 @@ def replace(name: str, tensor: torch.Tensor | None) -> Callable[[dict[str, torch
     ("name", "tensor"),
     [
         ("gptqmodel-g128-sym", "scales"),
+        ("gptqmodel-g128-sym", "qweight"),
+        ("gptqmodel-g32-asym", "qweight"),
+        ("autoawq-g64", "qweight"),
+        ("llmcompressor-g128-sym", "weight_packed"),
         ("gptqmodel-g32-asym", "qzeros"),
         ("gptqmodel-g32-actorder", "g_idx"),
         ("autoawq-g64", "qzeros"),
@@ -122,6 +126,15 @@ def test_a_missing_tensor_is_refused_when_the_checkpoint_is_opened(tmp_path: Pat
     path = damaged(tmp_path, name, replace(f"{LAYER}.{tensor}", None))
     with pytest.raises(CheckpointError, match=rf"{LAYER}.{tensor} is missing; the checkpoint is incomplete"):
         Checkpoint(path)
+
+
+def test_a_dense_layer_with_scales_of_its_own_is_no_int4_layer(tmp_path: Path) -> None:
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors |= {"model.other.weight": torch.ones(2, 2), "model.other.scales": torch.ones(2)}
+
+    checkpoint = Checkpoint(damaged(tmp_path, "gptqmodel-g128-sym", add))
+    assert len(checkpoint.layers) == 7
+    assert torch.equal(checkpoint.parameter("model.other.weight", torch.float32), torch.ones(2, 2))
 
 
 @pytest.mark.parametrize(
@@ -199,3 +212,14 @@ def test_damaged_nf4_is_refused(tmp_path: Path) -> None:
     path = damaged(tmp_path, "bitsandbytes-nf4", replace(f"{name}.absmax", None))
     with pytest.raises(CheckpointError, match=rf"{name} is damaged NF4: KeyError"):
         Checkpoint(path).parameter(name, torch.float32)
+
+
+def test_a_parameter_that_is_not_finite_in_the_dtype_asked_for_is_refused(dense_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(dense_model, tmp_path / "large")
+    tensors = load_file(tmp_path / "large" / "model.safetensors")
+    tensors["lm_head.weight"][5, 6] = 1e5
+    save_file(tensors, tmp_path / "large" / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path / "large")
+    assert bool(checkpoint.parameter("lm_head.weight", torch.float32).isfinite().all())
+    with pytest.raises(CheckpointError, match=r"lm_head.weight\[5, 6\] is inf in float16; it must be finite"):
+        checkpoint.parameter("lm_head.weight", torch.float16)

@@ -42,6 +42,15 @@ def test_quantize_without_texts_uses_the_standard_library(dense_model: Path, tmp
         (["--samples", "0"], "--samples 0"),
         (["--calibration", "absent"], "absent cannot be read: No such file or directory"),
         (["--group-size", "48"], "no multiple of group_size=48"),
+        (["--damping", "-5"], "damping=-5.0 is not in 0..1"),
+        (["--damping", "nan"], "damping=nan is not in 0..1"),
+        (["--device", "foo"], "--device foo is not one; use cpu, cuda or cuda:N"),
+        (["--device", "meta"], "--device meta is not one; use cpu, cuda or cuda:N"),
+        (["--device", "cuda:99"], "--device cuda:99: torch sees"),
+        (
+            ["--format", "pack-quantized", "--act-order", "dynamic", "--group-size", "32"],
+            "pack-quantized with a dynamic act-order is not loaded by vLLM 0.32; use --act-order static",
+        ),
     ],
 )
 def test_a_bad_request_is_one_line(
@@ -52,7 +61,37 @@ def test_a_bad_request_is_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
-    assert not (tmp_path / "out" / "config.json").exists()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], None),
+        (["--asymmetric"], "stock vLLM 0.32 does not load asymmetric GPTQ (sym=False): use --format pack-quantized"),
+        (["--asymmetric", "--format", "pack-quantized"], None),
+        (["--method", "gptq", "--act-order", "dynamic"], "does not load GPTQ with a dynamic act-order"),
+        (["--group-size", "16"], "does not load GPTQ with groups of 16: use --group-size 32"),
+        (["--group-size", "16", "--format", "pack-quantized"], None),
+    ],
+)
+def test_quantize_says_what_stock_vllm_does_not_load(
+    dense_model: Path,
+    text: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str | None,
+) -> None:
+    (tmp_path / "text").write_text(text)
+    common = ["quantize", str(dense_model), str(tmp_path / "out"), "--no-evaluation", "--device", "cpu"]
+    common += ["--calibration", str(tmp_path / "text"), "--method", "rtn", "--group-size", "32"]
+    assert main([*common, "--samples", "2", "--length", "64", *options]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "stock vLLM" in line]
+    assert len(lines) == (message is not None)
+    assert message is None or message in lines[0]
+    refusal = json.loads((tmp_path / "out" / "quantize-report.json").read_text())["stock_refusal"]
+    assert (refusal is None) == (message is None)
 
 
 def test_texts_that_are_none(dense_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,3 +117,9 @@ def test_memory_prints_a_table_or_json(dense_model: Path, capsys: pytest.Capture
 def test_memory_of_something_else_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["memory", str(tmp_path)]) == 2
     assert "config.json cannot be read" in capsys.readouterr().err
+    for text, message in (("5", "text_config=5 is no object"), ("null", "has no 'hidden_size'")):
+        (tmp_path / "config.json").write_text(f'{{"text_config": {text}}}')
+        assert main(["memory", str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1

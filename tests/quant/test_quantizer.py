@@ -3,6 +3,7 @@ leave nothing behind."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tokenmill.errors import CheckpointError, ConfigurationError, InputError, UnsupportedError
 from tokenmill.quant.block import BlockSettings, scale_inputs
@@ -46,7 +48,7 @@ def quantized(model: Path, out: Path, wanted: Request) -> Report:
     [
         (settings("rtn", 128), "pack-quantized", Scheme("pack-quantized", 128, True)),
         (settings("gptq", 64, False, "group-aware"), "gptq", Scheme("gptq", 64, False)),
-        (settings("gptq", 32, True, "dynamic"), "pack-quantized", Scheme("pack-quantized", 32, True, True)),
+        (settings("gptq", -1, True, "dynamic"), "pack-quantized", Scheme("pack-quantized", -1, True)),
         (settings("gptq", 32, True, "dynamic"), "gptq", Scheme("gptq", 32, True, True)),
         (settings("awq", 32, False), "pack-quantized", Scheme("pack-quantized", 32, False)),
         (settings("awq-gptq", -1, True, "static"), "gptq", Scheme("gptq", -1, True)),
@@ -161,6 +163,7 @@ def test_a_killed_run_continues_to_the_same_bytes(dense_model: Path, text: str, 
     assert left == [
         "model-00001-of-00004.safetensors",
         "model-00002-of-00004.unfinished",
+        "model-00004-of-00004.safetensors",
         "quantize-progress.json",
     ]
     with pytest.raises(CheckpointError):
@@ -214,6 +217,37 @@ def test_requests_that_cannot_be_met(dense_model: Path, text: str, tmp_path: Pat
     (tmp_path / "gemma" / "config.json").write_text(json.dumps(config | {"intermediate_size": 512}))
     with pytest.raises(CheckpointError, match=r"has shape \[256, 128\]; config.json makes it \[512, 128\]"):
         quantize_checkpoint(tmp_path / "gemma", tmp_path / "h", request(text, settings("rtn"), evaluate=False))
+
+
+def test_a_dynamic_order_that_vllm_does_not_load_is_refused(dense_model: Path, text: str, tmp_path: Path) -> None:
+    wanted = request(text, settings("gptq", 32, True, "dynamic"), "pack-quantized")
+    with pytest.raises(ConfigurationError, match=r"not loaded by vLLM 0.32; use --act-order static or group-aware, or"):
+        quantize_checkpoint(dense_model, tmp_path / "out", wanted)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        ("rtn", "model.layers.0.mlp.down_proj.weight"),
+        ("gptq", "model.layers.0.mlp.down_proj.weight"),
+        ("rtn", "model.norm.weight"),
+        ("rtn", "lm_head.weight"),
+    ],
+)
+def test_a_weight_that_is_not_finite_is_refused(
+    dense_model: Path, text: str, tmp_path: Path, method: str, name: str, value: float
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(dense_model, source)
+    tensors = load_file(source / "model.safetensors")
+    place = (3, 4) if tensors[name].dim() == 2 else (3,)
+    tensors[name][place] = value
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"^{name}\[3.*\] is {value} in \w+; it must be finite"):
+        quantize_checkpoint(source, tmp_path / "out", request(text, settings(method), evaluate=False))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.gpu

@@ -136,6 +136,12 @@ def test_a_hessian_with_nan_is_refused() -> None:
         gptq(weight, hessian, 32, True, torch.float32, GptqOptions())
 
 
+@pytest.mark.parametrize("damping", [-5.0, 1.5, 1000.0, float("nan"), float("inf")])
+def test_damping_has_a_range(damping: float) -> None:
+    with pytest.raises(InputError, match=rf"damping={damping} is not in 0..1"):
+        GptqOptions(damping=damping)
+
+
 @pytest.mark.parametrize("group_size", [48, 0, 256])
 def test_a_group_size_that_does_not_divide_is_refused(group_size: int) -> None:
     weight, hessian = problem()

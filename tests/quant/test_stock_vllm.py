@@ -1,5 +1,7 @@
-"""Stock vLLM, without any of our hooks, loads what the quantizer writes and predicts what our reference predicts."""
+"""Stock vLLM, without any of our hooks, loads what the quantizer writes and predicts what our reference predicts; what
+it refuses is what `stock_refusal` says."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -14,12 +16,13 @@ from tokenmill.models import tiny_pair
 from tokenmill.quant.block import BlockSettings
 from tokenmill.quant.checkpoint import Checkpoint
 from tokenmill.quant.evaluate import perplexity
+from tokenmill.quant.format import STOCK_VLLM, Scheme, stock_refusal, write_config
 from tokenmill.quant.gptq import GptqOptions
 from tokenmill.quant.quantizer import Request, quantize_checkpoint
 from tokenmill.quant.streaming import StreamedModel
 from tokenmill.speculative.pair.corpus import calibration_text
 
-pytest.importorskip("vllm")
+vllm = pytest.importorskip("vllm")
 
 #: Prints the likelihood that vLLM gives to the prompt's tokens.
 SCRIPT = """
@@ -68,3 +71,43 @@ def test_stock_vllm_predicts_what_the_reference_predicts(
     ours = perplexity(model, text, 512)
     assert ours.num_tokens == len(tokens) - 1
     assert nats == pytest.approx(ours.nats, rel=0.01)  # vLLM computes in bfloat16
+
+
+def vllm_takes(scheme: Scheme) -> bool:
+    """Whether vLLM's own code takes the configuration, sizes aside."""
+    quantization = "vllm.model_executor.layers.quantization"
+    marlin = pytest.importorskip(f"{quantization}.utils.marlin_utils")
+    try:
+        if scheme.format == "gptq":
+            module = pytest.importorskip(f"{quantization}.auto_gptq")
+            module.AutoGPTQConfig.from_config(write_config(scheme))
+            return scheme.group_size in marlin.MARLIN_SUPPORTED_GROUP_SIZES
+        module = pytest.importorskip(f"{quantization}.compressed_tensors.compressed_tensors")
+        module.CompressedTensorsConfig.from_config(write_config(scheme))
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not vllm.__version__.startswith(STOCK_VLLM), reason=f"not vLLM {STOCK_VLLM}")
+def test_what_stock_vllm_refuses_is_known() -> None:
+    for name, group_size, symmetric, act_order in itertools.product(
+        ("gptq", "pack-quantized"), (-1, 8, 16, 32, 64, 96, 128, 256), (True, False), (True, False)
+    ):
+        scheme = Scheme(name, group_size, symmetric, act_order)
+        assert (stock_refusal(scheme) is None) == vllm_takes(scheme), scheme
+
+
+@pytest.mark.skipif(not vllm.__version__.startswith(STOCK_VLLM), reason=f"not vLLM {STOCK_VLLM}")
+@pytest.mark.parametrize(("K", "N"), [(128, 96), (128, 100), (136, 96), (132, 96), (96, 32)])
+def test_the_sizes_that_stock_vllm_refuses_on_a_cpu_are_known(K: int, N: int) -> None:
+    linear = pytest.importorskip("vllm.model_executor.kernels.linear")
+    if not linear.current_platform.is_cpu():
+        pytest.skip("not vLLM's CPU build")
+    scalars = pytest.importorskip("vllm.scalar_type").scalar_types
+    wanted = linear.MPLinearLayerConfig((K, N), (K, N), scalars.uint4b8, torch.bfloat16, -1, zero_points=False)
+    kernel = pytest.importorskip("vllm.model_executor.kernels.linear.mixed_precision.cpu").CPUWNA16LinearKernel
+    for name in ("gptq", "pack-quantized"):
+        refusal = stock_refusal(Scheme(name, -1, True), [(K, N)])
+        assert (refusal is None) == kernel.can_implement(wanted)[0]
+        assert refusal is None or refusal.with_plugin
