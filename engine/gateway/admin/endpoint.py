@@ -1,6 +1,6 @@
 """One endpoint of the admin API: who may, what comes in. The table of them is routes and OpenAPI both."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -38,12 +38,14 @@ class Call:
         governance: The store and its options.
         request: The request; its path parameters and query.
         body: What its body holds, of the endpoint's type; None where it takes none.
+        routed: Names of models that stand for the router's choice.
     """
 
     actor: Actor
     governance: Governance
     request: Request
     body: Any = None
+    routed: Collection[str] = ()
 
     @property
     def by(self) -> str:

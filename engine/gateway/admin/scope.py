@@ -86,14 +86,14 @@ def restricted(
     if role is not None:
         raise ApiError(403, "The role admin is needed to give a role.", code="forbidden", param="role")
     own = keys.by_id(connection, call.actor.name)
-    if (
-        own.models is not None
-        and models is not None
-        and not all(map(Principal("", models=own.models).may_ask_for, models))
-    ):
-        raise ApiError(
-            403, f"Your own key may ask for {', '.join(own.models)} alone.", code="forbidden", param="models"
-        )
+    if own.models is not None and models is not None:
+        may = Principal("", models=own.models).may_ask_for
+        # A key for the router alone has every tier; beside others it has those.
+        routed = set(call.routed)
+        widened = bool(models) and set(models) <= routed and not set(own.models) <= routed and not may("*")
+        if widened or not all(map(may, models)):
+            holds = ", ".join(own.models)
+            raise ApiError(403, f"Your own key may ask for {holds} alone.", code="forbidden", param="models")
     confined = {name: own.metadata[name] for name in _CONFINING if name in own.metadata}
     for name, value in confined.items():
         if metadata.get(name, value) != value:

@@ -47,6 +47,7 @@ class AdminSite:
 
     def __init__(self, governance: Governance, portfolio: Portfolio, counted: Metrics) -> None:
         self._governance = governance
+        self._portfolio = portfolio
         self._counted = counted
         table: tuple[Endpoint, ...] = (
             *ENDPOINTS,
@@ -107,7 +108,7 @@ class AdminSite:
             if _NUL.search(raw) is not None:
                 raise _nul("body")
             body = _decoded(raw, endpoint.body, request)
-        answer = await endpoint.run(Call(actor, self._governance, request, body))
+        answer = await endpoint.run(Call(actor, self._governance, request, body, self._portfolio.virtual))
         if isinstance(answer, Response):
             return answer
         return Response(orjson.dumps(answer), endpoint.status, media_type="application/json", headers=_NOT_KEPT)

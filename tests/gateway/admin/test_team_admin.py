@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import dataclass
 from http.client import HTTPConnection
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
@@ -11,6 +12,8 @@ import pytest
 
 from tests.gateway.running import lowered, wait_until
 from tests.gateway.workers import MASTER_KEY, Workers
+from tokenmill.engine.gateway.backends import Backend
+from tokenmill.engine.gateway.router.settings import RoutingSettings
 
 #: What a team's administrator may call; everything else in the API's own document is refused.
 HIS = {
@@ -141,6 +144,22 @@ def test_his_keys_may_do_no_more_than_his_own(teams: Teams) -> None:
     _, secret = made(teams.workers, **{**own, "models": ["ti*"]})
     for models, status in ((["tiny", "tin*"], 201), (["*"], 403), (["*i*"], 403), (["utility"], 403)):
         assert teams.workers.send("POST", "/admin/keys", {"models": models}, secret)[0] == status
+
+
+def test_a_key_for_the_router_alone_is_made_by_who_has_every_tier(tmp_path: Path) -> None:
+    # Alone, the router's name opens every tier; beside others those. No request is sent: nobody has to be there.
+    backend = Backend("a", "http://127.0.0.1:9", "utility", models=("tiny",), health_path=None)
+    with Workers(tmp_path, backend, routing=RoutingSettings()) as workers:
+        workers.json("POST", "/admin/accounts", {"kind": "team", "id": "search"}, status=201)
+        for own, status in (
+            (["auto", "utility"], 403),
+            (["auto", "*"], 201),
+            (["auto"], 201),
+            (None, 201),
+        ):
+            _, secret = made(workers, parent="search", role="team-admin", models=own)
+            assert workers.send("POST", "/admin/keys", {"models": ["auto"]}, secret)[0] == status, own
+            assert own is None or workers.send("POST", "/admin/keys", {"models": own}, secret)[0] == 201, own
 
 
 def test_every_other_path_is_refused(teams: Teams) -> None:
