@@ -1,6 +1,6 @@
 """Writes docs/configuration.md from the descriptions of the fields; run it as a module, from the repository root."""
 
-import sys
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -130,5 +130,6 @@ def _type(field: FieldInfo) -> str:
 
 
 if __name__ == "__main__":
-    destination = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/configuration.md")
-    destination.write_text(markdown(), encoding="utf-8")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", nargs="?", type=Path, default=Path("docs/configuration.md"))
+    parser.parse_args().file.write_text(markdown(), encoding="utf-8")
