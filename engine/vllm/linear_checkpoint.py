@@ -67,7 +67,7 @@ def load_weights(loader: Any, model: torch.nn.Module, model_config: Any) -> None
         stock(loader, model, model_config)
     finally:
         del loader._prepare_weights
-    check_marks(model)
+    check_marks(model, unused=_unused(model_config.hf_config))
 
 
 def quantization_of(hf_config: Any) -> QuantizationConfig | None:
@@ -80,6 +80,12 @@ def quantization_of(hf_config: Any) -> QuantizationConfig | None:
             except (CheckpointError, AttributeError, TypeError):  # another method's, of any form
                 return None
     return None
+
+
+def _unused(hf_config: Any) -> frozenset[str]:
+    """Layers that a checkpoint may leave out: those of keys and values where some layers use those of others."""
+    text = getattr(hf_config, "text_config", hf_config)
+    return frozenset(("k_proj", "v_proj") if getattr(text, "num_kv_shared_layers", 0) else ())
 
 
 def check_files(files: Sequence[Path], quantization: QuantizationConfig) -> None:
@@ -103,6 +109,8 @@ def check_files(files: Sequence[Path], quantization: QuantizationConfig) -> None
             scheme = quantization.scheme(layer)
             # A lone `scales` may be a parameter of the model's own.
             if scheme is None or (marker not in stored and len(stored) == 1):
+                continue
+            if marker in stored and len(stored[marker].shape) == 3:  # experts in one tensor, a form of vLLM's own
                 continue
             tensors = {
                 short: torch.empty(info.shape, dtype=_DTYPES[info.dtype], device="meta")
@@ -145,7 +153,9 @@ def _weights(model: torch.nn.Module) -> Iterator[_Weight]:
             if parameter is None or dim is None or parameter.dim() != 2 or parameter.is_meta or not parameter.numel():
                 continue
             marked = parameter.data.narrow(dim, 0, min(_MARKED_ROWS, parameter.shape[dim]))
-            yield _Weight(_parts(name, module), short, marked, dim)
+            parts = _parts(name, module)
+            # Of layers that are not quantized, vLLM leaves parts out on purpose here and there.
+            yield _Weight(parts if short != "weight" else ((parts[0][0], 1),), short, marked, dim)
 
 
 def _parts(name: str, module: Any) -> tuple[tuple[str, int], ...]:
@@ -163,8 +173,12 @@ def mark(model: torch.nn.Module) -> None:
         weight.marked.fill_(float("nan") if weight.marked.is_floating_point() else _MARK)
 
 
-def check_marks(model: torch.nn.Module) -> None:
+def check_marks(model: torch.nn.Module, unused: frozenset[str] = frozenset()) -> None:
     """Whether loading has written every weight that `mark` marked.
+
+    Args:
+        model: The model after loading.
+        unused: Last parts of the names of layers that need not be written.
 
     Raises:
         CheckpointError: A layer's weight, or that of a layer merged into it, was not written.
@@ -175,6 +189,7 @@ def check_marks(model: torch.nn.Module) -> None:
         total, first = sum(size for _, size in weight.parts), 0
         for name, size in weight.parts:
             last = first + size * len(unwritten) // total  # the outputs may be packed, eight a word
-            if bool(unwritten[first:last].all()) and last > first:
+            needed = name.rpartition(".")[2] not in unused and last > first
+            if needed and bool(unwritten[first:last].all()):
                 raise CheckpointError(f"{name}.{weight.parameter} is missing; the checkpoint is incomplete")
             first = last

@@ -83,7 +83,7 @@ class WideGPTQConfig(AutoGPTQConfig):  # type: ignore[misc]
     @staticmethod
     def get_checkpoint_weight_mapper() -> WeightsMapper:
         """Keeps the g_idx of linear layers; vLLM's own drops every one, which turns act-order into noise."""
-        return WeightsMapper(orig_to_new_regex={re.compile(r"\.experts\.\d+\..*\.g_idx$"): None})
+        return WeightsMapper(orig_to_new_regex={re.compile(r"\.experts\..*\.g_idx$"): None})
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "WideGPTQConfig":

@@ -90,6 +90,14 @@ def test_a_wrong_dtype_or_shape_is_named(
         check(scheme, tmp_path, damage)
 
 
+def test_experts_in_one_tensor_are_left_to_vllm(tmp_path: Path) -> None:
+    def stack(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.startswith(LAYER)]:
+            tensors[name] = torch.stack([tensors[name]] * 2)
+
+    check(PACKED, tmp_path, stack)
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -141,6 +149,7 @@ def test_a_layer_of_which_the_files_have_nothing_is_named(written: tuple[int, in
         return
     with pytest.raises(CheckpointError, match=f"^{missing}.qweight is missing; the checkpoint is incomplete$"):
         check_marks(model)
+    check_marks(model, unused=frozenset([missing]))
 
 
 def no_scales(tensors: Tensors) -> None:
