@@ -98,9 +98,13 @@ def check_linears(block: nn.Module, settings: BlockSettings) -> None:
     """Refuses a block that cannot be quantized as wanted; it needs no weights.
 
     Raises:
-        InputError: There is no linear, or the group size does not divide an input size; the message names the linear.
+        InputError: There is no linear, or there are experts, or the group size does not divide an input size; the
+            message names the linear.
     """
     found = linears(block)
+    for name, parameter in block.named_parameters():
+        if parameter.dim() > 2 and not isinstance(block.get_submodule(name.rpartition(".")[0]), nn.Conv1d):
+            raise InputError(f"{name} is {parameter.dim()}-dimensional; experts of a mixture are not quantized yet")
     if not found:
         raise InputError("a block of the model has no linear layer; there is nothing to quantize")
     for name, module in found.items():

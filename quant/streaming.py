@@ -86,7 +86,7 @@ class StreamedModel:
         except TokenmillError:
             raise
         except Exception as error:  # noqa: BLE001 (an architecture that is not as expected may raise anything)
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise CheckpointError(f"{checkpoint.path} cannot be run block by block: {reason}") from None
 
     @property

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tokenmill.errors import CheckpointError, ConfigurationError, InputError, UnsupportedError
-from tokenmill.quant.block import BlockSettings, scale_inputs
+from tokenmill.quant.block import BlockSettings, check_linears, scale_inputs
 from tokenmill.quant.checkpoint import Checkpoint
 from tokenmill.quant.evaluate import perplexity
 from tokenmill.quant.format import Scheme
@@ -248,6 +248,22 @@ def test_a_weight_that_is_not_finite_is_refused(
     with pytest.raises(CheckpointError, match=rf"^{name}\[3.*\] is {value} in \w+; it must be finite"):
         quantize_checkpoint(source, tmp_path / "out", request(text, settings(method), evaluate=False))
     assert not (tmp_path / "out").exists()
+
+
+def test_blocks_without_linears_or_with_experts_are_refused() -> None:
+    class Experts(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_up_proj = torch.nn.Parameter(torch.empty(4, 64, 32))
+
+    linear, convolution = torch.nn.Linear(32, 32), torch.nn.Conv1d(1, 1, 4)
+    check_linears(torch.nn.Sequential(linear, convolution), settings())
+    with pytest.raises(InputError, match="has no linear layer; there is nothing to quantize"):
+        check_linears(torch.nn.Sequential(convolution), settings())
+    with pytest.raises(
+        InputError, match=r"1.gate_up_proj is 3-dimensional; experts of a mixture are not quantized yet"
+    ):
+        check_linears(torch.nn.Sequential(linear, Experts()), settings())
 
 
 @pytest.mark.gpu
