@@ -122,7 +122,6 @@ def prepare(weight: Int4Weight, dtype: torch.dtype) -> op.PreparedInt4:
     Raises:
         InputError: A scale, zero point or group index is out of range; says which.
     """
-    weight.check_values()
     bits = env.INT4_ACTIVATION_BITS.get()
     prepared = op.prepare(weight, dtype, device=weight.device, activation_bits=bits)
     hooks.record(hooks.HookStatus("linear", "active", f"INT4 layers run on {describe(prepared, bits)}"))
