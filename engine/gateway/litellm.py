@@ -318,12 +318,16 @@ class _Importer:
         source = self._source
         found: dict[str, Any] = {}
         for section in ("router_settings", "litellm_settings"):  # the router's own win
+            allowed = source.whole((section, "allowed_fails"), 0, 99_999)
             read = {
-                "read_timeout_seconds": source.number((section, "timeout"), 0.001, 86_400)
-                or source.number((section, "request_timeout"), 0.001, 86_400),
+                # Where LiteLLM reads 0 seconds, it takes its own default.
+                "read_timeout_seconds": source.number((section, "timeout"), 0, 86_400)
+                or source.number((section, "request_timeout"), 0, 86_400)
+                or None,
                 "retries": source.whole((section, "num_retries"), 0, 100),
-                "breaker_failures": source.whole((section, "allowed_fails"), 1, 100_000),
-                "breaker_cooldown_seconds": source.number((section, "cooldown_time"), 0.001, 86_400),
+                # So many are allowed; the next one opens the circuit.
+                "breaker_failures": None if allowed is None else allowed + 1,
+                "breaker_cooldown_seconds": source.number((section, "cooldown_time"), 0, 86_400) or None,
             }
             found = {name: value for name, value in read.items() if value is not None} | found
         size = source.number(("general_settings", "max_request_size_mb"), 0.001, 4096)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tokenmill import env
 from tokenmill.engine.gateway import litellm, litellm_prices, yaml_file
-from tokenmill.engine.gateway.config import Config, RemoteBackend
+from tokenmill.engine.gateway.config import Config, RemoteBackend, Server
 from tokenmill.engine.gateway.governance.options import digest
 from tokenmill.engine.supervisor import arguments
 from tokenmill.engine.supervisor.main import main
@@ -68,7 +68,7 @@ def test_example_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (claude.protocol, claude.url) == ("anthropic", "https://api.anthropic.com")
     settings_ = make_plan(config).settings()
     assert (settings_.most_retries, settings_.read_timeout_s) == (2, 120)
-    assert (settings_.breaker_failures, settings_.breaker_cooldown_s) == (3, 30)
+    assert (settings_.breaker_failures, settings_.breaker_cooldown_s) == (4, 30)
 
 
 def test_check_says_what_became_of_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,6 +103,20 @@ def test_fallbacks_of_every_kind(tmp_path: Path) -> None:
     assert left == [
         f"router_settings.{name}" for name in ("enable_pre_call_checks", "retry_policy", "allowed_fails_policy")
     ]
+
+
+def test_allowed_failures_and_zeros_mean_what_they_mean_there(tmp_path: Path) -> None:
+    models = "model_list:\n" + model("a", "model: openai/x, api_key: k")
+    zeros = "router_settings: {allowed_fails: 0, cooldown_time: 0, timeout: 0, num_retries: 0}\n"
+    imported = convert(tmp_path, models + zeros)
+    server, usual = imported.config.server, Server()
+    assert (server.breaker_failures, server.retries) == (1, 0)
+    assert (server.breaker_cooldown_seconds, server.read_timeout_seconds) == (
+        usual.breaker_cooldown_seconds,
+        usual.read_timeout_seconds,
+    )
+    assert not imported.left_out
+    assert convert(tmp_path, models + "litellm_settings: {allowed_fails: 3}\n").config.server.breaker_failures == 4
 
 
 def test_what_is_not_understood_is_listed_and_nothing_else(tmp_path: Path) -> None:

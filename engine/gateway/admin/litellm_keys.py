@@ -26,22 +26,23 @@ _AS_IT_IS: Mapping[str, tuple[Any, ...]] = {
     "key_type": ("default", "llm_api"),
     "rpm_limit_type": ("best_effort_throughput",),
     "tpm_limit_type": ("best_effort_throughput",),
-    "spend": (0,),
 }
+#: The same of a key that is new: it has spent nothing. Of another it would mean that its books begin anew.
+_AS_NEW: Mapping[str, tuple[Any, ...]] = {**_AS_IT_IS, "spend": (0,)}
 #: LiteLLM's names for every model.
 _ALL = frozenset({"*", "all-proxy-models", "all-team-models"})
 #: LiteLLM's duration of a key that does not end.
 _ENDLESS = "-1"
 
 
-def _refuse_others(call: Call) -> None:
+def _refuse_others(call: Call, as_it_is: Mapping[str, tuple[Any, ...]]) -> None:
     """Refuses fields that would be lost. LiteLLM's clients send those empty where nothing was chosen."""
     sent: dict[str, Any] = call.request.state.fields
     taken = call.body.__struct_fields__
     for field, value in sent.items():
         if field in taken or value is None or value is False or (isinstance(value, str | list | dict) and not value):
             continue
-        if value not in _AS_IT_IS.get(field, ()):
+        if value not in as_it_is.get(field, ()):
             name = quote(field)
             raise ApiError(400, f"`{name}` is not supported here; leave it out.", code="unsupported_field", param=name)
 
@@ -70,7 +71,7 @@ def _end(duration: str | UnsetType | None, expires: str | UnsetType | None) -> i
 async def generate(call: Call) -> Any:
     """A new key."""
     body: LiteLLMKey = call.body
-    _refuse_others(call)
+    _refuse_others(call, _AS_NEW)
     metadata = checked_metadata(body.metadata)
     if body.user_id:
         metadata = {**metadata, "user_id": body.user_id}
@@ -118,7 +119,7 @@ async def info(call: Call) -> Any:
 async def update(call: Call) -> Any:
     """Changes a key; what is not named stays."""
     body: LiteLLMChange = call.body
-    _refuse_others(call)
+    _refuse_others(call, _AS_IT_IS)
     if body.metadata is not UNSET:
         checked_metadata(body.metadata)
     ends = any(said is not UNSET and said != "" for said in (body.duration, body.expires))

@@ -178,6 +178,8 @@ def test_fields_that_litellms_clients_send_empty_are_no_restrictions(workers: Wo
     made = generate(workers, **empty)
     assert (made["max_budget"], made["team_id"], made["user_id"]) == (None, None, None)
     assert workers.chat(made["key"])[0] == 200
+    # What a new key has is no news; that an old one has spent nothing would be.
+    assert workers.send("POST", "/key/update", {"key": made["key"], "spend": 0})[0] == 400
 
 
 def test_expires_ends_a_key_as_duration_does(workers: Workers) -> None:
