@@ -15,10 +15,14 @@ from tokenmill.engine.gateway.api_error import ApiError, quote
 
 #: So much of a form is searched at once, a fraction of a millisecond; other requests run in between.
 SLICE_BYTES = 1 << 20
+#: So many parts are read at once, a few milliseconds at most.
+SLICE_PARTS = 64
 #: More parts than this are no request to a model, and take long to read; Starlette has the same limit.
 MOST_PARTS = 1000
 #: Longest head of a part.
 MOST_HEAD_BYTES = 8192
+#: Most header fields of a part; the usual clients send up to four.
+MOST_HEADERS = 16
 #: Longest name of a model.
 MOST_NAME_BYTES = 1024
 
@@ -28,14 +32,12 @@ _TYPE = re.compile(
     rb"[ \t]*" + _CHARSET,
     re.IGNORECASE,
 )
-_HEADER = re.compile(rb"([0-9A-Za-z_-]+):[ \t]*([\t\x20-\x7e\x80-\xff]*)")
+_HEADER = re.compile(rb"([0-9A-Za-z_-]+):([\t\x20-\x7e\x80-\xff]*)")
 _PARAMETER = re.compile(
     rb"[ \t]*;[ \t]*(filename\*|filename|name)=(?:\"([^\"]*)\"|([0-9A-Za-z!#$%&'*+.^_`|~-]+))", re.IGNORECASE
 )
 #: A name that nobody decodes, unquotes or trims.
 _NAME = re.compile(rb"[][0-9A-Za-z_.-]+")
-#: In a quoted text: what some servers take for the next parameter.
-_MORE = re.compile(rb";[^=]*=")
 _MODEL = re.compile(rb"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?")
 #: Of a part that is a plain text, in characters that are the same bytes in all of these.
 _PLAIN = re.compile(rb'text/plain(?:;[ \t]*charset="?(?:utf-8|us-ascii|iso-8859-1)"?)?', re.IGNORECASE)
@@ -96,8 +98,11 @@ async def form_of(payload: bytes, fields: Mapping[bytes, bytes]) -> Form:
         raise _refused("its body does not begin with the boundary that `content-type` names")
     model: str | None = None
     first = last = 0
-    at = len(boundary)
-    for _ in range(MOST_PARTS):
+    at = rested = len(boundary)
+    for number in range(1, MOST_PARTS + 1):
+        if number % SLICE_PARTS == 0 or at - rested > SLICE_BYTES:
+            rested = at
+            await asyncio.sleep(0)
         start = at + 2
         stop = await _find(payload, boundary, start) - 2
         if stop < start or payload[stop : stop + 2] != b"\r\n":
@@ -169,12 +174,14 @@ def _part(payload: bytes, start: int, stop: int) -> str | None:
 def _headers(head: bytes) -> dict[bytes, bytes]:
     """A part's header fields, names in lower case."""
     headers: dict[bytes, bytes] = {}
+    if head.count(b"\r\n") >= MOST_HEADERS:
+        raise _refused(f"a part has more than {MOST_HEADERS} headers")
     for line in head.split(b"\r\n"):
         found = _HEADER.fullmatch(line)
         if found is None or found[1].lower() in headers:
             shown = quote(line.decode("latin-1"))
             raise _refused(f"a part's header `{shown}` is none, or stands there twice")
-        headers[found[1].lower()] = found[2].rstrip(b" \t")
+        headers[found[1].lower()] = found[2].strip(b" \t")
     return headers
 
 
@@ -188,8 +195,9 @@ def _disposition(value: bytes) -> tuple[str, bool]:
         if found is None:
             break
         what, said = found[1].lower(), found[3] if found[2] is None else found[2]
-        # Where a backslash takes the quote's meaning away, the text goes on; for some servers it does not.
-        clear = what not in named and not said.endswith(b"\\") and _MORE.search(said) is None
+        # Where a backslash takes the quote's meaning away, the text goes on; for some servers it does not. What follows
+        # a semicolon in a quoted text is the next parameter to some.
+        clear = what not in named and not said.endswith(b"\\") and b"=" not in said.partition(b";")[2]
         named[what] = said
         at = found.end()
     name = named.get(b"name", b"")
