@@ -174,6 +174,8 @@ class Way:
         if trouble != "unsent":
             self._resent.add(tier)
         if not first:
+            if trouble not in ("unsent", "failed"):
+                self._leave_out(tier)
             if (
                 trouble != "final"
                 or not isinstance(self.failure.answer, ApiError)

@@ -150,6 +150,24 @@ def test_silence_leads_to_another_tier_and_not_to_the_same_one(servers: dict[str
         wait_until(lambda: servers["small"].books.cancelled == 1)
 
 
+@pytest.mark.parametrize(
+    "last", [{"delay_s": 5}, error(400, TOO_LONG), error(400, "filtered", "content_filter"), error(422)]
+)
+def test_a_fallback_is_not_asked_again_either_where_its_answer_says_so(
+    servers: dict[str, FakeUpstream], last: dict[str, Any]
+) -> None:
+    backends = [Backend("small", servers["small"].url, "small", ("small",))]
+    backends += [Backend(f"l{number}", servers["large"].url, "large", ("large",)) for number in range(3)]
+    backends.append(Backend("long", servers["long"].url, "long", ("long",)))
+    settings = Settings(read_timeout_s=0.5, retry_ratio=1.0, fallbacks={"small": ("large", "long")})
+    with RunningGateway(*backends, settings=settings) as gateway:
+        for _ in range(3):
+            body = {"model": "small", "act": {"small": error(500), "large": last, "long": {}}}
+            status, headers, _ = gateway.post(CHAT, body)
+            assert (status, headers["x-tokenmill-fallback"]) == (200, "long")
+    assert asked(servers) == {"small": 3, "large": 3, "long": 3}
+
+
 def test_a_stream_that_has_begun_is_not_begun_elsewhere(
     gateway: RunningGateway, servers: dict[str, FakeUpstream]
 ) -> None:
