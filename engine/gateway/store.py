@@ -18,12 +18,13 @@ import operator
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from tokenmill.engine.gateway.store_schema import make_tables
 from tokenmill.errors import ConfigurationError
 
 T = TypeVar("T")
@@ -43,16 +44,6 @@ TIDY_AFTER = 1000
 AGAIN_S = 1.0
 #: How long what nobody waits for may wait for company, in seconds: a transaction of its own costs ten times as much.
 POSTED_WAIT_S = 0.005
-#: What made each version of the tables from the one before; both databases take the statements.
-CHANGES: Mapping[int, Sequence[str]] = {
-    2: ("ALTER TABLE ledger ADD COLUMN kind TEXT NOT NULL DEFAULT 'answer'",),
-    3: (
-        "ALTER TABLE ledger ADD COLUMN accepted_draft_tokens BIGINT NOT NULL DEFAULT 0",
-        "ALTER TABLE ledger ADD COLUMN rejected_draft_tokens BIGINT NOT NULL DEFAULT 0",
-    ),
-}
-#: Version of the tables; a database made by a newer Tokenmill is refused, one by an older is changed.
-SCHEMA_VERSION = max(CHANGES)
 
 
 class StoreUnavailableError(ConfigurationError):
@@ -249,7 +240,7 @@ class Store:
             if self._quick is not None:
                 undo.callback(self._quick.close)
             with self._database.transaction(self._writer):
-                _make_tables(self._writer, schema, self._database.shown)
+                make_tables(self._writer, schema, self._database.shown)
             undo.pop_all()
         #: For reading, in the thread that made the store; sees everything that is committed.
         self.reader = self._database.connect()
@@ -500,21 +491,3 @@ def _database(place: Path | str) -> Database:
     from tokenmill.engine.gateway.sqlite import Sqlite
 
     return Sqlite(Path(place))
-
-
-def _make_tables(connection: Connection, schema: Sequence[str], shown: str) -> None:
-    connection.execute("CREATE TABLE IF NOT EXISTS schema_version (version INTEGER NOT NULL)")
-    row = connection.execute("SELECT version FROM schema_version").fetchone()
-    if row is None:
-        for statement in schema:
-            connection.make(statement)
-        connection.execute("INSERT INTO schema_version (version) VALUES (?)", (SCHEMA_VERSION,))
-    elif row[0] > SCHEMA_VERSION:
-        raise ConfigurationError(
-            f"{shown} has schema version {row[0]}, this Tokenmill knows {SCHEMA_VERSION}; upgrade Tokenmill"
-        )
-    elif row[0] < SCHEMA_VERSION:
-        for version in range(row[0] + 1, SCHEMA_VERSION + 1):
-            for statement in CHANGES[version]:
-                connection.execute(statement)
-        connection.execute("UPDATE schema_version SET version = ?", (SCHEMA_VERSION,))

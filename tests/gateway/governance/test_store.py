@@ -21,7 +21,8 @@ from tokenmill.engine.gateway.governance.accounts import Limits
 from tokenmill.engine.gateway.governance.retention import DAY_MS
 from tokenmill.engine.gateway.governance.schema import SCHEMA
 from tokenmill.engine.gateway.governance.workers import WorkerLock
-from tokenmill.engine.gateway.store import SCHEMA_VERSION, Connection, Store, now_ms
+from tokenmill.engine.gateway.store import Connection, Store, now_ms
+from tokenmill.engine.gateway.store_schema import SCHEMA_VERSION
 from tokenmill.errors import ConfigurationError
 
 HOLDER = "import sys; from tokenmill.engine.gateway.store import Store; "

@@ -1,0 +1,48 @@
+"""Versions of the store's tables: what an empty database gets, and what changes those of an older Tokenmill."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from tokenmill.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from tokenmill.engine.gateway.store import Connection
+
+#: What made each version of the tables from the one before; both databases take the statements.
+CHANGES: Mapping[int, Sequence[str]] = {
+    2: ("ALTER TABLE ledger ADD COLUMN kind TEXT NOT NULL DEFAULT 'answer'",),
+    3: (
+        "ALTER TABLE ledger ADD COLUMN accepted_draft_tokens BIGINT NOT NULL DEFAULT 0",
+        "ALTER TABLE ledger ADD COLUMN rejected_draft_tokens BIGINT NOT NULL DEFAULT 0",
+    ),
+}
+#: Version of the tables; a database made by a newer Tokenmill is refused, one by an older is changed.
+SCHEMA_VERSION = max(CHANGES)
+
+
+def make_tables(connection: "Connection", schema: Sequence[str], shown: str) -> None:
+    """Makes the tables in an empty database, or changes those of an older Tokenmill. Call it in a transaction.
+
+    Args:
+        connection: The writer's.
+        schema: Statements that make the tables as they are now.
+        shown: The database's place, for messages.
+
+    Raises:
+        ConfigurationError: The tables were made by a newer Tokenmill.
+    """
+    connection.execute("CREATE TABLE IF NOT EXISTS schema_version (version INTEGER NOT NULL)")
+    row = connection.execute("SELECT version FROM schema_version").fetchone()
+    if row is None:
+        for statement in schema:
+            connection.make(statement)
+        connection.execute("INSERT INTO schema_version (version) VALUES (?)", (SCHEMA_VERSION,))
+    elif row[0] > SCHEMA_VERSION:
+        raise ConfigurationError(
+            f"{shown} has schema version {row[0]}, this Tokenmill knows {SCHEMA_VERSION}; upgrade Tokenmill"
+        )
+    elif row[0] < SCHEMA_VERSION:
+        for version in range(row[0] + 1, SCHEMA_VERSION + 1):
+            for statement in CHANGES[version]:
+                connection.execute(statement)
+        connection.execute("UPDATE schema_version SET version = ?", (SCHEMA_VERSION,))
