@@ -29,7 +29,7 @@ class Target:
         outstanding: Requests of this process that are open at it now.
         most_open: This process's part of its `max_concurrency`; None: any number.
         up: What the last probe or outcome said; None before the first.
-        catalog: Model objects of its `/v1/models` by id; None until it was asked with success.
+        models: Public names of the models it serves, as far as known.
         canary: The share of its tier's requests that it gets, and no more; changed by `Portfolio.set_canary`.
         pace: What it was sent in the last minute.
         origin: Where its connections go.
@@ -42,7 +42,7 @@ class Target:
         self.outstanding = 0
         self.most_open = share(backend.max_concurrency, settings.workers)
         self.up: bool | None = None
-        self.catalog: dict[str, dict[str, Any]] | None = None
+        self.catalog = None
         self.canary = backend.canary
         self.pace = Pace(
             share(backend.requests_per_minute, settings.workers), share(backend.tokens_per_minute, settings.workers)
@@ -60,15 +60,21 @@ class Target:
         self._event_tokens: dict[str | None, EventTokens] = {}
 
     @property
-    def models(self) -> tuple[str, ...]:
-        """Public names of the models it serves, as far as known."""
-        listed, prefix = self.catalog or (), self.backend.prefix
-        return self.backend.models or (tuple([prefix + name for name in listed]) if prefix else tuple(listed))
+    def catalog(self) -> dict[str, dict[str, Any]] | None:
+        """Model objects of its `/v1/models` by id; None until it was asked with success."""
+        return self._catalog
+
+    @catalog.setter
+    def catalog(self, listed: dict[str, dict[str, Any]] | None) -> None:
+        self._catalog = listed
+        prefix = self.backend.prefix
+        # Some list hundreds; every request asks for the first.
+        self.models: tuple[str, ...] = self.backend.models or tuple([prefix + name for name in listed or ()])
+        self._first = self.backend.upstream_model(self.models[0]) if self.models else None
 
     def own_model(self, model: str | None) -> str | None:
         """The backend's own name of a public model, for None of its first; None: it is not known yet."""
-        public = model or next(iter(self.models), None)
-        return None if public is None else self.backend.upstream_model(public)
+        return self.backend.upstream_model(model) if model else self._first
 
     def breaker(self, model: str | None) -> Breaker:
         """The circuit of one model here, whichever of its names, or its tier's (None), it is asked by."""
@@ -245,11 +251,8 @@ class Portfolio:
                     if targets:
                         yield Route(targets, None, FALLBACK, after)
                     continue
-                offered = (model for target in targets for model in target.models if principal.may_ask_for(model))
-                for model in dict.fromkeys((*(principal.models or ()), *offered)):
-                    serving = tuple(target for target in targets if model in target.models)
-                    if serving:
-                        yield Route(serving, model, FALLBACK, after)
+                for model, serving in listed(principal, targets):
+                    yield Route(serving, model, FALLBACK, after)
 
     def models(self) -> list[dict[str, Any]]:
         """The merged model list in the order of the configuration; a backend's own objects stay as they are."""
@@ -274,6 +277,15 @@ class Portfolio:
             for tier, targets in self.tiers.items()
             if not any(target.ready for target in targets)
         }
+
+
+def listed(principal: Principal, targets: Sequence[Target]) -> Iterator[tuple[str, tuple[Target, ...]]]:
+    """Of a key's list of models each that some backends serve, and those that do; in the order of the list."""
+    offered = (model for target in targets for model in target.models if principal.may_ask_for(model))
+    for model in dict.fromkeys((*(principal.models or ()), *offered)):
+        serving = tuple([target for target in targets if model in target.models])
+        if serving:
+            yield model, serving
 
 
 _STARTED = int(time.time())

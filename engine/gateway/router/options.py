@@ -72,14 +72,12 @@ def options_of(
         kept, why = _fit(kept, features)
         if not kept:
             refused[tier] = why
-        elif (
-            principal is not None
-            and principal.models is not None
-            and not _allowed(tier, kept, principal, settings.name)
-        ):
+            continue
+        group = groups.of(kept) if principal is None else groups.allowed(kept, principal)
+        if group is None:
             refused[tier] = "key: its models do not include this tier"
         else:
-            found.append(_option(tier, groups.of(kept), features, completion, settings, groups))
+            found.append(_option(tier, group, features, completion, settings, groups))
     return found, refused
 
 
@@ -109,13 +107,6 @@ def _unfit(backend: Backend, features: Features) -> str | None:
         if length > window:
             return f"context: about {length} tokens do not fit into {window}"
     return None
-
-
-def _allowed(tier: str, targets: tuple[Target, ...], principal: Principal, name: str) -> bool:
-    """Whether a key's list of models holds the tier or a model of it; one with the router's name alone holds all."""
-    if set(principal.models or ()) <= {name} or principal.may_ask_for(tier):
-        return True
-    return any(principal.may_ask_for(model) for target in targets for model in target.models)
 
 
 def _expected(features: Features, settings: RoutingSettings) -> int:

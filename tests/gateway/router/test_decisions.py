@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,26 @@ def test_a_key_is_held_to_its_models() -> None:
     with pytest.raises(ApiError) as refused:
         routed(TWO, principal=Principal("k", models=("auto", "other")))
     assert (refused.value.status, refused.value.code) == (403, "model_not_allowed")
+
+
+def test_a_tier_is_asked_for_a_model_that_the_keys_list_holds() -> None:
+    several = replace(TWO[0], models=("dear", "small", "tiny"))
+    tier = [several, replace(several, name="other", models=("dear", "tiny")), TWO[1]]
+    portfolio = Portfolio(tier, Settings())
+
+    def asked(*models: str) -> list[tuple[str | None, list[str]]]:
+        exchange = routed(portfolio, principal=Principal("k", models=models))
+        assert exchange.routes is not None
+        return [(route.model, [target.backend.name for target in route.targets]) for route in exchange.routes]
+
+    assert asked("auto", "small", "tiny") == [("small", ["small"])]
+    assert asked("auto", "tiny", "small") == [("tiny", ["small", "other"])]
+    assert asked("auto", "t*y") == [("tiny", ["small", "other"])]
+    assert asked("small", "auto", "large") == [("large", ["large"]), ("small", ["small"])]
+    assert asked("auto", "small", "utility") == asked("auto", "util*") == [(None, ["small", "other"])]
+    assert asked("auto") == asked("*") == [(None, ["large"]), (None, ["small", "other"])]
+    portfolio.replace([replace(several, models=("dear", "tiny")), *tier[1:]])
+    assert asked("auto", "small", "tiny") == [("tiny", ["small", "other"])]
 
 
 def test_nobody_who_may_see_it_is_a_refusal() -> None:

@@ -34,11 +34,16 @@ def gateway(pair: tuple[FakeUpstream, FakeUpstream], tmp_path_factory: pytest.Te
         yield made
 
 
-def running(pair: tuple[FakeUpstream, FakeUpstream], store: Path, allowance_s: float = 30.0) -> RunningGateway:
+def running(
+    pair: tuple[FakeUpstream, FakeUpstream],
+    store: Path,
+    allowance_s: float = 30.0,
+    models: tuple[tuple[str, ...], tuple[str, ...]] = (("small",), ("large",)),
+) -> RunningGateway:
     """A gateway that asks the small model first."""
     backends = (
-        Backend("small", pair[0].url, "utility", ("small",), prices=CHEAP, quality=0.6, capabilities=("logprobs",)),
-        Backend("large", pair[1].url, "reasoning", ("large",), prices=DEAR, quality=0.9),
+        Backend("small", pair[0].url, "utility", models[0], prices=CHEAP, quality=0.6, capabilities=("logprobs",)),
+        Backend("large", pair[1].url, "reasoning", models[1], prices=DEAR, quality=0.9),
     )
     routing = RoutingSettings(escalation=EscalationSettings("utility", "reasoning", 0.5, allowance_s=allowance_s))
     options = Options(str(store), digest(MASTER), completion_bound=50)
@@ -144,6 +149,21 @@ def test_a_key_bounds_the_tiers(gateway: RunningGateway) -> None:
     assert "x-tokenmill-escalated" not in headers
     assert ask(gateway, key, model="large")[0] == 403
     assert ask(gateway, new_key(gateway, models=["small"]))[0] == 403
+
+
+def test_a_tier_gives_a_key_the_models_of_its_list_alone(tmp_path: Path) -> None:
+    small, large = FakeUpstream(("dear", "small")).start(), FakeUpstream(("vast", "large")).start()
+    with running((small, large), tmp_path / "books.sqlite", models=(("dear", "small"), ("vast", "large"))) as gateway:
+        key = new_key(gateway, models=["auto", "large", "small"])
+        unsure = {"small": {"logprob": -3.0}, "large": {}}
+        for act, expected in ((unsure, "large"), ({"small": {"logprob": -0.01}}, "small"),
+                              ({"small": {"status": 500}, "large": {}}, "large")):  # fmt: skip
+            status, _, answer = ask(gateway, key, act=act)
+            assert (status, answer["model"]) == (200, expected)
+        named = [json.loads(raw)["model"] for one in (small, large) for _, _, raw in one.books.requests]
+        assert set(named) == {"small", "large"}
+    small.stop()
+    large.stop()
 
 
 def test_a_keys_metadata_confines_it_without_a_section(gateway: RunningGateway) -> None:

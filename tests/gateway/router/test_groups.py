@@ -6,7 +6,8 @@ import weakref
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.money import Prices
 from tokenmill.engine.gateway.portfolio import Portfolio
-from tokenmill.engine.gateway.router.groups import Groups
+from tokenmill.engine.gateway.principal import Principal
+from tokenmill.engine.gateway.router.groups import MOST_KNOWN, Groups
 from tokenmill.engine.gateway.settings import Settings
 
 
@@ -47,6 +48,32 @@ def test_canaries_stand_apart_and_anew_when_their_share_changes() -> None:
     assert shown() == ([["here"], ["far"]], []), "rolled back: nothing is sent there, nothing reserved at its price"
     portfolio.set_canary("new", None)
     assert shown() == ([["here"], ["new"], ["far"]], [])
+
+
+def test_what_a_key_may_use_is_worked_out_once() -> None:
+    portfolio = Portfolio([backend("a"), Backend("b", "http://127.0.0.1:9", "t", prefix="far/")], Settings())
+    a, b = portfolio.targets
+    groups, one = Groups(portfolio, "auto"), Principal("k", models=("auto", "far/*"))
+    other = Principal("k2", models=("auto", "a"))
+    assert groups.allowed(portfolio.targets, one) is None
+    b.catalog = {"first": {}, "second": {}}
+    portfolio.index()
+    group = groups.allowed(portfolio.targets, one)
+    assert group is not None
+    assert (group.targets, group.route.model, b.own_model(None)) == ((b,), "far/first", "first")
+    assert groups.allowed(portfolio.targets, Principal("k3", models=one.models)) is group
+    theirs = groups.allowed(portfolio.targets, other)
+    assert theirs is not None
+    assert (theirs.targets, theirs.route.model) == ((a,), "a")
+    assert groups.allowed((b,), other) is None
+    for number in range(2 * MOST_KNOWN):
+        groups.allowed(portfolio.targets, Principal("k", models=(f"m{number}",)))
+    assert len(groups._of_keys) <= MOST_KNOWN + 1
+    b.catalog = {"second": {}}
+    portfolio.index()
+    again = groups.allowed(portfolio.targets, one)
+    assert again is not None
+    assert again.route.model == "far/second"
 
 
 def test_nothing_is_kept_of_backends_that_were_replaced() -> None:
