@@ -182,9 +182,9 @@ class Portfolio:
             by_tier.setdefault(target.backend.tier, []).append(target)
             for model in target.models:
                 by_model.setdefault(model, []).append(target)
-        self.tiers: dict[str, tuple[Target, ...]] = {tier: tuple(found) for tier, found in by_tier.items()}
+        self.tiers: dict[str, tuple[Target, ...]] = {tier: _in_use(found) for tier, found in by_tier.items()}
         routes = {tier: Route(found, None, "tier") for tier, found in self.tiers.items()}
-        routes.update((model, Route(tuple(found), model)) for model, found in by_model.items())
+        routes.update((model, Route(_in_use(found), model)) for model, found in by_model.items())
         self._routes = routes
 
     def replace(self, backends: Iterable[Backend]) -> None:
@@ -222,7 +222,8 @@ class Portfolio:
         wanted = model if model is not None else self.settings.default_model
         if wanted is None:
             if len(self.tiers) == 1:
-                return (Route(self.targets, None, "sole tier"),)
+                (targets,) = self.tiers.values()
+                return (Route(targets, None, "sole tier"),)
             raise ApiError(400, "`model` is missing; GET /v1/models lists the choices.", code="missing", param="model")
         route = self._routes.get(wanted)
         if route is not None:
@@ -277,6 +278,14 @@ class Portfolio:
             for tier, targets in self.tiers.items()
             if not any(target.ready for target in targets)
         }
+
+
+def _in_use(targets: Sequence[Target]) -> tuple[Target, ...]:
+    """The backends without canaries that are rolled back: nothing is sent there, nothing reserved at their price.
+
+    Where there are no others, all: a refusal names them.
+    """
+    return tuple([target for target in targets if target.canary != 0]) or tuple(targets)
 
 
 def listed(principal: Principal, targets: Sequence[Target]) -> Iterator[tuple[str, tuple[Target, ...]]]:

@@ -112,7 +112,7 @@ def test_a_share_is_a_cap_while_others_are_up(others: str) -> None:
 @pytest.mark.parametrize("others", ["down", "circuit"])
 def test_a_canary_answers_where_nobody_else_is_up(others: str) -> None:
     _, route = portfolio(backend("old"), backend("off", canary=0), backend("new", canary=0.1))
-    old, _, new = route.targets
+    old, new = route.targets
     balancer = Balancer()
     if others == "down":
         old.mark_down("gone")
@@ -146,6 +146,28 @@ def test_canary_is_rolled_back_and_promoted_at_once() -> None:
     assert balancer.choose(route, ask()) is made.targets[1]
     with pytest.raises(KeyError):
         made.set_canary("nobody", 0.5)
+
+
+def test_a_rolled_back_canary_is_on_no_route() -> None:
+    """What is on a route is paid for beforehand at the dearest one's price."""
+    settings = Settings(fallbacks={"u": ("t",)})
+    others = (Backend("u", "http://u:1", "u", ("u",)), backend("old"))
+    made = Portfolio([*others, backend("new", canary=0.2)], settings)
+
+    def names() -> list[set[str]]:
+        routes = [made.routes("m")[0], made.routes("t")[0], made.routes("u")[1]]
+        return [{target.backend.name for target in route.targets} for route in routes]
+
+    assert names() == [{"old", "new"}] * 3
+    made.set_canary("new", 0)
+    assert names() == [{"old"}] * 3
+    made.set_canary("new", None)
+    assert names() == [{"old", "new"}] * 3
+    alone = Portfolio([backend("new", canary=0)], SETTINGS)
+    for asked in ("m", "t", None):
+        (route,) = alone.routes(asked)
+        assert Balancer().choose(route, ask()) is None
+        assert "No backend of t" in refusal([route], SETTINGS).message
 
 
 def test_same_prefix_goes_where_it_was() -> None:
