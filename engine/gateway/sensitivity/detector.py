@@ -108,7 +108,7 @@ class Detector:
         if self._idle:
             return []
         found: dict[tuple[str, str | None], None] = {}
-        for text in texts.all():
+        for text in texts.all:
             for findings in self._scanner.windows(text):
                 if findings:
                     _collect(found, findings, text)

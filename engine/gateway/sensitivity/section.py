@@ -47,8 +47,8 @@ class Sensitivity(Section):
     )
     unreadable: Literal["stay", "allow"] = Field(
         "stay",
-        description="What happens to what cannot be searched, which is all that is not known to be text: pictures, "
-        "sound, files, token ids, conversations that the backend keeps, parts of types that nobody here knows.",
+        description="What happens to what cannot be searched: parts of types that are not known to be text, members "
+        "whose names speak of pictures, sound or files, data URLs, token ids, conversations that the backend keeps.",
     )
     timeout_seconds: float = Field(
         2.0,

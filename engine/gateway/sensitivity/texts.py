@@ -5,7 +5,7 @@ Nothing is left out but the model's name: a field that no one knows yet may carr
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -25,15 +25,20 @@ _LONG_NUMBER = 10**6
 _WALL = "\n\0\0\0\n"
 #: What a zero character of the request itself is searched as: as unseen, and no wall.
 _UNSEEN = "\u200b"
-#: How much of neighbouring parts of a message is also read without the seam.
+#: How much of neighbouring parts of a message is also read as one text.
 _SEAM = 64
+#: Members that hold a part's text.
+_PART_TEXTS = frozenset({"text", "thinking", "refusal"})
 _QUOTE, _BRACE, _BRACKET = b'"{['
 #: Values that hold no picture, whatever their name.
 _NOTHING, _LONGEST_NOTHING = frozenset({b"null", b"false", b"true", b"0", b"[]", b"{}", b'""'}), 6
 _NUMBERS = b"-0123456789"
 #: Without one of these a list of numbers holds nothing to search.
 _SEARCHABLE = re.compile(rb'"|[0-9]{7}')
-_DATA_URL = re.compile(r"data:[^,]{0,200};base64,")
+#: Where a file begins in a data URL; code that puts one together has no file behind the comma. The literal stands first
+#: because that is what makes the pattern quick.
+_FILE = re.compile(r"64,(?<=(?i:;base64,))\s{0,8}[\w+/%-]{8}")
+_LONGEST_FILE_MARK = 32
 
 
 class UnreadableError(Exception):
@@ -47,48 +52,64 @@ class RepeatedError(UnreadableError):
         super().__init__("a member stands in it twice")
 
 
+#: Where the parts so far end, joined without a seam and by lines.
+_Ends = tuple[str, str]
+_NO_PARTS: _Ends = ("", "")
+
+
 class Texts:
     """What there is to search.
 
     Attributes:
-        long: Long strings, one by one.
+        all: Every text: long strings one by one, the short ones together as the last (`finish`).
         unreadable: What cannot be searched, in a word; empty: nothing.
     """
 
     def __init__(self) -> None:
-        self.long: list[str] = []
+        self.all: list[str] = []
         self.unreadable = ""
         self._short: list[str] = []
-        self._joined: str | None = None
+        self._before = _NO_PARTS
 
-    def all(self) -> Iterator[str]:
-        """Every text; the short ones together as the last."""
-        yield from self.long
-        if self._short:
-            yield "".join(self._short)
-
-    def add(self, key: str, text: str) -> None:
-        """One string and the name it stands under."""
+    def add(self, key: str, text: str, *, part: bool = False) -> None:
+        """One string, the name it stands under, and whether it is a part of a message itself."""
         if "\0" in text:
             text = text.replace("\0", _UNSEEN)
-        if key == "text":
-            # Where one part of a message ends and the next begins: templates join them without a seam.
-            if self._joined:
-                self._short.append(self._joined + text[:_SEAM] + _WALL)
-            self._joined = ((self._joined or "") + text[-_SEAM:])[-_SEAM:]
+        if part or key in _PART_TEXTS:
+            self._join(text)
         if len(text) <= SHORT:
             self._short.append(f"{key}: {text}{_WALL}" if key else text + _WALL)
-            return
-        if key:
-            self._short.append(key + _WALL)
-        if _DATA_URL.match(text):
-            self.unreadable = "a file"
         else:
-            self.long.append(text)
+            self.all.append(f"{key}: {text}" if key else text)
 
-    def new_list(self) -> None:
-        """What follows does not join what was before."""
-        self._joined = None
+    def _join(self, text: str) -> None:
+        """Where one part of a message ends and the next begins: templates join them without a seam, vLLM by a line."""
+        direct, lined = self._before
+        if direct:
+            head = text[:_SEAM]
+            self._short += (direct, head, _WALL, lined, "\n", head, _WALL)
+        tail = text[-_SEAM:]
+        self._before = _after(self._before, (tail, tail))
+
+    def begin_list(self) -> _Ends:
+        """What follows does not join what was before; returns that, for `end_list`."""
+        before, self._before = self._before, _NO_PARTS
+        return before
+
+    def end_list(self, before: _Ends) -> None:
+        """What follows joins what was before the list, with the parts in it in between."""
+        self._before = _after(before, self._before)
+
+    async def finish(self, turns: Turns) -> None:
+        """Puts the short strings together and looks for files in all of the texts."""
+        if self._short:
+            self.all.append("".join(self._short))
+        for text in self.all:
+            for start in range(0, len(text), SLICE_BYTES):
+                if _FILE.search(text, start, start + SLICE_BYTES + _LONGEST_FILE_MARK):
+                    self.unreadable = "a file"
+                if turns.due():
+                    await turns.give()
 
     def walk(self, value: Any, key: str = "", *, content: bool = True, listed: bool = False) -> None:
         """Collects the strings of a decoded value, in the order in which they stand.
@@ -100,7 +121,7 @@ class Texts:
             listed: It is an item of a list, or of a field that may be a part itself.
         """
         if isinstance(value, str):
-            self.add(key, value)
+            self.add(key, value, part=listed and key in unreadable.PART_LISTS)
         elif isinstance(value, dict):
             kind = value.get("type") if content else None
             if content and unreadable.may_be_part(key, listed) and not unreadable.is_text(kind, value, key):
@@ -110,19 +131,27 @@ class Texts:
                     self.unreadable = unreadable.MEDIA
                 if isinstance(member, (dict, list)):
                     self.add("", name)
-                    self.walk(member, name, content=content and not unreadable.is_arguments(name, kind))
+                    self.walk(member, name, content=content and not unreadable.is_free(name, kind))
                 else:
                     self.walk(member, name)
         elif isinstance(value, list):
-            self.new_list()
+            before = self.begin_list()
             for item in value:
                 if content and isinstance(item, (int, float)) and not isinstance(item, bool):
                     self.unreadable = unreadable.TOKENS
                 self.walk(item, key, content=content, listed=True)
+            self.end_list(before)
         elif isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) >= _LONG_NUMBER:
             self.add(key, str(value))
         elif key:
             self._short.append(key + _WALL)
+
+
+def _after(before: _Ends, then: _Ends) -> _Ends:
+    """Where the parts end when these two ends follow each other."""
+    if not (before[0] and then[0]):
+        return then if then[0] else before
+    return (before[0] + then[0])[-_SEAM:], f"{before[1]}\n{then[1]}"[-_SEAM:]
 
 
 async def texts_of(body: Body, query: str, turns: Turns) -> Texts:
@@ -157,6 +186,7 @@ async def texts_of(body: Body, query: str, turns: Turns) -> Texts:
             raise UnreadableError(f"the field {name} cannot be decoded") from None
         if turns.due():
             await turns.give()
+    await texts.finish(turns)
     return texts
 
 
@@ -178,7 +208,7 @@ async def _collect(
 ) -> None:
     """`Texts.walk` for a value that is not decoded yet, piece by piece where it is long."""
     if raw[0] == _QUOTE and len(raw) > SLICE_BYTES:
-        texts.add(key, await decoded(raw, turns))
+        texts.add(key, await decoded(raw, turns), part=listed and key in unreadable.PART_LISTS)
     elif raw[0] == _QUOTE or len(raw) <= _PIECE_BYTES:
         texts.walk(_DECODER.decode(str(raw, "utf-8")), key, content=content, listed=listed)
     elif raw[0] == _BRACE:
@@ -202,16 +232,17 @@ async def _object(texts: Texts, raw: memoryview, key: str, turns: Turns, *, cont
         if content and not _is_nothing(member) and unreadable.names_media(name):
             texts.unreadable = unreadable.MEDIA
         texts.add("", name)
-        await _collect(texts, member, name, turns, content=content and not unreadable.is_arguments(name, kind))
+        await _collect(texts, member, name, turns, content=content and not unreadable.is_free(name, kind))
         if turns.due():
             await turns.give()
 
 
 async def _list(texts: Texts, raw: memoryview, key: str, turns: Turns, *, content: bool) -> None:
-    texts.new_list()
+    before = texts.begin_list()
     if await _nothing_in(raw, turns):
         if content:
             texts.unreadable = unreadable.TOKENS
+        texts.end_list(before)
         return
     await turns.give()
     for item in msgspec.json.decode(raw, type=list[msgspec.Raw]):
@@ -221,6 +252,7 @@ async def _list(texts: Texts, raw: memoryview, key: str, turns: Turns, *, conten
         await _collect(texts, view, key, turns, content=content, listed=True)
         if turns.due():
             await turns.give()
+    texts.end_list(before)
 
 
 async def _nothing_in(raw: memoryview, turns: Turns) -> bool:

@@ -9,6 +9,7 @@ from tests.gateway.running import RunningGateway
 from tests.gateway.sensitivity.searching import clear
 from tests.gateway.upstream import FakeUpstream
 from tokenmill.engine.gateway.backends import Backend
+from tokenmill.engine.gateway.body import SLICE_BYTES
 from tokenmill.engine.gateway.sensitivity.settings import SensitivitySettings
 
 POLICY = SensitivitySettings()
@@ -32,6 +33,11 @@ PARTS: list[dict[str, Any]] = [
     {"type": ["text"], "text": "hi"},
     {"inline_data": {"mime_type": "image/png", "data": "AAAA"}},
     {"type": "text", "text": "hi", "encrypted_content": "AAAA"},
+    {"type": "text", "text": "hi", "imageUrl": "https://example.com/a.png"},
+    {"type": "text", "text": "hi", "inlineData": {"data": "AAAA"}},
+    {"type": "text", "text": "hi", "PDFData": "AAAA"},
+    {"type": "text", "text": "hi", "photo2": "AAAA"},
+    {"type": "text", "text": "see data:image/png;base64,iVBORw0KGgo="},
 ]
 
 
@@ -81,11 +87,51 @@ def test_parts_that_are_not_known_to_be_text(part: dict[str, Any], filler: str) 
         {"messages": [{"role": "user", "content": {"type": "image", "source": {}}}]},
         {"messages": [{"role": "assistant", "audio": {"id": "audio_1"}}]},
         {"audio": {"data": "AAAA", "format": "wav"}},
+        {"prompt": "x", "multi_modal_data": "AAAA"},
+        {"prompt": "x", "mm_payload": "AAAA"},
+        {"prompt": "x", "imageData": "AAAA"},
+        {"input": [{"inputImage": "AAAA"}]},
+        {"input": [{"pdf": "JVBERi0xLjQK"}]},
+        {"input": [{"document": "JVBERi0xLjQK"}]},
+        {"input": [{"url": "https://example.com/a"}]},
+        {"input": {"url": "https://example.com/a"}},
+        {"query": "x", "documents": [{"url": "https://example.com/a", "title": "a"}]},
+        {"query": "x", "documents": [{"pageUri": "https://example.com/a"}, LONG]},
     ],
     ids=lambda fields: str(fields)[:40],
 )
 def test_other_places(fields: dict[str, Any]) -> None:
     assert stays(fields)
+
+
+@pytest.mark.parametrize("before", ["", " ", "hello\n", LONG])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "data:text/plain;base64,U1NOIDA3OC0wNS0xMTIw",
+        "DATA:Text/Plain;Charset=utf-8;BASE64,U1NOIDA3OC0wNS0xMTIw",
+        "data:;base64,\n/9j/4AAQSkZJRg==",
+    ],
+)
+def test_a_file_may_stand_anywhere_in_a_text(before: str, url: str) -> None:
+    assert stays({"input": [before + url]})
+    assert stays({"messages": [{"role": "user", "content": f"{before}{url} what is it?"}]})
+
+
+def test_a_file_is_seen_where_slices_of_a_text_meet() -> None:
+    url = "data:image/png;base64,iVBORw0KGgo="
+    for at in range(len(url)):
+        assert stays({"prompt": "a" * (SLICE_BYTES - len("prompt: ") - at) + url})
+
+
+def test_code_that_makes_such_an_address_is_text() -> None:
+    for code in (
+        'f"data:image/png;base64,{encoded}"',
+        "`data:image/png;base64,${data}`",
+        "1;64,12345678",
+        "base64, ok",
+    ):
+        assert clear(POLICY, json.dumps({"prompt": code}).encode()).zones is None
 
 
 SCHEMA = {
@@ -116,6 +162,9 @@ def test_text_and_settings_go_anywhere(filler: str) -> None:
             "images": [],
             "extra": {"file": "", "x": filler, "images": [], "use_audio": True, "video": None},
             "logit_bias": {"50256": -100},
+            "vllm_xargs": {"a": [1, 2]},
+            "search_parameters": {"mode": "on", "sources": [{"type": "web", "url": "https://example.com"}]},
+            "mm_processor_kwargs": {"max_pixels": 5},
             "prediction": {"type": "content", "content": filler},
             "max_tokens": 5,
         },
@@ -138,11 +187,20 @@ def test_text_and_settings_go_anywhere(filler: str) -> None:
                  "encrypted_content": None},
                 {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
                 {"type": "function_call_output", "call_id": "c", "output": "x"},
+                {"type": "message", "role": "assistant", "content": [
+                    {"type": "output_text", "text": "x",
+                     "annotations": [{"type": "url_citation", "url": "https://example.com/a", "title": "a"}],
+                     "logprobs": [{"token": "x", "bytes": [120], "logprob": -0.1, "top_logprobs": []}]}]},
             ],
             "text": {"format": {"type": "json_schema", "schema": SCHEMA}},
             "reasoning": {"effort": "low"},
         },
         {"query": "q", "documents": ["a", {"title": "b", "text": filler}], "top_n": 3},
+        {"query": "q", "documents": ["https://example.com/a", {"url": "https://example.com/a", "text": filler}]},
+        {"input": [filler], "embedding_type": "float", "embedding_types": ["float"]},
+        {"messages": [{"role": "assistant", "content": [
+            {"type": "text", "text": filler, "citations": [
+                {"type": "char_location", "cited_text": "x", "document_index": 1, "document_title": "a"}]}]}]},
         {"prompt": ["a", filler], "n": 2, "best_of": 3},
     ):  # fmt: skip
         clearance = clear(POLICY, json.dumps(fields).encode())
