@@ -10,7 +10,7 @@ from tokenmill.engine.gateway.pipeline import Exchange
 from tokenmill.engine.gateway.sensitivity.clearance import ANYWHERE, Clearance
 from tokenmill.engine.gateway.sensitivity.kinds import CLASS_OF, NOT_REDACTABLE
 from tokenmill.engine.gateway.sensitivity.presidio import Presidio, kind_of
-from tokenmill.engine.gateway.sensitivity.redaction import Redaction, unescaped
+from tokenmill.engine.gateway.sensitivity.redaction import BrokenJsonError, Redaction, unescaped
 from tokenmill.engine.gateway.sensitivity.scanner import Finding, Scanner
 from tokenmill.engine.gateway.sensitivity.settings import ACTIONS, Action, SensitivitySettings
 from tokenmill.engine.gateway.sensitivity.texts import Texts, UnreadableError, texts_of
@@ -97,7 +97,10 @@ class Detector:
         small = len(body.raw) <= MOST_REDACTED_BYTES and len(values) <= MOST_VALUES
         if small and not NOT_REDACTABLE & set(kinds):
             redaction = Redaction(values, await unescaped(body.raw, turns))
-            hidden = await redaction.body(body, turns)
+            try:
+                hidden = await redaction.body(body, turns)
+            except BrokenJsonError:
+                return self._stay(kinds, f"it holds {named} in arguments of a tool that would be no JSON any more")
             if not await self._find(await texts_of(hidden, query, turns), turns):
                 why = f"placeholders stand for {named}"
                 return Clearance(kinds, "redact", redaction=redaction, hidden=hidden, why=why)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from tokenmill.engine.gateway.body import SLICE_BYTES, Body, parsed
+from tokenmill.engine.gateway.body import SLICE_BYTES, Body
 from tokenmill.engine.gateway.sensitivity.strings import decoded, encoded
 from tokenmill.engine.gateway.sensitivity.turns import Turns
 
@@ -22,6 +22,12 @@ _REST = re.compile(r'[^"\\]*(?:\\.[^"\\]*){0,4096}')
 _LONG = 4096
 #: What follows the name of a member.
 _COLON = re.compile(r"\s*:")
+#: Members with a text that is JSON itself: arguments of tools.
+JSON_TEXTS = frozenset({"arguments", "partial_json"})
+
+
+class BrokenJsonError(Exception):
+    """A text that is JSON would be none with placeholders in it."""
 
 
 class Redaction:
@@ -102,23 +108,24 @@ class Redaction:
             turns: Says when others run.
 
         Raises:
+            BrokenJsonError: Arguments of a tool would be no JSON any more.
             DetectorError: It took too long.
         """
         changes: dict[str, msgspec.Raw] = {}
         for name in body.names():
             raw = body.raw_field(name)
             if raw is not None and name != "model":
-                hidden = await self._field(raw.decode(), turns)
+                hidden = await self._field(name, raw.decode(), turns)
                 if hidden is not None:
                     changes[name] = msgspec.Raw(hidden.encode())
                 if turns.due():
                     await turns.give()
         whole = body.with_fields(changes)
-        if turns.due():
+        if turns.due() or len(whole) > SLICE_BYTES:
             await turns.give()
-        return await parsed(whole)
+        return Body(whole)
 
-    async def _field(self, raw: str, turns: Turns) -> str | None:
+    async def _field(self, name: str, raw: str, turns: Turns) -> str | None:
         """A field's JSON text with placeholders in its strings, not in names; None where it holds none of the data."""
         parts: list[str] = []
         done, start = 0, raw.find('"')
@@ -128,8 +135,10 @@ class Redaction:
                 if turns.due():
                     await turns.give()
             end += 1
-            if not _COLON.match(raw, end):
-                piece = raw[start:end]
+            piece = raw[start:end]
+            if _COLON.match(raw, end):
+                name = json.loads(piece)
+            else:
                 if "\\" not in piece:
                     text = piece[1:-1]
                 elif len(piece) <= SLICE_BYTES:
@@ -138,6 +147,8 @@ class Redaction:
                     text = await decoded(memoryview(piece.encode()), turns)
                 hidden = await self.hide(text, turns)
                 if hidden != text:
+                    if name in JSON_TEXTS and not _stays_json(text, hidden):
+                        raise BrokenJsonError
                     parts += (raw[done:start], await encoded(hidden, turns))
                     done = end
             if turns.due():
@@ -158,6 +169,19 @@ async def unescaped(raw: bytes, turns: Turns) -> bytes:
         if turns.due():
             await turns.give()
     return b"".join(parts)
+
+
+def _stays_json(text: str, hidden: str) -> bool:
+    """Whether a text is JSON with placeholders if it was without; a very long one would hold up others too long."""
+    return len(text) <= SLICE_BYTES and (_is_json(hidden) or not _is_json(text))
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _end(raw: str, place: int) -> int:

@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.gateway.sensitivity.searching import clear
 from tokenmill.engine.gateway.body import Body
 from tokenmill.engine.gateway.pipeline import Reply
-from tokenmill.engine.gateway.sensitivity.redaction import Redaction, unescaped
+from tokenmill.engine.gateway.sensitivity.redaction import BrokenJsonError, Redaction, unescaped
 from tokenmill.engine.gateway.sensitivity.restoring import restore
+from tokenmill.engine.gateway.sensitivity.settings import SensitivitySettings
 from tokenmill.engine.gateway.sensitivity.strings import decoded, encoded
 from tokenmill.engine.gateway.sensitivity.turns import Turns
 
@@ -273,3 +275,32 @@ def test_what_looks_like_a_placeholder_is_seen_through_escapes() -> None:
 def test_kinds_that_differ_in_a_digit_alone_do_not_share_placeholders() -> None:
     redaction = Redaction({"E-1234": "badge1", "F-1234": "badge2"}, b"")
     assert redaction.restore(" ".join(redaction.placeholders.values())) == "E-1234 F-1234"
+
+
+def calls(arguments: str) -> bytes:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    return json.dumps({"messages": [{"role": "assistant", "content": None, "tool_calls": [call]}]}).encode()
+
+
+@pytest.mark.parametrize("name", ["arguments", "partial_json"])
+def test_arguments_that_would_be_no_json_any_more_are_not_hidden(name: str) -> None:
+    def hidden(value: str, text: str) -> dict[str, Any]:
+        body = Body(json.dumps({"x": [{name: text, "content": "ok"}]}).encode())
+        shown: dict[str, Any] = json.loads(asyncio.run(Redaction({value: "note"}, body.raw).body(body, Turns(60))).raw)[
+            "x"
+        ][0]
+        return shown
+
+    for value, arguments in (("4111111111111111", {"card": 4111111111111111}), ("nanna", {"a": "x\nanna"})):
+        with pytest.raises(BrokenJsonError):
+            hidden(value, json.dumps(arguments))
+    assert hidden("anna", json.dumps({"a": "x\nanna"}))[name] == '{"a": "x\\n[NOTE_1]"}'
+    assert hidden("nanna", "x\\nanna")[name] == "x\\[NOTE_1]"
+
+
+def test_a_request_with_arguments_that_would_be_no_json_stays() -> None:
+    policy = SensitivitySettings(default="redact")
+    stays = clear(policy, calls(json.dumps({"card": 4111111111111111})))
+    assert (stays.action, stays.kinds) == ("stay", {"credit_card": 1})
+    assert "no JSON" in stays.why
+    assert clear(policy, calls(json.dumps({"card": "4111111111111111"}))).action == "redact"
