@@ -153,11 +153,18 @@ MANY = json.dumps({"messages": [{"role": "user", "content": f"{number} word " * 
 
 
 def test_the_limit_holds_for_many_texts_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turns.time, "perf_counter", Clock(1e-4))
+    clock = Clock(1e-4)
+    monkeypatch.setattr(turns.time, "perf_counter", clock)
+    monkeypatch.setattr(turns.time, "thread_time", clock)
     assert clear(SensitivitySettings(timeout_s=60), MANY).action == "allow"
     slow = clear(SensitivitySettings(timeout_s=0.02), MANY)
     assert (slow.action, slow.kinds) == ("stay", {})
     assert "took" in slow.why
+
+
+def test_time_in_which_a_search_does_not_compute_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns.time, "perf_counter", Clock(10))
+    assert clear(SensitivitySettings(timeout_s=2), MANY).action == "allow"
 
 
 @pytest.mark.parametrize(
