@@ -86,14 +86,17 @@ class PostgresConnection:
         """All or nothing.
 
         Raises:
-            StoreUnavailableError: The server is gone; nobody knows whether the end of the transaction arrived.
+            StoreUnavailableError: The server is gone; the error says whether the end of the transaction may have
+                arrived.
         """
         raw = self.raw
+        committing = False
         try:
             with raw.transaction():
                 yield
+                committing = True
         except psycopg.OperationalError as error:
-            raise self._lost(error) from error
+            raise self._lost(error, committing) from error
 
     def make(self, statement: str) -> None:
         """See `store.Connection`."""
@@ -105,6 +108,10 @@ class PostgresConnection:
     def version(self) -> object:
         """See `store.Connection`: cannot be told."""
         return None
+
+    def beside(self) -> contextlib.AbstractContextManager[None]:
+        """See `store.Connection`."""
+        return contextlib.nullcontext()
 
     def close(self) -> None:
         """See `store.Connection`."""
@@ -119,9 +126,9 @@ class PostgresConnection:
             self._again_at = time.monotonic() + NOT_AGAIN_S
             raise self._lost(error) from None
 
-    def _lost(self, error: psycopg.Error) -> StoreUnavailableError:
+    def _lost(self, error: psycopg.Error, perhaps_done: bool = False) -> StoreUnavailableError:
         reason = " ".join(str(error).split())
-        return StoreUnavailableError(f"{shown(self._url)} cannot be used: {reason}; see governance.store")
+        return StoreUnavailableError(f"{shown(self._url)} cannot be used: {reason}; see governance.store", perhaps_done)
 
 
 class Postgres:

@@ -40,6 +40,7 @@ class SqliteConnection(sqlite3.Connection):
         order: The file whose lock orders the writers, opened for this connection alone; -1: it only reads.
         rollbacks: Transactions that were undone.
         announces: The transaction under way is announced.
+        beside_count: Rows that were changed `beside`.
     """
 
     _serials = itertools.count()
@@ -49,6 +50,7 @@ class SqliteConnection(sqlite3.Connection):
         self.order = order
         self.rollbacks = 0
         self.announces = False
+        self.beside_count = 0
         self._serial = next(self._serials)
 
     def make(self, statement: str) -> None:
@@ -62,7 +64,14 @@ class SqliteConnection(sqlite3.Connection):
     def version(self) -> object:
         """See `store.Connection`."""
         (changed,) = self.execute("PRAGMA data_version").fetchone()
-        return self._serial, changed, self.total_changes, self.rollbacks
+        return self._serial, changed, self.total_changes - self.beside_count, self.rollbacks
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        """See `store.Connection`."""
+        before = self.total_changes
+        yield
+        self.beside_count += self.total_changes - before
 
     def close(self) -> None:
         """See `store.Connection`."""

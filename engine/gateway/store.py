@@ -24,6 +24,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from tokenmill.engine.gateway.backlog import Backlog
+from tokenmill.engine.gateway.store_jobs import Job, deliver, deliver_failure, set_results, wanted
 from tokenmill.engine.gateway.store_schema import make_tables
 from tokenmill.errors import ConfigurationError
 
@@ -40,14 +42,20 @@ SLOW_S, SLOW_FOR_S = 0.005, 1.0
 #: Transactions of the event loop after which a thread does what they left undone; requests meanwhile take longer, and
 #: after as many more they wait for it: what is undone stays bounded, however little of the core the thread gets.
 TIDY_AFTER = 1000
-#: Seconds after which what nobody waits for is written again where the database could not be asked.
-AGAIN_S = 1.0
 #: How long what nobody waits for may wait for company, in seconds: a transaction of its own costs ten times as much.
 POSTED_WAIT_S = 0.005
 
 
 class StoreUnavailableError(ConfigurationError):
-    """The database cannot be asked now; later it may."""
+    """The database cannot be asked now; later it may.
+
+    Attributes:
+        perhaps_done: The answer to a commit was lost: nobody knows whether it was done. Otherwise nothing was written.
+    """
+
+    def __init__(self, message: str, perhaps_done: bool = False) -> None:
+        super().__init__(message)
+        self.perhaps_done = perhaps_done
 
 
 def now_ms() -> int:
@@ -96,6 +104,10 @@ class Connection(Protocol):
 
     def version(self) -> object:
         """Differs from before where anything in the database may; None: nobody can tell. For the writer's."""
+        ...
+
+    def beside(self) -> AbstractContextManager[None]:
+        """What this connection writes meanwhile does not change its `version`: it concerns nobody who asks for that."""
         ...
 
     def close(self) -> None:
@@ -176,24 +188,6 @@ Operation = Callable[[Connection], T]
 Collector = Callable[[Connection, list[Any]], Sequence[Any]]
 
 
-class _Job:
-    """A thing for a collector to do, and who wants its result: nobody, a program that waits, or a coroutine."""
-
-    __slots__ = ("collector", "item", "loop", "waiter")
-
-    def __init__(
-        self,
-        collector: Collector,
-        item: Any,
-        waiter: "Future[Any] | asyncio.Future[Any] | None",
-        loop: asyncio.AbstractEventLoop | None = None,
-    ) -> None:
-        self.collector = collector
-        self.item = item
-        self.waiter = waiter
-        self.loop = loop
-
-
 def _one_by_one(connection: Connection, operations: list[Operation[Any]]) -> list[Any]:
     return [operation(connection) for operation in operations]
 
@@ -216,17 +210,19 @@ class Store:
 
     def __init__(self, place: Path | str, schema: Sequence[str]) -> None:
         self.place = place
-        self._queue: queue.SimpleQueue[list[_Job] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[list[Job] | None] = queue.SimpleQueue()
         #: How many lists the thread has not done yet: until it has, what comes later queues behind them.
         self._behind = 0
         self._counting = threading.Lock()
         self._slow_until = 0.0
         #: What nobody waits for and could not be written yet; the thread's.
-        self._unwritten: list[_Job] = []
+        self._backlog: Backlog[Job] = Backlog(MOST_IN_A_BATCH)
         self._untidy = 0
         self._tidier: threading.Thread | None = None
         #: What the event loop asked for since it last came round; one wake-up of the writer is enough for all of it.
-        self._gathered: list[_Job] = []
+        self._gathered: list[Job] = []
+        #: What comes behind it, in whichever order with it.
+        self._beside: list[Job] = []
         self._handing_over = False
         self._timer: asyncio.TimerHandle | None = None
         self._database = _database(place)
@@ -253,14 +249,11 @@ class Store:
         Operations run in the order of their submission. One that raises leaves no trace of itself.
         """
         future: Future[T] = Future()
-        self._put([_Job(_one_by_one, operation, future)])
+        self._put([Job(_one_by_one, operation, future)])
         return future
 
     def post(self, operation: Operation[object]) -> None:
-        """`submit` for who does not wait; a failure goes to the log.
-
-        While the database cannot be asked it is tried again: it must do no harm where nobody knows whether it was done.
-        """
+        """`submit` for who does not wait; see `post_item`."""
         self.post_item(_one_by_one, operation)
 
     async def write(self, operation: Operation[T]) -> T:
@@ -280,7 +273,7 @@ class Store:
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
-        self._gathered.append(_Job(collector, item, future, loop))
+        self._gathered.append(Job(collector, item, future, loop))
         if self._handing_over:
             return future
         if alone:
@@ -290,14 +283,24 @@ class Store:
             loop.call_soon(self.hand_over)
         return future
 
-    def post_item(self, collector: Collector, item: Any) -> None:
-        """`post` for one of many things; see `write_item`."""
+    def post_item(self, collector: Collector, item: Any, dispensable: bool = False, beside: bool = False) -> None:
+        """`write_item` for who does not wait; a failure goes to the log.
+
+        While the database cannot be asked it is tried again: it must do no harm where nobody knows whether it was done.
+
+        Args:
+            collector: Does it.
+            item: What is to be done.
+            dispensable: It may be dropped where too much waits for the database.
+            beside: It has no order with what other collectors do: those need not be parted for it.
+        """
+        job = Job(collector, item, None, dispensable=dispensable)
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
-            self._put([_Job(collector, item, None)])
+            self._put([job])
         else:
-            self._gathered.append(_Job(collector, item, None))
+            (self._beside if beside else self._gathered).append(job)
             if self._timer is None:
                 self._timer = loop.call_later(POSTED_WAIT_S, self.hand_over)
 
@@ -307,12 +310,13 @@ class Store:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._gathered:
-            gathered, self._gathered = self._gathered, []
+        gathered = self._gathered + self._beside if self._beside else self._gathered
+        if gathered:
+            self._gathered, self._beside = [], []
             if not self._do_at_once(gathered):
                 self._put(gathered)
 
-    def _do_at_once(self, batch: list[_Job]) -> bool:
+    def _do_at_once(self, batch: list[Job]) -> bool:
         """Commits a batch here and now, unless something may have to be waited for."""
         if self._quick is None or self._behind or len(batch) > MOST_AT_ONCE:
             return False
@@ -323,9 +327,12 @@ class Store:
             return False
         if any(job.collector is _one_by_one for job in batch):
             return False  # may take any time
-        wanted = [job for job in batch if _wanted(job)]
+        todo = [job for job in batch if wanted(job)]
         try:
-            results = self._transact(self._quick, wanted, waits=False) if wanted else []
+            results: list[Any] = []
+            if todo:
+                with self._database.transaction(self._quick, waits=False):
+                    results = _done(self._quick, todo)
         except BlockingIOError:
             return False
         except Exception:  # noqa: BLE001 - the thread finds out whose fault it was
@@ -333,7 +340,7 @@ class Store:
         ended = time.perf_counter()
         if ended - begun > SLOW_S:
             self._slow_until = ended + SLOW_FOR_S
-        _set_results([(job.waiter, result) for job, result in zip(wanted, results, strict=True) if job.waiter])
+        set_results([(job.waiter, result) for job, result in zip(todo, results, strict=True) if job.waiter])
         self._untidy += 1
         if self._untidy >= TIDY_AFTER and self._tidying() is None:
             self._untidy = 0
@@ -341,7 +348,7 @@ class Store:
             self._tidier.start()
         return True
 
-    def _put(self, batch: list[_Job] | None) -> None:
+    def _put(self, batch: list[Job] | None) -> None:
         """Hands a batch to the thread."""
         with self._counting:
             self._behind += 1
@@ -383,11 +390,11 @@ class Store:
     def _run(self) -> None:
         last = False
         while not last:
-            batch: list[_Job] = []
+            batch: list[Job] = []
             taken = 0
             while not taken or (len(batch) < MOST_IN_A_BATCH and not self._queue.empty()):
                 try:
-                    jobs = self._queue.get(timeout=AGAIN_S if self._unwritten else None)
+                    jobs = self._queue.get(timeout=self._backlog.due_in_s())
                 except queue.Empty:
                     break
                 taken += 1
@@ -397,36 +404,56 @@ class Store:
                 batch += jobs
             if self._untidy >= TIDY_AFTER and (tidier := self._tidying()) is not None:
                 tidier.join()
-            again, self._unwritten = self._unwritten, []
-            self._commit([*again, *(job for job in batch if _wanted(job))])
+            self._commit(self._backlog.take())
+            self._commit([job for job in batch if wanted(job)])
             with self._counting:
                 self._behind -= taken
-        for job in self._unwritten:
-            _deliver_failure(job, StoreUnavailableError(f"{self._database.shown} could not be reached to the end"))
+        for _ in range(0, len(self._backlog), MOST_IN_A_BATCH):
+            self._commit(self._backlog.take_anyway())
+        if self._backlog:
+            log.error(
+                "%d writes are lost: %s could not be reached to the end", len(self._backlog), self._database.shown
+            )
 
-    def _commit(self, batch: list[_Job]) -> None:
-        """Runs a batch in one transaction; where one operation fails, each runs in a transaction of its own."""
-        try:
-            results = self._transact(self._writer, batch)
-        except Exception as error:  # noqa: BLE001 - it goes to whoever waits for the operation
-            if len(batch) == 1:
-                if batch[0].waiter is None and isinstance(error, StoreUnavailableError):
-                    self._unwritten.append(batch[0])
-                else:
-                    _deliver_failure(batch[0], error)
-                return
-            for job in batch:
-                self._commit([job])
+    def _commit(self, batch: Sequence[Job], again: bool = True) -> None:
+        """Runs a batch in one transaction; where one operation fails, each runs in a transaction of its own.
+
+        Where none can be begun, none is for any of them: who waits is told, the others are kept.
+
+        Args:
+            batch: What is to be done.
+            again: To try once more where none can be begun: the connection to a server may have broken since the last.
+        """
+        if not batch:
             return
-        _deliver(batch, results)
+        begun = False
+        try:
+            with self._database.transaction(self._writer):
+                begun = True
+                results = _done(self._writer, batch)
+        except StoreUnavailableError as error:
+            if not begun and again and not self.local:
+                self._commit(batch, again=False)
+            elif len(batch) > 1 and begun and not error.perhaps_done:
+                self._commit_each(batch)
+            else:
+                for job in batch:
+                    if job.waiter is None:
+                        self._backlog.keep(job)
+                    else:
+                        deliver_failure(job, error)
+            return
+        except Exception as error:  # noqa: BLE001 - it goes to whoever waits for the operation
+            if len(batch) > 1:
+                self._commit_each(batch)
+            else:
+                deliver_failure(batch[0], error)
+            return
+        deliver(batch, results)
 
-    def _transact(self, connection: Connection, batch: list[_Job], waits: bool = True) -> list[Any]:
-        results: list[Any] = []
-        if batch:
-            with self._database.transaction(connection, waits):
-                for collector, jobs in itertools.groupby(batch, key=_collector):
-                    results += collector(connection, [job.item for job in jobs])
-        return results
+    def _commit_each(self, batch: Sequence[Job]) -> None:
+        for job in batch:
+            self._commit([job])
 
     def _tidying(self) -> threading.Thread | None:
         tidier = self._tidier
@@ -442,45 +469,12 @@ class Store:
 _collector = operator.attrgetter("collector")
 
 
-def _wanted(job: _Job) -> bool:
-    if isinstance(job.waiter, Future):
-        return job.waiter.set_running_or_notify_cancel()
-    return job.waiter is None or not job.waiter.cancelled()
-
-
-def _deliver(batch: list[_Job], results: list[Any]) -> None:
-    """Hands out results; waking an event loop costs as much as a statement, so it is woken once for all."""
-    woken: dict[asyncio.AbstractEventLoop, list[tuple[Future[Any] | asyncio.Future[Any], Any]]] = {}
-    for job, result in zip(batch, results, strict=True):
-        if isinstance(job.waiter, Future):
-            job.waiter.set_result(result)
-        elif job.waiter is not None and job.loop is not None:
-            woken.setdefault(job.loop, []).append((job.waiter, result))
-    for loop, pairs in woken.items():
-        _wake(loop, _set_results, pairs)
-
-
-def _set_results(pairs: "Sequence[tuple[Future[Any] | asyncio.Future[Any], Any]]") -> None:
-    for future, result in pairs:
-        if not future.done():
-            future.set_result(result)
-
-
-def _deliver_failure(job: _Job, error: Exception) -> None:
-    if isinstance(job.waiter, Future):
-        job.waiter.set_exception(error)
-    elif job.waiter is None or job.loop is None:
-        log.error("a write failed: %s", error, exc_info=error)
-    else:
-        waiter = job.waiter
-        _wake(job.loop, lambda failure: None if waiter.done() else waiter.set_exception(failure), error)
-
-
-def _wake(loop: asyncio.AbstractEventLoop, action: Callable[[Any], object], argument: Any) -> None:
-    try:
-        loop.call_soon_threadsafe(action, argument)
-    except RuntimeError:  # the loop has ended, and its coroutines with it
-        log.debug("nobody waits any more for a write")
+def _done(connection: Connection, batch: Sequence[Job]) -> list[Any]:
+    """The results of a batch, done in this order."""
+    results: list[Any] = []
+    for collector, jobs in itertools.groupby(batch, key=_collector):
+        results += collector(connection, [job.item for job in jobs])
+    return results
 
 
 def _database(place: Path | str) -> Database:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from tokenmill.engine.gateway.api_error import ApiError, retry_after
 from tokenmill.engine.gateway.governance.options import Options
-from tokenmill.engine.gateway.governance.seldom import Seldom
+from tokenmill.engine.gateway.seldom import Seldom
 
 log = logging.getLogger("tokenmill.gateway.governance")
 

@@ -2,9 +2,8 @@
 
 import functools
 import itertools
-import logging
 
-from tokenmill.engine.gateway.api_error import ApiError, Header, Headers, quote, retry_after, unavailable
+from tokenmill.engine.gateway.api_error import ApiError, Header, Headers, quote, retry_after
 from tokenmill.engine.gateway.governance import bounds, budgets, charges, identify, narrowing
 from tokenmill.engine.gateway.governance.bounds import Bound
 from tokenmill.engine.gateway.governance.budgets import Granted, Refusal, Reservation, Settlement, Spending
@@ -13,12 +12,8 @@ from tokenmill.engine.gateway.money import MICRO_CENTS_PER_DOLLAR, dollars
 from tokenmill.engine.gateway.observability.consumption import CHARGED
 from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply
 from tokenmill.engine.gateway.portfolio import Target
-from tokenmill.engine.gateway.store import now_ms
+from tokenmill.engine.gateway.store import StoreUnavailableError, now_ms
 
-log = logging.getLogger("tokenmill.gateway.governance")
-
-#: Seconds after which a client may try again when the store did not answer.
-_STORE_RETRY_S = 2
 #: Seconds after which a limit is whole again, the request that was just counted included.
 _RESET_S = budgets.WINDOW_S + 1
 #: OpenAI's clients do not wait longer than this, but try again at once; it is better to tell them not to.
@@ -57,22 +52,26 @@ class Reserve:
             if settles:
                 spending = charges.spending(ended, bound_at) if known is None else charges.ended(known, ended)
                 ended.notes[CHARGED] = spending
-                store.post_item(apply, Settlement(wanted.call, spending))
+                store.post_item(apply, Settlement(wanted.call, spending), dispensable=not ended.calls)
 
         # Before the reservation is made: a client that hangs up meanwhile leaves nothing behind.
         exchange.on_end(settle)
         exchange.meter = True
         self._open += 1
         store, apply = self._governance.store, self._governance.apply
-        answer = await self._write(exchange, wanted)
-        while isinstance(answer, Refusal):
-            final = narrowing.narrow(exchange, bound_at, answer)
-            if final is not None:
-                settles = False
-                raise refusal(final)
-            # Each round takes something out, so there are few.
-            wanted = self._reservation(exchange, bound_at)
-            answer = await self._write(exchange, wanted)
+        try:
+            answer = await self._write(wanted)
+            while isinstance(answer, Refusal):
+                final = narrowing.narrow(exchange, bound_at, answer)
+                if final is not None:
+                    settles = False
+                    raise refusal(final)
+                # Each round takes something out, so there are few.
+                wanted = self._reservation(exchange, bound_at)
+                answer = await self._write(wanted)
+        except StoreUnavailableError as error:
+            settles = error.perhaps_done
+            raise self._governance.unwritable(error) from error
         reply = await proceed(exchange)
         if reply.body is not None:
             # Every call has ended: all that may change is how the request does.
@@ -80,14 +79,15 @@ class Reserve:
         reply.headers = [*reply.headers, *_headers(answer, None if known is None else known.total)]
         return reply
 
-    async def _write(self, exchange: Exchange, wanted: Reservation) -> Granted | Refusal:
+    async def _write(self, wanted: Reservation) -> Granted | Refusal:
         try:
             answer: Granted | Refusal = await self._governance.store.write_item(
                 self._governance.apply, wanted, alone=self._open == 1
             )
+        except StoreUnavailableError:
+            raise
         except Exception as error:
-            log.exception("request %s could not be reserved", exchange.request_id)
-            raise unavailable("The gateway's books cannot be written now.", _STORE_RETRY_S) from error
+            raise self._governance.unwritable(error) from error
         return answer
 
     def _reservation(self, exchange: Exchange, bound_at: narrowing.BoundAt) -> Reservation:

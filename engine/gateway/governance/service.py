@@ -12,8 +12,8 @@ from tokenmill.engine.gateway.governance.guesses import Guesses
 from tokenmill.engine.gateway.governance.options import Options
 from tokenmill.engine.gateway.governance.pages import Kept
 from tokenmill.engine.gateway.governance.schema import SCHEMA
-from tokenmill.engine.gateway.governance.seldom import Seldom
 from tokenmill.engine.gateway.governance.workers import WorkerLock
+from tokenmill.engine.gateway.seldom import Seldom
 from tokenmill.engine.gateway.store import Connection, Store, StoreUnavailableError, now_ms
 
 log = logging.getLogger("tokenmill.gateway.governance")
@@ -49,7 +49,7 @@ class Governance:
         self._worker: WorkerLock | None = None
         self._housekeeping: asyncio.Task[None] | None = None
         self._stopping = asyncio.Event()
-        self._unreadable, self._unkept = Seldom(), Seldom()
+        self._refused, self._unkept = Seldom(), Seldom()
 
     @property
     def store(self) -> Store:
@@ -84,10 +84,18 @@ class Governance:
             await asyncio.to_thread(self._store.close)
 
     def unreadable(self, error: StoreUnavailableError) -> ApiError:
-        """503: the answer where the store cannot be asked; the reason goes to the log."""
-        if count := self._unreadable.due():
-            log.warning("%d requests could not be served, the last because %s", count, error)
-        return unavailable("The gateway's books cannot be read now.", STORE_RETRY_S)
+        """503: the answer where the store cannot be asked; the reason goes to the log, not for each."""
+        return self._unserved(error, "read")
+
+    def unwritable(self, error: Exception) -> ApiError:
+        """503: the answer where the store took no reservation; the reason goes to the log, not for each."""
+        return self._unserved(error, "written")
+
+    def _unserved(self, error: Exception, what: str) -> ApiError:
+        if count := self._refused.due():
+            trace = None if isinstance(error, StoreUnavailableError) else error
+            log.warning("%d requests could not be served, the last because %s", count, error, exc_info=trace)
+        return unavailable(f"The gateway's books cannot be {what} now.", STORE_RETRY_S)
 
     async def _keep_house(self) -> None:
         purge_at = 0.0

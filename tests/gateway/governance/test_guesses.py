@@ -14,7 +14,7 @@ from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.governance.guesses import MOST_GUESSES, Guesses
 from tokenmill.engine.gateway.governance.options import Options, digest
 from tokenmill.engine.gateway.governance.schema import SCHEMA
-from tokenmill.engine.gateway.governance.seldom import Seldom
+from tokenmill.engine.gateway.seldom import Seldom
 from tokenmill.engine.gateway.store import Store
 
 SHORT, LONG = "sk-1234", "a-master-key-that-is-long"
