@@ -1,24 +1,33 @@
 """Puts the values back into an answer, whole or streamed, wherever a placeholder may be split.
 
 A stream's text arrives in pieces: a piece that ends with what may be the beginning of a placeholder keeps that end back
-until the next piece decides, or the event that ends the text. Events without text or placeholders pass byte for byte.
+until the next piece decides, or the event that ends the text. Events without text or placeholders pass byte for byte,
+and so do events of a form that no API has. Where the client asked for JSON, the answer stays JSON.
 """
 
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any, NamedTuple
 
+import msgspec
 import orjson
 
+from tokenmill.engine.gateway.body import Body
 from tokenmill.engine.gateway.pipeline import Reply
-from tokenmill.engine.gateway.sensitivity.redaction import Redaction
+from tokenmill.engine.gateway.sensitivity.redaction import JSON_TEXTS, Redaction
 from tokenmill.engine.gateway.sse import Events, data_of, event
 
 #: Members of a streamed choice (or of its delta) that continue from event to event.
 _TEXTS = ("content", "reasoning_content", "reasoning", "refusal", "text")
 #: The same of a block of Anthropic's.
 _BLOCK_TEXTS = ("text", "thinking", "partial_json")
-#: Such members whose text is JSON.
-_JSON_TEXTS = frozenset({"arguments", "partial_json"})
+#: Members with a text that is JSON where the client asked for that: of an answer, not of what was thought before it.
+_ANSWERS = frozenset({"content", "text"})
+#: Fields that say so.
+_SAY_JSON = frozenset(
+    {"response_format", "output_format", "text", "output_config", "guided_json", "structured_outputs"}
+)
+#: Begins the types of parts and events that hold an answer's reasoning, or a refusal.
+_PROSE = ("reasoning", "summary", "thinking", "refusal", "response.reasoning", "response.refusal")
 
 #: Which text of a stream: what it belongs to (a choice, a block, an item's text) first.
 _Key = tuple[Any, ...]
@@ -40,10 +49,11 @@ class _Piece(NamedTuple):
     is_json: bool
 
 
-def restore(reply: Reply, redaction: Redaction) -> None:
-    """Makes the reply hold the values."""
+def restore(reply: Reply, redaction: Redaction, asked: Body) -> None:
+    """Makes the reply hold the values; `asked` is the request that it answers."""
+    json_texts = JSON_TEXTS | _ANSWERS if _wants_json(asked) else JSON_TEXTS
     if reply.chunks is not None:
-        reply.chunks = _stream(reply.chunks, redaction)
+        reply.chunks = _stream(reply.chunks, redaction, json_texts)
     elif reply.body and b"[" in reply.body:
         try:
             content = orjson.loads(reply.body)
@@ -52,24 +62,52 @@ def restore(reply: Reply, redaction: Redaction) -> None:
                 "utf-8", "surrogateescape"
             )
         else:
-            restored = _whole(content, redaction)
+            restored = _whole(content, redaction, json_texts)
             if restored != content:
                 reply.body = orjson.dumps(restored)
 
 
-def _whole(value: Any, redaction: Redaction, name: str = "") -> Any:
+def _wants_json(asked: Body) -> bool:
+    """Whether the answer is to be JSON: as chat, the Responses API, Anthropic's Messages or vLLM have it said."""
+    said = {name: msgspec.json.decode(asked.raw_field(name) or b"null") for name in asked.those_of(_SAY_JSON)}
+    formats = [said.get("response_format"), said.get("output_format")]
+    formats += [_object(said.get(name)).get("format") for name in ("text", "output_config")]
+    if any(_object(one).get("type") in ("json_object", "json_schema") for one in formats):
+        return True
+    structured = _object(said.get("structured_outputs"))
+    return bool(said.get("guided_json") or structured.get("json") or structured.get("json_object"))
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _of(value: dict[str, Any], json_texts: frozenset[str]) -> frozenset[str]:
+    """Which members of an object, and of what is in it, are JSON: of reasoning only the arguments of tools."""
+    kind = value.get("type")
+    return JSON_TEXTS if isinstance(kind, str) and kind.startswith(_PROSE) else json_texts
+
+
+def _whole(value: Any, redaction: Redaction, json_texts: frozenset[str] = JSON_TEXTS, name: str = "") -> Any:
     """A value with all of its strings restored."""
     if isinstance(value, str):
-        return redaction.restore_json(value) if name in _JSON_TEXTS else redaction.restore(value)
+        return redaction.restore_json(value) if name in json_texts else redaction.restore(value)
     if isinstance(value, dict):
-        return {key: _whole(member, redaction, key) for key, member in value.items()}
+        json_texts = _of(value, json_texts)
+        return {key: _whole(member, redaction, json_texts, key) for key, member in value.items()}
     if isinstance(value, list):
-        return [_whole(item, redaction, name) for item in value]
+        return [_whole(item, redaction, json_texts, name) for item in value]
     return value
 
 
-async def _stream(chunks: AsyncGenerator[bytes, None], redaction: Redaction) -> AsyncGenerator[bytes, None]:
-    events, restorer = Events(), _Restorer(redaction)
+async def _stream(
+    chunks: AsyncGenerator[bytes, None], redaction: Redaction, json_texts: frozenset[str]
+) -> AsyncGenerator[bytes, None]:
+    events, restorer = Events(), _Restorer(redaction, json_texts)
     try:
         async for chunk in chunks:
             out = b"".join(restorer.feed(raw) for raw in events.feed(chunk))
@@ -85,8 +123,8 @@ async def _stream(chunks: AsyncGenerator[bytes, None], redaction: Redaction) -> 
 class _Restorer:
     """The state of one stream: by text, what is kept back and the event it came in last."""
 
-    def __init__(self, redaction: Redaction) -> None:
-        self._redaction = redaction
+    def __init__(self, redaction: Redaction, json_texts: frozenset[str] = JSON_TEXTS) -> None:
+        self._redaction, self._json_texts = redaction, json_texts
         self._kept: dict[_Key, str] = {}
         self._last: dict[_Key, tuple[Any, bytes]] = {}
 
@@ -103,7 +141,7 @@ class _Restorer:
             return raw
         ended = _ended(content)
         changed = False
-        pieces = list(_pieces(content))
+        pieces = list(_pieces(content, self._json_texts))
         for key, holder, name, is_json in pieces:
             text = self._kept.pop(key, "") + holder[name]
             # What an event ends goes out with it: afterwards would be too late, before it out of order.
@@ -117,7 +155,9 @@ class _Restorer:
             self._last[key] = content, raw
         # Texts that end without a last piece: what was kept back is no placeholder.
         before = b"".join([self._ending(key) for key in list(self._kept) if key[0] in ended])
-        if b"[" in data and self._others(content, {(id(piece.holder), piece.name) for piece in pieces}):
+        if b"[" in data and self._others(
+            content, {(id(piece.holder), piece.name) for piece in pieces}, self._json_texts
+        ):
             changed = True
         return before + (event(orjson.dumps(content), raw) if changed else raw)
 
@@ -129,71 +169,93 @@ class _Restorer:
         text = self._kept.pop(key)
         content, raw = self._last[key]
         like = orjson.loads(orjson.dumps(content))
-        for other, holder, name, _ in _pieces(like):
-            holder[name] = text if other == key else ""
-        for choice in like.get("choices") or ():
-            choice["finish_reason"] = None
+        for other, holder, name, _ in _pieces(like, self._json_texts):
+            holder[name], text = (text, "") if other == key else ("", text)
+        for choice in _items(like.get("choices")):
+            if isinstance(choice, dict):
+                choice["finish_reason"] = None
         return event(orjson.dumps(like), raw)
 
-    def _others(self, content: dict[str, Any], streamed: set[tuple[int, str]]) -> bool:
+    def _others(self, content: dict[str, Any], streamed: set[tuple[int, str]], json_texts: frozenset[str]) -> bool:
         """Restores, in place, the strings that stand whole in one event: all but pieces of texts."""
         changed = False
+        json_texts = _of(content, json_texts)
         for name, member in content.items():
             if (id(content), name) in streamed:
                 continue
             if isinstance(member, dict):
-                changed = self._others(member, streamed) or changed
+                changed = self._others(member, streamed, json_texts) or changed
             elif isinstance(member, list) and any(isinstance(item, dict) for item in member):
                 for item in member:
                     if isinstance(item, dict):
-                        changed = self._others(item, streamed) or changed
+                        changed = self._others(item, streamed, json_texts) or changed
             elif isinstance(member, (str, list)):
-                restored = _whole(member, self._redaction, name)
+                restored = _whole(member, self._redaction, json_texts, name)
                 if restored != member:
                     content[name], changed = restored, True
         return changed
 
 
-def _pieces(content: dict[str, Any]) -> Iterator[_Piece]:
+def _pieces(content: dict[str, Any], json_texts: frozenset[str]) -> Iterator[_Piece]:
     """Each piece of a text in an event: of chat and completions, the Responses API and Anthropic's Messages."""
     kind, delta = content.get("type"), content.get("delta")
     if isinstance(kind, str) and isinstance(delta, str) and kind.endswith(".delta"):
         text = kind.removesuffix(".delta")
-        key = (text, content.get("item_id")), content.get("output_index"), content.get("content_index")
-        yield _Piece(key, content, "delta", text.endswith("_arguments"))
+        is_json = text.endswith("_arguments") or (text == "response.output_text" and "text" in json_texts)
+        place = _id(content.get("output_index")), _id(content.get("content_index"))
+        yield _Piece(((text, _id(content.get("item_id"))), *place), content, "delta", is_json)
     elif kind == "content_block_delta" and isinstance(delta, dict):
         for name in _BLOCK_TEXTS:
             if isinstance(delta.get(name), str):
-                yield _Piece((("block", content.get("index")), name), delta, name, name in _JSON_TEXTS)
-    for choice in content.get("choices") or ():
+                yield _Piece((("block", _id(content.get("index"))), name), delta, name, name in json_texts)
+    for choice in _items(content.get("choices")):
         if isinstance(choice, dict):
-            yield from _of_choice(choice)
+            yield from _of_choice(choice, json_texts)
 
 
-def _of_choice(choice: dict[str, Any]) -> Iterator[_Piece]:
-    index, delta = choice.get("index", 0), choice.get("delta")
-    for holder in (choice, delta if isinstance(delta, dict) else {}):
+def _of_choice(choice: dict[str, Any], json_texts: frozenset[str]) -> Iterator[_Piece]:
+    index, delta = _id(choice.get("index", 0)), _object(choice.get("delta"))
+    for holder in (choice, delta):
         for name in _TEXTS:
-            if isinstance(holder.get(name), str):
-                yield _Piece((index, name), holder, name, False)
-    if isinstance(delta, dict):
-        for call in [*(delta.get("tool_calls") or ()), {"function": delta.get("function_call")}]:
-            function = call.get("function") if isinstance(call, dict) else None
-            if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-                yield _Piece((index, "tool", call.get("index", 0)), function, "arguments", True)
+            text = holder.get(name)
+            if isinstance(text, str):
+                yield _Piece((index, name), holder, name, name in json_texts)
+            elif isinstance(text, list):
+                yield from _of_parts(text, (index, name), name in json_texts)
+    for call in [*_items(delta.get("tool_calls")), {"function": delta.get("function_call")}]:
+        function = _object(_object(call).get("function"))
+        if isinstance(function.get("arguments"), str):
+            yield _Piece((index, "tool", _id(call.get("index", 0))), function, "arguments", True)
+
+
+def _of_parts(parts: list[Any], key: _Key, is_json: bool) -> Iterator[_Piece]:
+    """The texts of a content that is a list: all of its parts together are one text, what was thought another."""
+    for part in parts:
+        text, thought = _object(part).get("text"), _object(part).get("thinking")
+        if isinstance(text, str):
+            yield _Piece(key, part, "text", is_json)
+        if isinstance(thought, str):
+            yield _Piece((key[0], "thinking"), part, "thinking", False)
+        elif isinstance(thought, list):
+            yield from _of_parts(thought, (key[0], "thinking"), False)
 
 
 def _ended(content: dict[str, Any]) -> set[Any]:
     """What ends with this event: the first of the keys of its texts."""
     ended: set[Any] = {
-        choice.get("index", 0)
-        for choice in content.get("choices") or ()
+        _id(choice.get("index", 0))
+        for choice in _items(content.get("choices"))
         if isinstance(choice, dict) and choice.get("finish_reason")
     }
     kind = content.get("type")
     if isinstance(kind, str):
         if kind.endswith(".done"):
-            ended.add((kind.removesuffix(".done"), content.get("item_id")))
+            ended.add((kind.removesuffix(".done"), _id(content.get("item_id"))))
         elif kind == "content_block_stop":
-            ended.add(("block", content.get("index")))
+            ended.add(("block", _id(content.get("index"))))
     return ended
+
+
+def _id(value: Any) -> Any:
+    """An index or a name as it may stand in a key; no API has an object or a list there."""
+    return repr(value) if isinstance(value, (dict, list)) else value

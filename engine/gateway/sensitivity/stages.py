@@ -15,6 +15,7 @@ from typing import Any
 import orjson
 
 from tokenmill.engine.gateway.api_error import ApiError
+from tokenmill.engine.gateway.body import Body
 from tokenmill.engine.gateway.hints import strip
 from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply
 from tokenmill.engine.gateway.principal import Principal
@@ -93,11 +94,11 @@ class Residency:
         if redaction is None or hidden is None or self._all_trusted(exchange):
             return proceed(exchange)
         exchange.body, exchange.payload = hidden, hidden.raw
-        return self._hide(exchange, proceed, redaction)
+        return self._hide(exchange, proceed, redaction, hidden)
 
-    async def _hide(self, exchange: Exchange, proceed: Handler, redaction: Redaction) -> Reply:
+    async def _hide(self, exchange: Exchange, proceed: Handler, redaction: Redaction, hidden: Body) -> Reply:
         reply = await proceed(exchange)
-        restore(reply, redaction)
+        restore(reply, redaction, hidden)
         return reply
 
     def _all_trusted(self, exchange: Exchange) -> bool:

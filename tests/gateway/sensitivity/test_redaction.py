@@ -67,13 +67,16 @@ def chunk(delta: dict[str, Any], finish: str | None = None, index: int = 0) -> b
     return b"data: " + json.dumps(event).encode() + b"\n\n"
 
 
-async def run_through(data: list[bytes], redaction: Redaction) -> bytes:
+ASKED = Body(b"{}")
+
+
+async def run_through(data: list[bytes], redaction: Redaction, asked: Body = ASKED) -> bytes:
     async def source() -> AsyncGenerator[bytes, None]:
         for part in data:
             yield part
 
     reply = Reply(200, [], None, source())
-    restore(reply, redaction)
+    restore(reply, redaction, asked)
     assert reply.chunks is not None
     return b"".join([part async for part in reply.chunks])
 
@@ -130,7 +133,7 @@ def test_arguments_of_tools_stay_json(case: tuple[dict[str, str], str], size: in
     assert json.loads(texts(out, "tool_calls", "0", "function", "arguments"))["note"] == text
     answer = {"choices": [{"message": {"tool_calls": [{"function": {"arguments": arguments}}]}}]}
     reply = Reply(200, [], json.dumps(answer).encode())
-    restore(reply, redaction)
+    restore(reply, redaction, ASKED)
     call = json.loads(reply.body or b"")["choices"][0]["message"]["tool_calls"][0]
     assert json.loads(call["function"]["arguments"])["note"] == text
 
@@ -152,10 +155,12 @@ def test_what_an_event_ends_stays_in_order() -> None:
     assert asyncio.run(run_through(events, redaction)) == b"".join(events)
 
 
-async def events_through(events: list[dict[str, Any]], redaction: Redaction) -> list[dict[str, Any]]:
+async def events_through(
+    events: list[dict[str, Any]], redaction: Redaction, asked: Body = ASKED
+) -> list[dict[str, Any]]:
     """Events with names, as the Responses API and Anthropic's Messages stream them; each name must fit its data."""
     stream = [f"event: {one['type']}\ndata: {json.dumps(one)}\n\n".encode() for one in events]
-    out = (await run_through(stream, redaction)).decode()
+    out = (await run_through(stream, redaction, asked)).decode()
     shown = []
     for part in out.split("\n\n")[:-1]:
         name, data = part.split("\n")
