@@ -96,7 +96,7 @@ def fitting(routes: Sequence[Route], exchange: Exchange) -> Sequence[Route]:
     asked = bounds.asked(exchange)
     stated = (asked.completion or 0) * asked.answers
     least, most = len(exchange.payload) // BYTES_PER_TOKEN + stated, asked.prompt + stated
-    windows = [bounds.context_window(target) for route in routes if not route.after for target in route.targets]
+    windows = [target.context_window for route in routes if not route.after for target in route.targets]
     known = [window for window in windows if window is not None]
     if len(known) == len(windows):
         if most <= min(known):

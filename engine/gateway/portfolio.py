@@ -30,6 +30,7 @@ class Target:
         most_open: This process's part of its `max_concurrency`; None: any number.
         up: What the last probe or outcome said; None before the first.
         models: Public names of the models it serves, as far as known.
+        context_window: Most tokens of a prompt and its answer, as configured or as its own list says; None: unknown.
         canary: The share of its tier's requests that it gets, and no more; changed by `Portfolio.set_canary`.
         pace: What it was sent in the last minute.
         origin: Where its connections go.
@@ -68,9 +69,10 @@ class Target:
     def catalog(self, listed: dict[str, dict[str, Any]] | None) -> None:
         self._catalog = listed
         prefix = self.backend.prefix
-        # Some list hundreds; every request asks for the first.
+        # Some list hundreds, and every request asks for these.
         self.models: tuple[str, ...] = self.backend.models or tuple([prefix + name for name in listed or ()])
         self._first = self.backend.upstream_model(self.models[0]) if self.models else None
+        self.context_window = self.backend.context_window or _longest(listed or {})
 
     def own_model(self, model: str | None) -> str | None:
         """The backend's own name of a public model, for None of its first; None: it is not known yet."""
@@ -278,6 +280,13 @@ class Portfolio:
             for tier, targets in self.tiers.items()
             if not any(target.ready for target in targets)
         }
+
+
+def _longest(listed: Mapping[str, Mapping[str, Any]]) -> int | None:
+    """The most that any of some models says of its window; None: one says nothing."""
+    windows = [model.get("max_model_len") for model in listed.values()]
+    known = [window for window in windows if isinstance(window, int) and window > 0]
+    return max(known) if known and len(known) == len(windows) else None
 
 
 def _in_use(targets: Sequence[Target]) -> tuple[Target, ...]:

@@ -9,9 +9,9 @@ more (it may ignore `max_tokens`, or price things that are no tokens): `books` s
 from typing import NamedTuple
 
 import msgspec
-import re2
 
 from tokenmill.engine.gateway.body import Body
+from tokenmill.engine.gateway.governance.media import ENOUGH_TOKENS, media_tokens
 from tokenmill.engine.gateway.pipeline import Exchange
 from tokenmill.engine.gateway.portfolio import Target
 
@@ -19,22 +19,8 @@ from tokenmill.engine.gateway.portfolio import Target
 TEMPLATE_TOKENS = 64
 #: Tokens that an API may add to a prompt with tools.
 TOOL_TOKENS = 512
-#: Tokens of an image that is named by its address; an inlined one has more bytes than tokens.
-IMAGE_TOKENS = 4096
-#: Tokens of a video, recording or file that is named by its address or id, whose length nothing here says.
-UNSEEN_TOKENS = 131_072
-#: What a stated number of tokens counts for at most; 64-bit columns hold its cost at any price.
-_MOST_TOKENS = 100_000_000
-#: An image among the contents, by any of the APIs.
-_IMAGES = re2.compile(rb'"image_url"\s*:|"image"')
-#: What is named by its address or id, by any of them.
-_UNSEEN = re2.compile(
-    rb'"(?:video|audio)_url"\s*:\s*(?:\{\s*"url"\s*:\s*)?"[^d]|"file_(?:url|id)"\s*:\s*"'
-    rb'|"source"\s*:\s*\{\s*"type"\s*:\s*"(?:url|file)"'
-)
-_MEDIA = re2.compile(_IMAGES.pattern + b"|" + _UNSEEN.pattern)
-#: Up to so many bytes `in` takes less time than the expression; for prose of 32 KiB ten times as much.
-_SHORT_BYTES = 2048
+#: What a number of tokens counts for at most; 64-bit columns hold its cost at any price.
+_MOST_TOKENS = ENOUGH_TOKENS
 _STATED = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 _ANSWERS = ("n", "best_of")
 #: Fields that say something about a request's size.
@@ -80,7 +66,7 @@ class Asked(NamedTuple):
     def at(self, target: Target, completion_bound: int) -> Bound:
         """The most that it can use at one backend."""
         prompt, prompts, answers, each = self
-        window, longest = context_window(target), target.backend.max_output_tokens
+        window, longest = target.context_window, target.backend.max_output_tokens
         if each is None:
             each = longest or window or completion_bound
         if longest is not None and longest < each:
@@ -106,10 +92,7 @@ def asked(exchange: Exchange) -> Asked:
     named = body.those_of(_TELLING)
     if "tools" in named or "functions" in named:
         prompt += TOOL_TOKENS
-    if _may_hold_media(payload):
-        prompt += IMAGE_TOKENS * sum(1 for _ in _IMAGES.finditer(payload))
-        prompt += UNSEEN_TOKENS * sum(1 for _ in _UNSEEN.finditer(payload))
-    prompt = min(prompt, _MOST_TOKENS)
+    prompt = min(prompt + media_tokens(payload), _MOST_TOKENS)
     if endpoint in _NOT_GENERATING:
         return Asked(prompt, 1, 1, 0)
     stated = [value for name in _STATED if name in named and (value := body.get(name, int)) is not None]
@@ -118,23 +101,6 @@ def asked(exchange: Exchange) -> Asked:
     # Some servers take a negative number for "as many as there is room for".
     completion = min(max(stated), _MOST_TOKENS) if stated and min(stated) >= 0 else None
     return Asked(prompt, prompts, answers, completion)
-
-
-def context_window(target: Target) -> int | None:
-    """Most tokens of a prompt and its answer, as configured or as the backend's own list says; None: unknown."""
-    if target.backend.context_window is not None:
-        return target.backend.context_window
-    if not target.catalog:
-        return None
-    windows = [one.get("max_model_len") for one in target.catalog.values()]
-    known = [window for window in windows if isinstance(window, int) and window > 0]
-    return max(known) if known and len(known) == len(windows) else None
-
-
-def _may_hold_media(payload: bytes) -> bool:
-    if len(payload) <= _SHORT_BYTES and b'"image' not in payload and b'"type"' not in payload:
-        return False
-    return _MEDIA.search(payload) is not None
 
 
 def _count(body: Body, name: str) -> int:

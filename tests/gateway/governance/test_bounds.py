@@ -10,6 +10,7 @@ from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.body import Body
 from tokenmill.engine.gateway.governance import bounds, charges
 from tokenmill.engine.gateway.governance.bounds import TEMPLATE_TOKENS, TOOL_TOKENS, Bound
+from tokenmill.engine.gateway.governance.media import IMAGE_TOKENS
 from tokenmill.engine.gateway.money import Prices
 from tokenmill.engine.gateway.pipeline import Call, Exchange, Usage
 from tokenmill.engine.gateway.portfolio import Target
@@ -79,39 +80,15 @@ def test_prompt_bound_is_above_every_byte_level_count() -> None:
     assert bounds.asked(exchange("/v1/chat/completions", {**body, "tools": []})).prompt > asked.prompt + TOOL_TOKENS
     image = {"type": "image_url", "image_url": {"url": "http://x"}}
     pictured = {"messages": [{"role": "user", "content": [image]}]}
-    assert bounds.asked(exchange("/v1/chat/completions", pictured)).prompt > bounds.IMAGE_TOKENS
+    assert bounds.asked(exchange("/v1/chat/completions", pictured)).prompt > IMAGE_TOKENS
     assert asked.at(target(100), CONFIGURED).prompt == 100
     assert bounds.asked(exchange("/tokenize", body)).at(target(), CONFIGURED) == Bound(0, 0)
 
 
-@pytest.mark.parametrize(
-    ("part", "unseen"),
-    [
-        ({"type": "video_url", "video_url": {"url": "https://x/v.mp4"}}, 1),
-        ({"type": "audio_url", "audio_url": "https://x/a.mp3"}, 1),
-        ({"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}, 0),
-        ({"type": "file", "file": {"file_id": "f"}}, 1),
-        ({"type": "input_file", "file_url": "https://x/a.pdf"}, 1),
-        ({"type": "input_file", "file_data": "data:application/pdf;base64,AAAA"}, 0),
-        ({"type": "document", "source": {"type": "url", "url": "https://x/a.pdf"}}, 1),
-        ({"type": "document", "source": {"type": "base64", "data": "AAAA"}}, 0),
-        ({"type": "text", "text": '"file_id": "f"'}, 0),
-        ({"type": "tool_use", "input": {"properties": {"file_id": {"type": "string"}}}}, 0),
-    ],
-)
-@pytest.mark.parametrize("long", [False, True])
-def test_media_that_nobody_sees_are_bounded_high(part: dict[str, Any], unseen: int, long: bool) -> None:
-    parts = [{"type": "text", "text": "x" * (5000 if long else 5)}, part]
-    body = {"messages": [{"role": "user", "content": parts}], "max_tokens": 1}
-    asked = bounds.asked(exchange("/v1/chat/completions", body))
-    assert asked.prompt == len(json.dumps(body)) + TEMPLATE_TOKENS + unseen * bounds.UNSEEN_TOKENS
-    assert asked.at(target(WINDOW), CONFIGURED).prompt == WINDOW or not (unseen or long)
-
-
 def test_window_is_read_from_the_backends_list() -> None:
-    assert bounds.context_window(target(None, {"a": {"max_model_len": 64}, "b": {"max_model_len": 32}})) == 64
-    assert bounds.context_window(target(None, {"a": {"max_model_len": 64}, "b": {}})) is None
-    assert bounds.context_window(target(7, {"a": {"max_model_len": 64}})) == 7
+    assert target(None, {"a": {"max_model_len": 64}, "b": {"max_model_len": 32}}).context_window == 64
+    assert target(None, {"a": {"max_model_len": 64}, "b": {}}).context_window is None
+    assert target(7, {"a": {"max_model_len": 64}}).context_window == 7
 
 
 @pytest.mark.parametrize("field", ["max_tokens", "n", "best_of"])

@@ -1,0 +1,96 @@
+"""What a request names by address or id instead of holding it: pictures, videos, recordings and files.
+
+Its bytes say nothing about its length, so each counts for a fixed number of tokens, however the JSON is written:
+members in any order, names with escapes, parts without a type. A body without such a name is not looked at further.
+"""
+
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+import msgspec
+import re2
+
+#: Tokens of an image; an inlined one counts, too, for a compressed one may have more tokens than bytes.
+IMAGE_TOKENS = 4096
+#: Tokens of a video, recording or file.
+UNSEEN_TOKENS = 131_072
+#: From so many tokens on nobody counts further.
+ENOUGH_TOKENS = 100_000_000
+#: Bodies with more names of media, or more commas, are not parsed, which takes milliseconds: all that the names could
+#: stand for counts.
+_MOST_NAMES, _MOST_COMMAS = 1000, 1 << 15
+
+_IMAGE_TYPES = ("image", "input_image")
+_IMAGES = frozenset({"image_url", "image"})
+#: Members that hold an address.
+_ADDRESSED = frozenset({"video_url", "audio_url", "file_url"})
+#: Members that hold an address or the bytes themselves.
+_HELD = frozenset({"video", "audio"})
+_UNSEEN = _ADDRESSED | _HELD | {"file_id", "source"}
+_ALL = _IMAGES | _UNSEEN
+
+
+def _named(names: frozenset[str]) -> Any:
+    """Finds members of these names, spelled in any way that JSON allows."""
+    spelled = [b"".join([b"(?:%c|\\\\u00(?i:%02x))" % (char, char) for char in name.encode()]) for name in names]
+    return re2.compile(b'"(?:' + b"|".join(spelled) + b')"[ \t\r\n]*:')
+
+
+_ANY_NAME, _IMAGE_NAME, _UNSEEN_NAME = _named(_ALL), _named(_IMAGES), _named(_UNSEEN)
+
+
+def media_tokens(payload: bytes) -> int:
+    """The most tokens that the media of a JSON body stand for, beside its bytes."""
+    if _ANY_NAME.search(payload) is None:
+        return 0
+    if _count(_ANY_NAME, payload, _MOST_NAMES + 1) <= _MOST_NAMES and payload.count(b",") <= _MOST_COMMAS:
+        try:
+            return _tokens_of(msgspec.json.decode(payload))
+        except (msgspec.MsgspecError, RecursionError):
+            pass  # for one, a number that only some servers take
+    images = IMAGE_TOKENS * _count(_IMAGE_NAME, payload, ENOUGH_TOKENS // IMAGE_TOKENS + 1)
+    return images + UNSEEN_TOKENS * _count(_UNSEEN_NAME, payload, ENOUGH_TOKENS // UNSEEN_TOKENS + 1)
+
+
+def _count(name: Any, payload: bytes, most: int) -> int:
+    return sum(1 for _ in islice(name.finditer(payload), most))
+
+
+def _tokens_of(tree: Any) -> int:
+    images = unseen = 0
+    left = [tree]
+    while left:
+        node = left.pop()
+        if type(node) is list:
+            left += node
+        elif type(node) is dict:
+            left += node.values()
+            if not _ALL.isdisjoint(node):
+                pictures, others = _named_by(node)
+                images += pictures
+                unseen += others
+    return images * IMAGE_TOKENS + unseen * UNSEEN_TOKENS
+
+
+def _named_by(node: dict[str, Any]) -> tuple[int, int]:
+    """(images, other media) that an object names itself, without what is named by objects in it."""
+    images = sum([_addresses(node.get(name), lambda _: True) for name in _IMAGES])
+    unseen = sum([_addresses(node.get(name), lambda text: not text.startswith("data:")) for name in _ADDRESSED])
+    unseen += sum([_addresses(node.get(name), lambda text: "://" in text) for name in _HELD])
+    audio, source = node.get("audio"), node.get("source")
+    # An answer of the assistant's own that was spoken.
+    unseen += isinstance(audio, dict) and isinstance(audio.get("id"), str)
+    by_id = isinstance(node.get("file_id"), str)
+    by_address = isinstance(source, dict) and isinstance(source.get("url"), str)
+    if node.get("type") in _IMAGE_TYPES:
+        return images or 1, unseen
+    return images, unseen + by_id + by_address
+
+
+def _addresses(value: Any, counts: Callable[[str], bool]) -> int:
+    """How many texts a member holds that count: itself one, or an object with a `url`, or a list of either."""
+    texts = [
+        one.get("url") if isinstance(one, dict) else one for one in (value if isinstance(value, list) else [value])
+    ]
+    return sum([isinstance(text, str) and counts(text) for text in texts])
