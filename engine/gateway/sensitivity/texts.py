@@ -15,8 +15,10 @@ from tokenmill.engine.gateway.sensitivity import unreadable
 from tokenmill.engine.gateway.sensitivity.strings import decoded
 from tokenmill.engine.gateway.sensitivity.turns import Turns
 
-#: Strings up to this length are searched together, in one text.
+#: Strings up to this length are searched together.
 SHORT = 512
+#: As many of them together.
+_TOGETHER = 1024
 #: Objects and lists up to this length are decoded in one go: at worst, nothing but brackets, some three milliseconds.
 _PIECE_BYTES = 48 * 1024
 #: Numbers below this are no one's.
@@ -61,7 +63,7 @@ class Texts:
     """What there is to search.
 
     Attributes:
-        all: Every text: long strings one by one, the short ones together as the last (`finish`).
+        all: Every text: long strings one by one, short ones together (from `finish` on).
         unreadable: What cannot be searched, in a word; empty: nothing.
     """
 
@@ -86,8 +88,8 @@ class Texts:
         """Where one part of a message ends and the next begins: templates join them without a seam, vLLM by a line."""
         direct, lined = self._before
         if direct:
-            head = text[:_SEAM]
-            self._short += (direct, head, _WALL, lined, "\n", head, _WALL)
+            head = text[:_SEAM] + _WALL
+            self._short += (direct + head, f"{lined}\n{head}")
         tail = text[-_SEAM:]
         self._before = _after(self._before, (tail, tail))
 
@@ -101,9 +103,11 @@ class Texts:
         self._before = _after(before, self._before)
 
     async def finish(self, turns: Turns) -> None:
-        """Puts the short strings together and looks for files in all of the texts."""
-        if self._short:
-            self.all.append("".join(self._short))
+        """Puts short strings together and looks for files in all of the texts."""
+        for start in range(0, len(self._short), _TOGETHER):
+            self.all.append("".join(self._short[start : start + _TOGETHER]))
+            if turns.due():
+                await turns.give()
         for text in self.all:
             for start in range(0, len(text), SLICE_BYTES):
                 if _FILE.search(text, start, start + SLICE_BYTES + _LONGEST_FILE_MARK):
