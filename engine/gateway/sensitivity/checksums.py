@@ -47,6 +47,8 @@ _VERHOEFF = tuple(
     ]
     for place in range(16)
 )
+#: A to Z as 10 to 35.
+_LETTERS_AS_NUMBERS = {ord("A") + place: str(10 + place) for place in range(26)}
 #: Twice a digit, its own digits added.
 _DOUBLED = str.maketrans("0123456789", "0246813579")
 _NIF_LETTERS = "TRWAGMYFPDXBNJZSQVHLCKE"
@@ -65,7 +67,7 @@ def iban(text: str) -> bool:
     text = text.upper()
     if IBAN_LENGTHS.get(text[:2]) != len(text):
         return False
-    return int("".join(str(int(character, 36)) for character in text[4:] + text[:4])) % 97 == 1
+    return int((text[4:] + text[:4]).translate(_LETTERS_AS_NUMBERS)) % 97 == 1
 
 
 def weighted(digits: str, weights: Sequence[int], modulus: int) -> int:

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import re2
 
-from tokenmill.engine.gateway.sensitivity.kinds import KINDS, Check
+from tokenmill.engine.gateway.sensitivity.checks import Check
+from tokenmill.engine.gateway.sensitivity.kinds import KINDS
 from tokenmill.engine.gateway.sensitivity.plain import CONTROLS, plain, prepare, undisguised, without_controls
 
 #: Characters from one window's beginning to the next one's.
@@ -29,7 +30,15 @@ MAX_ENTRIES = 16_384
 _CONTROLS = 0
 #: How far a token is followed that a window cuts off; a longer one has no end that a placeholder could stand for.
 _LONGEST_TOKEN = 16_384
-_TOKEN = re.compile(rf"[\w.-]{{0,{_LONGEST_TOKEN}}}")
+_RESTS = {
+    kind.name: re.compile(rf"[{kind.rest}]{{0,{_LONGEST_TOKEN}}}(?![{kind.rest}])(?=[\t\n\r -~]|\Z)")
+    for kind in KINDS
+    if kind.rest
+}
+#: Found by one pattern in a window after which nothing more is: no placeholders stand for so many.
+_MOST = 256
+#: A refused candidate's beginning, behind which the search goes on.
+_GROUP = re.compile(rb"[^0-9A-Za-z]?[0-9A-Za-z]+|[\x00-\xff]")
 #: Candidates after which a window in which there are many lets others run: less than a millisecond's worth.
 _BREATH = 64
 #: Without one of these a window holds none of the kinds behind it.
@@ -37,7 +46,7 @@ HINTS: dict[str, bytes] = {
     "at": rb"@",
     "number": rb"[0-9](?:[ \t\r\n._/()-]{0,3}[0-9]){4}",
     # Apart from "number", whose other patterns would multiply the states of these: 7 ms for each page of numbers.
-    "groups": rb"[0-9]{2}[ \t\r\n._/-]{1,2}[0-9]{2,4}[ \t\r\n._/-]{1,2}[0-9]{2}",
+    "groups": rb"[0-9]{2}[ \t\r\n._/-]{1,5}[0-9]{2,6}[ \t\r\n._/-]{1,5}[0-9]{2}",
     "announced": rb"(?i)(?:ssn|security|itin|taxpayer|\bein\b|employer id|tax id|\bnhs"
     rb"|\bbsn|burgerservice|sofinummer|aadha|uidai|phone|tel|mobil|cell|fax|call|dial|handy|whatsapp|sms"
     rb"|\bunter|\bruf|\banruf|\berreich)[^0-9\n]*[0-9]",
@@ -128,7 +137,7 @@ class Scanner:
             start = max(begin - 1, 0)
             stop = begin + STRIDE + OVERLAP
             for found in self._window(text[start:stop], start > 0, stop < len(text)):
-                yield tuple(_moved(finding, start, text) for finding in found) if found else ()
+                yield tuple(_moved(finding, start, text, stop) for finding in found) if found else ()
 
     def find(self, text: str) -> list[Finding]:
         """Everything found in a text, in the order of windows; what lies in two of them stands twice."""
@@ -164,10 +173,16 @@ class Scanner:
             else:
                 candidates.append(one)
         for kind, start, end in _without_look_alikes(candidates):
-            # Cut off by the window's edge: the next window, or the one before, sees it whole.
-            if (before and start == 0) or (after and end == len(seen) and start > STRIDE):
+            cut = after and end == len(seen)
+            # Cut off by the window's edge: the next window, or the one before, sees it whole. But not the word that
+            # announces a token, which the token's own characters continue (`_moved`).
+            if (before and start == 0) or (cut and start > STRIDE and kind not in _RESTS):
                 continue
-            yield Finding(kind, places[start], places[end - 1] + 1) if places else Finding(kind, start, end)
+            if start < 0:
+                yield Finding(kind, -1, -1)
+                continue
+            first, last = (places[start], places[end - 1] + 1) if places else (start, end)
+            yield Finding(kind, first, len(text) if cut else last)
         bare = undisguised(text)
         if bare is not None:
             shown = {(kind, seen[start:end]) for kind, start, end in candidates}
@@ -197,13 +212,25 @@ class Scanner:
             which, searchers = self._behind[hint]
             for number in which.Match(seen) or ():
                 name, pattern, check = searchers[number]
-                place = 0
-                while (match := pattern.search(seen, place)) is not None:
+                count = 0
+                matches = pattern.finditer(seen)
+                while (match := next(matches, None)) is not None:
                     start, end = match.span()
                     found = check(seen, start, end)
-                    if found is not None:
+                    if isinstance(found, tuple):
                         yield (name, *found)
-                    place = max(found[1], start + 1) if found else start + 1
+                        place = max(found[1], start + 1) if found[0] >= 0 else end
+                        count += 1
+                        if count == _MOST:
+                            yield (name, -1, -1)
+                            break
+                    else:
+                        if found is None:
+                            group = _GROUP.match(seen, start)
+                            found = group.end() if group else start
+                        place = found if found > start else start + 1
+                    if place != end:
+                        matches = pattern.finditer(seen, place)
                     looked += 1
                     if looked % _BREATH == 0:
                         yield None
@@ -234,18 +261,22 @@ def _searchers(forms: list[tuple[str, bytes, Check]]) -> tuple[Any, list[tuple[s
     return which, [(name, compile_pattern(pattern), check) for name, pattern, check in forms]
 
 
-def _whole(_text: bytes, start: int, end: int) -> tuple[int, int] | None:
-    return (start, end) if end > start else None
+def _whole(_text: bytes, start: int, end: int) -> tuple[int, int] | int:
+    return (start, end) if end > start else start + 1
 
 
-def _moved(finding: Finding, by: int, text: str) -> Finding:
-    """A window's finding with places of the whole text; one that the window cut off goes on to its token's end."""
+def _moved(finding: Finding, by: int, text: str, stop: int) -> Finding:
+    """A window's finding with places of the whole text; one that the window cut off goes on to its token's end.
+
+    Where that cannot be told, no placeholder can stand for it: none of a token may be left.
+    """
     kind, start, end = finding
     if start < 0:
         return finding
     start, end = start + by, end + by
-    if end - start >= OVERLAP - 1 and (rest := _TOKEN.match(text, end)):
-        if rest.end() - end == _LONGEST_TOKEN:
+    if end == stop < len(text):
+        rest = _RESTS[kind].match(text, end) if kind in _RESTS else None
+        if rest is None:
             return Finding(kind, -1, -1)
         end = rest.end()
     return Finding(kind, start, end)

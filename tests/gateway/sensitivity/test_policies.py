@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -200,9 +199,8 @@ def test_others_may_run_between_any_two_pieces(body: bytes, pieces: int, monkeyp
 
 
 def test_a_window_full_of_candidates_is_interrupted() -> None:
-    dice = random.Random(1)
-    text = " ".join(f"{dice.randint(0, 9999):04d}" for _ in range(800))
-    assert sum(1 for _ in detector.Scanner().windows(text)) > 10
+    text = "000-12-3456 " * 1200
+    assert sum(1 for _ in detector.Scanner().windows(text)) > 4 * 5
 
 
 def test_zeros_hide_nothing_and_join_nothing() -> None:

@@ -52,12 +52,82 @@ ORDINARY = [
     "127.0.0.1 and ::1 and 0.0.0.0 are at home",
     "She was born in Paris. The passport office opens at 9.",
     "4111 1111 1111 1112 and GB29 NWBK 6016 1331 9268 18 and 000-12-3456 have wrong check digits",
+    "Umsatz 2002 2003 2004 2005, 2010 2011 2012 2013",
+    "2024-05-25\n2024-01-27 2024-10-12 2024-02-24 23.10.1994\n16.05.1994",
+    "4093\t3410\t1794\t5575\n4093\t3410\t1794\t5576",
+    "6556\n6248\n5248\n8784\n5099\n1749\n7623\n7937",
+    "676\t646\n830\t350\t370 and 69 153  67 250 154  82 152",
+    "4111-1111 1111.1111 and 4111 1111\n1111\n1111",
+    "1111 5454 5454 5454 5454 1111 1111 1111 1111 1111",
+    "68.81949618319700 and 87219.87219405313",
+    "Bestellnummer 0123456789, Titel vom 2024-01-15, Hotel 2024-02-01, Mittelwert 1234567, Tel Aviv 2024-05-06",
+    "It was called at 2024-01-15 10:22:11; syscall=12345678; telemetry ts=1700000000; dialog opened 1700000000",
+    "excellent results: 1234567 rows, cells 100 200 300 400 500, call(1000000, 2000000)",
+    "call_9a8b7c6d5e4f32101234567 call_1700000000 call_id 1700000000 function-call-14310424021738416386",
+    "Unterlagen zu 0123456789, Unterkapitel 01.02.03.04, Unterabschnitt 01234 56789",
+    "+20240115\n+3000000 +1000000 -2000000 +1234567 C++17 20 11 2024",
+    "part 0012345678, 0x00123456789, 0017000000 0000",
+    "v4.25.3.1 and lib==4.25.3.2 and section 1.2.3.4 and Chrome/120.0.0.0",
+    "sk-learn-compatible-estimators-v1 pk_constraint_users_organisations_id rk_integration_method_fourth_order",
+    "secret_key = settings.SECRET_KEY_2",
 ]
 
 
 @pytest.mark.parametrize("text", ORDINARY)
 def test_leaves_ordinary_text_alone(text: str, scanner: Scanner) -> None:
     assert scanner.find(text) == []
+
+
+WRITTEN = [
+    ("credit_card", "4111 - 1111 - 1111 - 1111"),
+    ("credit_card", "4111 1111\n1111 1111"),
+    ("credit_card", "4111-1111-\n1111-1111"),
+    ("credit_card", "2024 ~4111 1111 1111 1111~ 123 12/27"),
+    ("credit_card", "15.01.2024 ~4111 1111 1111 1111~ 2024"),
+    ("credit_card", "~4111 1111 1111 1111~ 5500 0000 0000 0004 4012 8888 8888 1881"),
+    ("credit_card", "1234 ~6212 3456 7890 1234 569~"),
+    ("credit_card", "3782 822463 10005"),
+    ("credit_card", "3056 930902 5904"),
+    ("de_tax_id", "86 095 742 719"),
+    ("iban", "~DE89370400440532013000~BIC COBADEFF"),
+    ("iban", "~DE89 3704 0044 0532 0130 00~BIC"),
+    ("iban", "IBAN~DE89370400440532013000~"),
+    ("iban", "IBAN~GB29NWBK60161331926819~"),
+    ("phone", "tel:~+49-30-1234567~"),
+    ("phone", "Tel. ~030 1234567~"),
+    ("phone", "Telefon: ~030/123 45 67~"),
+    ("phone", "contactTel: ~030 1234567~"),
+    ("phone", "Fax-Nr. ~030 1234567~"),
+    ("phone", "user_phone=~5551234567~"),
+    ("phone", "call ~0171 2345678~"),
+    ("phone", "Call us: ~555-123-4567~"),
+    ("phone", "erreichbar unter ~030 1234567~"),
+    ("phone", "Rufnummer ~0301234567~"),
+    ("ip_address", "~10.0.0.5~:8080"),
+    ("api_key", "sk_live_4eC39HqLyjWDarjtT1zdp7dc"),
+    ("api_key", "sk-ant-api03-AbC_d-EfG9xyz0123456789"),
+    ("credential", "access_token=~ya29." + "aB3-" * 56 + "~"),
+    ("credential", "Authorization: Bearer ~abc/def+ghi123456789==~"),
+    ("credential", "?password=~hunter22~"),
+    ("email", r"Hello\n~anna@example.com~"),
+    ("email", r"\u003c~anna@example.com~\u003e"),
+]
+
+
+@pytest.mark.parametrize(("kind", "text"), WRITTEN)
+def test_finds_it_as_it_is_written(kind: str, text: str, scanner: Scanner) -> None:
+    """What stands between `~` is the data; without any, all of the text."""
+    value = text.split("~")[1] if "~" in text else text
+    text = text.replace("~", "")
+    assert value in {text[one.start : one.end] for one in scanner.find(text) if one.kind == kind}
+
+
+@pytest.mark.parametrize(
+    "text", [r'{"to": "j\u00f6rg@firma.de"}', r"\"john doe\"@example.com", r"{\"a\": \"b\\nanna@example.com\"}"]
+)
+def test_an_address_with_escapes_has_no_place(text: str, scanner: Scanner) -> None:
+    """A placeholder for what stands in the text would leave half an escape, or half an address."""
+    assert {(one.kind, one.start) for one in scanner.find(text)} == {("email", -1)}
 
 
 @pytest.mark.parametrize("begin", [0, 1, STRIDE - 30, STRIDE - 3, STRIDE, STRIDE + OVERLAP - 10, 3 * STRIDE - 7])
@@ -78,6 +148,27 @@ def test_a_long_token_is_found_whole(scanner: Scanner) -> None:
     for gap in (0, 100, STRIDE - 20):
         text = "x " * (gap // 2) + token + " end"
         assert any(text[found.start : found.end] == token for found in scanner.find(text))
+
+
+@pytest.mark.parametrize("before", ["Authorization: Bearer ", "api_key=", "password: "])
+def test_nothing_of_a_token_is_left_where_windows_meet(before: str, scanner: Scanner) -> None:
+    dice = random.Random(2)
+    token = "".join(dice.choices("abcdefXYZ0123456789+/", k=1500)) + "=="
+    for gap in range(0, STRIDE + OVERLAP, 50):
+        text = "x " * (gap // 2) + before + token + "\nend"
+        assert token in {text[found.start : found.end] for found in scanner.find(text)}, gap
+
+
+def test_a_token_whose_end_cannot_be_told_has_no_place(scanner: Scanner) -> None:
+    for token in ("a1" * 2400 + "\u200b" + "b2" * 300, "a1" * 20_000):
+        assert ("credential", -1, -1) in scanner.find("bearer " + token)
+    own = Scanner([], {"row": "E-[0-9]+"})
+    assert ("row", -1, -1) in own.find("E-" + "1" * 9000)
+
+
+def test_where_very_much_is_found_the_rest_has_no_place(scanner: Scanner) -> None:
+    found = scanner.find("\n".join(f"212-{number % 90 + 10}-{number % 9000 + 1000}" for number in range(330)))
+    assert ("us_ssn", -1, -1) in found
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,322 @@
+"""What tells a number or a token from its look-alikes once a pattern has found it: boundaries, groups, forms.
+
+A check gets the text and a candidate's place in it. Texts are bytes, one for each character (`plain`).
+"""
+
+import functools
+import ipaddress
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+from tokenmill.engine.gateway.sensitivity import checksums
+
+#: (text, start, end) of a candidate to (start, end) of the finding in it (`NOWHERE`: no placeholder can stand for it),
+#: or where the search goes on when it is none (None: behind its first letters or digits).
+Check = Callable[[bytes, int, int], tuple[int, int] | int | None]
+NOWHERE = (-1, -1)
+
+DIGITS = b"0123456789"
+ALNUM = DIGITS + b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+_SEPARATORS = b" \t\r\n._/-"
+
+
+def is_one_of(text: bytes, place: int, characters: bytes) -> bool:
+    """Whether one of the characters stands at a place, which may lie outside."""
+    return 0 <= place < len(text) and text[place] in characters
+
+
+@functools.cache
+def _runs(alphabet: bytes) -> re.Pattern[bytes]:
+    return re.compile(b"[" + alphabet + b"]+")
+
+
+def _prefixes(text: bytes, start: int, end: int, alphabet: bytes) -> Iterator[tuple[str, int]]:
+    """(bare characters, end) of every beginning of a candidate that ends where a group of characters ends."""
+    bare = ""
+    for run in _runs(alphabet).finditer(text, start, end):
+        bare += run[0].decode("ascii")
+        if not is_one_of(text, run.end(), alphabet):
+            yield bare, run.end()
+
+
+def number(fits: Callable[[str], bool], alphabet: bytes = DIGITS, *, even: bool = True) -> Check:
+    """A check for a number that does not go on and whose bare characters `fits`.
+
+    Args:
+        fits: Looks at the characters, separators left out.
+        alphabet: What counts as a character.
+        even: The same stands between all of its groups, but that a line may end once.
+    """
+    others = bytes(code for code in range(256) if code not in alphabet)
+
+    def check(text: bytes, start: int, end: int) -> tuple[int, int] | None:
+        shown = text[start:end].lstrip(others)
+        start = end - len(shown)
+        shown = shown.rstrip(others)
+        if start + len(shown) == end and is_one_of(text, end, alphabet):
+            return None
+        between = shown.translate(None, alphabet)
+        if not between:
+            if is_one_of(text, start - 1, b".") and is_one_of(text, start - 2, DIGITS):
+                return None  # a fraction
+        elif even and len(set(between)) > 1 and not _evenly_apart(_runs(alphabet).split(shown)[1:-1]):
+            return None
+        return (start, start + len(shown)) if fits(shown.translate(None, _SEPARATORS).decode("latin-1")) else None
+
+    return check
+
+
+def _evenly_apart(between: list[bytes]) -> bool:
+    counts = Counter(between)
+    ends_once = any(count == 1 and b"\n" in one for one, count in counts.items())
+    return len(counts) == 1 or (len(counts) == 2 and ends_once)
+
+
+#: Groups of four, the same between all of them; as many as this are a row of a table.
+_FOURS = re.compile(rb"[0-9]{4}([ ._/-]{1,4})[0-9]{4}(?:\1[0-9]{4})*(?![0-9])")
+_ROW = 9
+
+
+def in_fours(count: int, fits: Callable[[str], bool]) -> Check:
+    """A check for a number of this many groups of four, perhaps with three digits behind, among others of four.
+
+    In a row of many, as tables have them, it is one where it begins the row or follows another one.
+    """
+    whole = number(fits)
+
+    def check(text: bytes, start: int, end: int) -> tuple[int, int] | int | None:
+        first = start if text[start] in DIGITS else start + 1
+        row = _FOURS.match(text, first)
+        if row is None:
+            return whole(text, start, end)
+        between = row[1]
+        step = 4 + len(between)
+        groups = (row.end() - first + len(between)) // step
+        if groups < count:
+            return whole(text, start, end)
+        bare = row[0].translate(None, _SEPARATORS).decode("latin-1")
+        before = 0
+        while _is_group(text, first - (before + 1) * step, between) and before < _ROW:
+            before += 1
+        places = range(groups - count + 1)
+        if before + groups >= _ROW:
+            former = text[max(first - count * step, 0) : first].translate(None, _SEPARATORS).decode("latin-1")
+            places = range(1 if not before or (before >= count and fits(former)) else 0)
+        for place in places:
+            shown, stop = bare[4 * place : 4 * (place + count)], first + (place + count) * step - len(between)
+            more = text[stop : stop + step - 1]
+            if stop == row.end() and more.startswith(between) and more[len(between) :].isdigit():
+                longer = shown + more[len(between) :].decode("latin-1")
+                if fits(longer) and not is_one_of(text, stop + len(more), DIGITS):
+                    return first + place * step, stop + len(more)
+            if fits(shown):
+                return first + place * step, stop
+        return row.end() - 5  # its last group may begin something else
+
+    return check
+
+
+def _is_group(text: bytes, start: int, between: bytes) -> bool:
+    return start >= 0 and text[start : start + 4].isdigit() and text.startswith(between, start + 4)
+
+
+def last_token(alphabet: bytes, fits: Callable[[bytes], bool]) -> Check:
+    """A check for a value behind a word that announces it: the candidate's last run of `alphabet`."""
+
+    def check(text: bytes, start: int, end: int) -> tuple[int, int] | None:
+        first = start + len(text[start:end].rstrip(alphabet))
+        return (first, end) if not is_one_of(text, end, alphabet) and fits(text[first:end]) else None
+
+    return check
+
+
+def last_digits(count: int, fits: Callable[[str], bool]) -> Check:
+    """The same for a number whose digits may be in groups."""
+
+    def check(text: bytes, start: int, end: int) -> tuple[int, int] | None:
+        bare, first = b"", end
+        while first > start and len(bare) < count:
+            first -= 1
+            if text[first] in DIGITS:
+                bare = text[first : first + 1] + bare
+        alone = not is_one_of(text, end, DIGITS) and not is_one_of(text, first - 1, DIGITS)
+        return (first, end) if len(bare) == count and alone and fits(bare.decode("ascii")) else None
+
+    return check
+
+
+def whole_word(text: bytes, start: int, end: int) -> tuple[int, int]:
+    """All of a candidate but the character in front of it."""
+    while text[start] not in ALNUM + b"-":
+        start += 1
+    return start, end
+
+
+def iban(text: bytes, start: int, end: int) -> tuple[int, int] | None:
+    """An account's number, in one piece or in fours, the country and the check digits perhaps apart."""
+    while text[start] not in ALNUM:
+        start += 1
+    if text[start : start + 4].upper() == b"IBAN":
+        start += 4
+    bare = text[start:end].translate(None, _SEPARATORS).decode("latin-1")
+    length = checksums.IBAN_LENGTHS.get(bare[:2].upper(), 0)
+    bare = bare[:length]
+    if not checksums.iban(bare):
+        return None
+    groups: list[int] = []
+    over = -length
+    for run in _runs(ALNUM).finditer(text, start, end):
+        groups.append(run.end() - run.start())
+        over += groups[-1]
+        if over >= 0:
+            break
+    stop = run.end() - over
+    # A word may be glued to it; not any letters of a longer token.
+    if is_one_of(text, stop, ALNUM) and (
+        text[stop] in DIGITS or text[stop - 1] not in DIGITS or sum(map(str.isalpha, bare)) > 7
+    ):
+        return None
+    inner = groups[2 if groups[:2] == [2, 2] else 0 : -1]
+    return (start, stop) if set(inner) <= {4} else None
+
+
+#: An escape in a JSON text or a program, behind its backslash; what it stands for may belong to a name.
+_ESCAPE = re.compile(rb"[nrtbf]|u([0-9A-Fa-f]{4})")
+
+
+def email(text: bytes, start: int, end: int) -> tuple[int, int] | None:
+    """An address without what stands before it: punctuation, or an escape of a string in a string."""
+    if is_one_of(text, start - 1, b"\\"):
+        before = len(text[:start]) - len(text[:start].rstrip(b"\\"))
+        escape = _ESCAPE.match(text, start)
+        if text[start] == ord('"') or before % 2 == 0:
+            return NOWHERE  # who knows what is read in the end
+        if escape:
+            if escape[1] and (chr(int(escape[1], 16)).isalnum() or chr(int(escape[1], 16)) in "._%+'?-"):
+                return NOWHERE
+            start = escape.end()
+    while text[start] in b".'-%+?":
+        start += 1
+    if text[start] == ord("@"):
+        return None
+    return NOWHERE if text[start] == ord('"') and b"\\" in text[start:end] else (start, end)
+
+
+#: A date, not more; a minus after a blank; and a date as a number.
+_A_DATE = re.compile(
+    rb"(?:(?:19|20)[0-9]{2}([./-])(?:0?[1-9]|1[0-2])\1(?:3[01]|[12][0-9]|0?[1-9])"
+    rb"|(?:3[01]|[12][0-9]|0?[1-9])([./-])(?:3[01]|[12][0-9]|0?[1-9])\2(?:(?:19|20)[0-9]{2}|[0-9]{2}))(?![./-]?[0-9])"
+)
+_MINUS = re.compile(rb"[ \t]-[0-9]")
+
+
+def phone(text: bytes, start: int, end: int) -> tuple[int, int] | None:
+    """A telephone number: with the code of a country, or in the form of one country."""
+    while text[start] not in b"+(0123456789":
+        start += 1
+    minus = _MINUS.search(text, start, end)
+    stops = [one for one in _prefixes(text, start, minus.start() if minus else end, DIGITS) if 7 <= len(one[0]) <= 15]
+    if not stops:
+        return None
+    foreign = text[start] == ord("+") or text[start : start + 2] == b"00"
+    code = 0 if text[start] == ord("+") else 2
+    if foreign and stops[0][0][code] == "1":  # North America: the places' and exchanges' codes begin with 2 to 9
+        stops = [one for one in stops if len(one[0]) == code + 11 and one[0][code + 1] > "1" and one[0][code + 4] > "1"]
+        return (start, stops[-1][1]) if stops else None
+    bare, stop = stops[-1]
+    one_piece = stop - start <= len(bare) + 1
+    if foreign and len(bare) < (code + 9 if one_piece else 7 + code // 2):
+        return None
+    return start, stop
+
+
+def announced_phone(text: bytes, start: int, end: int) -> tuple[int, int] | None:
+    """A number behind a word that announces one, which a date is not."""
+    while text[start] not in b"+(0123456789":
+        start += 1
+    if _A_DATE.match(text, start):
+        return None
+    found = None
+    for bare, stop in _prefixes(text, start, end, DIGITS):
+        if 7 <= len(bare) <= 15:
+            found = start, stop
+    return found
+
+
+#: First bytes of addresses of this machine, and of many.
+_NOBODYS = frozenset((127, *range(224, 240)))
+#: First bytes of addresses of this machine, and of many.
+_NOBODYS = frozenset((127, *range(224, 240)))
+#: What stands before the number of a version.
+_VERSION = re.compile(rb"(?i)(?:\bv|[=<>~]=)[ :]?\Z")
+
+
+def ipv4(text: bytes, start: int, end: int) -> tuple[int, int] | None:
+    """An address of somebody: none of this machine or of many, no version, no number of a section."""
+    if text[start] not in DIGITS:
+        start += 1
+    shown = text[start:end]
+    if is_one_of(text, end, ALNUM) or (is_one_of(text, end, b".") and is_one_of(text, end + 1, DIGITS)):
+        return None
+    if len(shown) == 7 or shown.endswith(b".0.0.0") or int(shown[: shown.index(b".")]) in _NOBODYS:
+        return None
+    version = is_one_of(text, start - 1, b"vV =:") and _VERSION.search(text[max(start - 3, 0) : start])
+    return None if version else (start, end)
+
+
+def ipv6(text: bytes, start: int, end: int) -> tuple[int, int] | None:
+    """The same in the longer form."""
+    while text[start] not in b":0123456789ABCDEFabcdef":
+        start += 1
+    if is_one_of(text, end, ALNUM + b":") or (is_one_of(text, end, b".") and is_one_of(text, end + 1, DIGITS)):
+        return None
+    shown = text[start:end].decode("ascii")
+    if not any(character.isdigit() for character in shown):
+        return None  # `fe::ed` is a name in a program
+    try:
+        address = ipaddress.ip_address(shown)
+    except ValueError:
+        return None
+    return None if address.is_loopback or address.is_unspecified or address.is_multicast else (start, end)
+
+
+def machine_zone(text: bytes, start: int, end: int) -> tuple[int, int] | None:
+    """The second line of a passport's machine-readable zone."""
+    while text[start] not in ALNUM:
+        start += 1
+    zone = text[start:end].decode("ascii")
+    fits = checksums.mrz_field(zone[:9], zone[9]) and checksums.mrz_field(zone[13:19], zone[19])
+    return (start, end) if fits and checksums.mrz_field(zone[21:27], zone[27]) else None
+
+
+#: Names in programs and of packages: words, each with a short number at most.
+_NAME = re.compile(rb"(?:[A-Za-z]{1,15}[0-9]{0,2}|[0-9]{1,4})(?:[-_](?:[A-Za-z]{1,15}[0-9]{0,2}|[0-9]{1,4}))+")
+
+
+def key(text: bytes, start: int, end: int) -> tuple[int, int] | int:
+    """A key of an API that is no name."""
+    start, end = whole_word(text, start, end)
+    return end if _NAME.fullmatch(text, start, end) else (start, end)
+
+
+#: A place in a program where a secret is kept.
+_KEPT = re.compile(
+    rb"(?:self|this|settings|config|cfg|conf|os|env|process|app|args|options|params|ctx|context|request|req|secrets"
+    rb"|data|vars?|module)\.[A-Za-z_][0-9A-Za-z_.]*"
+)
+
+
+def secret(sign: bytes) -> Check:
+    """A check for a value with letters and digits behind the first `sign` after the word that announces it."""
+    said = re.compile(sign)
+
+    def check(text: bytes, start: int, end: int) -> tuple[int, int] | int:
+        found = said.search(text, start, end)
+        first = found.end() if found else start
+        value = text[first:end]
+        letters, digits = value.translate(None, ALNUM[10:]), value.translate(None, DIGITS)
+        mixed = len(letters) < len(value) and len(digits) < len(value)
+        return (first, end) if mixed and not _KEPT.fullmatch(value) else end
+
+    return check
