@@ -122,7 +122,7 @@ class Texts:
             value: What `json` decoded.
             key: The name it stands under.
             content: It may hold what cannot be searched; False: settings, arguments of a tool.
-            listed: It is an item of a list, or of a field that may be a part itself.
+            listed: It is an item of a list, a member of `NAMED_PARTS`, or a field that may be a part itself.
         """
         if isinstance(value, str):
             self.add(key, value, part=listed and key in unreadable.PART_LISTS)
@@ -130,12 +130,14 @@ class Texts:
             kind = value.get("type") if content else None
             if content and unreadable.may_be_part(key, listed) and not unreadable.is_text(kind, value, key):
                 self.unreadable = unreadable.PART
+            named = key in unreadable.NAMED_PARTS
             for name, member in value.items():
                 if content and member and member is not True and unreadable.names_media(name):
                     self.unreadable = unreadable.MEDIA
                 if isinstance(member, (dict, list)):
                     self.add("", name)
-                    self.walk(member, name, content=content and not unreadable.is_free(name, kind))
+                    inside = content and not unreadable.is_free(name, kind)
+                    self.walk(member, name, content=inside, listed=named)
                 else:
                     self.walk(member, name)
         elif isinstance(value, list):
@@ -236,7 +238,8 @@ async def _object(texts: Texts, raw: memoryview, key: str, turns: Turns, *, cont
         if content and not _is_nothing(member) and unreadable.names_media(name):
             texts.unreadable = unreadable.MEDIA
         texts.add("", name)
-        await _collect(texts, member, name, turns, content=content and not unreadable.is_free(name, kind))
+        inside = content and not unreadable.is_free(name, kind)
+        await _collect(texts, member, name, turns, content=inside, listed=key in unreadable.NAMED_PARTS)
         if turns.due():
             await turns.give()
 

@@ -45,6 +45,8 @@ _BARE_TEXT = frozenset({"text", "refusal"})
 _FREE = {"input": "tool_use", "logprobs": "output_text"}
 #: Members whose items are parts.
 PART_LISTS = ("content", "parts")
+#: Objects whose members may be parts, whatever their names: what the Responses API puts into a prompt that it keeps.
+NAMED_PARTS = frozenset({"variables"})
 #: A member with one of these words in its name holds no text.
 _MEDIA_WORDS = frozenset(
     {

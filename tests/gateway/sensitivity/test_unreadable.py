@@ -90,6 +90,13 @@ def test_parts_that_are_not_known_to_be_text(part: dict[str, Any], filler: str) 
         {"prompt": "x", "multi_modal_data": "AAAA"},
         {"prompt": "x", "mm_payload": "AAAA"},
         {"prompt": "x", "imageData": "AAAA"},
+        {
+            "prompt": {
+                "id": "pmpt_1",
+                "variables": {"a": "x", "b": {"type": "input_file", "url": "https://example.com"}},
+            }
+        },
+        {"prompt": {"id": "pmpt_1", "variables": {"a": LONG, "b": {"type": "input_file", "x": LONG}}}},
         {"input": [{"inputImage": "AAAA"}]},
         {"input": [{"pdf": "JVBERi0xLjQK"}]},
         {"input": [{"document": "JVBERi0xLjQK"}]},
@@ -202,6 +209,7 @@ def test_text_and_settings_go_anywhere(filler: str) -> None:
             {"type": "text", "text": filler, "citations": [
                 {"type": "char_location", "cited_text": "x", "document_index": 1, "document_title": "a"}]}]}]},
         {"prompt": ["a", filler], "n": 2, "best_of": 3},
+        {"prompt": {"id": "pmpt_1", "variables": {"a": filler, "b": {"type": "input_text", "text": filler}}}},
     ):  # fmt: skip
         clearance = clear(POLICY, json.dumps(fields).encode())
         assert clearance.zones is None, clearance.why
