@@ -1,7 +1,6 @@
 """Puts the gateway together from a worker's document: which stages a request goes through, and in which order."""
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +95,7 @@ def _audit_trail(governance: Governance) -> Audit:
     """Has decisions of policies written into the audit trail, off the request's path."""
 
     def tell(action: str, subject: str, details: Mapping[str, Any]) -> None:
-        row = partial(audit.append, actor="gateway", action=action, subject=subject, details=dict(details))
-        governance.store.post(row)
+        entry = audit.Entry("gateway", action, subject, dict(details))
+        governance.store.post_item(audit.extend, entry, dispensable=True, beside=True)
 
     return tell

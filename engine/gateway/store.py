@@ -252,10 +252,6 @@ class Store:
         self._put([Job(_one_by_one, operation, future)])
         return future
 
-    def post(self, operation: Operation[object]) -> None:
-        """`submit` for who does not wait; see `post_item`."""
-        self.post_item(_one_by_one, operation)
-
     async def write(self, operation: Operation[T]) -> T:
         """`submit` for a coroutine; cancelled before its turn, the operation does not run."""
         result: T = await self.write_item(_one_by_one, operation)

@@ -15,6 +15,7 @@ CHANGES: Mapping[int, Sequence[str]] = {
         "ALTER TABLE ledger ADD COLUMN accepted_draft_tokens BIGINT NOT NULL DEFAULT 0",
         "ALTER TABLE ledger ADD COLUMN rejected_draft_tokens BIGINT NOT NULL DEFAULT 0",
     ),
+    4: ("ALTER TABLE audit_head ADD COLUMN decisions BIGINT NOT NULL DEFAULT 0",),
 }
 #: Version of the tables; a database made by a newer Tokenmill is refused, one by an older is changed.
 SCHEMA_VERSION = max(CHANGES)

@@ -1,6 +1,7 @@
 """Opening the store's SQLite file, by several at once."""
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -42,13 +43,14 @@ def test_what_a_full_disk_kept_from_being_written_is_written_when_there_is_room(
     def room(pages: int) -> None:
         store.write_now(lambda connection: connection.execute(f"PRAGMA max_page_count = {pages}"))
 
-    def large(connection: Connection) -> None:
-        connection.execute("INSERT INTO things VALUES (1, zeroblob(1000000))")
+    def large(connection: Connection, items: Sequence[int] = (1,)) -> Sequence[int]:
+        connection.executemany("INSERT INTO things VALUES (?, zeroblob(1000000))", [(item,) for item in items])
+        return items
 
     room(20)
     with pytest.raises(StoreUnavailableError, match="full"):
         store.write_now(large)
-    store.post(large)
+    store.post_item(large, 1)
     query = "SELECT count(*) FROM things"
     assert store.write_now(lambda connection: connection.execute(query).fetchone()) == (0,)
     room(10_000)

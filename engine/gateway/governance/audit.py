@@ -3,10 +3,14 @@
 An edited, removed, inserted or exchanged row breaks the chain from there on; rows cut off the end are missed because
 the last hash is kept beside the trail. Whoever can rewrite the whole file can rewrite the whole chain: keep the head
 that `tokenmill admin audit verify` prints in another place, and hand it to a later check.
+
+A change is written in the transaction that makes it (`append`). What policies decide, which may be a row for every
+request, changes nothing and is written a moment later (`extend`).
 """
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
@@ -26,29 +30,72 @@ class Head:
     hash: str
 
 
-def append(connection: Connection, actor: str, action: str, subject: str, details: dict[str, Any]) -> None:
-    """Adds a row in the transaction of what it records.
+@dataclass(eq=False, slots=True)
+class Entry:
+    """A row that is to be appended.
 
-    Args:
-        connection: The writer's.
+    Attributes:
         actor: Who did it: `admin api`, `admin command`, `gateway`.
         action: What, e.g. `key.create`.
-        subject: To which account or worker.
+        subject: To which account, worker or request.
         details: Anything else; no secrets.
+        at: When, in milliseconds.
+        tried: The row's number and hash when it was last tried to append it.
     """
+
+    actor: str
+    action: str
+    subject: str
+    details: dict[str, Any]
+    at: int = field(default_factory=now_ms)
+    tried: tuple[int, str] | None = None
+
+
+def append(connection: Connection, actor: str, action: str, subject: str, details: dict[str, Any]) -> None:
+    """Adds a row in the transaction of what it records, a change; see `Entry` for the arguments."""
     connection.announce()
+    _append(connection, [Entry(actor, action, subject, details)])
+
+
+def extend(connection: Connection, decisions: Sequence[Entry]) -> list[None]:
+    """Adds rows that record no change, in this order; the collector for `Store.post_item`.
+
+    Each becomes one row however often it is tried: one whose row is there is left out.
+    """
+    new = [entry for entry in decisions if entry.tried is None or not _is_there(connection, entry.tried)]
+    if new:
+        with connection.beside():
+            _append(connection, new, decisions=len(new))
+    return [None] * len(decisions)
+
+
+def _append(connection: Connection, entries: Sequence[Entry], decisions: int = 0) -> None:
+    """Adds rows; so many of them are decisions."""
     head = _head(connection)
-    row = (head.sequence + 1, now_ms(), actor, action, subject, orjson.dumps(details).decode())
-    digest = _digest(head.hash, row)
-    connection.execute(
-        "INSERT INTO audit (sequence, at, actor, action, subject, details, hash) VALUES (?, ?, ?, ?, ?, ?, ?)",
-        (*row, digest),
+    number, digest = head.sequence, head.hash
+    rows = []
+    for entry in entries:
+        number += 1
+        details = orjson.dumps(entry.details).decode()
+        row = (number, entry.at, entry.actor, entry.action, entry.subject, details)
+        digest = _digest(digest, row)
+        rows.append((*row, digest))
+        entry.tried = number, digest
+    connection.executemany(
+        "INSERT INTO audit (sequence, at, actor, action, subject, details, hash) VALUES (?, ?, ?, ?, ?, ?, ?)", rows
     )
     connection.execute(
-        "INSERT INTO audit_head (id, sequence, hash) VALUES (1, ?, ?) "
-        "ON CONFLICT (id) DO UPDATE SET sequence = excluded.sequence, hash = excluded.hash",
-        (row[0], digest),
+        "INSERT INTO audit_head (id, sequence, hash, decisions) VALUES (1, ?, ?, ?) "
+        "ON CONFLICT (id) DO UPDATE SET sequence = excluded.sequence, hash = excluded.hash, "
+        "decisions = audit_head.decisions + excluded.decisions",
+        (number, digest, decisions),
     )
+
+
+def _is_there(connection: Connection, tried: tuple[int, str]) -> bool:
+    """Whether this row was appended: its hash covers it and all rows before it."""
+    query = "SELECT 1 FROM audit WHERE sequence = ? AND hash = ?"
+    return connection.execute(query, tried).fetchone() is not None
 
 
 def verify(connection: Connection, expected: str | None = None) -> Head:
@@ -82,9 +129,9 @@ def verify(connection: Connection, expected: str | None = None) -> Head:
     return head
 
 
-def sequence(connection: Connection) -> int:
-    """Number of the last row; it grows with every change that is audited."""
-    row = connection.execute("SELECT sequence FROM audit_head").fetchone()
+def changes(connection: Connection) -> int:
+    """How many rows are no decisions of policies; it grows with every change that is audited."""
+    row = connection.execute("SELECT sequence - decisions FROM audit_head").fetchone()
     return 0 if row is None else int(row[0])
 
 

@@ -1,7 +1,7 @@
 """The stage that says whose request it is, and refuses those of nobody.
 
 What is known of a key is kept in memory. Every change to keys and accounts is audited in its own transaction, so the
-number of the audit trail's last row is the version of what was kept. It is read a few times a second, and from a file
+number of changes in the audit trail is the version of what was kept. It is read a few times a second, and from a file
 also when there is news. Either way a key that was revoked by any process is refused from the next request on: the
 transaction that reserves looks again (`books`).
 """
@@ -76,7 +76,7 @@ class Identities:
         reader = store.reader
         tick, news = time.monotonic(), store.news()
         if news != self._news or tick - self._read_at > VERSION_KEPT_S:
-            version = audit.sequence(reader)
+            version = audit.changes(reader)
             self._read_at, self._news = tick, news
             if version != self._version or len(self._known) > MOST_KEPT:
                 self._known.clear()

@@ -101,10 +101,15 @@ CREATE TABLE audit (
     details TEXT NOT NULL,
     hash TEXT NOT NULL
 )"""
-#: The last row of the trail, so that rows cut off its end are missed.
-AUDIT_HEAD = (
-    "CREATE TABLE audit_head (id INTEGER PRIMARY KEY CHECK (id = 1), sequence BIGINT NOT NULL, hash TEXT NOT NULL)"
-)
+#: The last row of the trail, so that rows cut off its end are missed; and how many rows are decisions of policies: the
+#: others tell of changes.
+AUDIT_HEAD = """
+CREATE TABLE audit_head (
+    id INTEGER PRIMARY KEY CHECK (id = 1),
+    sequence BIGINT NOT NULL,
+    hash TEXT NOT NULL,
+    decisions BIGINT NOT NULL DEFAULT 0
+)"""
 
 SCHEMA = (
     ACCOUNTS,
