@@ -52,6 +52,10 @@ async def parsed(raw: bytes) -> "Body":
     return body
 
 
+def _too_deep() -> ApiError:
+    return invalid_json("nested too deeply")
+
+
 class Body:
     """The top-level fields of a JSON object.
 
@@ -74,7 +78,7 @@ class Body:
         except msgspec.DecodeError as error:
             raise invalid_json(str(error).removeprefix("JSON is malformed: ")) from None
         except RecursionError:
-            raise invalid_json("nested too deeply") from None
+            raise _too_deep() from None
         self.raw = raw
 
     def __contains__(self, name: str) -> bool:
@@ -102,7 +106,7 @@ class Body:
         """A field decoded as `kind`; None where it is absent or null.
 
         Raises:
-            ApiError: 400 with `param` when it is of another type.
+            ApiError: 400 with `param` when it is of another type, 400 when it is nested too deeply.
         """
         field = self._fields.get(name)
         if field is None:
@@ -112,12 +116,22 @@ class Body:
             return decoder.decode(field)
         except msgspec.MsgspecError as error:
             raise ApiError(400, f"`{name}`: {error}", code="invalid_type", param=name) from None
+        except RecursionError:
+            # The whole could just be parsed, with fewer calls on the stack.
+            raise _too_deep() from None
 
     def with_fields(self, changes: dict[str, Any]) -> bytes:
-        """The body with some top-level fields set; every other field keeps its bytes and its place."""
+        """The body with some top-level fields set; every other field keeps its bytes and its place.
+
+        Raises:
+            ApiError: 400 when one of them is nested too deeply.
+        """
         encode = msgspec.json.encode
         fields: dict[str, msgspec.Raw | bytes] = {**self._fields}
-        fields.update((name, encode(value)) for name, value in changes.items())
+        try:
+            fields.update((name, encode(value)) for name, value in changes.items())
+        except RecursionError:
+            raise _too_deep() from None
         # One copy of each field, also of megabytes.
         parts: list[msgspec.Raw | bytes] = []
         for name, value in fields.items():

@@ -96,7 +96,8 @@ def _said(exchange: Exchange) -> dict[str, str]:
         for name in _NAMES:
             value = metadata.get("tokenmill_" + name.replace("-", "_"))
             if value is not None:
-                said[name] = str(value).strip().lower()
+                nested = isinstance(value, list | dict)
+                said[name] = "a list or object" if nested else str(value).strip().lower()
     for key, value in exchange.headers if _any_ours(tuple(exchange.fields)) else ():
         if key.startswith(PREFIX):
             name = key[len(PREFIX) :].decode("latin-1")

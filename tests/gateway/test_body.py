@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -64,6 +65,31 @@ def test_wrong_type_names_the_field() -> None:
         Body(b'{"model": 3}').get("model", str)
     assert (raised.value.status, raised.value.param) == (400, "model")
     assert Body(b'{"model": null}').get("model", str) is None
+
+
+def at_depth(calls: int, what: Callable[[], Any]) -> Any:
+    """What is returned with so many more calls on the stack."""
+    return at_depth(calls - 1, what) if calls else what()
+
+
+def test_what_is_nested_too_deeply_is_refused_wherever_it_is_found_out() -> None:
+    """A depth that can just be parsed may be too much further down the stack."""
+    refused = set()
+    for levels in range(700, 1000):
+        raw = b'{"a":{"x":%b%b}}' % (b"[" * levels, b"]" * levels)
+        try:
+            body = Body(raw)
+        except ApiError as error:
+            refused.add(error.message)
+            continue
+        for calls in (0, 20, 40):
+            found = {}
+            try:
+                found = at_depth(calls, lambda body=body: body.get("a", dict[str, Any]))
+                assert at_depth(calls + 10, lambda body=body, found=found: body.with_fields({"a": found})) == raw
+            except ApiError as error:
+                refused.add(error.message)
+    assert refused == {"The request body is not valid JSON: nested too deeply."}
 
 
 @pytest.mark.parametrize("offset", [-2, -1, 0, 1])

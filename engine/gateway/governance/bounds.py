@@ -112,5 +112,5 @@ def _prompts(body: Body) -> int:
     raw = body.raw_field("prompt")
     if raw is None or not raw.startswith(b"["):
         return 1
-    parts = msgspec.json.decode(raw, type=list[msgspec.Raw])
+    parts = body.get("prompt", list[msgspec.Raw])
     return len(parts) if parts and bytes(parts[0]).lstrip()[:1] in (b'"', b"[") else 1

@@ -208,12 +208,25 @@ def test_hints_are_checked_and_their_headers_end_here(factory: Factory) -> None:
         status, _, body = factory.ask(EASY, headers={f"x-tokenmill-{name}": value})
         assert status == 400
         assert json.loads(body)["error"]["code"] == "invalid_hint"
+    nested = [[[1]]]
+    status, _, body = factory.ask(EASY, metadata={"tokenmill_quality": nested})
+    assert (status, "'a list or object'" in json.loads(body)["error"]["message"]) == (400, True)
     factory.small.books = Books()
     factory.tier(EASY, headers={"x-tokenmill-latency": "batch"}, metadata={"tokenmill_latency": "batch"})
     _, headers, raw = factory.small.books.requests[-1]
     assert not [name for name in headers if name.startswith("x-tokenmill")]
     assert json.loads(raw)["metadata"] == {"tokenmill_latency": "batch"}
     assert json.loads(raw)["model"] == "small"
+
+
+def test_hints_that_are_nested_too_deeply_are_the_clients_fault(factory: Factory) -> None:
+    found = set()
+    for levels in range(900, 1000):
+        metadata = b'{"tokenmill_x":%b%b}' % (b"[" * levels, b"]" * levels)
+        raw = b'{"model":"auto","messages":[{"role":"user","content":"hi"}],"metadata":%b}' % metadata
+        status, _, answer = factory.gateway.post("/v1/chat/completions", raw)
+        found.add((status, b"nested too deeply" in answer))
+    assert found == {(200, False), (400, True)}
 
 
 def test_another_tier_takes_over_when_the_first_fails(factory: Factory) -> None:
