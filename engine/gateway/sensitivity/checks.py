@@ -96,25 +96,40 @@ def in_fours(count: int, fits: Callable[[str], bool]) -> Check:
         if groups < count:
             return whole(text, start, end)
         bare = row[0].translate(None, _SEPARATORS).decode("latin-1")
-        before = 0
-        while _is_group(text, first - (before + 1) * step, between) and before < _ROW:
-            before += 1
-        places = range(groups - count + 1)
-        if before + groups >= _ROW:
-            former = text[max(first - count * step, 0) : first].translate(None, _SEPARATORS).decode("latin-1")
-            places = range(1 if not before or (before >= count and fits(former)) else 0)
-        for place in places:
-            shown, stop = bare[4 * place : 4 * (place + count)], first + (place + count) * step - len(between)
-            more = text[stop : stop + step - 1]
-            if stop == row.end() and more.startswith(between) and more[len(between) :].isdigit():
-                longer = shown + more[len(between) :].decode("latin-1")
-                if fits(longer) and not is_one_of(text, stop + len(more), DIGITS):
-                    return first + place * step, stop + len(more)
-            if fits(shown):
-                return first + place * step, stop
+        for place in range(1 if groups >= _ROW else groups - count + 1):
+            shown = bare[4 * place : 4 * (place + count)]
+            stop = first + (place + count) * step - len(between)
+            more = _more(text, stop, between) if stop == row.end() else ""
+            if more and fits(shown + more):
+                stop += len(between) + len(more)
+            elif not fits(shown):
+                continue
+            if _in_table(text, first, between, groups, count, fits):
+                break
+            return first + place * step, stop
         return row.end() - 5  # its last group may begin something else
 
     return check
+
+
+def _more(text: bytes, place: int, between: bytes) -> str:
+    """Three digits behind a row of groups, or nothing."""
+    more = text[place : place + len(between) + 4]
+    three = more[len(between) : len(between) + 3]
+    alone = more.startswith(between) and len(three) == 3 and three.isdigit() and not more[len(between) + 3 :].isdigit()
+    return three.decode("latin-1") if alone else ""
+
+
+def _in_table(text: bytes, first: int, between: bytes, groups: int, count: int, fits: Callable[[str], bool]) -> bool:
+    """Whether so many groups from `first` are in a long row, not at its beginning nor behind a number that fits."""
+    step = 4 + len(between)
+    before = 0
+    while before < _ROW and _is_group(text, first - (before + 1) * step, between):
+        before += 1
+    if not before or before + groups < _ROW:
+        return False
+    former = text[max(first - count * step, 0) : first].translate(None, _SEPARATORS).decode("latin-1")
+    return before < count or not fits(former)
 
 
 def _is_group(text: bytes, start: int, between: bytes) -> bool:
@@ -226,7 +241,8 @@ def phone(text: bytes, start: int, end: int) -> tuple[int, int] | None:
         return (start, stops[-1][1]) if stops else None
     bare, stop = stops[-1]
     one_piece = stop - start <= len(bare) + 1
-    if foreign and len(bare) < (code + 9 if one_piece else 7 + code // 2):
+    least = 11 if is_one_of(text, start - 1, ALNUM) else 9
+    if foreign and len(bare) < (code + least if one_piece else 7 + code // 2):
         return None
     return start, stop
 

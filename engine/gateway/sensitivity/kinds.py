@@ -19,10 +19,13 @@ DataClass = Literal["contact", "financial", "government", "person", "secret"]
 _BETWEEN = (rb" {1,2}", rb"-", rb"\.", rb" {1,2}- {1,2}", rb"/", rb"_")
 #: And where lines or columns end: once in a number that was wrapped, or everywhere.
 _PARTED = rb"[ \t\r\n._/-]{1,3}"
-_ALONE_START, _ALONE_END = rb"(?:\A|[^0-9 \t\r\n])[ \t\r\n]{0,4}", rb"[ \t\r\n]{0,4}(?:\z|[^0-9 \t\r\n])"
+_ALONE_START = rb"(?:\A[ \t\r\n]{0,4}|[^0-9 \t\r\n][ \t\r\n]{1,4}|[^0-9 \t\r\n._/-]|(?:\A|[^0-9])[._/-])"
+_ALONE_END = rb"[ \t\r\n]{0,4}(?:\z|[^0-9 \t\r\n])"
 _START = rb"(?:\A|[^0-9])"
 _END = rb"(?:\z|[^0-9])"
-_WORD_START, _WORD_END = rb"(?:\A|[^0-9A-Za-z])", rb"(?:\z|[^0-9A-Za-z])"
+_WORD_START = rb"(?:\A|[^0-9A-Za-z])"
+#: Digits in hexadecimal ones are everywhere.
+_HEX_START, _HEX_END = rb"(?:\A|[^0-9A-Fa-f])", rb"(?:\z|[^0-9A-Fa-f])"
 _MONTH = rb"(?:jan|feb|mar|m.r|apr|ma[yi]|jun|jul|aug|sep|o[ck]t|nov|de[cz])[a-z]{0,6}"
 #: Letters beyond ASCII in Latin-1; the last one stands for those of other scripts, too (`plain`).
 _LETTER = rb"\xaa\xb5\xba\xc0-\xd6\xd8-\xf6\xf8-\xff"
@@ -124,7 +127,7 @@ KINDS: tuple[Kind, ...] = (
     Kind(
         "phone", "contact", _NUMBER,
         (
-            rb"(?:\A|[^0-9A-Za-z+])\+[1-9](?:[ \t().\n/-]{0,3}[0-9]){6,14}",
+            rb"(?:\A|[^0-9+])\+[1-9](?:[ \t().\n/-]{0,3}[0-9]){6,14}",
             rb"(?:\A|[^0-9A-Za-z.-])00[1-9](?:[ \t().\n/-]{0,3}[0-9]){7,14}",
             _START + rb"\(?[2-9][0-9]{2}\)?[ .\n-]{1,2}[2-9][0-9]{2}[ .\n-]{1,2}[0-9]{4}",
             # Mobile numbers of Germany and of the United Kingdom as they are written at home.
@@ -138,11 +141,11 @@ KINDS: tuple[Kind, ...] = (
         (
             rb"(?i)(?:phone|telefon|mobiltel|handy|whatsapp)" + _NEAR + _TELEPHONE,
             rb"(?i)(?:(?:\A|[^0-9A-Za-z])(?:tel|telefax|telegram|fax|sms|mobile?)|(?-i:[a-z](?:Tel|Fax|Mobile|Cell)))"
-            rb"(?:[ _.-]?(?:no|nr|num|number|nummer))?(?:[^0-9A-Za-z+(\n]" + _NEAR + b")?" + _TELEPHONE,
+            rb"(?:[ _.-]?(?:no|nr|num|number|nummer|funk))?(?:[^0-9A-Za-z+(\n]" + _NEAR + b")?" + _TELEPHONE,
             # Words that announce other things, too: what begins as a number of another place, or follows such words.
-            rb"(?i)(?:\A|[^0-9A-Za-z_-])(?:call|dial|cell)(?:ed|ing|s)?[ :.,\"]" + _NEAR
+            rb"(?i)(?:\A|[^0-9A-Za-z_-])(?:call|dial|cell)(?:ed|ing|s|back|er id)?[ :.,\"]" + _NEAR
             + rb"(?:\(?0[0-9 ()/-](?:[ ()./\n-]{0,2}[0-9]){5,14}|\([0-9](?:[ ()./\n-]{0,2}[0-9]){6,14}"
-            rb"|(?:1[ .-]?)?[2-9][0-9]{2}[ .-]?[2-9][0-9]{2}[ .-]?[0-9]{4}|[2-9][0-9]{2}[.-][0-9]{4})",
+            rb"|(?:1[ .-]?)?[2-9][0-9]{2}[ .-]?[0-9]{3}[ .-]?[0-9]{4}|[2-9][0-9]{2}[.-][0-9]{4})",
             rb"(?i)(?:\A|[^0-9A-Za-z_-])(?:call|dial|cell:)"
             rb"(?: (?:me|us|him|her|them|back|now|at|on|the|my|our|number|no|is)){0,4}[ :.]{1,2}" + _TELEPHONE,
             rb"(?i)\b(?:unter|rufe?n?|rufnummern?|anruf(?:en|e)?|erreich(?:en|bar|t|e)?)\b[^0-9+(\n]{0,25}"
@@ -189,7 +192,7 @@ KINDS: tuple[Kind, ...] = (
         last_digits(9, lambda digits: digits[:2] != "00"),
     ),
     Kind(
-        "de_tax_id", "government", _NUMBER, (_WORD_START + rb"[1-9][0-9]{10}" + _WORD_END,),
+        "de_tax_id", "government", _NUMBER, (_HEX_START + rb"[1-9][0-9]{10}" + _HEX_END,),
         number(checksums.de_tax_id),
     ),
     Kind(
@@ -231,7 +234,7 @@ KINDS: tuple[Kind, ...] = (
         number(checksums.it_codice_fiscale, ALNUM),
     ),
     Kind(
-        "pl_pesel", "government", _NUMBER, (_WORD_START + rb"[0-9]{11}" + _WORD_END,),
+        "pl_pesel", "government", _NUMBER, (_HEX_START + rb"[0-9]{11}" + _HEX_END,),
         number(checksums.pl_pesel),
     ),
     Kind(
