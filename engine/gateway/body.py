@@ -52,7 +52,8 @@ async def parsed(raw: bytes) -> "Body":
     return body
 
 
-def _too_deep() -> ApiError:
+def too_deep() -> ApiError:
+    """400 for JSON that whoever parses it, with his own calls on the stack, finds nested too deeply."""
     return invalid_json("nested too deeply")
 
 
@@ -78,7 +79,7 @@ class Body:
         except msgspec.DecodeError as error:
             raise invalid_json(str(error).removeprefix("JSON is malformed: ")) from None
         except RecursionError:
-            raise _too_deep() from None
+            raise too_deep() from None
         self.raw = raw
 
     def __contains__(self, name: str) -> bool:
@@ -118,7 +119,7 @@ class Body:
             raise ApiError(400, f"`{name}`: {error}", code="invalid_type", param=name) from None
         except RecursionError:
             # The whole could just be parsed, with fewer calls on the stack.
-            raise _too_deep() from None
+            raise too_deep() from None
 
     def with_fields(self, changes: dict[str, Any]) -> bytes:
         """The body with some top-level fields set; every other field keeps its bytes and its place.
@@ -131,7 +132,7 @@ class Body:
         try:
             fields.update((name, encode(value)) for name, value in changes.items())
         except RecursionError:
-            raise _too_deep() from None
+            raise too_deep() from None
         # One copy of each field, also of megabytes.
         parts: list[msgspec.Raw | bytes] = []
         for name, value in fields.items():

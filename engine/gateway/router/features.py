@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import re2
 
-from tokenmill.engine.gateway.body import Body
+from tokenmill.engine.gateway.body import Body, too_deep
 from tokenmill.engine.gateway.pipeline import Exchange
 
 #: Bytes of JSON text to a token, about; prose has more, code and other scripts fewer.
@@ -138,7 +138,7 @@ def features_of(exchange: Exchange) -> Features:
     """Reads them.
 
     Raises:
-        ApiError: 400 where a field that must be looked at is of another type.
+        ApiError: 400 where a field that must be looked at is of another type, or nested too deeply.
     """
     endpoint, body = exchange.endpoint, exchange.body
     if body is None:
@@ -150,7 +150,10 @@ def features_of(exchange: Exchange) -> Features:
         if found is not None:
             prompt = found
             break
-    question, turns, media = _read(prompt)
+    try:
+        question, turns, media = _read(prompt)
+    except RecursionError:
+        raise too_deep() from None
     stated = body.those_of(_FIELDS)
     tools = _tools(body) if "tools" in stated or "functions" in stated else 0
     needs = _needs(endpoint, body, stated, media, tools)

@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 
+from tokenmill.engine.gateway.api_error import ApiError
 from tokenmill.engine.gateway.body import Body
 from tokenmill.engine.gateway.pipeline import Exchange
 from tokenmill.engine.gateway.router.classifier import bundled, complexity, logistic
 from tokenmill.engine.gateway.router.features import END_BYTES, FEATURES, MEDIA_TOKENS, Features, features_of
 
+CHAT = "/v1/chat/completions"
 
-def features(endpoint: str = "/v1/chat/completions", **fields: Any) -> Features:
+
+def features(endpoint: str = CHAT, **fields: Any) -> Features:
     raw = json.dumps(fields).encode()
     return features_of(Exchange(endpoint, [], raw, body=Body(raw), model="auto", request_id="r", forward=[]))
 
@@ -35,6 +38,23 @@ def test_signs_of_the_last_user_message() -> None:
     assert "constraints" in features(messages=user([{"type": "text", "text": "It must rhyme"}])).values
     assert "steps" in features(prompt="first this, then that", endpoint="/v1/completions").values
     assert set(found.values) <= set(FEATURES)
+
+
+def test_what_is_nested_too_deeply_is_the_clients_fault() -> None:
+    def at_depth(calls: int, exchange: Exchange) -> Features:
+        return at_depth(calls - 1, exchange) if calls else features_of(exchange)
+
+    for field in (b"x", b"content"):
+        seen = set()
+        for levels in range(700, 1000):
+            raw = b'{"messages":[{"role":"user","%b":%b%b}]}' % (field, b"[" * levels, b"]" * levels)
+            try:
+                exchange = Exchange(CHAT, [], raw, body=Body(raw), model="auto", request_id="r", forward=[])
+                at_depth(40, exchange)
+                seen.add("taken")
+            except ApiError as error:
+                seen.add(error.message)
+        assert seen == {"taken", "The request body is not valid JSON: nested too deeply."}
 
 
 def test_a_long_message_is_looked_at_from_both_ends() -> None:
