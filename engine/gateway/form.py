@@ -52,7 +52,8 @@ class Form(NamedTuple):
     Attributes:
         payload: All of it.
         model: The value of its field `model`; None: it has none.
-        start, stop: Where the part that holds it begins and ends in the payload, without the boundaries.
+        start, stop: Where the part that holds it begins and ends in the payload, without the boundaries; where the
+            first part begins, both, if there is none.
     """
 
     payload: bytes
@@ -61,12 +62,14 @@ class Form(NamedTuple):
     stop: int
 
     async def with_model(self, name: str) -> bytearray:
-        """The form with another model, for one that names one; every other part keeps its bytes.
+        """The form with another model, or with one; every other part keeps its bytes.
 
         A long one is copied in slices, with the event loop running between.
         """
         view = memoryview(self.payload)
         part = b'Content-Disposition: form-data; name="model"\r\n\r\n' + name.encode()
+        if self.model is None:
+            part += b"\r\n" + self.payload[: self.start]
         changed = bytearray()
         for piece in (view[: self.start], memoryview(part), view[self.stop :]):
             for at in range(0, len(piece), SLICE_BYTES):
@@ -97,7 +100,7 @@ async def form_of(payload: bytes, fields: Mapping[bytes, bytes]) -> Form:
     if not payload.startswith(boundary + b"\r\n"):
         raise _refused("its body does not begin with the boundary that `content-type` names")
     model: str | None = None
-    first = last = 0
+    first = last = len(boundary) + 2
     at = rested = len(boundary)
     for number in range(1, MOST_PARTS + 1):
         if number % SLICE_PARTS == 0 or at - rested > SLICE_BYTES:

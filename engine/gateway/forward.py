@@ -243,8 +243,8 @@ class Forwarder:
 
 
 def _upstream_model(exchange: Exchange, target: Target, route: Route) -> str | None:
-    """The backend's own name of the model asked for; None where the request names none (the backend decides)."""
-    if exchange.model is None and target.backend.protocol == "openai":
+    """The backend's own name of the model; None where neither request nor route names one (the backend decides)."""
+    if exchange.model is None and route.model is None and target.backend.protocol == "openai":
         return None
     return target.own_model(route.model) or exchange.model
 

@@ -5,6 +5,7 @@ import contextlib
 import email
 import importlib.util
 import io
+import json
 import warnings
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
@@ -13,7 +14,8 @@ from unittest import mock
 import aiohttp
 import openai
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings as examples
 from hypothesis import strategies as st
 from multidict import CIMultiDict
 
@@ -25,6 +27,7 @@ from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.form import MOST_HEADERS, MOST_PARTS, SLICE_BYTES, SLICE_PARTS, Form, form_of
 from tokenmill.engine.gateway.governance.schema import SCHEMA
 from tokenmill.engine.gateway.sensitivity.settings import SensitivitySettings
+from tokenmill.engine.gateway.settings import Settings
 from tokenmill.engine.gateway.store import Store
 
 TYPE = b"multipart/form-data; boundary=b"
@@ -222,7 +225,7 @@ PIECES = [
 ]  # fmt: skip
 
 
-@settings(deadline=None, max_examples=2000)
+@examples(deadline=None, max_examples=2000)
 @given(
     parts=st.lists(st.sampled_from([MODEL, FILE, field(b"prompt", b"x"), field(b"Model", b"dear")]), max_size=3),
     at=st.lists(st.tuples(st.floats(0, 1), st.sampled_from(PIECES), st.integers(0, 3)), max_size=3),
@@ -248,6 +251,10 @@ def test_another_model_leaves_every_other_part_as_it_is() -> None:
     for before, after in ((FILE, b""), (b"", FILE), (FILE, field(b"prompt", b"tiny"))):
         changed = asyncio.run(read(before + MODEL + after + END).with_model("another/model"))
         assert changed == before + field(b"model", b"another/model") + after + END
+    for other in (FILE, FILE + field(b"prompt", b"tiny")):
+        assert asyncio.run(read(other + END).with_model("another/model")) == (
+            field(b"model", b"another/model") + other + END
+        )
 
 
 def turns_of_others(payload: bytes) -> tuple[int, int]:
@@ -353,6 +360,24 @@ def test_a_key_reaches_its_own_models_alone(
         ):
             assert gateway.send("POST", PATH, payload, headers)[0] == status
     assert len(upstream.books.requests) == 1
+
+
+def test_what_names_no_model_is_sent_with_the_default_one(
+    shared_upstream: FakeUpstream, upstream: FakeUpstream, tmp_path: Path
+) -> None:
+    """The backend's own default may be a model that the key may not ask for."""
+    backend, place = Backend("a", shared_upstream.url, "t", ("dear", "tiny")), str(tmp_path / "governance.db")
+    settings = Settings(default_model="tiny")
+    with (
+        RunningGateway(backend, settings=settings, governance=options(place), key=MASTER_KEY) as gateway,
+        contextlib.closing(Store(place, SCHEMA)) as store,
+    ):
+        _, key = Governed(gateway, store).key(models=["tiny"])
+        bearer = {"authorization": f"Bearer {key}"}
+        assert gateway.send("POST", PATH, FILE + END, {**bearer, "content-type": TYPE.decode()})[0] == 200
+        assert gateway.post("/v1/completions", {"prompt": "a"}, **bearer)[0] == 200
+    (_, _, form), (_, _, body) = upstream.books.requests
+    assert (form, json.loads(body)) == (MODEL + FILE + END, {"prompt": "a", "model": "tiny"})
 
 
 def test_a_form_stays_where_the_policy_keeps_what_it_cannot_read(

@@ -15,6 +15,7 @@ from tokenmill.engine.gateway.governance import bounds
 from tokenmill.engine.gateway.governance.options import Options, digest
 from tokenmill.engine.gateway.money import Prices
 from tokenmill.engine.gateway.router.settings import EscalationSettings, RoutingSettings
+from tokenmill.engine.gateway.settings import Settings
 
 MASTER = "a master key of some length"
 CHEAP, DEAR = Prices(10_000_000, 10_000_000, 10_000_000), Prices(500_000_000, 500_000_000, 500_000_000)
@@ -47,7 +48,8 @@ def running(
     )
     routing = RoutingSettings(escalation=EscalationSettings("utility", "reasoning", 0.5, allowance_s=allowance_s))
     options = Options(str(store), digest(MASTER), completion_bound=50)
-    return RunningGateway(*backends, governance=options, key=MASTER, routing=routing)
+    settings = Settings(default_model="auto")
+    return RunningGateway(*backends, settings=settings, governance=options, key=MASTER, routing=routing)
 
 
 def post(gateway: RunningGateway, path: str, body: Any, key: str = MASTER, **headers: str) -> tuple[int, Any, Any]:
@@ -160,6 +162,9 @@ def test_a_tier_gives_a_key_the_models_of_its_list_alone(tmp_path: Path) -> None
                               ({"small": {"status": 500}, "large": {}}, "large")):  # fmt: skip
             status, _, answer = ask(gateway, key, act=act)
             assert (status, answer["model"]) == (200, expected)
+        bearer = {"authorization": f"Bearer {key}"}
+        question = {"messages": [{"role": "user", "content": "hi"}], "act": {"small": {"logprob": -0.01}}}
+        assert gateway.post("/v1/chat/completions", question, **bearer)[0] == 200
         named = [json.loads(raw)["model"] for one in (small, large) for _, _, raw in one.books.requests]
         assert set(named) == {"small", "large"}
     small.stop()
