@@ -99,7 +99,7 @@ def in_fours(count: int, fits: Callable[[str], bool]) -> Check:
         for place in range(1 if groups >= _ROW else groups - count + 1):
             shown = bare[4 * place : 4 * (place + count)]
             stop = first + (place + count) * step - len(between)
-            more = _more(text, stop, between) if stop == row.end() else ""
+            more = _more(text, stop, between) if stop == row.end() and text.startswith(between, stop) else ""
             if more and fits(shown + more):
                 stop += len(between) + len(more)
             elif not fits(shown):
@@ -116,7 +116,7 @@ def _more(text: bytes, place: int, between: bytes) -> str:
     """Three digits behind a row of groups, or nothing."""
     more = text[place : place + len(between) + 4]
     three = more[len(between) : len(between) + 3]
-    alone = more.startswith(between) and len(three) == 3 and three.isdigit() and not more[len(between) + 3 :].isdigit()
+    alone = len(three) == 3 and three.isdigit() and not more[len(between) + 3 :].isdigit()
     return three.decode("latin-1") if alone else ""
 
 
@@ -230,21 +230,43 @@ def phone(text: bytes, start: int, end: int) -> tuple[int, int] | None:
     """A telephone number: with the code of a country, or in the form of one country."""
     while text[start] not in b"+(0123456789":
         start += 1
-    minus = _MINUS.search(text, start, end)
-    stops = [one for one in _prefixes(text, start, minus.start() if minus else end, DIGITS) if 7 <= len(one[0]) <= 15]
-    if not stops:
-        return None
-    foreign = text[start] == ord("+") or text[start : start + 2] == b"00"
-    code = 0 if text[start] == ord("+") else 2
-    if foreign and stops[0][0][code] == "1":  # North America: the places' and exchanges' codes begin with 2 to 9
-        stops = [one for one in stops if len(one[0]) == code + 11 and one[0][code + 1] > "1" and one[0][code + 4] > "1"]
-        return (start, stops[-1][1]) if stops else None
-    bare, stop = stops[-1]
-    one_piece = stop - start <= len(bare) + 1
-    least = 11 if is_one_of(text, start - 1, ALNUM) else 9
-    if foreign and len(bare) < (code + least if one_piece else 7 + code // 2):
-        return None
-    return start, stop
+    shown = text[start:end]
+    abroad = 0 if shown[0] == ord("+") else 2 if shown.startswith(b"00") else None
+    glued = is_one_of(text, start - 1, ALNUM)
+    minus = _MINUS.search(shown) if b" -" in shown or b"\t-" in shown else None
+    if not minus and text[end - 1] in DIGITS and not is_one_of(text, end, DIGITS):
+        # Mostly it is all of it.
+        bare = shown.translate(None, _BETWEEN_PHONES).decode("ascii")
+        if _callable(bare, abroad, len(shown), glued=glued):
+            return start, end
+    found = None
+    for bare, stop in _prefixes(text, start, start + minus.start() if minus else end, DIGITS):
+        if _callable(bare, abroad, stop - start, glued=glued):
+            found = start, stop
+    return found
+
+
+_BETWEEN_PHONES = b"+ \t().\n/-"
+
+
+def _callable(bare: str, abroad: int | None, length: int, *, glued: bool) -> bool:
+    """Whether digits may be a telephone number.
+
+    Args:
+        bare: The digits.
+        abroad: Where among them the code of a country begins; None: there is none.
+        length: Of all that is shown.
+        glued: A letter stands before it.
+    """
+    if not 7 <= len(bare) <= 15:
+        return False
+    if abroad is None:
+        return True
+    if bare[abroad] == "1":  # North America, where the codes of places and exchanges begin with 2 to 9
+        return len(bare) == abroad + 11 and bare[abroad + 1] > "1" and bare[abroad + 4] > "1"
+    if length <= len(bare) + 1:
+        return len(bare) >= abroad + (11 if glued else 9)
+    return len(bare) >= 7 + abroad // 2
 
 
 def announced_phone(text: bytes, start: int, end: int) -> tuple[int, int] | None:

@@ -18,14 +18,14 @@ DataClass = Literal["contact", "financial", "government", "person", "secret"]
 #: Between the groups of a number as people write it: the same throughout, for which RE2 needs one pattern each.
 _BETWEEN = (rb" {1,2}", rb"-", rb"\.", rb" {1,2}- {1,2}", rb"/", rb"_")
 #: And where lines or columns end: once in a number that was wrapped, or everywhere.
-_PARTED = rb"[ \t\r\n._/-]{1,3}"
+_ANYHOW, _PARTED = rb"[ \t\r\n._/-]{1,3}", rb"[ ._/-]{0,2}[\t\r\n]{1,2} {0,2}"
 _ALONE_START = rb"(?:\A[ \t\r\n]{0,4}|[^0-9 \t\r\n][ \t\r\n]{1,4}|[^0-9 \t\r\n._/-]|(?:\A|[^0-9])[._/-])"
 _ALONE_END = rb"[ \t\r\n]{0,4}(?:\z|[^0-9 \t\r\n])"
 _START = rb"(?:\A|[^0-9])"
 _END = rb"(?:\z|[^0-9])"
 _WORD_START = rb"(?:\A|[^0-9A-Za-z])"
 #: Digits in hexadecimal ones are everywhere.
-_HEX_START, _HEX_END = rb"(?:\A|[^0-9A-Fa-f])", rb"(?:\z|[^0-9A-Fa-f])"
+_HEX_START, _HEX_END = rb"(?:\A|[^0-9A-Fa-f])", rb"(?:\b|[G-Zg-z_])"
 _MONTH = rb"(?:jan|feb|mar|m.r|apr|ma[yi]|jun|jul|aug|sep|o[ck]t|nov|de[cz])[a-z]{0,6}"
 #: Letters beyond ASCII in Latin-1; the last one stands for those of other scripts, too (`plain`).
 _LETTER = rb"\xaa\xb5\xba\xc0-\xd6\xd8-\xf6\xf8-\xff"
@@ -73,8 +73,11 @@ def _in_groups(first: bytes, *others: bytes) -> tuple[bytes, ...]:
     One that ends of lines or columns part stands alone: in a table every few numbers would be one.
     """
     same = [_START + first + b"".join(between + other for other in others) for between in _BETWEEN]
-    parted = first + b"".join(_PARTED + other for other in others)
-    return (*same, _ALONE_START + parted + _ALONE_END)
+    parted = b"|".join(
+        first + b"".join((_PARTED if place == end else _ANYHOW) + other for place, other in enumerate(others))
+        for end in range(len(others))
+    )
+    return (*same, _ALONE_START + b"(?:" + parted + b")" + _ALONE_END)
 
 
 #: Lengths of card numbers by how they begin.
@@ -158,7 +161,7 @@ KINDS: tuple[Kind, ...] = (
         "ip_address", "contact", _COLONS,
         (rb"(?:\A|[^0-9A-Za-z:.])[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,8}(?:\.[0-9]{1,3}){0,3}",), checks.ipv6,
     ),
-    Kind("credit_card", "financial", _NUMBER, (_START + rb"[2-6][0-9]{12,18}" + _END,), number(_card)),
+    Kind("credit_card", "financial", _NUMBER, (_START + rb"[2-6][0-9]{12,18}",), number(_card)),
     Kind(
         "credit_card", "financial", _GROUPS,
         (
@@ -234,7 +237,11 @@ KINDS: tuple[Kind, ...] = (
         number(checksums.it_codice_fiscale, ALNUM),
     ),
     Kind(
-        "pl_pesel", "government", _NUMBER, (_HEX_START + rb"[0-9]{11}" + _HEX_END,),
+        "pl_pesel", "government", _NUMBER,
+        # It begins with a date: year, month with 20 a century, day.
+        (
+            _HEX_START + rb"[0-9]{2}(?:[02468][1-9]|[13579][0-2])(?:0[1-9]|[12][0-9]|3[01])[0-9]{5}" + _HEX_END,
+        ),
         number(checksums.pl_pesel),
     ),
     Kind(

@@ -104,6 +104,7 @@ WRITTEN = [
     ("phone", "user_phone=~5551234567~"),
     ("phone", "call ~0171 2345678~"),
     ("phone", "Call us: ~555-123-4567~"),
+    ("phone", "~0033 1 78 96 83 56~\n204 open"),
     ("phone", "caller id ~030 1234567~"),
     ("phone", "my cell is ~5551234567~"),
     ("phone", "Mobilfunk: ~0171 2345678~"),
