@@ -66,6 +66,29 @@ def _code(dice: random.Random) -> str:
     return "\n".join(lines)[:LENGTH]
 
 
+def _lines(line: Callable[[], str]) -> str:
+    lines: list[str] = []
+    while sum(map(len, lines)) < LENGTH:
+        lines += [line() for _ in range(200)]
+    return "\n".join(lines)[:LENGTH]
+
+
+def _some(dice: random.Random, count: int) -> str:
+    return "".join(dice.choices("0123456789", k=count))
+
+
+def _fours(dice: random.Random, count: int) -> list[str]:
+    return [_some(dice, 4) for _ in range(count)]
+
+
+def _date(dice: random.Random) -> str:
+    return f"2024-{dice.randint(1, 12):02d}-{dice.randint(1, 28):02d} {dice.randint(0, 23):02d}:00:12.345"
+
+
+def _address(dice: random.Random) -> str:
+    return ".".join(str(dice.randint(1, 255)) for _ in range(4))
+
+
 SORTS: dict[str, Callable[[random.Random], str]] = {
     "prose": lambda dice: prose(dice, LENGTH),
     "prose with 20 addresses": lambda dice: "".join(
@@ -75,6 +98,13 @@ SORTS: dict[str, Callable[[random.Random], str]] = {
     "code": _code,
     "umlauts": lambda dice: prose(dice, LENGTH).replace("e", "ä"),
     "12 words": lambda dice: prose(dice, 60),
+    "table": lambda dice: _lines(lambda: "\t".join(str(dice.randint(100, 9999)) for _ in range(6))),
+    "log": lambda dice: _lines(lambda: f"{_date(dice)} {_address(dice)} GET /index/{dice.randint(0, 999)} 200"),
+    "IP addresses": lambda dice: _lines(lambda: _address(dice)),
+    "US SSNs": lambda dice: _lines(lambda: f"{_some(dice, 3)}-{_some(dice, 2)}-{_some(dice, 4)}"),
+    "phones": lambda dice: _lines(lambda: f"+49 {dice.randint(100, 999)} {_some(dice, 7)}"),
+    "16 digits in fours": lambda dice: _lines(lambda: " ".join(("4" + _some(dice, 3), *_fours(dice, 3)))),
+    "11 digits": lambda dice: _lines(lambda: _some(dice, 11)),
 }
 
 
