@@ -132,7 +132,9 @@ KINDS: tuple[Kind, ...] = (
         (
             rb"(?:\A|[^0-9+])\+[1-9](?:[ \t().\n/-]{0,3}[0-9]){6,14}",
             rb"(?:\A|[^0-9A-Za-z.-])00[1-9](?:[ \t().\n/-]{0,3}[0-9]){7,14}",
-            _START + rb"\(?[2-9][0-9]{2}\)?[ .\n-]{1,2}[2-9][0-9]{2}[ .\n-]{1,2}[0-9]{4}",
+            # What ends one line and what begins the next are two numbers, but behind a dash.
+            _START + rb"\([2-9][0-9]{2}\)[ .\n-]{0,2}[2-9][0-9]{2}[ .\n-]{1,2}[0-9]{4}",
+            _START + rb"[2-9][0-9]{2}(?:[ .-]{1,2}|-\n)[2-9][0-9]{2}(?:[ .-]{1,2}|-\n)[0-9]{4}",
             # Mobile numbers of Germany and of the United Kingdom as they are written at home.
             _START + rb"\(?01[567][0-9]{1,2}\)?[ ./-]{1,3}[0-9](?:[ -]?[0-9]){5,7}" + _END,
             _START + rb"\(?07[1-9][0-9]{2}\)?[ -](?:[0-9]{6}|[0-9]{3}[ -][0-9]{3})" + _END,
