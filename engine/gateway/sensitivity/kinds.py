@@ -131,7 +131,7 @@ KINDS: tuple[Kind, ...] = (
         "phone", "contact", _NUMBER,
         (
             rb"(?:\A|[^0-9+])\+[1-9](?:[ \t().\n/-]{0,3}[0-9]){6,14}",
-            rb"(?:\A|[^0-9A-Za-z.-])00[1-9](?:[ \t().\n/-]{0,3}[0-9]){7,14}",
+            rb"(?:\A|[^0-9A-Fa-fx.-]|[^0-9A-Fa-f][.-])00[1-9](?:[ \t().\n/-]{0,3}[0-9]){7,14}",
             # What ends one line and what begins the next are two numbers, but behind a dash.
             _START + rb"\([2-9][0-9]{2}\)[ .\n-]{0,2}[2-9][0-9]{2}[ .\n-]{1,2}[0-9]{4}",
             _START + rb"[2-9][0-9]{2}(?:[ .-]{1,2}|-\n)[2-9][0-9]{2}(?:[ .-]{1,2}|-\n)[0-9]{4}",
@@ -177,8 +177,8 @@ KINDS: tuple[Kind, ...] = (
         (
             _WORD_START + rb"(?i)(?:IBAN)?" + _COUNTRY + rb"[ -]?[0-9]{2}[0-9A-Z]{11,30}",
             _COUNTRY + rb"[0-9]{13,30}",
-            _WORD_START + rb"(?i)(?:IBAN)?" + _COUNTRY + rb"[ -]?[0-9]{2}(?:[ \t\n.-]{1,2}[0-9A-Z]{4}){2,7}"
-            rb"(?:[ \t\n.-]{1,2}[0-9A-Z]{1,3})?",
+            _WORD_START + rb"(?i)(?:IBAN)?" + _COUNTRY + rb"[ -]?[0-9]{2}(?:[ \t\n.-]{1,3}[0-9A-Z]{4}){2,7}"
+            rb"(?:[ \t\n.-]{1,3}[0-9A-Z]{1,3})?",
         ),
         checks.iban,
     ),

@@ -60,6 +60,8 @@ def phone(dice: random.Random) -> str:
             f"({dice.randint(201, 989)}) {dice.randint(200, 999)}-{digits(dice, 4)}",
             f"+44 (0)20 {digits(dice, 4)} {digits(dice, 4)}",
             f"0033 1 {digits(dice, 2)} {digits(dice, 2)} {digits(dice, 2)} {digits(dice, 2)}",
+            f"0049 {dice.randint(20, 999)} {number}",
+            f"Tel.{dice.choice(['', ' ', '-Nr. '])}0{dice.randint(20, 99)} {number}",
             f"phone: 0{dice.randint(20, 99)} {number}",
             f"call me at 0{digits(dice, 3)}/{number}",
             f"unter 0{dice.randint(201, 999)} {number}",
@@ -82,7 +84,8 @@ def credit_card(dice: random.Random) -> str:
         return grouped(dice, number, 4, 6, 5)
     prefix = dice.choice(["4", "51", "55", "2221", "2720", "6011", "65", "3528"])
     number = until(lambda: prefix + digits(dice, 16 - len(prefix)), checksums.luhn)
-    return grouped(dice, number, 4, 4, 4, 4)
+    value = grouped(dice, number, 4, 4, 4, 4)
+    return value.replace("-", dice.choice(["-", " - ", ".", "/"])).replace(" ", dice.choice([" ", "  ", "\u00a0"]))
 
 
 def iban(dice: random.Random) -> str:
