@@ -46,7 +46,7 @@ HINTS: dict[str, bytes] = {
     "at": rb"@",
     "number": rb"[0-9](?:[ \t\r\n._/()-]{0,3}[0-9]){4}",
     # Apart from "number", whose other patterns would multiply the states of these: 7 ms for each page of numbers.
-    "groups": rb"[0-9]{2}[ \t\r\n._/-]{1,5}[0-9]{2,6}[ \t\r\n._/-]{1,5}[0-9]{2}",
+    "groups": rb"[0-9]{2}[ \t\r\n._/-]{1,6}[0-9]{2,6}[ \t\r\n._/-]{1,6}[0-9]{2}",
     "announced": rb"(?i)(?:ssn|security|itin|taxpayer|\bein\b|employer id|tax id|\bnhs"
     rb"|\bbsn|burgerservice|sofinummer|aadha|uidai|phone|tel|mobil|cell|fax|call|dial|handy|whatsapp|sms"
     rb"|\bunter|\bruf|\banruf|\berreich)[^0-9\n]*[0-9]",
