@@ -96,7 +96,7 @@ def _card(digits: str) -> bool:
 
 #: Hints; see `scanner.HINTS`.
 _AT, _NUMBER, _GROUPS, _DOTS, _COLONS = "at", "number", "groups", "dots", "colons"
-_WORD, _KEY, _ANNOUNCED = "word", "key", "announced"
+_WORD, _KEY, _ANNOUNCED, _PHONES, _CALLS = "word", "key", "announced", "phones", "calls"
 
 
 def _announced(words: bytes, value: bytes, gap: int = 30) -> bytes:
@@ -142,19 +142,25 @@ KINDS: tuple[Kind, ...] = (
         checks.phone,
     ),
     Kind(
-        "phone", "contact", _ANNOUNCED,
+        "phone", "contact", _PHONES,
         (
             rb"(?i)(?:phone|telefon|mobiltel|handy|whatsapp)" + _NEAR + _TELEPHONE,
             rb"(?i)(?:(?:\A|[^0-9A-Za-z])(?:tel|telefax|telegram|fax|sms|mobile?)|(?-i:[a-z](?:Tel|Fax|Mobile|Cell)))"
             rb"(?:[ _.-]?(?:no|nr|num|number|nummer|funk))?(?:[^0-9A-Za-z+(\n]" + _NEAR + b")?" + _TELEPHONE,
+            rb"(?i)\b(?:unter|rufe?n?|rufnummern?|anruf(?:en|e)?|erreich(?:en|bar|t|e)?)\b[^0-9+(\n]{0,25}"
+            rb"\(?0[1-9][0-9]{1,4}(?:[ ()./\n-]{0,2}[0-9]){4,10}",
+        ),
+        checks.announced_phone,
+    ),
+    Kind(
+        "phone", "contact", _CALLS,
+        (
             # Words that announce other things, too: what begins as a number of another place, or follows such words.
             rb"(?i)(?:\A|[^0-9A-Za-z_-])(?:call|dial|cell)(?:ed|ing|s|back|er id)?[ :.,\"]" + _NEAR
             + rb"(?:\(?0[0-9 ()/-](?:[ ()./\n-]{0,2}[0-9]){5,14}|\([0-9](?:[ ()./\n-]{0,2}[0-9]){6,14}"
             rb"|(?:1[ .-]?)?[2-9][0-9]{2}[ .-]?[0-9]{3}[ .-]?[0-9]{4}|[2-9][0-9]{2}[.-][0-9]{4})",
             rb"(?i)(?:\A|[^0-9A-Za-z_-])(?:call|dial|cell:)"
             rb"(?: (?:me|us|him|her|them|back|now|at|on|the|my|our|number|no|is)){0,4}[ :.]{1,2}" + _TELEPHONE,
-            rb"(?i)\b(?:unter|rufe?n?|rufnummern?|anruf(?:en|e)?|erreich(?:en|bar|t|e)?)\b[^0-9+(\n]{0,25}"
-            rb"\(?0[1-9][0-9]{1,4}(?:[ ()./\n-]{0,2}[0-9]){4,10}",
         ),
         checks.announced_phone,
     ),

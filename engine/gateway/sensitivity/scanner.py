@@ -48,8 +48,10 @@ HINTS: dict[str, bytes] = {
     # Apart from "number", whose other patterns would multiply the states of these: 7 ms for each page of numbers.
     "groups": rb"[0-9]{2}[ \t\r\n._/-]{1,6}[0-9]{2,6}[ \t\r\n._/-]{1,6}[0-9]{2}",
     "announced": rb"(?i)(?:ssn|security|itin|taxpayer|\bein\b|employer id|tax id|\bnhs"
-    rb"|\bbsn|burgerservice|sofinummer|aadha|uidai|phone|tel|mobil|cell|fax|call|dial|handy|whatsapp|sms"
-    rb"|\bunter|\bruf|\banruf|\berreich)[^0-9\n]*[0-9]",
+    rb"|\bbsn|burgerservice|sofinummer|aadha|uidai)[^0-9\n]*[0-9]",
+    # Apart from "announced", for the same reason.
+    "phones": rb"(?i)(?:phone|tel|mobil|cell|fax|handy|whatsapp|sms|\bunter|\bruf|\banruf|\berreich)[^0-9\n]*[0-9]",
+    "calls": rb"(?i)(?:call|dial|cell)[^0-9\n]*[0-9]",
     "dots": rb"[0-9]\.[0-9]{1,3}\.[0-9]",
     "colons": rb"[0-9A-Fa-f:]:[0-9A-Fa-f]{0,4}:",
     "word": rb"(?i)passport|reisepass|passeport|pasaporte|passaporto|born|birth|dob\b|d\.o\.b|geboren|geburt|geb\."
