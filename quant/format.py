@@ -25,7 +25,7 @@ FORMATS = ("gptq", "gptq_v2", "awq", "pack-quantized")
 WRITABLE_FORMATS = ("gptq", "pack-quantized")
 #: The release of vLLM whose refusals `stock_refusal` knows, and the group sizes that it takes in GPTQ checkpoints.
 STOCK_VLLM = "0.32"
-_STOCK_GPTQ_GROUP_SIZES = (-1, 32, 64, 128)
+STOCK_GPTQ_GROUP_SIZES = (-1, 32, 64, 128)
 #: Sizes of a layer must be multiples of this for the INT4 kernel of vLLM's CPU build.
 _STOCK_CPU_MULTIPLE = 32
 
@@ -171,7 +171,7 @@ def stock_refusal(scheme: Scheme, sizes: Iterable[tuple[int, int]] = ()) -> Stoc
             return StockRefusal(
                 "GPTQ with a dynamic act-order (desc_act=True)", "use --act-order static or group-aware"
             )
-        if scheme.group_size not in _STOCK_GPTQ_GROUP_SIZES:
+        if scheme.group_size not in STOCK_GPTQ_GROUP_SIZES:
             remedy = "use --group-size 32, 64, 128 or -1, or --format pack-quantized"
             return StockRefusal(f"GPTQ with groups of {scheme.group_size}", remedy)
     for size in (size for layer in sizes for size in layer):

@@ -7,7 +7,7 @@ policies, allow-lists and the reservation have left: nothing here adds one. When
 goes back as it came; where it gave none, because nobody there answered, a fallback's verdict on the request does.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from tokenmill.engine.gateway.balance import Balancer
 from tokenmill.engine.gateway.breaker import RetryBudget
 from tokenmill.engine.gateway.governance import bounds
 from tokenmill.engine.gateway.pipeline import Exchange, Reply
-from tokenmill.engine.gateway.portfolio import Route, Target
+from tokenmill.engine.gateway.portfolio import Route, Target, of_tier
 from tokenmill.engine.gateway.router.features import BYTES_PER_TOKEN, features_of
 
 #: What a failure means. `unsent`: the backend has not seen the request; `failed`: another backend may do better;
@@ -206,7 +206,7 @@ class Way:
         return tier not in self._resent or self._retries.spend()
 
     def _leave_out(self, tier: str) -> None:
-        self._left_out += _of_tier(self._routes, tier)
+        self._left_out += of_tier(self._routes, tier)
 
     def _after(self, what: str) -> list[Route]:
         return [route for route in self._routes if route.after == what]
@@ -214,7 +214,3 @@ class Way:
     def _below(self, tier: str) -> list[Route]:
         """The routes of other tiers alone: those that the router ranked below."""
         return [route for route in self._routes if all(target.backend.tier != tier for target in route.targets)]
-
-
-def _of_tier(routes: Iterable[Route], tier: str) -> list[Target]:
-    return [target for route in routes for target in route.targets if target.backend.tier == tier]

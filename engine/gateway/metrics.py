@@ -147,7 +147,8 @@ class Metrics:
             waited = exchange.first_chunk_at - exchange.started
             self._first_token.observe(where, waited)
             self._owned_first_token.observe(whose, waited)
-            completion = _tokens_shown(exchange)
+            # Other calls' tokens were none of the stream that the client got.
+            completion = exchange.answering.usage.completion if exchange.answering is not None else 0
             if completion > 1:
                 mean = (exchange.last_chunk_at - exchange.first_chunk_at) / (completion - 1)
                 self._per_token.observe(where, mean)
@@ -200,11 +201,6 @@ class Metrics:
         if not rendering.cancelled() and rendering.exception() is None:
             self._rendered = rendering.result()
             self._rendered_at = time.monotonic()
-
-
-def _tokens_shown(exchange: Exchange) -> int:
-    """The completion tokens of the answer that the client got: other calls' tokens were none of its stream."""
-    return next((call.usage.completion for call in reversed(exchange.calls) if call.target is exchange.target), 0)
 
 
 def _state(target: Target) -> dict[str, Any]:

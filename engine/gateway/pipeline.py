@@ -176,6 +176,14 @@ class Exchange:
         self._at_end: list[Callable[[Exchange], None]] = []
 
     @property
+    def answering(self) -> Call | None:
+        """The call whose answer, or error, the client got; None: nothing was sent."""
+        calls = self.calls
+        if len(calls) <= 1:
+            return calls[0] if calls else None
+        return next((call for call in reversed(calls) if call.target is self.target), calls[-1])
+
+    @property
     def usage(self) -> Usage:
         """The tokens of all its calls together."""
         if len(self.calls) == 1:

@@ -282,6 +282,11 @@ class Portfolio:
         }
 
 
+def of_tier(routes: Iterable[Route], tier: str) -> list[Target]:
+    """The backends of one tier on some routes."""
+    return [target for route in routes for target in route.targets if target.backend.tier == tier]
+
+
 def _longest(listed: Mapping[str, Mapping[str, Any]]) -> int | None:
     """The most that any of some models says of its window; None: one says nothing."""
     windows = [model.get("max_model_len") for model in listed.values()]

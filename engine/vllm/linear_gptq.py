@@ -36,10 +36,10 @@ from vllm.scalar_type import scalar_types
 from tokenmill.engine.vllm import linear_kernel
 from tokenmill.errors import CheckpointError
 from tokenmill.kernels.int4_gemm.weight import CODES_PER_WORD, Int4Weight
+from tokenmill.quant.format import STOCK_GPTQ_GROUP_SIZES
 from tokenmill.quant.pack import read_gptq_zeros
 
 NAME = "tokenmill_gptq"
-STOCK_GROUP_SIZES = (-1, 32, 64, 128)
 
 
 class WideGPTQConfig(AutoGPTQConfig):  # type: ignore[misc]
@@ -213,7 +213,7 @@ class WideGPTQMethod(LinearMethodBase):  # type: ignore[misc]
 
     def _stock_can(self, K: int) -> bool:
         config = self.quant_config
-        fits = config.group_size in STOCK_GROUP_SIZES and (config.group_size == -1 or K % config.group_size == 0)
+        fits = config.group_size in STOCK_GPTQ_GROUP_SIZES and (config.group_size == -1 or K % config.group_size == 0)
         return fits and config.is_sym and not config.has_order
 
     def process_weights_after_loading(self, layer: Any) -> None:

@@ -21,9 +21,10 @@ from tokenmill.errors import CheckpointError
 
 T = TypeVar("T")
 
-#: Longest metadata of a key, as JSON, and how deep it may nest: answers and the audit trail put it some levels deeper
-#: still, and orjson writes 254.
+#: Longest metadata of a key, as JSON, and how deep it may nest.
 MOST_METADATA, DEEPEST_METADATA = 16 * 1024, 240
+#: Answers and the audit trail put it some levels deeper still, and orjson writes 254.
+_LEVELS_AROUND = 254 - DEEPEST_METADATA
 _WHOLE = {"type": "integer"}
 
 
@@ -35,7 +36,7 @@ def checked_metadata(metadata: dict[str, Any] | None) -> dict[str, Any]:
     """
     metadata = metadata or {}
     nested: Any = metadata
-    for _ in range(254 - DEEPEST_METADATA):
+    for _ in range(_LEVELS_AROUND):
         nested = [nested]
     try:
         written = orjson.dumps(nested)
@@ -46,7 +47,7 @@ def checked_metadata(metadata: dict[str, Any] | None) -> dict[str, Any]:
             f"lists at most {DEEPEST_METADATA} levels.",
             param="metadata",
         ) from None
-    if len(written) - 2 * (254 - DEEPEST_METADATA) > MOST_METADATA:
+    if len(written) - 2 * _LEVELS_AROUND > MOST_METADATA:
         raise ApiError(400, f"`metadata` is longer than {MOST_METADATA} bytes as JSON.", param="metadata")
     return metadata
 

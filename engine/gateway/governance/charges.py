@@ -41,10 +41,9 @@ def spending(exchange: Exchange, bound_at: Callable[[Target], Bound]) -> Spendin
         exchange: The request, ended or with its whole answer there.
         bound_at: The bound of a call to a backend.
     """
-    calls = exchange.calls
-    if not calls:
+    calls, answering = exchange.calls, exchange.answering
+    if answering is None:
         return Spending("", "", 0, 0, 0, True, 0, exchange.outcome, exchange.status, 0)
-    answering = calls[0] if len(calls) == 1 else _answering(exchange)
     usage, cost = _charge(answering, bound_at)
     backend = answering.target.backend
     return Spending(
@@ -67,11 +66,6 @@ def spending(exchange: Exchange, bound_at: Callable[[Target], Bound]) -> Spendin
 def ended(known: Spending, exchange: Exchange) -> Spending:
     """What was known when all calls had ended, with how the request itself did."""
     return known._replace(outcome=exchange.outcome, status=exchange.status)
-
-
-def _answering(exchange: Exchange) -> Call:
-    """The call whose answer, or error, the client got."""
-    return next((call for call in reversed(exchange.calls) if call.target is exchange.target), exchange.calls[-1])
 
 
 def _parts(exchange: Exchange, answering: Call, bound_at: Callable[[Target], Bound]) -> tuple[Part, ...]:

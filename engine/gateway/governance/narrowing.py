@@ -5,7 +5,7 @@ its routes, and so is the tier that takes over from an unsure answer where both 
 reserved anew, in full. Nobody is asked whom the routes do not hold, so nothing is sent that is not reserved.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import msgspec
@@ -15,7 +15,7 @@ from tokenmill.engine.gateway.governance.bounds import Bound
 from tokenmill.engine.gateway.governance.budgets import Refusal
 from tokenmill.engine.gateway.money import dollars
 from tokenmill.engine.gateway.pipeline import Exchange
-from tokenmill.engine.gateway.portfolio import Route, Target
+from tokenmill.engine.gateway.portfolio import Route, Target, of_tier
 
 #: The most that a request can use at a backend.
 BoundAt = Callable[[Target], Bound]
@@ -39,8 +39,8 @@ def need(exchange: Exchange, bound_at: BoundAt) -> Need:
     )
     if decision is None or decision.escalation is None:
         return whole
-    first = _dearest(_of_tier(routes, decision.tier), bound_at)
-    then = _dearest(_of_tier(routes, decision.escalation), bound_at)
+    first = _dearest(of_tier(routes, decision.tier), bound_at)
+    then = _dearest(of_tier(routes, decision.escalation), bound_at)
     return Need(*[max(one, this + that) for one, this, that in zip(whole, first, then, strict=True)])
 
 
@@ -84,10 +84,6 @@ def _dearest(targets: Iterable[Target], bound_at: BoundAt) -> Need:
 
 def _cost(target: Target, bound_at: BoundAt) -> int:
     return target.backend.prices.bound(*bound_at(target))
-
-
-def _of_tier(routes: Sequence[Route], tier: str) -> list[Target]:
-    return [target for route in routes for target in route.targets if target.backend.tier == tier]
 
 
 def _affordable(route: Route, costs: dict[Target, int], left: int) -> Route | None:

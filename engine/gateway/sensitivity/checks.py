@@ -284,8 +284,6 @@ def announced_phone(text: bytes, start: int, end: int) -> tuple[int, int] | None
 
 #: First bytes of addresses of this machine, and of many.
 _NOBODYS = frozenset((127, *range(224, 240)))
-#: First bytes of addresses of this machine, and of many.
-_NOBODYS = frozenset((127, *range(224, 240)))
 #: What stands before the number of a version.
 _VERSION = re.compile(rb"(?i)(?:\bv|[=<>~]=)[ :]?\Z")
 
