@@ -103,6 +103,9 @@ SORTS: dict[str, Callable[[random.Random], str]] = {
     "IP addresses": lambda dice: _lines(lambda: _address(dice)),
     "US SSNs": lambda dice: _lines(lambda: f"{_some(dice, 3)}-{_some(dice, 2)}-{_some(dice, 4)}"),
     "phones": lambda dice: _lines(lambda: f"+49 {dice.randint(100, 999)} {_some(dice, 7)}"),
+    "phones of North America": lambda dice: _lines(
+        lambda: f"+1 {dice.randint(200, 999)} {dice.randint(200, 999)} {_some(dice, 4)}"
+    ),
     "16 digits in fours": lambda dice: _lines(lambda: " ".join(("4" + _some(dice, 3), *_fours(dice, 3)))),
     "11 digits": lambda dice: _lines(lambda: _some(dice, 11)),
 }
