@@ -20,6 +20,9 @@ from tokenmill.errors import CheckpointError
 
 #: What stands before the first row.
 ORIGIN = hashlib.sha256(b"tokenmill audit 1").hexdigest()
+#: Rows that are read at once when the trail is checked: a long one needs no more memory.
+_READ_AT_ONCE = 1000
+_BEFORE_ALL = -(2**63)
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def _is_there(connection: Connection, tried: tuple[int, str]) -> bool:
 
 
 def verify(connection: Connection, expected: str | None = None) -> Head:
-    """Checks the whole trail and returns its head.
+    """Checks the whole trail and returns its head; rows may be appended meanwhile.
 
     Args:
         connection: Any.
@@ -108,18 +111,28 @@ def verify(connection: Connection, expected: str | None = None) -> Head:
     Raises:
         CheckpointError: The trail was changed; says at which row.
     """
-    previous, count = ORIGIN, 0
+    previous, count, last = ORIGIN, 0, _BEFORE_ALL
     seen = expected is None or expected == ORIGIN
-    query = "SELECT sequence, at, actor, action, subject, details, hash FROM audit ORDER BY sequence"
-    for row in connection.execute(query):
-        count += 1
-        if row[0] != count:
-            raise CheckpointError(f"audit trail: row {count} is missing; restore the file from a backup")
-        if _digest(previous, row[:6]) != row[6]:
-            raise CheckpointError(f"audit trail: row {count} was changed, or the one before it; restore from a backup")
-        previous = row[6]
-        seen = seen or previous == expected
-    head = _head(connection)
+    query = (
+        "SELECT sequence, at, actor, action, subject, details, hash FROM audit WHERE sequence > ? "
+        "ORDER BY sequence LIMIT ?"
+    )
+    while True:
+        # The head first: what others append meanwhile is then read, too, and where nothing follows, it is the end.
+        head = _head(connection)
+        rows = connection.execute(query, (last, _READ_AT_ONCE)).fetchall()
+        if not rows:
+            break
+        for row in rows:
+            count += 1
+            if row[0] != count:
+                raise CheckpointError(f"audit trail: row {count} is missing; restore the file from a backup")
+            if _digest(previous, row[:6]) != row[6]:
+                raise CheckpointError(
+                    f"audit trail: row {count} was changed, or the one before it; restore from a backup"
+                )
+            previous, last = row[6], row[0]
+            seen = seen or previous == expected
     if (head.sequence, head.hash) != (count, previous):
         raise CheckpointError(
             f"audit trail: it ends at row {count}, its head says {head.sequence}; restore the file from a backup"
@@ -141,4 +154,5 @@ def _head(connection: Connection) -> Head:
 
 
 def _digest(previous: str, row: tuple[Any, ...]) -> str:
-    return hashlib.sha256(orjson.dumps([previous, *row])).hexdigest()
+    # Nothing but an edited row holds what JSON does not have.
+    return hashlib.sha256(orjson.dumps([previous, *row], default=repr)).hexdigest()

@@ -1,6 +1,8 @@
 """Any change to the audit trail is found: edits, deletions, exchanges, insertions, a cut end."""
 
 import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from tokenmill.engine.gateway.governance import audit
 from tokenmill.engine.gateway.governance.schema import AUDIT, AUDIT_HEAD
 from tokenmill.engine.gateway.sqlite import SqliteConnection
+from tokenmill.engine.gateway.store import Connection, Cursor, Store
 from tokenmill.errors import CheckpointError
 
 ROWS = 8
@@ -64,3 +67,75 @@ def test_every_change_is_found(change: tuple[str, int, object, str]) -> None:
     with pytest.raises(CheckpointError, match="audit trail"):
         audit.verify(connection)
     connection.close()
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        "UPDATE audit SET details = x'00ff' WHERE sequence = 3",
+        "INSERT INTO audit SELECT 0, at, actor, action, subject, details, hash FROM audit WHERE sequence = 1",
+        "INSERT INTO audit SELECT 9, at, actor, action, subject, details, hash FROM audit WHERE sequence = 8",
+        "DELETE FROM audit WHERE sequence = 8",
+        "DELETE FROM audit_head",
+        "DELETE FROM audit",
+    ],
+)
+def test_odd_changes_are_found(edit: str) -> None:
+    connection = trail()
+    connection.execute(edit)
+    with pytest.raises(CheckpointError, match="audit trail"):
+        audit.verify(connection)
+    connection.close()
+
+
+@pytest.mark.parametrize("at_once", [3, 1000])
+def test_a_trail_that_grows_while_it_is_checked_is_good(
+    store: Store, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gateways go on appending: each answer of the database is older than the next one."""
+    monkeypatch.setattr(audit, "_READ_AT_ONCE", at_once, raising=False)
+
+    def append(connection: Connection) -> None:
+        audit.append(connection, "test", "a", "b", {})
+
+    for _ in range(ROWS):
+        store.write_now(append)
+    reader = store.connect_reader()
+    grows = Growing(reader, lambda: store.write_now(append), times=5)
+    assert audit.verify(grows).sequence == ROWS + 5  # type: ignore[arg-type]
+    reader.close()
+
+
+class Growing:
+    """A connection after each of whose first answers the trail has grown."""
+
+    def __init__(self, reader: Connection, grow: Callable[[], None], times: int) -> None:
+        self._reader = reader
+        self._grow = grow
+        self._times = times
+
+    def execute(self, statement: str, parameters: Sequence[Any] = (), /) -> Cursor:
+        """Answers, and lets the trail grow."""
+        answer = self._reader.execute(statement, parameters).fetchall()
+        if self._times:
+            self._times -= 1
+            self._grow()
+        return Answered(answer)
+
+
+class Answered:
+    """Rows that were fetched."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        self._rows = rows
+
+    def fetchone(self) -> Any:
+        """See `store.Cursor`."""
+        return self._rows[0] if self._rows else None
+
+    def fetchall(self) -> list[Any]:
+        """See `store.Cursor`."""
+        return self._rows
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._rows)
