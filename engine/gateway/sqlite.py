@@ -85,7 +85,7 @@ class Sqlite:
     """One file and what stands beside it: `FILE.lock` for the order of writers and for news, `FILE.claims/` for names.
 
     Args:
-        path: The file.
+        path: The file, or a symbolic link to it.
 
     Raises:
         ConfigurationError: The file or its folder cannot be made or opened.
@@ -97,10 +97,12 @@ class Sqlite:
         self._path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._claims = path.with_name(path.name + ".claims")
+            # By whichever links it is named: what stands beside it is the same for all.
+            real = Path(os.path.realpath(path))
+            self._claims = real.with_name(real.name + ".claims")
             self._claims.mkdir(exist_ok=True, mode=0o700)
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-            self._order = Path(f"{path}.lock")
+            self._order = real.with_name(real.name + ".lock")
             self._announced = _open_lock(self._order)
         except OSError as error:
             raise ConfigurationError(

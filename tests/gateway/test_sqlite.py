@@ -36,6 +36,23 @@ def test_a_new_file_is_opened_by_many_at_once(tmp_path: Path) -> None:
     assert not refused
 
 
+def test_a_file_has_one_set_of_names_and_one_order_whatever_it_is_called(tmp_path: Path) -> None:
+    """Gateways that reach it by different links are no strangers: each would settle what the other has under way."""
+    (tmp_path / "links").mkdir()
+    link = tmp_path / "links" / "other.db"
+    link.symlink_to(tmp_path / "gateway.db")
+    store, other = Store(tmp_path / "gateway.db", ()), Store(link, ())
+    held = store.claim("a worker")
+    assert held is not None
+    assert other.inherit("a worker") is None
+    before = other.news()
+    store.write_now(lambda connection: connection.announce())
+    assert other.news() != before
+    held.release()
+    store.close()
+    other.close()
+
+
 def test_what_a_full_disk_kept_from_being_written_is_written_when_there_is_room(tmp_path: Path) -> None:
     """What nobody waits for; who waits is told."""
     store = Store(tmp_path / "full.db", ("CREATE TABLE things (size INTEGER, content BLOB)",))
