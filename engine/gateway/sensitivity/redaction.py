@@ -11,15 +11,14 @@ from collections.abc import Mapping
 import msgspec
 
 from tokenmill.engine.gateway.body import SLICE_BYTES, Body
+from tokenmill.engine.gateway.sensitivity.needles import Needles, TangleError
 from tokenmill.engine.gateway.sensitivity.strings import decoded, encoded
-from tokenmill.engine.gateway.sensitivity.turns import Turns
+from tokenmill.engine.gateway.sensitivity.turns import DetectorError, Turns
 
-#: What every placeholder looks like, and a value that could be part of one.
-_MARK, _INSIDE = re.compile(r"\[[A-Z0-9_]+\]"), re.compile(r"[A-Z0-9_]+")
+#: What every placeholder looks like.
+_MARK = re.compile(r"\[[A-Z0-9_]+\]")
 #: The rest of a string in a JSON text; of one with very many escapes the beginning of the rest.
 _REST = re.compile(r'[^"\\]*(?:\\.[^"\\]*){0,4096}')
-#: Others run while a text longer than this is changed.
-_LONG = 4096
 #: What follows the name of a member.
 _COLON = re.compile(r"\s*:")
 #: Members with a text that is JSON itself: arguments of tools.
@@ -41,47 +40,38 @@ class Redaction:
     def __init__(self, values: Mapping[str, str], taken: bytes) -> None:
         labels = {kind: _label(kind, taken) for kind in dict.fromkeys(values.values())}
         self.placeholders: dict[str, str] = {}
-        counts: dict[str, int] = {}
+        counts = dict.fromkeys(labels.values(), 0)
         for value, kind in values.items():
             label = labels[kind]
-            counts[label] = counts.get(label, 0) + 1
+            counts[label] += 1
             self.placeholders[value] = f"[{label}_{counts[label]}]"
         self._values = {placeholder: value for value, placeholder in self.placeholders.items()}
-        # Longer ones first: a value may contain another.
-        self._ordered = sorted(self.placeholders.items(), key=lambda pair: -len(pair[0]))
-        # No value can be found in a placeholder.
-        marks = " ".join(self._values)
-        self._plain = not any(
-            "[" in value or "]" in value or (_INSIDE.fullmatch(value) and value in marks) for value in self.placeholders
-        )
-        self._beginnings = frozenset(mark[:length] for mark in self._values for length in range(1, len(mark)))
-        self.longest = max(map(len, self._values), default=0)
+        self._labels = [f"[{label}_" for label in counts]
+        self._needles = Needles(self.placeholders)
+        self._longest = max(map(len, self._values), default=0)
 
     async def hide(self, text: str, turns: Turns) -> str:
-        """The text with placeholders.
+        """The text with placeholders; of values that overlap the longer one gets its own.
 
         Args:
             text: Any text of the request.
             turns: Says when others run.
 
         Raises:
-            DetectorError: It took too long.
+            DetectorError: It took too long, or the values cannot be told apart.
         """
-        # Text and placeholders by turns; they stay apart where a value may look like a piece of a placeholder.
-        pieces = [text]
-        long = len(text) > _LONG
-        for value, placeholder in self._ordered:
-            if self._plain:
-                pieces[0] = pieces[0].replace(value, placeholder)
-            elif value in text:
-                pieces = [
-                    part
-                    for place, piece in enumerate(pieces)
-                    for part in ([piece] if place % 2 else _between(piece.split(value), placeholder))
-                ]
-            if long and turns.due():
-                await turns.give()
-        return "".join(pieces)
+        pieces: list[str] = []
+        done = 0
+        try:
+            for places in self._needles.places(text):
+                for start, end, value in places:
+                    pieces += (text[done:start], self.placeholders[value])
+                    done = end
+                if turns.due():
+                    await turns.give()
+        except TangleError:
+            raise DetectorError("too much of what was found overlaps") from None
+        return "".join((*pieces, text[done:])) if pieces else text
 
     def restore(self, text: str) -> str:
         """The text with the values back."""
@@ -97,8 +87,13 @@ class Redaction:
 
     def held_back(self, text: str) -> int:
         """How many characters at the text's end may be the beginning of a placeholder."""
-        start = text.rfind("[", max(len(text) - self.longest, 0))
-        return len(text) - start if start >= 0 and text[start:] in self._beginnings else 0
+        start = text.rfind("[", max(len(text) - self._longest, 0))
+        return len(text) - start if start >= 0 and self._begins(text[start:]) else 0
+
+    def _begins(self, text: str) -> bool:
+        """Whether a text is the beginning of a placeholder, but for its last character."""
+        # Numbers begin with 1: all that a number begins with are numbers of placeholders, too.
+        return f"{text}]" in self._values or any(label.startswith(text) for label in self._labels)
 
     async def body(self, body: Body, turns: Turns) -> Body:
         """A request's body with placeholders in its strings; everything else, numbers too, keeps its bytes.
@@ -192,11 +187,6 @@ def _end(raw: str, place: int) -> int:
         return quote
     found = _REST.match(raw, place)
     return found.end() if found else place
-
-
-def _between(texts: list[str], placeholder: str) -> list[str]:
-    """The texts with the placeholder between each two."""
-    return [piece for text in texts for piece in (placeholder, text)][1:]
 
 
 def _label(kind: str, taken: bytes) -> str:

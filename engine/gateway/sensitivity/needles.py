@@ -1,0 +1,118 @@
+"""Where some of many strings stand in a text: one pass, however many they are (Aho and Corasick, 1975)."""
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from ahocorasick_rs import AhoCorasick
+
+#: A longer string is found by its beginning: memory and the time to begin with grow with what is looked for.
+_HEAD = 32
+#: Characters that are looked through at one go: with beginnings inside of beginnings less than three milliseconds.
+_SLICE = 1024
+#: Occurrences after which others may run, and how many in so little text are nobody's data.
+_BREATH, _MOST = 256, 10_000
+#: Half of a character, which UTF-8 does not have; what stands for it.
+_SURROGATE, _ANY = re.compile("[\ud800-\udfff]"), "\ufffd"
+
+
+class TangleError(Exception):
+    """More occurrences overlap than can be told apart in reasonable time."""
+
+
+class Place(NamedTuple):
+    """Where a needle stands.
+
+    Attributes:
+        start, end: In characters.
+        needle: Which.
+    """
+
+    start: int
+    end: int
+    needle: str
+
+
+class Needles:
+    """Finds the occurrences of many strings.
+
+    Where two overlap, the longer one counts, then the one that came first among `needles`, then the first in the text.
+
+    Args:
+        needles: Different ones, none of them empty.
+    """
+
+    def __init__(self, needles: Iterable[str]) -> None:
+        heads: dict[str, list[tuple[int, str]]] = {}
+        for rank, needle in enumerate(sorted(needles, key=len, reverse=True)):
+            heads.setdefault(_encodable(needle[:_HEAD]), []).append((rank, needle))
+        self._behind = list(heads.values())
+        self._heads = AhoCorasick(list(heads)) if heads else None
+        self._longest = max(map(len, heads), default=0)
+
+    def places(self, text: str) -> Iterator[list[Place]]:
+        """Places that do not overlap, a few at a time and in order; often none: others may run then.
+
+        Args:
+            text: Any.
+
+        Raises:
+            TangleError: Too many overlap each other.
+        """
+        if self._heads is None:
+            return
+        found: list[tuple[int, Place]] = []
+        for begin in range(0, len(text), _SLICE):
+            first = max(begin - self._longest + 1, 0)
+            piece = _encodable(text[first : begin + _SLICE])
+            for which, start, end in self._heads.find_matches_as_indexes(piece, overlapping=True):
+                if first + end <= begin:
+                    continue  # the piece before held it
+                for rank, needle in self._behind[which]:
+                    if text.startswith(needle, first + start):
+                        found.append((rank, Place(first + start, first + start + len(needle), needle)))
+                        if len(found) % _BREATH == 0:
+                            yield []
+                if len(found) > _MOST:
+                    raise TangleError
+            # What is found from here on begins no earlier than this.
+            settled, found = _apart(found, begin + _SLICE - self._longest + 1)
+            yield settled
+        yield _apart(found, len(text))[0]
+
+
+def _encodable(text: str) -> str:
+    return text if text.isascii() else _SURROGATE.sub(_ANY, text)
+
+
+def _apart(found: list[tuple[int, Place]], until: int) -> tuple[list[Place], list[tuple[int, Place]]]:
+    """Those that count of the places that overlap none that reach beyond a place, in order; and the others."""
+    found.sort(key=lambda one: one[1].start)
+    settled: list[Place] = []
+    begun = reach = 0
+    for number, (_, place) in enumerate(found):
+        if place.start >= reach:
+            settled += _longest(found[begun:number])
+            begun = number
+        reach = max(reach, place.end)
+        if reach > until:
+            return settled, found[begun:]
+    return settled + _longest(found[begun:]), []
+
+
+def _longest(tangle: list[tuple[int, Place]]) -> list[Place]:
+    """Of places that overlap each other those that count, in order."""
+    if len(tangle) < 2:
+        return [place for _, place in tangle]
+    tangle.sort()
+    first = min(place.start for _, place in tangle)
+    taken = bytearray(max(place.end for _, place in tangle) - first)
+    kept = []
+    for _, place in tangle:
+        start, end = place.start - first, place.end - first
+        # Those before are as long at least: none lies inside.
+        if not taken[start] and not taken[end - 1]:
+            taken[start:end] = b"\1" * (end - start)
+            kept.append(place)
+    kept.sort()
+    return kept
