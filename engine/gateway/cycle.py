@@ -46,23 +46,25 @@ class Cycle:
         expects: The client waits for `100 Continue` before it sends the body.
 
     Attributes:
+        begun: The answer's head is written, or kept to be written with its body.
         more_body: The request's end has not arrived.
         complete: The answer is written.
     """
 
     __slots__ = (
-        "_begun",
         "_chunked",
         "_connection",
         "_expects",
         "_gone",
         "_head",
         "_left",
+        "_open_ended",
         "_parts",
         "_size",
         "_taken",
         "_told",
         "_waiter",
+        "begun",
         "complete",
         "keep_alive",
         "more_body",
@@ -83,8 +85,10 @@ class Cycle:
         self._size = 0
         #: The application has the end of the body: what it may still hear of is the client's hang-up.
         self._taken = False
-        self._begun = False
+        self.begun = False
         self._chunked = False
+        #: The answer ends with its connection: HTTP/1.0 knows no chunks.
+        self._open_ended = False
         #: Bytes that a stated `content-length` still promises.
         self._left = 0
         #: An answer's head that is written together with its body.
@@ -127,12 +131,12 @@ class Cycle:
             self._connection.close()
         except Exception:
             log.exception("a request failed")
-            if self._begun:
+            if self.begun:
                 self._connection.close()
             else:
                 await self._fail()
         else:
-            if not self._begun and not self._gone:
+            if not self.begun and not self._gone:
                 log.error("a request was not answered")
                 await self._fail()
             elif not self.complete and not self._gone:
@@ -188,14 +192,14 @@ class Cycle:
             await connection.writable
         if self._gone:
             return
-        if self._begun:
+        if self.begun:
             self._body(message.get("body", b""), message.get("more_body", False))
         else:
             self._begin(message["status"], message["headers"])
 
     def answer(self, status: int, headers: Collection[tuple[bytes, bytes]], body: bytes) -> bool:
         """The whole answer at once, without a coroutine and two messages for it; see `request.ANSWER`."""
-        if self._begun or (self._connection.writable is not None and not self._gone):
+        if self.begun or (self._connection.writable is not None and not self._gone):
             return False
         if not self._gone:
             self._begin(status, headers)
@@ -204,7 +208,7 @@ class Cycle:
 
     def _begin(self, status: int, headers: Collection[tuple[bytes, bytes]]) -> None:
         """Writes the head, or keeps it to be written together with the body."""
-        self._begun = True
+        self.begun = True
         self._expects = False
         head = self._start(status, headers)
         if self._left:
@@ -239,8 +243,10 @@ class Cycle:
             self._left = 0
             self._chunked = False
         elif not framed and status not in (204, 304):
-            self._chunked = True
-            lines.append(b"transfer-encoding: chunked\r\n")
+            self._open_ended = self.scope.get("http_version") == "1.0"
+            self._chunked = not self._open_ended
+            if self._chunked:
+                lines.append(b"transfer-encoding: chunked\r\n")
         lines.append(b"\r\n")
         return b"".join(lines)
 
@@ -251,6 +257,8 @@ class Cycle:
         if self._chunked:
             framed = b"%x\r\n%b\r\n" % (len(body), body) if body else b""
             connection.write(framed if more else framed + b"0\r\n\r\n")
+        elif self._open_ended:
+            connection.write(body)
         elif self.scope["method"] != "HEAD":
             self._left -= len(body)
             if self._left < 0 or (self._left and not more):

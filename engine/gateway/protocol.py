@@ -19,6 +19,7 @@ from uvicorn.server import ServerState
 
 from tokenmill.engine.gateway.api_error import ApiError, Headers
 from tokenmill.engine.gateway.cycle import STATUS_LINES, Cycle
+from tokenmill.engine.gateway.heads import lines
 from tokenmill.engine.gateway.request import ANSWER, ON_HANGUP
 from tokenmill.engine.gateway.settings import Settings
 
@@ -66,9 +67,7 @@ class GatewayProtocol(asyncio.Protocol):
         self._application = config.loaded_app
         self._state = server_state
         self._app_state = app_state
-        self._parser = httptools.HttpRequestParser(self)
-        # What follows a request that ends the connection is not looked at.
-        self._parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self._parser = self._new_parser()
         self._transport: asyncio.Transport = None  # type: ignore[assignment]
         self._addresses: tuple[Any, Any] = (None, None)
         self.writable: asyncio.Future[None] | None = None
@@ -83,6 +82,8 @@ class GatewayProtocol(asyncio.Protocol):
         self._in_head = False
         #: Bytes received since the head began, the feed in which it began counted whole.
         self._head_bytes = 0
+        #: Bytes received since the last one of a head or a body: framing and trailers.
+        self._barren_bytes = 0
         #: When the connection is closed unless something happens; None: it is not.
         self._deadline: float | None = None
         self._deadline_is_heads = False
@@ -170,13 +171,18 @@ class GatewayProtocol(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """See asyncio."""
         self._head_bytes = self._head_bytes + len(data) if self._in_head else len(data)
+        self._barren_bytes += len(data)
         try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            pass  # the request is answered as if it had not asked for it
+            self._parse(data)
         except httptools.HttpParserError:
             if not self._transport.is_closing():
                 self._refuse(ApiError(400, "Invalid HTTP request received.", code="invalid_http"))
+            return
+        if self._arriving is not None and self._barren_bytes > self.settings.max_header_bytes:
+            # The parser keeps a line until its end, however long, and there may be any number of trailers.
+            limit = self.settings.max_header_bytes
+            text = f"The framing and trailers of the request's body are longer than {limit} bytes."
+            self._refuse(ApiError(431, text, code="headers_too_large"))
             return
         if self._in_head or self._running is None:
             if self._transport.is_closing():
@@ -210,12 +216,16 @@ class GatewayProtocol(asyncio.Protocol):
         self._target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """See httptools."""
-        self._headers.append((name.lower(), value))
+        """See httptools. Trailers are dropped: nobody may say after the body what counts before it."""
+        if self._in_head:
+            self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         """See httptools."""
         self._in_head = False
+        self._barren_bytes = 0
+        if self._parser.should_upgrade() and self._parser.get_method() != b"CONNECT":
+            return  # see `_parse`
         self._deadline = None
         self._deadline_is_heads = False
         target, headers, parser = self._target, self._headers, self._parser
@@ -254,6 +264,7 @@ class GatewayProtocol(asyncio.Protocol):
 
     def on_body(self, body: bytes) -> None:
         """See httptools."""
+        self._barren_bytes = 0
         if self._arriving is not None:
             self._arriving.feed(body)
 
@@ -262,6 +273,29 @@ class GatewayProtocol(asyncio.Protocol):
         arrived, self._arriving = self._arriving, None
         if arrived is not None:
             arrived.end_of_body()
+
+    def _new_parser(self) -> httptools.HttpRequestParser:
+        parser = httptools.HttpRequestParser(self)
+        # What follows a request that ends the connection is not looked at.
+        parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        return parser
+
+    def _parse(self, data: bytes) -> None:
+        """Has the parser read on. A request that asks for another protocol is answered as if it had not.
+
+        The parser takes what follows such a head for that protocol, also the body, and it cannot be told otherwise: it
+        gets the head again without the wish. (Java's client asks for HTTP/2 in its first request, with a body.)
+        """
+        while True:
+            try:
+                self._parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                kept = [header for header in self._headers if header[0] != b"upgrade"]
+                begin = (self._parser.get_method(), self._target, self._parser.get_http_version().encode())
+                self._parser = self._new_parser()
+                data = b"%b %b HTTP/%b\r\n%b\r\n" % (*begin, lines(kept)) + data[upgrade.args[0] :]
+            else:
+                return
 
     def _start(self, cycle: Cycle) -> None:
         self._running = cycle
@@ -301,7 +335,10 @@ class GatewayProtocol(asyncio.Protocol):
         self._refuse(ApiError(431, f"The request head is longer than {limit} bytes.", code="headers_too_large"))
 
     def _refuse(self, error: ApiError) -> None:
-        """Answers outside of any request and closes."""
+        """Answers outside of any request and closes; says nothing in the middle of another answer."""
+        if self._running is not None and self._running.begun:
+            self._transport.close()
+            return
         body = error.body()
         head = STATUS_LINES[error.status] + b"content-type: application/json\r\nconnection: close\r\n"
         self._transport.write(head + b"content-length: %d\r\n\r\n" % len(body) + body)

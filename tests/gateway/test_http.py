@@ -81,6 +81,49 @@ def test_oversized_head_is_431(impatient: RunningGateway, upstream: FakeUpstream
     assert len(upstream.books.requests) == 1
 
 
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("protocol", [b"h2c", b"websocket"])
+def test_a_request_that_asks_for_another_protocol_is_answered_with_its_body(
+    gateway: RunningGateway, upstream: FakeUpstream, apart: bool, protocol: bytes
+) -> None:
+    # Java's client asks for HTTP/2 so, in its first request.
+    head = POST + b"connection: Upgrade, HTTP2-Settings\r\nupgrade: %b\r\nhttp2-settings: AAMA\r\n" % protocol
+    head += b"content-length: %d\r\n\r\n" % len(BODY)
+    rest = BODY + POST + b"content-length: %d\r\n\r\n" % len(BODY) + BODY + CLOSE
+    answer = gateway.raw(*([head, rest] if apart else [head + rest]), pause_s=0.05)
+    assert answer.count(b"HTTP/1.1 200 OK") == 3
+    assert [body for _, _, body in upstream.books.requests] == [BODY, BODY]
+    assert not {"upgrade", "http2-settings", "connection"} & upstream.books.requests[0][1].keys()
+
+
+def test_trailers_are_no_headers(gateway: RunningGateway, upstream: FakeUpstream) -> None:
+    chunked = b"%x\r\n%b\r\n0\r\nauthorization: Bearer late\r\ncontent-type: text/plain\r\n\r\n" % (len(BODY), BODY)
+    answer = gateway.raw(POST + b"transfer-encoding: chunked\r\nconnection: close\r\n\r\n" + chunked)
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert not {"authorization", "content-type"} & upstream.books.requests[0][1].keys()
+
+
+@pytest.mark.parametrize(
+    ("first", "more"),
+    [(b"", b"x: y\r\n" * 500), (b"", b"x" * 3000), (b"x: ", b"y" * 3000)],
+    ids=["trailers", "a name", "a value"],
+)
+def test_endless_trailers_are_431(impatient: RunningGateway, upstream: FakeUpstream, first: bytes, more: bytes) -> None:
+    head = POST + b"transfer-encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n" % (len(BODY), BODY)
+    answer = impatient.raw(head, first + more, more, pause_s=0.05)
+    assert answer.startswith(b"HTTP/1.1 431 ")
+    assert not upstream.books.requests
+
+
+def test_http_1_0_gets_no_chunks(gateway: RunningGateway, upstream: FakeUpstream) -> None:
+    body = json.dumps({"model": "tiny", "stream": True, "messages": []}).encode()
+    head = POST.replace(b"1.1", b"1.0") + b"connection: keep-alive\r\ncontent-length: %d\r\n\r\n" % len(body)
+    lines, _, stream = gateway.raw(head + body).partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in lines
+    assert b"connection: close" in lines
+    assert stream == upstream.books.sent[0]
+
+
 def test_slow_head_is_closed(impatient: RunningGateway) -> None:
     for start in (b"", b"GET /health HTTP/1.1\r\nx-slow: "):
         began = time.monotonic()
