@@ -171,6 +171,7 @@ class Connection(asyncio.Protocol):
         if self._problem is None and not self._complete:
             self._problem = problem
         self._wake()
+        self.resume_writing()  # a body that the backend does not take is waited for no longer
 
     def _news(self) -> "asyncio.Future[None]":
         """Done when something has arrived or happened; a later call takes its place."""
@@ -215,7 +216,6 @@ class Connection(asyncio.Protocol):
         if self._head_done and not self._framed and exc is None:
             self._complete = True  # an answer without a length ends with its connection
         self._keep_alive = False
-        self.resume_writing()
         self.fail(CutError if self._head_done else NoAnswerError)
         del self._parser  # it holds our methods: as long as we hold it, only the collector could free the two
 
@@ -238,7 +238,7 @@ class Connection(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """See httptools."""
-        if self._confused:
+        if self._confused or self._head_done:  # trailers are no headers
             return
         lowered = name.lower()
         if lowered in (b"content-length", b"transfer-encoding"):
@@ -253,6 +253,8 @@ class Connection(asyncio.Protocol):
         if status < 200:
             self.headers = []
             return
+        if status > 599:
+            raise ValueError("no status of HTTP")  # the parser takes it for garbage, as it is
         self.status = status
         self._head_done = True
         self._framed = self._framed or status in (204, 304)

@@ -195,6 +195,8 @@ class Forwarder:
         lease.call.taken = True
         answer = await self._upstream().send(b"POST", target.origin, exchange.target_path, headers, payload)
         lease.holds(answer)
+        if 300 <= answer.status < 400:
+            return _redirected(lease, answer.status)
         if answer.status < 400 and answer.content_type != b"application/json":
             await answer.begun()
             lease.heard(answer.status)
@@ -203,7 +205,11 @@ class Forwarder:
         lease.heard(answer.status)
         lease.close()
         reply = Reply(answer.status, answer.headers, body)
-        if answer.status >= 400 and (wrapped := with_error_object(answer.status, body)) is not None:
+        if (
+            answer.status >= 400
+            and all(name != b"content-encoding" for name, _ in answer.headers)
+            and (wrapped := with_error_object(answer.status, body)) is not None
+        ):
             reply.body = wrapped
             reply.headers = [*(header for header in answer.headers if header[0] != b"content-type"), JSON]
         return self._with_retry_after(reply)
@@ -221,6 +227,8 @@ class Forwarder:
         lease.call.taken = True
         answer = await self._upstream().send(b"POST", lease.target.origin, anthropic.PATH, headers, payload)
         lease.holds(answer)
+        if 300 <= answer.status < 400:
+            return _redirected(lease, answer.status)
         kept = [header for header in answer.headers if header[0] != b"content-type"]
         if answer.status < 400 and answer.content_type == b"text/event-stream":
             await answer.begun()
@@ -247,6 +255,15 @@ def _upstream_model(exchange: Exchange, target: Target, route: Route) -> str | N
     if exchange.model is None and route.model is None and target.backend.protocol == "openai":
         return None
     return target.own_model(route.model) or exchange.model
+
+
+def _redirected(lease: Lease, status: int) -> Reply:
+    """502: the client is sent nowhere, which would be past every key and policy, and tells inner addresses."""
+    lease.heard(502)
+    lease.close()
+    what = f"The backend {lease.target.backend.name} redirects (status {status})"
+    error = ApiError(502, f"{what}; correct its address in the configuration.", code="upstream_redirect")
+    return Reply(502, [JSON], error.body())
 
 
 def _is_event_stream(reply: Reply) -> bool:

@@ -1,6 +1,7 @@
 """The client towards the backends against servers that answer in every legal way, and in some that are not."""
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -123,12 +124,13 @@ def test_answers_without_a_body(status: bytes) -> None:
         (b"", NoAnswerError),
         (b"HTTP/1.1 200 O", NoAnswerError),
         (b"SSH-2.0-OpenSSH\r\n", NoAnswerError),
+        (b"HTTP/1.1 999 No\r\ncontent-length: 0\r\n\r\n", NoAnswerError),
         (b"HTTP/1.1 200 OK\r\nx: " + b"y" * 400_000 + b"\r\n\r\n", NoAnswerError),
         (b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhello", CutError),
         (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n", CutError),
         (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nzz\r\nhello\r\n", CutError),
     ],
-    ids=["nothing", "half a line", "not http", "endless head", "short", "no last chunk", "bad chunk"],
+    ids=["nothing", "half a line", "not http", "no status", "endless head", "short", "no last chunk", "bad chunk"],
 )
 def test_broken_answers_are_told_apart(raw: bytes, problem: type[Exception]) -> None:
     async def use(upstream: Upstream, origin: Origin) -> None:
@@ -146,6 +148,33 @@ def test_silence_before_and_during_an_answer() -> None:
     settings = Settings(read_timeout_s=0.1)
     talk(Server(b""), use, settings)
     talk(Server(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhello"), use, settings)
+
+
+def test_a_body_that_the_backend_does_not_take_is_silence_too() -> None:
+    class Deaf(Server):
+        async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            """Reads nothing."""
+            writer.transport.pause_reading()  # type: ignore[attr-defined]
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+            writer.transport.abort()
+
+    async def use(upstream: Upstream, origin: Origin) -> None:
+        async with asyncio.timeout(20):
+            with pytest.raises(SilenceError):
+                await fetch(upstream, origin, b"x" * 50_000_000)
+
+    talk(Deaf(b""), use, Settings(read_timeout_s=0.2))
+
+
+def test_trailers_are_no_headers() -> None:
+    raw = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\nset-cookie: a=b\r\n\r\n"
+
+    async def use(upstream: Upstream, origin: Origin) -> None:
+        answer, body = await fetch(upstream, origin)
+        assert (answer.headers, body) == ([], b"hello")
+
+    talk(Server(raw), use)
 
 
 def test_nobody_listens() -> None:

@@ -138,6 +138,22 @@ def test_errors_without_error_object_get_one(
         assert parsed["detail"] == json.loads(body)["detail"]
 
 
+def test_an_error_that_is_compressed_stays_as_it_is(gateway: RunningGateway, upstream: FakeUpstream) -> None:
+    del upstream
+    act = {"status": 400, "body": "not really gzip", "headers": {"content-encoding": "gzip"}}
+    status, headers, answer = gateway.post(CHAT, {"model": "tiny", "messages": [], "act": act})
+    assert (status, headers["content-encoding"], answer) == (400, "gzip", b"not really gzip")
+
+
+@pytest.mark.parametrize("status", [301, 304, 307])
+def test_a_redirect_sends_the_client_nowhere(gateway: RunningGateway, upstream: FakeUpstream, status: int) -> None:
+    act = {"status": status, "headers": {"location": f"{upstream.url}/elsewhere"}}
+    got, headers, answer = gateway.post(CHAT, {"model": "tiny", "messages": [], "act": act})
+    assert (got, json.loads(answer)["error"]["code"]) == (502, "upstream_redirect")
+    assert "location" not in headers
+    assert len(upstream.books.requests) == 1
+
+
 def test_models_are_the_backends_own_objects(gateway: RunningGateway) -> None:
     status, _, body = gateway.get("/v1/models")
     listed = json.loads(body)
