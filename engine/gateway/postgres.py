@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from tokenmill.engine.gateway.store import Claim, Connection, Cursor, StoreUnavailableError
-from tokenmill.errors import MissingDependencyError
+from tokenmill.errors import ConfigurationError, MissingDependencyError
 
 try:
     import psycopg
@@ -33,6 +33,8 @@ DEAD_AFTER_S = 1.2
 DEAD_AFTER_LOSS_S = 2 * RECONNECT_TIMEOUT_S
 #: The advisory lock that orders writers.
 _WRITERS = 0x746F6B656E6D696C
+#: Encodings of a database that keep every text; SQL_ASCII keeps the bytes.
+_ENCODINGS = frozenset({"UTF8", "SQL_ASCII"})
 
 
 class PostgresConnection:
@@ -43,6 +45,7 @@ class PostgresConnection:
         timeout_s: How long to wait for the server now.
 
     Raises:
+        ConfigurationError: The database cannot keep every text.
         StoreUnavailableError: The server does not let us in, here or when a statement is to be run.
     """
 
@@ -121,10 +124,23 @@ class PostgresConnection:
         if time.monotonic() < self._again_at:
             raise StoreUnavailableError(f"{shown(self._url)} could not be reached a moment ago; see governance.store")
         try:
-            return psycopg.connect(self._url, autocommit=True, connect_timeout=timeout_s, application_name="tokenmill")
+            raw = psycopg.connect(
+                self._url,
+                autocommit=True,
+                connect_timeout=timeout_s,
+                application_name="tokenmill",
+                client_encoding="utf8",
+            )
         except psycopg.Error as error:
             self._again_at = time.monotonic() + NOT_AGAIN_S
             raise self._lost(error) from None
+        encoding = raw.info.parameter_status("server_encoding")
+        if encoding not in _ENCODINGS:
+            raw.close()
+            raise ConfigurationError(f"{shown(self._url)} keeps text as {encoding}; make the database with UTF8")
+        # Whatever the database's default: what a transaction reads must not be older than its turn among the writers.
+        raw.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+        return raw
 
     def _lost(self, error: psycopg.Error, perhaps_done: bool = False) -> StoreUnavailableError:
         reason = " ".join(str(error).split())
@@ -136,11 +152,21 @@ class Postgres:
 
     Args:
         url: `postgresql://user@host/database`; libpq's variables and files give what it leaves out.
+
+    Raises:
+        ConfigurationError: It is no such URL.
     """
 
     local = False
+    error = psycopg.Error
 
     def __init__(self, url: str) -> None:
+        try:
+            known = urlsplit(url).scheme in ("postgresql", "postgres")
+        except ValueError:
+            known = False
+        if not known:  # not shown: it may hold a password
+            raise ConfigurationError("the store's URL is no postgresql://user@host/database; give one, or a file")
         self._url = url
         self._session: PostgresConnection | None = None
         self._held: set[str] = set()

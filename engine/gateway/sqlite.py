@@ -92,6 +92,7 @@ class Sqlite:
     """
 
     local = True
+    error = sqlite3.Error
 
     def __init__(self, path: Path) -> None:
         self._path = path

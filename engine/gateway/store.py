@@ -133,6 +133,11 @@ class Database(Protocol):
     local: bool
 
     @property
+    def error(self) -> type[Exception]:
+        """What its library raises where a statement fails."""
+        ...
+
+    @property
     def shown(self) -> str:
         """Its place, for messages."""
         ...
@@ -180,6 +185,14 @@ class Database(Protocol):
     def close(self) -> None:
         """Frees what is not a connection."""
         ...
+
+
+def _unusable(database: Database, error: Exception) -> ConfigurationError:
+    """What is said where a database refuses statements: it is damaged, another program's or not to be written to."""
+    reason, _, _ = str(error).partition("\n")
+    return ConfigurationError(
+        f"{database.shown} cannot be used: {reason}; name a gateway's database or an empty one that may be written to"
+    )
 
 
 Operation = Callable[[Connection], T]
@@ -235,8 +248,11 @@ class Store:
             self._quick = self._database.connect(writes=True, waits=False) if self.local else None
             if self._quick is not None:
                 undo.callback(self._quick.close)
-            with self._database.transaction(self._writer):
-                make_tables(self._writer, schema, self._database.shown)
+            try:
+                with self._database.transaction(self._writer):
+                    make_tables(self._writer, schema, self._database.shown)
+            except self._database.error as error:
+                raise _unusable(self._database, error) from None
             undo.pop_all()
         #: For reading, in the thread that made the store; sees everything that is committed.
         self.reader = self._database.connect()

@@ -30,7 +30,7 @@ def make_tables(connection: "Connection", schema: Sequence[str], shown: str) -> 
         shown: The database's place, for messages.
 
     Raises:
-        ConfigurationError: The tables were made by a newer Tokenmill.
+        ConfigurationError: The tables were made by a newer Tokenmill, or by another program.
     """
     connection.execute("CREATE TABLE IF NOT EXISTS schema_version (version INTEGER NOT NULL)")
     row = connection.execute("SELECT version FROM schema_version").fetchone()
@@ -38,6 +38,10 @@ def make_tables(connection: "Connection", schema: Sequence[str], shown: str) -> 
         for statement in schema:
             connection.make(statement)
         connection.execute("INSERT INTO schema_version (version) VALUES (?)", (SCHEMA_VERSION,))
+    elif not isinstance(row[0], int):
+        raise ConfigurationError(
+            f"{shown} has tables of another program; name a database of a gateway, or an empty one"
+        )
     elif row[0] > SCHEMA_VERSION:
         raise ConfigurationError(
             f"{shown} has schema version {row[0]}, this Tokenmill knows {SCHEMA_VERSION}; upgrade Tokenmill"

@@ -274,6 +274,10 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         ConfigurationError, InputError: The store or an argument is wrong.
     """
+    for text in argv:
+        # How Python shows bytes of a command line that are no text; no store keeps them.
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise InputError(f"the argument {ascii(text)[:80]} is not in UTF-8; write it so")
     options = parser().parse_args(argv)
     place = options.store if "://" in options.store else Path(options.store).expanduser()
     if isinstance(place, Path) and not place.exists() and not options.create:

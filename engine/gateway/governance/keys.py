@@ -72,8 +72,10 @@ def create(
         metadata: Kept with it.
 
     Raises:
-        InputError: The parent does not exist or cannot own keys, or the lifetime is not above 0.
+        InputError: The parent does not exist or cannot own keys, the lifetime is not above 0, or a model has no name.
     """
+    if models is not None and "" in models:
+        raise InputError("a model's name is empty; name a model or a tier, or none for all")
     if lifetime_ms is not None and lifetime_ms <= 0:
         raise InputError(f"a lifetime of {lifetime_ms} ms is over at once; give one above 0, or none")
     account = accounts.create(connection, "key", name, parent, limits or Limits(), actor)

@@ -97,6 +97,10 @@ def test_audit_trail_is_verified(admin: Admin, tmp_path: Path) -> None:
         (["canary", "set", "a", "1.5"], "share of 1.5"),
         (["canary", "set", "a", "nan"], "share of nan"),
         (["canary", "clear", "a"], "'a' is not changed"),
+        (["key", "create", "--model", ""], "name is empty"),
+        (["key", "create", "--name", "\udcff"], "'\\udcff' is not in UTF-8"),
+        (["key", "create", "--model", "\udcff"], "'\\udcff' is not in UTF-8"),
+        (["key", "revoke", "\udcff"], "'\\udcff' is not in UTF-8"),
     ],
 )
 def test_wrong_input_is_one_line(admin: Admin, arguments: list[str], says: str) -> None:
@@ -107,6 +111,14 @@ def test_wrong_input_is_one_line(admin: Admin, arguments: list[str], says: str) 
 def test_a_store_is_not_made_by_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "does not exist" in Admin(tmp_path / "none.db", capsys).shown("key", "list", status=2)
     assert not (tmp_path / "none.db").exists()
+
+
+def test_an_address_that_is_none_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("psycopg")
+    for address in ("mysql://me:secret@host/x", "postgresql://me:secret@[host/x"):
+        assert cli.main(["admin", "--store", address, "org", "list"]) == 2
+        said = capsys.readouterr().err
+        assert "no postgresql://" in said and "secret" not in said and said.count("\n") == 1
 
 
 def test_a_serving_gateway_obeys_at_once(workers: Workers, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,7 @@
 """Keys and accounts: shown once, kept as hashes, refused when expired or revoked; wrong input is one line."""
 
+import contextlib
+import sqlite3
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -82,4 +84,22 @@ def test_file_that_is_no_database_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "x.db"
     path.write_text("no database at all, but long enough to be looked at" * 10, encoding="utf-8")
     with pytest.raises(ConfigurationError, match="cannot be used"):
+        Store(path, SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("tables", "says"),
+    [
+        (["CREATE TABLE keys (a)"], "table keys already exists"),
+        (["CREATE TABLE schema_version (version TEXT)", "INSERT INTO schema_version VALUES ('a')"], "another program"),
+        (["CREATE TABLE schema_version (id INTEGER)"], "no such column"),
+    ],
+)
+def test_file_of_another_program_is_one_line(tmp_path: Path, tables: list[str], says: str) -> None:
+    path = tmp_path / "x.db"
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        for statement in tables:
+            other.execute(statement)
+        other.commit()
+    with pytest.raises(ConfigurationError, match=says):
         Store(path, SCHEMA)

@@ -1,0 +1,94 @@
+"""Databases of a PostgreSQL server whose owner set them up otherwise: they work, or are refused in one line."""
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.gateway.governance.postgres_server import PostgresServer
+from tests.gateway.running import wait_until
+from tokenmill.engine.gateway.governance import accounts, audit
+from tokenmill.engine.gateway.governance.accounts import Limits
+from tokenmill.engine.gateway.governance.schema import SCHEMA
+from tokenmill.engine.gateway.store import Connection, Store
+from tokenmill.errors import ConfigurationError
+
+psycopg = pytest.importorskip("psycopg")
+
+
+@pytest.fixture
+def url(postgres: PostgresServer) -> str:
+    """An empty database's."""
+    return postgres.new_database()
+
+
+@pytest.fixture
+def root(url: str) -> Iterator[Any]:
+    """A connection of its owner."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        yield connection
+
+
+def make_team(connection: Connection, name: str = "T") -> str:
+    return accounts.create(connection, "team", name, None, Limits(), "test")
+
+
+@pytest.mark.parametrize("default", ["repeatable read", "serializable"])
+def test_a_stricter_isolation_hides_nothing_from_who_waited(url: str, root: Any, default: str) -> None:
+    """A transaction that waited for its turn sees what the one before has written."""
+    root.execute(f"ALTER DATABASE {root.info.dbname} SET default_transaction_isolation = '{default}'")
+    first, second = Store(url, SCHEMA), Store(url, SCHEMA)
+    begun, may_end = threading.Event(), threading.Event()
+
+    def hold(connection: Connection) -> str:
+        begun.set()
+        assert may_end.wait(30)
+        return make_team(connection)
+
+    holding = first.submit(hold)
+    assert begun.wait(30)
+    waiting = second.submit(make_team)
+    query = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+    wait_until(lambda: root.execute(query).fetchone() == (1,))
+    may_end.set()
+    assert holding.result(30) != waiting.result(30)
+    assert audit.verify(first.reader).sequence == 2
+    first.close()
+    second.close()
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("default_transaction_read_only = on", "read-only transaction"),
+        ("search_path = nowhere", "no schema has been selected"),
+    ],
+)
+def test_a_database_that_takes_no_tables_is_one_line(url: str, root: Any, setting: str, says: str) -> None:
+    root.execute(f"ALTER DATABASE {root.info.dbname} SET {setting}")
+    with pytest.raises(ConfigurationError, match=says) as raised:
+        Store(url, SCHEMA)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_user_without_rights_is_told_so(url: str, root: Any) -> None:
+    root.execute("CREATE ROLE stranger LOGIN")
+    with pytest.raises(ConfigurationError, match="permission denied") as raised:
+        Store(url.replace("tokenmill@", "stranger@"), SCHEMA)
+    assert "\n" not in str(raised.value)
+    root.execute("DROP ROLE stranger")
+
+
+@pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
+def test_names_are_kept_in_every_script_or_not_at_all(url: str, root: Any, encoding: str) -> None:
+    root.execute(f"CREATE DATABASE {encoding} ENCODING '{encoding}' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'")
+    place = url.replace(f"/{root.info.dbname}?", f"/{encoding.lower()}?")
+    if encoding == "LATIN1":
+        with pytest.raises(ConfigurationError, match="keeps text as LATIN1"):
+            Store(place, SCHEMA)
+        return
+    store = Store(place, SCHEMA)
+    identity = store.write_now(lambda connection: make_team(connection, "日本"))
+    assert accounts.find(store.reader, identity).name == "日本"
+    store.close()
