@@ -64,8 +64,9 @@ def create_app(document: Document) -> Gateway:
         stages.append(Identify(identities, document.settings.default_model))
     tell = log_decision if governance is None else _audit_trail(governance)
     sensitivity, routing = document.sensitivity, document.routing
-    if sensitivity is None and governance is not None:
-        # A key's metadata may confine its requests to zones and regions, also where nothing is searched.
+    elsewhere = any(backend.zone not in SensitivitySettings().trusted_zones for backend in document.backends)
+    if sensitivity is None and (governance is not None or elsewhere):
+        # A key's metadata, or the client itself, may confine requests, also where nothing is searched.
         sensitivity = SensitivitySettings(default="allow", unreadable="allow")
     # Who asks comes first, then what the request may see, then where it may go; money is reserved for the dearest
     # of the routes that are left, below the router and above everything that may ask a backend twice.

@@ -233,3 +233,27 @@ def test_another_tier_takes_over_when_the_first_fails(factory: Factory) -> None:
     tier, reason = factory.tier(EASY, act={"small": {"status": 503, "body": "busy"}})
     assert tier == "reasoning"
     assert reason.startswith("failed over from utility")
+
+
+def test_what_the_client_calls_private_stays_also_where_nothing_is_searched() -> None:
+    near, far = FakeUpstream(("near",)).start(), FakeUpstream(("far",)).start()
+    backends = (
+        Backend("near", near.url, "utility", ("near",), quality=0.3),
+        Backend("far", far.url, "reasoning", ("far",), quality=0.9, zone="cloud"),
+    )
+    for routing in (RoutingSettings(), None):
+        near.books, far.books = Books(), Books()
+        with RunningGateway(*backends, routing=routing) as gateway:
+            wish = {"x-tokenmill-sensitivity": "private", "x-tokenmill-quality": "0.9"}
+            body: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
+            for model in ("far", "reasoning"):
+                status, _, refused = gateway.post("/v1/chat/completions", {"model": model, **body}, **wish)
+                assert (status, json.loads(refused)["error"]["code"]) == (403, "residency")
+            said = {"metadata": {"tokenmill_sensitivity": "private", "tokenmill_quality": 0.9}}
+            model = "near" if routing is None else "auto"
+            assert gateway.post("/v1/chat/completions", {"model": model, **body}, **wish)[0] == 200
+            assert gateway.post("/v1/chat/completions", {"model": model, **body, **said})[0] == 200
+            assert (len(near.books.requests), len(far.books.requests)) == (2, 0)
+            assert gateway.post("/v1/chat/completions", {"model": "far", **body})[0] == 200
+    near.stop()
+    far.stop()
