@@ -8,17 +8,25 @@ go upstream unchanged unless a field is replaced; then all other fields keep the
 import asyncio
 import codecs
 import functools
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import msgspec
 
-from tokenmill.engine.gateway.api_error import ApiError, invalid_json
+from tokenmill.engine.gateway.api_error import ApiError, invalid_json, quote
 
 T = TypeVar("T")
 
 #: Bodies above this are checked for UTF-8 in slices, so that other requests run in between.
 SLICE_BYTES = 256 * 1024
 
+#: Fields by which it is decided where a request goes, what it costs and what may be seen of it.
+_DECISIVE = frozenset(
+    {
+        *("model", "messages", "prompt", "suffix", "input", "instructions", "system", "tools", "functions", "metadata"),
+        *("stream", "stream_options", "n", "best_of", "max_tokens", "max_completion_tokens", "max_output_tokens"),
+    }
+)
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
@@ -52,6 +60,19 @@ async def parsed(raw: bytes) -> "Body":
     return body
 
 
+def _check_case(names: Iterable[str]) -> None:
+    """Refuses `Model`: servers written in Go (Ollama) take it for `model`, and the last of both counts there."""
+    for name in names:
+        plain = name.casefold()
+        if plain != name and plain in _DECISIVE:
+            raise ApiError(
+                400,
+                f"The field `{quote(name)}` is `{plain}` to some servers and nothing to others; write `{plain}`.",
+                code="invalid_field",
+                param=plain,
+            )
+
+
 def too_deep() -> ApiError:
     """400 for JSON that whoever parses it, with his own calls on the stack, finds nested too deeply."""
     return invalid_json("nested too deeply")
@@ -64,7 +85,7 @@ class Body:
         raw: The body's bytes, already known to be UTF-8 (`check_utf8`).
 
     Raises:
-        ApiError: 400 when the bytes are not one JSON object.
+        ApiError: 400 when the bytes are not one JSON object, or hold a field that some servers take for another.
     """
 
     __slots__ = ("_fields", "raw")
@@ -80,6 +101,9 @@ class Body:
             raise invalid_json(str(error).removeprefix("JSON is malformed: ")) from None
         except RecursionError:
             raise too_deep() from None
+        names = "".join(self._fields)
+        if not (names.isascii() and names.islower()):
+            _check_case(self._fields)
         self.raw = raw
 
     def __contains__(self, name: str) -> bool:

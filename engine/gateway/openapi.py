@@ -47,6 +47,7 @@ def _errors(*statuses: int) -> dict[str, Any]:
         405: "The path takes another method; see `Allow`.",
         408: "The request body came too slowly.",
         413: "The request body is too long.",
+        415: "The request body is compressed.",
         422: "A field has a value that the backend does not accept.",
         429: "A limit of the key, its team or the backend is reached; see `Retry-After`.",
         500: "The backend failed.",
@@ -67,7 +68,7 @@ def _inference(summary: str, properties: dict[str, Any]) -> dict[str, Any]:
         "post": {
             "summary": summary,
             "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
-            "responses": {"200": done, **_errors(400, 401, 403, 404, 408, 413, 422, 429, 500, 502, 503, 504)},
+            "responses": {"200": done, **_errors(400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 502, 503, 504)},
         }
     }
 

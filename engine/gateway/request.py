@@ -35,6 +35,7 @@ JOINED_HERE_BYTES = 1 << 20
 
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _JSON = b"application/json"
+_IDENTITY = b"identity"
 _CONTENT_TYPE = frozenset({b"content-type"})
 
 
@@ -131,7 +132,8 @@ async def exchange_of(scope: Scope, fields: Fields, payload: bytes, identity: st
         started: When its head had arrived, by `time.perf_counter()`.
 
     Raises:
-        ApiError: 400 when the body is not a JSON object (or a form that `form_of` takes), or `model` is not a string.
+        ApiError: 400 when the body is not a JSON object (or a form that `form_of` takes), or `model` is not a string;
+            415 when it is compressed.
     """
     headers: Headers = scope["headers"]
     body: Body | None = None
@@ -143,6 +145,14 @@ async def exchange_of(scope: Scope, fields: Fields, payload: bytes, identity: st
         form = await form_of(payload, fields)
         model = form.model
     else:
+        if fields.get(b"content-encoding", _IDENTITY) != _IDENTITY:
+            # It is read as it is, and a backend might read something else.
+            raise ApiError(
+                415,
+                "The request body has a `content-encoding`; send it as it is.",
+                code="unsupported_encoding",
+                headers=[(b"accept-encoding", _IDENTITY)],
+            )
         await check_utf8(payload)
         body = await parsed(payload)
         model = body.get("model", str)
@@ -162,7 +172,8 @@ async def exchange_of(scope: Scope, fields: Fields, payload: bytes, identity: st
     )
     if form is not None:
         exchange.form = form
-    elif kind != _JSON and b"form-urlencoded" in kind.lower():
-        # It was read as JSON, as curl's `-d` means it; nobody may read it as a form after that.
+    elif kind and kind != _JSON:
+        # It was read as JSON in UTF-8, as curl's `-d` means it; nobody may read it as a form, or in another charset,
+        # after that.
         exchange.forward = [*without(exchange.forward, _CONTENT_TYPE), (b"content-type", _JSON)]
     return exchange

@@ -52,6 +52,27 @@ def test_malformed_json_is_400(gateway: RunningGateway, upstream: FakeUpstream, 
     assert not upstream.books.requests
 
 
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "x"])
+def test_compressed_body_is_415(gateway: RunningGateway, upstream: FakeUpstream, encoding: str) -> None:
+    # Also one that is JSON as it stands: unpacked, it might be another.
+    status, headers, answer = gateway.post(CHAT, {"model": "tiny", "messages": []}, content_encoding=encoding)
+    assert (status, headers["accept-encoding"]) == (415, "identity")
+    assert error_of(answer)["code"] == "unsupported_encoding"
+    assert not upstream.books.requests
+    assert gateway.post(CHAT, {"model": "tiny", "messages": []}, content_encoding="identity")[0] == 200
+
+
+@pytest.mark.parametrize("name", ["Model", "MODEL", "max_toKens", "meſſages"])
+def test_a_field_that_some_servers_take_for_another_is_400(
+    gateway: RunningGateway, upstream: FakeUpstream, name: str
+) -> None:
+    status, _, answer = gateway.post(CHAT, {"model": "tiny", name: "dear"})
+    assert status == 400
+    assert error_of(answer)["code"] == "invalid_field"
+    assert not upstream.books.requests
+    assert gateway.post(CHAT, {"model": "tiny", "messages": [], "chatTemplate": "Model", "é": 1})[0] == 200
+
+
 @pytest.mark.parametrize("model", [1, ["tiny"], {"a": 1}, True])
 def test_model_of_a_wrong_type_is_400(gateway: RunningGateway, model: object) -> None:
     status, _, body = gateway.post(CHAT, {"model": model})

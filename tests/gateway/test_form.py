@@ -336,9 +336,15 @@ def test_what_is_said_twice_goes_nowhere(gateway: RunningGateway, upstream: Fake
     assert not upstream.books.requests
 
 
-def test_what_was_read_as_json_is_no_form_for_the_backend(gateway: RunningGateway, upstream: FakeUpstream) -> None:
+@pytest.mark.parametrize(
+    "kind",
+    ["application/x-www-form-urlencoded", "application/json; charset=utf-7", "a/b, multipart/form-data; boundary=c"],
+)
+def test_what_was_read_as_json_is_nothing_else_for_the_backend(
+    gateway: RunningGateway, upstream: FakeUpstream, kind: str
+) -> None:
     body = b'{"model": "tiny", "x": "&model=dear&"}'
-    assert gateway.post("/v1/completions", body, content_type="application/x-www-form-urlencoded")[0] == 200
+    assert gateway.post("/v1/completions", body, content_type=kind)[0] == 200
     assert upstream.books.requests[0][1]["content-type"] == "application/json"
     assert upstream.books.requests[0][2] == body
 
