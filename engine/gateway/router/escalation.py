@@ -27,6 +27,10 @@ from tokenmill.engine.gateway.router.hold import Held, hold
 from tokenmill.engine.gateway.router.settings import EscalationSettings
 from tokenmill.engine.gateway.sse import Events, data_of, event
 
+#: What stands in a field that asks for no log probabilities; anything else is between the client and the backend, which
+#: may take a 1 for a true.
+_UNASKED = (None, b"null", b"false", b"0")
+
 
 class Escalation:
     """Judges answers; stands below everything that reserves money, for it may ask twice.
@@ -45,7 +49,7 @@ class Escalation:
         if exchange.decision is None or exchange.decision.escalation is None or exchange.body is None:
             return await proceed(exchange)
         routes, body, payload = exchange.routes, exchange.body, exchange.payload
-        asked = body.raw_field("logprobs") == b"true"
+        asked = any(body.raw_field(name) not in _UNASKED for name in ("logprobs", "top_logprobs"))
         first = _of_tier(routes, self._settings.first, logprobs=True)
         if not first:
             return await proceed(exchange)

@@ -87,6 +87,27 @@ def test_what_is_asked_for_is_kept_byte_for_byte(pair: Pair) -> None:
         assert body == pair.small.books.sent[0]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("said", [{"logprobs": 1}, {"logprobs": "true"}, {"logprobs": True, "top_logprobs": 2}])
+def test_however_it_is_asked_for_it_is_kept(pair: Pair, stream: bool, said: dict[str, Any]) -> None:
+    _, headers, body = pair.ask({"small": SURE}, stream=stream, **said)
+    assert headers["x-tokenmill-confidence"] == "0.9900"
+    assert body == pair.small.books.sent[0]
+    sent = json.loads(pair.small.books.requests[0][2])
+    assert {name: sent[name] for name in said} == said
+
+
+def test_what_a_backend_would_refuse_is_not_made_right(pair: Pair) -> None:
+    """`top_logprobs` without `logprobs` is an error of the request, which the backend shall say."""
+    _, headers, _ = pair.ask({"small": SURE}, top_logprobs=2)
+    assert "logprobs" not in json.loads(pair.small.books.requests[0][2])
+    assert "x-tokenmill-confidence" not in headers
+    for nothing in ({"top_logprobs": 0}, {"logprobs": None}, {"logprobs": False}, {"logprobs": 0}):
+        _, headers, body = pair.ask({"small": SURE}, **nothing)
+        assert headers["x-tokenmill-confidence"] == "0.9900"
+        assert json.loads(body)["choices"][0]["logprobs"] is None
+
+
 def test_a_released_stream_holds_every_event(pair: Pair) -> None:
     _, _, body = pair.ask({"small": {**SURE, "chunks": 40}}, stream=True)
     events = [json.loads(line[6:]) for line in body.split(b"\n\n") if line.startswith(b"data: {")]
