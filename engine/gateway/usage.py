@@ -1,6 +1,7 @@
 """Reads token counts out of answers on their way to the client."""
 
 import contextlib
+import math
 from typing import Any
 
 import msgspec
@@ -9,8 +10,10 @@ from tokenmill.engine.gateway import sse
 from tokenmill.engine.gateway.event_tokens import EventTokens
 from tokenmill.engine.gateway.pipeline import Exchange, Usage
 
-#: The usage event is the last but `[DONE]` and short: this much of a stream's end always holds it.
+#: So much of a stream's end holds the events that are looked at, and what is begun there is kept whole.
 TAIL_BYTES = 4096
+#: What an event may end with that has ended already, or not yet.
+_BREAKS = frozenset({b"\n", b"\r"})
 #: What one count is taken for at most: a backend's nonsense must fit into sums.
 _MOST_TOKENS = 100_000_000
 #: Paths whose streams say what they used when `stream_options` asks for it; others say it anyhow, or never.
@@ -64,20 +67,48 @@ class _Holder(msgspec.Struct):
     metrics: msgspec.Raw = msgspec.Raw()
 
 
+class _Counts(msgspec.Struct):
+    """The counts alone, of a server that says the rest in another shape; some servers count in floats."""
+
+    prompt_tokens: int | float | None = None
+    completion_tokens: int | float | None = 0
+    input_tokens: int | float | None = None
+    output_tokens: int | float | None = 0
+
+
+class _PlainHolder(msgspec.Struct):
+    usage: _Counts | None = None
+
+
 class _Chunk(msgspec.Struct):
     choices: list[msgspec.Raw]
     usage: dict[str, msgspec.Raw] | None = None
 
 
+class _Message(msgspec.Struct):
+    usage: dict[str, msgspec.Raw] | None = None
+
+
+class _MessageEvent(_Message):
+    """The Messages API's: `message_start` with the message, `message_delta` with the usage."""
+
+    message: _Message | None = None
+
+
 _HOLDER = msgspec.json.Decoder(_Holder)
+_PLAIN = msgspec.json.Decoder(_PlainHolder)
 _CHUNK = msgspec.json.Decoder(_Chunk)
 _METRICS = msgspec.json.Decoder(_Metrics)
+_MESSAGE = msgspec.json.Decoder(_MessageEvent)
 
 
 def read_usage(body: bytes, usage: Usage) -> None:
     """Takes the counts of a JSON answer or event into `usage`; leaves it alone where there are none."""
     try:
         holder = _HOLDER.decode(body)
+    except msgspec.ValidationError:
+        _read_plain(body, usage)
+        return
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return
     tokens = holder.usage if holder.usage is not None or holder.response is None else holder.response.usage
@@ -93,7 +124,8 @@ def read_usage(body: bytes, usage: Usage) -> None:
         cached = details.cached_tokens if details else apart
     else:
         return
-    usage.prompt, usage.cached, usage.completion = _count(prompt), _count(cached), _count(completion)
+    prompt, cached = _count(prompt), _count(cached)
+    usage.prompt, usage.cached, usage.completion = prompt, cached if cached < prompt else prompt, _count(completion)
     usage.exact = True
     guessed = tokens.completion_tokens_details
     if guessed is not None:
@@ -101,6 +133,21 @@ def read_usage(body: bytes, usage: Usage) -> None:
         usage.rejected = _count(guessed.rejected_prediction_tokens)
     if holder.metrics:
         _read_speculation(holder.metrics, usage)
+
+
+def _read_plain(body: bytes, usage: Usage) -> None:
+    with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        tokens = _PLAIN.decode(body).usage
+        if tokens is None:
+            return
+        prompt, completion = tokens.prompt_tokens, tokens.completion_tokens
+        if prompt is None:
+            prompt, completion = tokens.input_tokens, tokens.output_tokens
+        if prompt is not None:
+            most = float(_MOST_TOKENS)
+            usage.prompt = _count(math.ceil(min(prompt, most)))
+            usage.completion = _count(math.ceil(min(completion or 0, most)))
+            usage.exact = True
 
 
 def _read_speculation(metrics: msgspec.Raw, usage: Usage) -> None:
@@ -139,30 +186,82 @@ class StreamUsage:
         known: What an event of this backend's model holds: learned from streams that say, for those that never do.
     """
 
-    __slots__ = ("_known", "_tail", "_usage")
+    __slots__ = ("_begin", "_full", "_known", "_parts", "_size", "_usage")
 
     def __init__(self, usage: Usage, known: EventTokens) -> None:
         self._usage = usage
         self._known = known
-        self._tail = b""
+        #: The stream's end, which begins with an event; how long it is, and how long it may become.
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._full = 2 * TAIL_BYTES
+        #: The stream's begin, where its end does not hold it.
+        self._begin = b""
 
     def feed(self, chunk: bytes) -> None:
         """Watches one chunk."""
         self._usage.completion += chunk.count(b"\n\n") + chunk.count(b"\r\n\r\n")
-        self._tail = chunk if len(chunk) >= TAIL_BYTES else (self._tail + chunk)[-TAIL_BYTES:]
+        if chunk[:1] in _BREAKS:
+            self._usage.completion += _ends_between(b"".join(self._parts[-3:])[-3:], chunk[:3])
+        self._parts.append(chunk)
+        self._size += len(chunk)
+        if self._size >= self._full:
+            self._forget()
+
+    def _forget(self) -> None:
+        """Keeps the last events: so many that they are long enough, and the last one whole."""
+        seen = b"".join(self._parts)
+        self._begin = self._begin or seen[:TAIL_BYTES]
+        kept = seen[_after_last_event(seen, len(seen) - TAIL_BYTES) :]
+        if len(kept) > sse.LONGEST:
+            kept = kept[-TAIL_BYTES:]
+        self._parts = [kept]
+        self._size = len(kept)
+        # Twice as much: a long event is copied a few times, not once for each chunk.
+        self._full = 2 * max(self._size, TAIL_BYTES)
 
     def finish(self) -> None:
         """The stream has ended."""
         usage, events = self._usage, self._usage.completion
-        for line in reversed(self._tail.splitlines()):
-            if line.startswith(b"data:") and b'"usage"' in line:
-                read_usage(line[5:], usage)
+        tail = b"".join(self._parts)
+        at = len(tail)
+        while (at := tail.rfind(b'"usage"', 0, at)) >= 0:
+            at = max(tail.rfind(b"\n", 0, at), tail.rfind(b"\r", 0, at)) + 1
+            line = tail[at : tail.find(b"\n", at) + 1 or None].splitlines()[0]
+            if line.startswith(b"data:"):
+                said = line[5:] if b'"message_delta"' not in line else _of_message(self._begin or tail, line[5:])
+                read_usage(said, usage)
                 if usage.exact:
                     # Neither the usage alone nor the end is an event with tokens.
-                    empty = _is_usage_alone(line) + (b"data: [DONE]" in self._tail)
+                    empty = _is_usage_alone(line) + (b"data: [DONE]" in tail)
                     self._known.learn(events - empty, usage.completion)
                     return
-        usage.completion = self._known.estimate(events, self._tail)
+        usage.completion = self._known.estimate(events, tail)
+
+
+def _ends_between(before: bytes, after: bytes) -> int:
+    """How many events end with bytes of both; `before` and `after` are the three next to where a stream was cut."""
+    both = before + after
+    return sum(both.count(end) - before.count(end) - after.count(end) for end in (b"\n\n", b"\r\n\r\n"))
+
+
+def _of_message(begin: bytes, last: bytes) -> bytes:
+    """What the Messages API counted: its first event says what the prompt took, its last one what was generated.
+
+    Some servers repeat the first in the last.
+
+    Args:
+        begin: The stream's begin.
+        last: Data of the event `message_delta`.
+    """
+    with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        counted = _MESSAGE.decode(last).usage
+        start = next((line[5:] for line in begin.splitlines() if line.startswith(b"data:")), b"{}")
+        message = _MESSAGE.decode(start).message
+        if counted is not None and message is not None and message.usage is not None:
+            new = {name: value for name, value in counted.items() if bytes(value) != b"null"}
+            return msgspec.json.encode({"usage": message.usage | new})
+    return last
 
 
 class HiddenUsage:

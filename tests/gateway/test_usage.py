@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -64,6 +65,12 @@ def test_whole_events_are_not_held_back() -> None:
         ({"response": {"usage": {"input_tokens": 5, "output_tokens": 7}}}, (5, 0, 7, True)),
         ({"usage": {"input_tokens": 5, "output_tokens": 7, "cache_read_input_tokens": 4}}, (9, 4, 7, True)),
         ({"usage": {"output_tokens": 7}}, (0, 0, 0, False)),
+        # Some servers count in floats, shape their details as they like, or say more cached tokens than there are.
+        ({"usage": {"prompt_tokens": 5.0, "completion_tokens": 6.2}}, (5, 0, 7, True)),
+        ({"usage": {"prompt_tokens": 5, "completion_tokens": 7, "prompt_tokens_details": []}}, (5, 0, 7, True)),
+        ({"usage": {"input_tokens": 5, "output_tokens": 7, "input_tokens_details": "none"}}, (5, 0, 7, True)),
+        ({"usage": {"input_tokens": 5, "output_tokens": 7}, "response": "a text"}, (5, 0, 7, True)),
+        ({"usage": {"prompt_tokens": 5, "prompt_tokens_details": {"cached_tokens": 60}}}, (5, 5, 0, True)),
         ({"usage": None}, (0, 0, 0, False)),
         ({"usage": {"prompt_tokens": "5"}}, (0, 0, 0, False)),
         ({"usage": {"prompt_tokens": -5, "completion_tokens": 10**30}}, (0, 0, 100_000_000, True)),
@@ -111,6 +118,52 @@ def test_stream_counts_events_until_it_is_told(gap: bytes) -> None:
     tap.feed(USAGE + gap + b"data: [DONE]" + gap)
     tap.finish()
     assert (usage.prompt, usage.completion, usage.exact) == (3, 2, True)
+
+
+COMPLETED = {
+    "type": "response.completed",
+    "response": {"output": "x" * 20_000, "usage": {"input_tokens": 9, "output_tokens": 4}},
+}
+MESSAGE = (
+    {"type": "message_start", "message": {"usage": {"input_tokens": 9, "cache_read_input_tokens": 5}}},
+    *[{"type": "content_block_delta", "delta": {"type": "text_delta", "text": "word " * 10}}] * 200,
+    {"type": "message_delta", "usage": {"input_tokens": None, "output_tokens": 4}},
+    {"type": "message_stop"},
+)
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000, 4096, 1 << 16])
+@pytest.mark.parametrize("gap", [b"\n\n", b"\r\n\r\n"])
+@pytest.mark.parametrize(
+    ("events", "counts"),
+    [
+        # The last event of the Responses API repeats the whole answer.
+        (({"type": "response.output_text.delta", "delta": "x"},) * 100 + (COMPLETED,), (9, 0, 4, True)),
+        # The Messages API states the prompt's tokens in the first event, and in the last one only some servers do.
+        (MESSAGE, (14, 5, 4, True)),
+        (MESSAGE[:1] + MESSAGE[-2:], (14, 5, 4, True)),
+        # Nobody counts: each event is one, wherever the network cuts it.
+        (({"delta": "x"},) * 2000, (0, 0, 2000, False)),
+    ],
+)
+def test_counts_are_found_wherever_a_stream_is_cut(
+    size: int, gap: bytes, events: Sequence[dict[str, Any]], counts: tuple[int, int, int, bool]
+) -> None:
+    stream = b"".join(b"data: " + json.dumps(event).encode() + gap for event in events)
+    usage = Usage()
+    tap = StreamUsage(usage, EventTokens())
+    for start in range(0, len(stream), size):
+        tap.feed(stream[start : start + size])
+    tap.finish()
+    assert (usage.prompt, usage.cached, usage.completion, usage.exact) == counts
+
+
+def test_an_event_without_end_is_not_kept() -> None:
+    """Bytes of a recording, for one."""
+    tap = StreamUsage(Usage(), EventTokens())
+    for _ in range(100):
+        tap.feed(b"x" * (1 << 16))
+        assert sum(map(len, tap._parts)) < 3 << 20
 
 
 def streamed(known: EventTokens, *events: bytes) -> int:
