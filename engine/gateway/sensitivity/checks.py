@@ -40,29 +40,32 @@ def _prefixes(text: bytes, start: int, end: int, alphabet: bytes) -> Iterator[tu
             yield bare, run.end()
 
 
-def number(fits: Callable[[str], bool], alphabet: bytes = DIGITS, *, even: bool = True) -> Check:
+def number(fits: Callable[[str], bool], alphabet: bytes = DIGITS, *, even: bool = True, apart: bool = False) -> Check:
     """A check for a number that does not go on and whose bare characters `fits`.
 
     Args:
         fits: Looks at the characters, separators left out.
         alphabet: What counts as a character.
         even: The same stands between all of its groups, but that a line may end once.
+        apart: No other candidate can begin inside of one: the search goes on behind what is refused.
     """
     others = bytes(code for code in range(256) if code not in alphabet)
 
-    def check(text: bytes, start: int, end: int) -> tuple[int, int] | None:
+    def check(text: bytes, start: int, end: int) -> tuple[int, int] | int | None:
         shown = text[start:end].lstrip(others)
         start = end - len(shown)
         shown = shown.rstrip(others)
-        if start + len(shown) == end and is_one_of(text, end, alphabet):
-            return None
+        end = start + len(shown)
+        refused = end if apart else None
+        if is_one_of(text, end, alphabet):
+            return refused
         between = shown.translate(None, alphabet)
         if not between:
             if is_one_of(text, start - 1, b".") and is_one_of(text, start - 2, DIGITS):
-                return None  # a fraction
+                return refused  # a fraction
         elif even and len(set(between)) > 1 and not _evenly_apart(_runs(alphabet).split(shown)[1:-1]):
-            return None
-        return (start, start + len(shown)) if fits(shown.translate(None, _SEPARATORS).decode("latin-1")) else None
+            return refused
+        return (start, end) if fits(shown.translate(None, _SEPARATORS).decode("latin-1")) else refused
 
     return check
 
@@ -226,10 +229,16 @@ _A_DATE = re.compile(
 _MINUS = re.compile(rb"[ \t]-[0-9]")
 
 
-def phone(text: bytes, start: int, end: int) -> tuple[int, int] | None:
+#: The code of North America, in front of a number that is searched both with it and without.
+_ABROAD = re.compile(rb"(?<![0-9+])\+1[ .-]")
+
+
+def phone(text: bytes, start: int, end: int) -> tuple[int, int] | int | None:
     """A telephone number: with the code of a country, or in the form of one country."""
     while text[start] not in b"+(0123456789":
         start += 1
+    if text[start] in b"23456789" and is_one_of(text, start - 2, b"1") and _ABROAD.match(text, max(start - 3, 0)):
+        return end
     shown = text[start:end]
     abroad = 0 if shown[0] == ord("+") else 2 if shown.startswith(b"00") else None
     glued = is_one_of(text, start - 1, ALNUM)
@@ -308,6 +317,8 @@ def ipv6(text: bytes, start: int, end: int) -> tuple[int, int] | None:
     if is_one_of(text, end, ALNUM + b":") or (is_one_of(text, end, b".") and is_one_of(text, end + 1, DIGITS)):
         return None
     shown = text[start:end].decode("ascii")
+    if "::" not in shown and shown.count(":") < 6:
+        return None  # hours
     if not any(character.isdigit() for character in shown):
         return None  # `fe::ed` is a name in a program
     try:

@@ -41,6 +41,8 @@ _MOST = 256
 _GROUP = re.compile(rb"[^0-9A-Za-z]?[0-9A-Za-z]+|[\x00-\xff]")
 #: Candidates after which a window in which there are many lets others run: less than a millisecond's worth.
 _BREATH = 64
+#: Candidates of one pattern in a window after which Python's own engine goes on where it may (`Kind.swift`).
+_DENSE = 16
 #: Without one of these a window holds none of the kinds behind it.
 HINTS: dict[str, bytes] = {
     "at": rb"@",
@@ -53,7 +55,8 @@ HINTS: dict[str, bytes] = {
     "phones": rb"(?i)(?:phone|tel|mobil|cell|fax|handy|whatsapp|sms|\bunter|\bruf|\banruf|\berreich)[^0-9\n]*[0-9]",
     "calls": rb"(?i)(?:call|dial|cell)[^0-9\n]*[0-9]",
     "dots": rb"[0-9]\.[0-9]{1,3}\.[0-9]",
-    "colons": rb"[0-9A-Fa-f:]:[0-9A-Fa-f]{0,4}:",
+    # Hours have fewer.
+    "colons": rb"::|(?:[0-9A-Fa-f]{1,4}:){6}",
     "word": rb"(?i)passport|reisepass|passeport|pasaporte|passaporto|born|birth|dob\b|d\.o\.b|geboren|geburt|geb\."
     rb"|passw|pwd|passphrase|secret|(?:api|access)[_ -]?key|token|bearer|basic[ \t]"
     rb"|[a-z]{6}[0-9]{2}[a-z][0-9]{2}[a-z][0-9]{3}[a-z]",
@@ -63,6 +66,8 @@ HINTS: dict[str, bytes] = {
 
 #: (kind, start, end), in bytes of what the patterns see.
 _Candidate = tuple[str, int, int]
+#: (kind, pattern, the same for Python's own engine where it may, check).
+_Searcher = tuple[str, Any, re.Pattern[bytes] | None, Check]
 
 
 class Finding(NamedTuple):
@@ -111,16 +116,16 @@ class Scanner:
         self._max_entries = max_entries
         self._seen: dict[bytes, tuple[Finding, ...]] = {}
         self._hints = re2.Set.SearchSet(_options())
-        self._behind: list[tuple[Any, list[tuple[str, Any, Check]]]] = []
+        self._behind: list[tuple[Any, list[_Searcher]]] = []
         forms = {
-            hint: [(one.name, form, one.check) for one in kinds if one.hint == hint for form in one.patterns]
+            hint: [(one.name, form, one.check, one.swift) for one in kinds if one.hint == hint for form in one.patterns]
             for hint in HINTS
         }
         own = {name: text.encode("latin-1", "replace") for name, text in (patterns or {}).items()}
         self._hints.Add(CONTROLS)
         self._behind.append(_searchers([]))
         for hint, pattern in (*HINTS.items(), *own.items()):
-            behind = forms.get(hint, [(hint, pattern, _whole)])
+            behind = forms.get(hint, [(hint, pattern, _whole, False)])
             if behind:
                 self._hints.Add(pattern)
                 self._behind.append(_searchers(behind))
@@ -154,26 +159,19 @@ class Scanner:
         known = self._seen.pop(digest, None)
         if known is None:
             findings: list[Finding] = []
-            for finding in self._search(text, before, after):
-                if finding is None:
-                    yield ()
-                else:
-                    findings.append(finding)
+            for _ in self._search(text, before, after, findings):
+                yield ()
             known = tuple(findings)
             if len(self._seen) >= self._max_entries:
                 del self._seen[next(iter(self._seen))]
         self._seen[digest] = known
         yield known
 
-    def _search(self, text: str, before: bool, after: bool) -> Iterator[Finding | None]:
-        """The findings of one window that nobody remembers; None: it goes on."""
+    def _search(self, text: str, before: bool, after: bool, findings: list[Finding]) -> Iterator[None]:
+        """Adds the findings of one window that nobody remembers; stops from time to time."""
         seen, places, hints = self._seen_as(text)
         candidates: list[_Candidate] = []
-        for one in self._candidates(seen, hints):
-            if one is None:
-                yield None
-            else:
-                candidates.append(one)
+        yield from self._candidates(seen, hints, candidates)
         for kind, start, end in _without_look_alikes(candidates):
             cut = after and end == len(seen)
             # Cut off by the window's edge: the next window, or the one before, sees it whole. But not the word that
@@ -181,22 +179,18 @@ class Scanner:
             if (before and start == 0) or (cut and start > STRIDE and kind not in _RESTS):
                 continue
             if start < 0:
-                yield Finding(kind, -1, -1)
+                findings.append(Finding(kind, -1, -1))
                 continue
             first, last = (places[start], places[end - 1] + 1) if places else (start, end)
-            yield Finding(kind, first, len(text) if cut else last)
+            findings.append(Finding(kind, first, len(text) if cut else last))
         bare = undisguised(text)
         if bare is not None:
             shown = {(kind, seen[start:end]) for kind, start, end in candidates}
             hidden, _, hints = self._seen_as(bare)
-            kinds = set()
-            for one in self._candidates(hidden, hints):
-                if one is None:
-                    yield None
-                elif (one[0], hidden[one[1] : one[2]]) not in shown:
-                    kinds.add(one[0])
-            for kind in kinds:
-                yield Finding(kind, -1, -1)
+            candidates = []
+            yield from self._candidates(hidden, hints, candidates)
+            kinds = {kind for kind, start, end in candidates if (kind, hidden[start:end]) not in shown}
+            findings += (Finding(kind, -1, -1) for kind in kinds)
 
     def _seen_as(self, text: str) -> tuple[bytes, list[int] | None, list[int]]:
         """A text as `plain` makes it, without control characters, and the hints in it."""
@@ -207,35 +201,39 @@ class Scanner:
             hints = self._hints.Match(seen) or []
         return seen, places, hints
 
-    def _candidates(self, seen: bytes, hints: Iterable[int]) -> Iterator[_Candidate | None]:
-        """(kind, start, end) of what its check let pass; None after every `_BREATH` that were looked at."""
+    def _candidates(self, seen: bytes, hints: Iterable[int], passed: list[_Candidate]) -> Iterator[None]:
+        """Adds what its check let pass; stops after every `_BREATH` that were looked at."""
         looked = 0
         for hint in hints:
             which, searchers = self._behind[hint]
             for number in which.Match(seen) or ():
-                name, pattern, check = searchers[number]
-                count = 0
+                name, pattern, swift, check = searchers[number]
+                count = tried = 0
                 matches = pattern.finditer(seen)
                 while (match := next(matches, None)) is not None:
                     start, end = match.span()
                     found = check(seen, start, end)
                     if isinstance(found, tuple):
-                        yield (name, *found)
+                        passed.append((name, *found))
                         place = max(found[1], start + 1) if found[0] >= 0 else end
                         count += 1
                         if count == _MOST:
-                            yield (name, -1, -1)
+                            passed.append((name, -1, -1))
                             break
                     else:
                         if found is None:
                             group = _GROUP.match(seen, start)
                             found = group.end() if group else start
                         place = found if found > start else start + 1
-                    if place != end:
+                    tried += 1
+                    if tried == _DENSE and swift is not None:
+                        pattern = swift
+                        matches = pattern.finditer(seen, place)
+                    elif place != end:
                         matches = pattern.finditer(seen, place)
                     looked += 1
                     if looked % _BREATH == 0:
-                        yield None
+                        yield
 
 
 def _without_look_alikes(found: list[_Candidate]) -> list[_Candidate]:
@@ -254,13 +252,21 @@ def _without_look_alikes(found: list[_Candidate]) -> list[_Candidate]:
     return [one for one in dict.fromkeys(found) if one[0] != "phone" or not inside(one[1], one[2])]
 
 
-def _searchers(forms: list[tuple[str, bytes, Check]]) -> tuple[Any, list[tuple[str, Any, Check]]]:
+def _searchers(forms: list[tuple[str, bytes, Check, bool]]) -> tuple[Any, list[_Searcher]]:
     """A set that tells which of the patterns match, and the patterns."""
     which = re2.Set.SearchSet(_options())
-    for _, pattern, _ in forms:
+    for _, pattern, _, _ in forms:
         which.Add(pattern)
     which.Compile()
-    return which, [(name, compile_pattern(pattern), check) for name, pattern, check in forms]
+    return which, [
+        (name, compile_pattern(pattern), python_pattern(pattern) if swift else None, check)
+        for name, pattern, check, swift in forms
+    ]
+
+
+def python_pattern(pattern: bytes) -> re.Pattern[bytes]:
+    """The same pattern for Python's own engine, which has another name for the end of a text."""
+    return re.compile(pattern.replace(rb"\z", rb"\Z"))
 
 
 def _whole(_text: bytes, start: int, end: int) -> tuple[int, int] | int:

@@ -2,6 +2,8 @@
 
 import random
 from collections import Counter
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -218,9 +220,9 @@ def test_a_seen_text_is_not_searched_again() -> None:
     searched: Counter[str] = Counter()
     original = scanner._search
 
-    def counting(window: str, before: bool, after: bool):  # type: ignore[no-untyped-def]
+    def counting(window: str, *rest: Any) -> Iterator[None]:
         searched[window] += 1
-        return original(window, before, after)
+        return original(window, *rest)
 
     scanner._search = counting  # type: ignore[method-assign]
     assert scanner.find(text) == first

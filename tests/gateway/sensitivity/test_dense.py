@@ -1,0 +1,82 @@
+"""Texts full of candidates: what makes them quick loses nothing."""
+
+import random
+import re
+from typing import Any
+
+import pytest
+
+from tokenmill.engine.gateway.sensitivity import scanner
+from tokenmill.engine.gateway.sensitivity.kinds import KINDS, Kind
+from tokenmill.engine.gateway.sensitivity.scanner import Scanner, compile_pattern, python_pattern
+
+SWIFT = [kind for kind in KINDS if kind.swift]
+#: Numbers that the patterns of several kinds match, and pieces of others.
+NUMBERS = (
+    "078-05-1120", "900-70-1234", "+1 212 555 0123", "212-555-0123", "(212) 555-0123", "+49 30 1234567",
+    "07911 123456", "0151 23456789", "86095742719", "86 095 742 719", "943 476 5919", "44051401458",
+    "4111 1111 1111 1111", "0049301234567", "3782 822463 10005", "4111111111111111", "2341 2341 2346", "192.168.1.17",
+    "12", "123", "1234", "1", "999", "20 345",
+)  # fmt: skip
+BETWEEN = (" ", "  ", "-", ".", "/", "_", "\n", "\t", " - ", ", ", "x", "+", "\r\n", "", " (", ") ", "g")
+
+
+def text(dice: random.Random) -> bytes:
+    return "".join(dice.choice(NUMBERS) + dice.choice(BETWEEN) for _ in range(40)).encode()
+
+
+@pytest.mark.parametrize("kind", SWIFT, ids=lambda kind: f"{kind.name}-{kind.hint}")
+def test_both_engines_find_the_same_candidates(kind: Kind) -> None:
+    dice, met = random.Random(kind.name), 0
+    for pattern in kind.patterns:
+        one, other = compile_pattern(pattern), python_pattern(pattern)
+        for _ in range(300):
+            searched, place = text(dice), dice.choice((0, dice.randrange(60)))
+            spans = [match.span() for match in one.finditer(searched, place)]
+            assert spans == [match.span() for match in other.finditer(searched, place)]
+            met += len(spans)
+    assert met > 100
+
+
+@pytest.mark.parametrize("kind", SWIFT, ids=lambda kind: f"{kind.name}-{kind.hint}")
+def test_no_finding_begins_inside_of_what_is_passed_over(kind: Kind) -> None:
+    dice, met = random.Random(kind.name), 0
+    for pattern in map(python_pattern, kind.patterns):
+        for _ in range(300):
+            searched = text(dice)
+            found = findings(kind, pattern, searched, lambda refused: refused)
+            met += len(found)
+            # Behind the first character of whatever is refused.
+            every = findings(kind, pattern, searched, lambda _: None)
+            assert found == (every if kind.name != "phone" else [one for one in every if not known(searched, one)])
+    assert met > 20
+
+
+def known(searched: bytes, finding: tuple[int, int]) -> bool:
+    """Whether a telephone number has the code of North America in front of it, with which it is found, too."""
+    return re.search(rb"(?:\A|[^0-9+])\+1[ .-]\Z", searched[: finding[0]]) is not None
+
+
+def findings(kind: Kind, pattern: re.Pattern[bytes], searched: bytes, go_on: Any) -> list[tuple[int, int]]:
+    """What the check lets pass, the search going on where `go_on` says of what it answers."""
+    found, place = [], 0
+    while match := pattern.search(searched, place):
+        start, end = match.span()
+        answer = kind.check(searched, start, end)
+        if isinstance(answer, tuple):
+            found.append(answer)
+            place = max(answer[1], start + 1)
+        else:
+            place = max(go_on(answer) or start + 1, start + 1)
+    return found
+
+
+def test_the_engine_changes_in_the_middle_of_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    dice = random.Random(5)
+    texts = ["".join(dice.choice(NUMBERS) + dice.choice(BETWEEN) for _ in range(300)) for _ in range(30)]
+    found = []
+    for dense in (1, 2, 16, 10**9):
+        monkeypatch.setattr(scanner, "_DENSE", dense)
+        found.append([Scanner().find(one) for one in texts])
+    assert found[0] == found[1] == found[2] == found[3]
+    assert sum(map(len, found[0])) > 1000
