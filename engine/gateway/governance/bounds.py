@@ -1,7 +1,8 @@
 """The most tokens that a request can use, worked out before it is sent.
 
 Prompt: byte-level tokenizers make at most one token of each byte, so the bytes of the request's body bound its text;
-what is not text there, or is added to it, is counted apart. Completion: what the request states, times the answers
+what is not text there, or is added to it, is counted apart. A reranker reads the query again with each document.
+Completion: what the request states, times the answers
 asked for; else the backend's longest answer or its context window; else the configured bound. A backend may still use
 more (it may ignore `max_tokens`, or price things that are no tokens): `books` says what is done then.
 """
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import msgspec
 
 from tokenmill.engine.gateway.body import Body
-from tokenmill.engine.gateway.governance.media import ENOUGH_TOKENS, media_tokens
+from tokenmill.engine.gateway.governance.media import ENOUGH_TOKENS, UNSEEN_TOKENS, media_tokens
 from tokenmill.engine.gateway.pipeline import Exchange
 from tokenmill.engine.gateway.portfolio import Target
 
@@ -23,8 +24,14 @@ TOOL_TOKENS = 512
 _MOST_TOKENS = ENOUGH_TOKENS
 _STATED = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 _ANSWERS = ("n", "best_of")
+#: Members of a request to the Responses API that name what is read before it: an earlier answer and all before that,
+#: a conversation, a prompt that is kept there.
+_EARLIER = ("previous_response_id", "conversation", "prompt")
 #: Fields that say something about a request's size.
 _TELLING = frozenset({*_STATED, *_ANSWERS, "tools", "functions"})
+#: Lists of what is scored, each with all else in the request.
+_SCORED = ("documents", "texts", "text_1", "text_2", "queries", "items", "data_1", "data_2")
+_SCORING = frozenset({"/v1/rerank", "/rerank", "/v2/rerank", "/v1/score", "/score"})
 #: Paths whose answers are not generated.
 _NOT_GENERATING = frozenset(
     {
@@ -33,7 +40,7 @@ _NOT_GENERATING = frozenset(
     }
 )
 #: Paths that run no model.
-_FREE = frozenset({"/tokenize", "/detokenize"})
+_FREE = frozenset({"/tokenize", "/detokenize", "/v1/messages/count_tokens", "/v1/responses/input_tokens"})
 
 
 class Bound(NamedTuple):
@@ -94,10 +101,12 @@ def asked(exchange: Exchange) -> Asked:
         prompt += TOOL_TOKENS
     prompt = min(prompt + media_tokens(payload), _MOST_TOKENS)
     if endpoint in _NOT_GENERATING:
-        return Asked(prompt, 1, 1, 0)
+        return _scored(body, prompt) if endpoint in _SCORING else _embedded(body, prompt)
+    if endpoint == "/v1/responses":
+        prompt += UNSEEN_TOKENS * sum(body.raw_field(name) not in (None, b"null") for name in _EARLIER)
     stated = [value for name in _STATED if name in named and (value := body.get(name, int)) is not None]
     answers = max([_count(body, name) for name in _ANSWERS if name in named], default=1)
-    prompts = _prompts(body) if endpoint == "/v1/completions" else 1
+    prompts = _prompts(body, "prompt") if endpoint == "/v1/completions" else 1
     # Some servers take a negative number for "as many as there is room for".
     completion = min(max(stated), _MOST_TOKENS) if stated and min(stated) >= 0 else None
     return Asked(prompt, prompts, answers, completion)
@@ -107,10 +116,28 @@ def _count(body: Body, name: str) -> int:
     return min(max(body.get(name, int) or 1, 1), _MOST_TOKENS)
 
 
-def _prompts(body: Body) -> int:
-    """How many prompts `prompt` holds: one text, a list of token ids, or a list of either."""
-    raw = body.raw_field("prompt")
+def _embedded(body: Body, prompt: int) -> Asked:
+    prompts = _prompts(body, "input")
+    return Asked(min(prompt + TEMPLATE_TOKENS * (prompts - 1), _MOST_TOKENS), prompts, 1, 0)
+
+
+def _scored(body: Body, prompt: int) -> Asked:
+    """Each document is read with the query, the instruction and whatever else stands in no list of several."""
+    pairs, listed = 1, 0
+    for name in _SCORED:
+        raw = body.raw_field(name)
+        if raw is not None and raw.startswith(b"["):
+            count = len(body.get(name, list[msgspec.Raw]) or ())
+            if count > 1:
+                pairs = max(pairs, count)
+                listed += len(raw) + media_tokens(raw)
+    return Asked(min(prompt + (pairs - 1) * (prompt - listed + TEMPLATE_TOKENS), _MOST_TOKENS), pairs, 1, 0)
+
+
+def _prompts(body: Body, field: str) -> int:
+    """How many prompts a field holds: one text, a list of token ids, or a list of either."""
+    raw = body.raw_field(field)
     if raw is None or not raw.startswith(b"["):
         return 1
-    parts = body.get("prompt", list[msgspec.Raw])
+    parts = body.get(field, list[msgspec.Raw])
     return len(parts) if parts and bytes(parts[0]).lstrip()[:1] in (b'"', b"[") else 1

@@ -10,7 +10,7 @@ from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.body import Body
 from tokenmill.engine.gateway.governance import bounds, charges
 from tokenmill.engine.gateway.governance.bounds import TEMPLATE_TOKENS, TOOL_TOKENS, Bound
-from tokenmill.engine.gateway.governance.media import IMAGE_TOKENS
+from tokenmill.engine.gateway.governance.media import IMAGE_TOKENS, UNSEEN_TOKENS
 from tokenmill.engine.gateway.money import Prices
 from tokenmill.engine.gateway.pipeline import Call, Exchange, Usage
 from tokenmill.engine.gateway.portfolio import Target
@@ -83,6 +83,56 @@ def test_prompt_bound_is_above_every_byte_level_count() -> None:
     assert bounds.asked(exchange("/v1/chat/completions", pictured)).prompt > IMAGE_TOKENS
     assert asked.at(target(100), CONFIGURED).prompt == 100
     assert bounds.asked(exchange("/tokenize", body)).at(target(), CONFIGURED) == Bound(0, 0)
+
+
+TEXT = "word " * 40
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "body", "tokens"),
+    [
+        # A reranker reads the query, and what it was told, with each document.
+        ("/v1/rerank", {"query": TEXT, "documents": ["a"] * 50}, 50 * len(TEXT)),
+        ("/v2/rerank", {"query": "a", "documents": ["b"] * 50, "instruction": TEXT}, 50 * len(TEXT)),
+        ("/rerank", {"query": TEXT, "texts": ["a"] * 50}, 50 * len(TEXT)),
+        ("/v1/rerank", {"query": {"content": [{"type": "image_url", "image_url": {"url": "http://x"}}]},
+                        "documents": ["a"] * 50}, 50 * IMAGE_TOKENS),
+        ("/score", {"text_1": TEXT, "text_2": ["a"] * 50}, 50 * len(TEXT)),
+        ("/v1/score", {"queries": [TEXT], "documents": ["a"] * 50}, 50 * len(TEXT)),
+        # What is read before, and stands elsewhere.
+        ("/v1/responses", {"input": "a", "previous_response_id": "r", "max_output_tokens": 1}, UNSEEN_TOKENS),
+        ("/v1/responses", {"input": "a", "conversation": {"id": "c"}, "max_output_tokens": 1}, UNSEEN_TOKENS),
+        ("/v1/responses", {"prompt": {"id": "p"}, "max_output_tokens": 1}, UNSEEN_TOKENS),
+    ],
+)  # fmt: skip
+def test_prompt_bound_holds_for_what_is_read_more_than_once_or_stands_elsewhere(
+    endpoint: str, body: dict[str, Any], tokens: int
+) -> None:
+    bound = bounds.asked(exchange(endpoint, body)).at(target(UNSEEN_TOKENS), CONFIGURED).prompt
+    assert tokens <= bound < 2 * tokens + 51 * TEMPLATE_TOKENS + len(json.dumps(body))
+
+
+@pytest.mark.parametrize("texts", [[TEXT] * 50, [[12] * 60] * 50, [[{"role": "user", "content": TEXT}]] * 50])
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/classify", "/v1/moderations", "/pooling"])
+def test_a_window_bounds_each_text_and_not_all_of_them(path: str, texts: list[Any]) -> None:
+    asked = bounds.asked(exchange(path, {"input": texts}))
+    assert asked.at(target(1000), CONFIGURED).prompt >= len(json.dumps(texts))
+    assert asked.at(target(100), CONFIGURED).prompt == 100 * len(texts)
+    one = bounds.asked(exchange(path, {"input": "a" * 1000}))
+    assert one.at(target(100), CONFIGURED).prompt == 100
+
+
+def test_documents_that_are_paired_are_read_once() -> None:
+    both = {"text_1": [TEXT] * 50, "text_2": [TEXT] * 50}
+    once = len(json.dumps(both))
+    assert once < bounds.asked(exchange("/score", both)).prompt < once + 50 * (3 * TEMPLATE_TOKENS)
+    images = {"query": "a", "documents": [{"content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}] * 50}
+    assert 50 * IMAGE_TOKENS < bounds.asked(exchange("/rerank", images)).prompt < 60 * IMAGE_TOKENS
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/v1/messages/count_tokens", "/v1/responses/input_tokens"])
+def test_counting_tokens_costs_nothing(path: str) -> None:
+    assert bounds.asked(exchange(path, {"messages": [], "max_tokens": 5})).at(target(), CONFIGURED) == Bound(0, 0)
 
 
 def test_window_is_read_from_the_backends_list() -> None:
