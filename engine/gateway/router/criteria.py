@@ -6,6 +6,7 @@ and two criteria decide. What must not be overruled (sensitivity, context, capab
 before, in `options`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -37,6 +38,7 @@ class Question:
         frugal: Cost goes before quality.
         asked_quality: The least quality asked for, the classifier aside.
         judged: Whether the classifier has a say: where neither the client nor a rule states what is wanted.
+        needed: What a tier must manage to do.
     """
 
     features: Features
@@ -51,6 +53,7 @@ class Question:
     frugal: bool = field(init=False)
     asked_quality: float = field(init=False)
     judged: bool = field(init=False)
+    needed: float = field(init=False)
 
     def __post_init__(self) -> None:
         # Once, not whenever a criterion asks.
@@ -62,6 +65,7 @@ class Question:
         else:
             self.asked_quality = self.settings.quality if ruled is None else ruled
         self.judged = hinted is None and (rule is None or (ruled is None and not rule.tier))
+        self.needed = max(self.asked_quality, self.complexity) if self.judged else self.asked_quality
 
 
 #: What the options are to one criterion, in their order; None: it makes no difference between them.
@@ -92,13 +96,14 @@ class Sensitivity:
     name = "sensitivity"
 
     def verdict(self, question: Question, chosen: Option, options: Sequence[Option]) -> str | None:
-        """Which zones may see the request."""
+        """Which zones and regions may see the request."""
         clearance = question.clearance
-        if clearance is None or (clearance.zones is None and clearance.action == "allow"):
+        if clearance is None:
             return None
-        if clearance.zones is None:
-            return clearance.why
-        return f"{clearance.why}: stays in {' and '.join(sorted(clearance.zones)) or 'no zone'}"
+        if clearance.zones is None and clearance.regions is None:
+            return None if clearance.action == "allow" else clearance.why
+        places = [*sorted(clearance.zones or ()), *(f"region {region}" for region in sorted(clearance.regions or ()))]
+        return f"{clearance.why}: stays in {' and '.join(places) or 'no zone'}"
 
 
 class ContextLength:
@@ -111,7 +116,11 @@ class ContextLength:
         if not question.refused:
             return None
         small = [tier for tier, reason in question.refused.items() if reason.startswith("context")]
-        return f"about {question.features.prompt_tokens} tokens are too many for {', '.join(small)}" if small else None
+        if not small:
+            return None
+        features = question.features
+        answer = f" and {features.completion_limit} of the answer" if features.completion_limit else ""
+        return f"about {features.prompt_tokens} tokens{answer} are too many for {', '.join(small)}"
 
 
 class Budget:
@@ -138,7 +147,9 @@ class Budget:
         if most is not None:
             fits = "within" if chosen.cost <= most else "the least, although above"
             return f"{shown}, {fits} the stated ${dollars(most):.6f}"
-        return f"{shown}, the cheapest that will do" if len(options) > 1 else shown
+        if len(options) > 1 and _is_cheapest_that_will_do(question, chosen, options):
+            return f"{shown}, the cheapest that will do"
+        return shown
 
 
 class Rules:
@@ -176,8 +187,9 @@ class Quality:
         asked = question.asked_quality
         if not asked or question.frugal:
             return None
-        reaches = "reaches" if chosen.quality >= asked else "comes nearest, with"
-        return f"{chosen.tier} {reaches} {chosen.quality:.2f} of the asked {asked:.2f}"
+        return (
+            f"{chosen.tier} {_manages(chosen, options, asked, 'reaches')} {chosen.quality:.2f} of the asked {asked:.2f}"
+        )
 
 
 class Complexity:
@@ -196,7 +208,7 @@ class Complexity:
         """How hard it looks."""
         if question.frugal or not question.judged:
             return None
-        manages = "manages" if chosen.quality >= question.complexity else "comes nearest, with"
+        manages = _manages(chosen, options, question.complexity, "manages")
         return f"looks {question.complexity:.2f} hard; {chosen.tier} {manages} {chosen.quality:.2f}"
 
 
@@ -219,6 +231,8 @@ class Latency:
         if wanted not in ("interactive", "fast"):
             return None
         wait_s = question.observed.soonest_s(chosen.first)
+        if wait_s == math.inf:
+            return f"{wanted}: {chosen.tier} is full"
         seen = f"{wait_s * 1000:.0f} ms" if wait_s else "not measured yet"
         return f"{wanted}: first token expected of {chosen.tier}: {seen}"
 
@@ -229,6 +243,20 @@ class ExpectedCost:
     def ranks(self, question: Question, options: Sequence[Option]) -> Ranks:
         """Cost, then quality; `Budget` speaks for both."""
         return [(option.cost, -option.quality) for option in options]
+
+
+def _manages(chosen: Option, options: Sequence[Option], wanted: float, word: str) -> str:
+    """How a tier's quality stands to what is wanted: `word` where it is as much, else whether any has more."""
+    if chosen.quality >= wanted:
+        return word
+    return "has" if any(one.quality > chosen.quality for one in options) else "comes nearest, with"
+
+
+def _is_cheapest_that_will_do(question: Question, chosen: Option, options: Sequence[Option]) -> bool:
+    needed, cost = question.needed, chosen.cost
+    if chosen.quality < needed:
+        return False
+    return not any(one.cost < cost and one.quality >= needed and one.up for one in options)
 
 
 _PREFERENCES = (Budget(), Rules(), Quality(), Complexity(), Latency())

@@ -69,7 +69,7 @@ def options_of(
             if not kept:
                 refused[tier] = f"sensitivity: {clearance.why}"
                 continue
-        kept, why = _fit(kept, features)
+        kept, why = fit(kept, features)
         if not kept:
             refused[tier] = why
             continue
@@ -81,8 +81,8 @@ def options_of(
     return found, refused
 
 
-def _fit(targets: tuple[Target, ...], features: Features) -> tuple[tuple[Target, ...], str]:
-    """(the backends that can answer, why the first one that cannot does not)."""
+def fit(targets: tuple[Target, ...], features: Features) -> tuple[tuple[Target, ...], str]:
+    """(the backends that can answer, why the first one that cannot does not), whatever policies say."""
     for target in targets:
         why = _unfit(target.backend, features)
         if why is not None:

@@ -26,7 +26,7 @@ from tokenmill.engine.gateway.router.criteria import Question, ranked, reasons
 from tokenmill.engine.gateway.router.features import features_of
 from tokenmill.engine.gateway.router.groups import Groups
 from tokenmill.engine.gateway.router.observed import Observed
-from tokenmill.engine.gateway.router.options import Option, described, options_of
+from tokenmill.engine.gateway.router.options import Option, described, fit, options_of
 from tokenmill.engine.gateway.router.outcomes import OutcomeLog
 from tokenmill.engine.gateway.router.rules import Matcher
 from tokenmill.engine.gateway.router.settings import RoutingSettings
@@ -154,10 +154,10 @@ class Router:
 
     def _nobody(self, exchange: Exchange, question: Question) -> ApiError:
         reasons = question.refused.values()
-        if any(reason.startswith("sensitivity") for reason in reasons) and question.clearance is not None:
-            kept_away = [tier for tier, reason in question.refused.items() if reason.startswith("sensitivity")]
-            targets = [target for tier in kept_away for target in self._portfolio.tiers[tier]]
-            zones = ", ".join(sorted({target.backend.zone for target in targets}))
+        kept_away = [tier for tier, reason in question.refused.items() if reason.startswith("sensitivity")]
+        able = [target for tier in kept_away for target in fit(self._portfolio.tiers[tier], question.features)[0]]
+        if able and question.clearance is not None:
+            zones = ", ".join(sorted({target.backend.zone for target in able}))
             self._audit(
                 "residency.refuse", subject_of(exchange), {**told(exchange, question.clearance), "offered": zones}
             )

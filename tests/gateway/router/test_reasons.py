@@ -1,0 +1,94 @@
+"""What a decision says of itself is so."""
+
+import pytest
+
+from tests.gateway.router.test_decisions import HARD, TWO, backend, routed
+from tokenmill.engine.gateway.api_error import ApiError
+from tokenmill.engine.gateway.backends import Backend
+from tokenmill.engine.gateway.portfolio import Portfolio
+from tokenmill.engine.gateway.router.settings import RoutingSettings, Rule
+from tokenmill.engine.gateway.sensitivity.clearance import Clearance
+from tokenmill.engine.gateway.settings import Settings
+
+THREE = (*TWO, backend("best", "frontier", 1_000_000, 0.95))
+
+
+def said(
+    backends: tuple[Backend, ...] | Portfolio, settings: RoutingSettings | None = None, *, text: str = "hi",
+    clearance: Clearance | None = None, max_tokens: int | None = None, **hints: object
+) -> tuple[str, dict[str, str]]:  # fmt: skip
+    """(the tier chosen, what each criterion says last)."""
+    wishes = {f"tokenmill_{name}": value for name, value in hints.items()}
+    decision = routed(backends, settings, text, clearance=clearance, metadata=wishes, max_tokens=max_tokens).decision
+    assert decision is not None
+    return decision.tier, {reason.criterion: reason.verdict for reason in decision.reasons}
+
+
+def test_only_the_cheapest_that_will_do_is_called_so() -> None:
+    tier, reasons = said(THREE, text=HARD, quality=0.8)
+    assert (tier, "the cheapest that will do" in reasons["cost"]) == ("reasoning", True)
+    for settings, hints in (
+        (RoutingSettings(rules=(Rule(matches="hi", tier="frontier"),)), {}),
+        (None, {"quality": 0.99}),  # nobody will do
+    ):
+        tier, reasons = said(THREE, settings, **hints)
+        assert (tier, "the cheapest" in reasons["cost"]) == ("frontier", False)
+    portfolio = Portfolio(THREE, Settings())
+    portfolio.targets[1].mark_down("connection refused")
+    tier, reasons = said(portfolio, quality=0.8)
+    assert (tier, "the cheapest that will do" in reasons["cost"]) == ("frontier", True)
+
+
+def test_the_fastest_is_not_called_the_cheapest() -> None:
+    portfolio = Portfolio((backend("near", "near", 1_000, 0.9, max_concurrency=1), backend("far", "far", 9_000, 0.9)),
+                          Settings())  # fmt: skip
+    portfolio.targets[0].outstanding = 1
+    tier, reasons = said(portfolio, latency="fast")
+    assert (tier, "the cheapest" in reasons["cost"]) == ("far", False)
+    assert reasons["latency"] == "fast: first token expected of far: not measured yet"
+    full = Portfolio((backend("near", "near", 1_000, 0.9, max_concurrency=1),), Settings())
+    full.targets[0].outstanding = 1
+    assert said(full, latency="interactive")[1]["latency"] == "interactive: near is full"
+
+
+def test_only_the_nearest_comes_nearest() -> None:
+    tier, reasons = said(THREE, quality=0.9, max_cost=0)
+    assert tier == "utility"
+    assert reasons["quality"] == "utility has 0.30 of the asked 0.90"
+    assert said(THREE, quality=0.99)[1]["quality"] == "frontier comes nearest, with 0.95 of the asked 0.99"
+    tier, reasons = said(THREE, text=HARD, max_cost=0)
+    assert tier == "utility"
+    assert reasons["complexity"].endswith("hard; utility has 0.30")
+
+
+def test_what_does_not_fit_is_prompt_and_answer() -> None:
+    small = (backend("small", "utility", 1_000, 0.9, context_window=1000), TWO[1])
+    _, reasons = said(small, max_tokens=5000)
+    assert reasons["context"] == "about 8 tokens and 5000 of the answer are too many for utility"
+    _, reasons = said(small, text="hi " * 4000)
+    assert reasons["context"] == "about 3008 tokens are too many for utility"
+
+
+def test_a_key_that_is_confined_to_regions_is_named() -> None:
+    kept = Clearance(regions=frozenset({"eu", "uk"}), why="its key is confined")
+    there = (backend("here", "here", 1, 0.9, region="eu"), backend("there", "there", 1, 0.9, region="us"))
+    tier, reasons = said(there, clearance=kept)
+    assert (tier, reasons["sensitivity"]) == ("here", "its key is confined: stays in region eu and region uk")
+
+
+def test_a_refusal_names_zones_that_could_serve_it() -> None:
+    kept = Clearance(action="stay", zones=frozenset({"on-premises"}), why="it holds iban")
+    away = [
+        backend("blind", "blind", 1, 0.9),
+        backend("edge", "edge", 1, 0.9, zone="edge", capabilities=("vision",)),
+        backend("cloud", "cloud", 1, 0.9, zone="cloud"),
+    ]
+    picture = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}]}]
+    with pytest.raises(ApiError) as refused:
+        routed(away, clearance=kept, messages=picture)
+    assert (refused.value.status, refused.value.code) == (403, "residency")
+    assert refused.value.message.endswith("it could be served in edge.")
+    with pytest.raises(ApiError) as refused:
+        routed([away[0], away[2]], clearance=kept, messages=picture)
+    assert (refused.value.status, refused.value.code) == (400, "no_tier")
+    assert "blind: capability: needs vision; cloud: sensitivity: it holds iban" in refused.value.message
