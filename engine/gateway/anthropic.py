@@ -1,23 +1,24 @@
-"""Chat completions on a backend that speaks Anthropic's Messages API.
+"""Chat completions on a backend that speaks Anthropic's Messages API; `anthropic_stream` has the streams.
 
-Requests, answers, errors and streams are translated field by field; what has no counterpart there and would change
-the answer is refused with 400 rather than dropped. Format: https://docs.anthropic.com/en/api/messages.
+Requests, answers and errors are translated field by field; what has no counterpart there and may change the answer is
+refused with 400 rather than dropped. Format: https://docs.anthropic.com/en/api/messages.
 """
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 import orjson
 
-from tokenmill.engine.gateway.api_error import ApiError, Headers, invalid_json
+from tokenmill.engine.gateway.api_error import ApiError, Headers, invalid_json, quote
 
 PATH = b"/v1/messages"
 VERSION = b"2023-06-01"
+#: Headers that hold a client's credentials for the gateway.
+CREDENTIALS = frozenset({b"authorization", b"x-api-key", b"api-key", b"x-litellm-api-key"})
 #: `max_tokens` is required there and optional here.
 DEFAULT_MAX_TOKENS = 4096
 
-_FINISH = {
+FINISH = {
     "end_turn": "stop",
     "stop_sequence": "stop",
     "pause_turn": "stop",
@@ -26,6 +27,21 @@ _FINISH = {
     "tool_use": "tool_calls",
     "refusal": "content_filter",
 }
+#: Fields that are translated.
+_TRANSLATED = frozenset(
+    {
+        *("model", "messages", "max_tokens", "max_completion_tokens", "stop", "user"),
+        *("temperature", "top_p", "top_k", "stream", "stream_options", "thinking"),
+        *("tools", "tool_choice", "parallel_tool_calls"),
+    }
+)
+#: Fields that change nothing of an answer; a seed promises nothing.
+_OF_NO_EFFECT = frozenset(
+    {
+        *("metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+        *("prediction", "seed"),
+    }
+)
 #: Fields without a counterpart, with the value that asks for nothing.
 _NO_COUNTERPART: dict[str, Any] = {
     "n": 1,
@@ -35,16 +51,33 @@ _NO_COUNTERPART: dict[str, Any] = {
     "presence_penalty": 0,
     "frequency_penalty": 0,
     "response_format": {"type": "text"},
-    "audio": None,
+    "modalities": ["text"],
     "functions": [],
+    "function_call": "auto",
 }
+#: What an error in the midst of an answer would have been as a status.
+_STATUS = {
+    "invalid_request_error": 400,
+    "authentication_error": 401,
+    "permission_error": 403,
+    "not_found_error": 404,
+    "request_too_large": 413,
+    "rate_limit_error": 429,
+    "timeout_error": 504,
+    "overloaded_error": 529,
+}
+
+
+class UntranslatableError(ApiError):
+    """400: this API cannot do what is asked for; a backend with another might."""
 
 
 def headers(forward: Headers, api_key: str | None) -> Headers:
     """A client's headers as this API wants them."""
-    kept = [header for header in forward if header[0] not in (b"authorization", b"x-api-key", b"anthropic-version")]
+    kept = [header for header in forward if header[0] not in CREDENTIALS and header[0] != b"anthropic-version"]
     kept.append((b"anthropic-version", VERSION))
-    given = next((value.removeprefix(b"Bearer ") for name, value in forward if name == b"authorization"), b"")
+    said = dict(reversed(forward))
+    given = said.get(b"authorization", b"").removeprefix(b"Bearer ") or said.get(b"x-api-key", b"")
     kept.append((b"x-api-key", given if api_key is None else api_key.encode()))
     return kept
 
@@ -63,8 +96,10 @@ def request(raw: bytes, model: str) -> bytes:
         asked: dict[str, Any] = orjson.loads(raw)
     except orjson.JSONDecodeError as problem:
         raise invalid_json(str(problem)) from None
-    for name, nothing in _NO_COUNTERPART.items():
-        if asked.get(name, nothing) not in (nothing, None):
+    for name, value in asked.items():
+        known = name in _TRANSLATED or name in _OF_NO_EFFECT
+        if not known and value is not None and (name not in _NO_COUNTERPART or value != _NO_COUNTERPART[name]):
+            name = quote(name)  # noqa: PLW2901
             raise _refusal(f"`{name}` has no counterpart in the API of this model's backend; leave it out.", name)
     try:
         system, messages = _messages(asked.get("messages"))
@@ -74,7 +109,8 @@ def request(raw: bytes, model: str) -> bytes:
             "messages": messages,
         }
         if system:
-            body["system"] = system
+            marked = any("cache_control" in block for block in system)
+            body["system"] = system if marked else "\n\n".join(block["text"] for block in system)
         stop = asked.get("stop")
         if stop:
             body["stop_sequences"] = [stop] if isinstance(stop, str) else stop
@@ -92,20 +128,25 @@ def request(raw: bytes, model: str) -> bytes:
 
 
 def _refusal(message: str, param: str) -> ApiError:
-    return ApiError(400, message, code="unsupported_value", param=param)
+    return UntranslatableError(400, message, code="unsupported_value", param=param)
 
 
-def _messages(asked: Any) -> tuple[str, list[dict[str, Any]]]:
-    """The system prompt and the messages; neighbours of one role become one message, as this API wants them."""
+def _messages(asked: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The system prompt's blocks, and the messages: neighbours of one role become one, as this API wants them."""
     if not isinstance(asked, list):
         raise TypeError("messages must be a list")
-    system: list[str] = []
+    system: list[dict[str, Any]] = []
     messages: list[dict[str, Any]] = []
     for message in asked:
         role = message["role"]
         if role in ("system", "developer"):
-            system.append(_text(message["content"]))
+            system += _system(message["content"])
             continue
+        if role not in ("user", "assistant", "tool"):
+            raise _refusal(
+                f"A message's role is `{quote(str(role))}`; it must be system, developer, user, assistant or tool.",
+                "messages",
+            )
         if role == "tool":
             blocks: list[dict[str, Any]] = [
                 {
@@ -125,7 +166,14 @@ def _messages(asked: Any) -> tuple[str, list[dict[str, Any]]]:
             messages[-1]["content"].extend(blocks)
         else:
             messages.append({"role": speaker, "content": blocks})
-    return "\n\n".join(system), messages
+    return system, messages
+
+
+def _system(content: Any) -> list[dict[str, Any]]:
+    """A message's text as one block, or as those whose end its client wants to have cached."""
+    if not isinstance(content, str) and any("cache_control" in part for part in content):
+        return [_block(part) for part in content]
+    return [{"type": "text", "text": _text(content)}]
 
 
 def _text(content: Any) -> str:
@@ -144,14 +192,15 @@ def _blocks(content: Any) -> list[dict[str, Any]]:
 
 def _block(part: dict[str, Any]) -> dict[str, Any]:
     kind = part["type"]
+    marked = {"cache_control": part["cache_control"]} if part.get("cache_control") else {}
     if kind == "text":
-        return {"type": "text", "text": part["text"]}
+        return {"type": "text", "text": part["text"], **marked}
     if kind == "image_url":
         url: str = part["image_url"]["url"]
         if not url.startswith("data:"):
-            return {"type": "image", "source": {"type": "url", "url": url}}
+            return {"type": "image", "source": {"type": "url", "url": url}, **marked}
         media, _, data = url.removeprefix("data:").partition(";base64,")
-        return {"type": "image", "source": {"type": "base64", "media_type": media, "data": data}}
+        return {"type": "image", "source": {"type": "base64", "media_type": media, "data": data}, **marked}
     raise _refusal(f"Content of type `{kind}` has no counterpart in the API of this model's backend.", "messages")
 
 
@@ -160,6 +209,8 @@ def _tool(tool: dict[str, Any]) -> dict[str, Any]:
     made = {"name": function["name"], "input_schema": function.get("parameters") or {"type": "object"}}
     if function.get("description"):
         made["description"] = function["description"]
+    if tool.get("cache_control"):
+        made["cache_control"] = tool["cache_control"]
     return made
 
 
@@ -175,7 +226,7 @@ def _tool_choice(asked: dict[str, Any]) -> dict[str, Any]:
     return {"tool_choice": made} if made else {}
 
 
-def _usage(counted: dict[str, Any]) -> dict[str, Any]:
+def usage_of(counted: dict[str, Any]) -> dict[str, Any]:
     """Prompt tokens here include the cached ones, which that API counts apart."""
     cached = counted.get("cache_read_input_tokens") or 0
     prompt = (counted.get("input_tokens") or 0) + cached + (counted.get("cache_creation_input_tokens") or 0)
@@ -213,7 +264,7 @@ def _completion(given: dict[str, Any]) -> bytes:
         message["reasoning_content"] = "".join(thinking)
     if calls:
         message["tool_calls"] = calls
-    finish = _FINISH.get(given.get("stop_reason") or "", "stop")
+    finish = FINISH.get(given.get("stop_reason") or "", "stop")
     return orjson.dumps(
         {
             "id": given.get("id"),
@@ -229,106 +280,20 @@ def _completion(given: dict[str, Any]) -> bytes:
                     "stop_reason": given.get("stop_sequence"),
                 }
             ],
-            "usage": _usage(given.get("usage") or {}),
+            "usage": usage_of(given.get("usage") or {}),
         }
     )
 
 
-def error(status: int, raw: bytes) -> tuple[int, bytes]:
-    """(status, body) of an error in OpenAI's shape; 529 (overloaded) becomes 503."""
+def error(status: int | None, raw: bytes) -> tuple[int, bytes]:
+    """(status, body) of an error in OpenAI's shape; 529 (overloaded) becomes 503, None what the kind of error says."""
     try:
         said = orjson.loads(raw)["error"]
         kind, message = str(said["type"]), str(said["message"])
     except (orjson.JSONDecodeError, KeyError, TypeError):
         kind, message = "", raw.decode("utf-8", "replace")[:500] or f"The backend answered with status {status}."
+    if status is None:
+        status = _STATUS.get(kind, 500)
     if status == 529:
         status = 503
     return status, ApiError(status, message, kind=kind or None).body()
-
-
-async def stream(chunks: AsyncIterator[bytes], include_usage: bool) -> AsyncGenerator[bytes, None]:
-    """A Messages stream as a stream of chat completion chunks.
-
-    Args:
-        chunks: The backend's server-sent events, cut anywhere.
-        include_usage: Whether the client asked for a last chunk with the usage.
-    """
-    translator = _StreamTranslator(include_usage)
-    rest = b""
-    async for chunk in chunks:
-        *events, rest = (rest + chunk).replace(b"\r\n", b"\n").split(b"\n\n")
-        out = b"".join(translator.event(event) for event in events)
-        if out:
-            yield out
-
-
-class _StreamTranslator:
-    def __init__(self, include_usage: bool) -> None:
-        self._include_usage = include_usage
-        self._common: dict[str, Any] = {}
-        self._counted: dict[str, Any] = {}
-        self._calls: dict[int, int] = {}
-
-    def event(self, text: bytes) -> bytes:
-        """The chunks that one event becomes."""
-        data = b"".join(line[5:].strip() for line in text.split(b"\n") if line.startswith(b"data:"))
-        if not data:
-            return b""
-        event: dict[str, Any] = orjson.loads(data)
-        translate = getattr(self, "_on_" + str(event.get("type")), None)
-        return translate(event) if translate is not None else b""
-
-    def _on_message_start(self, event: dict[str, Any]) -> bytes:
-        message = event["message"]
-        self._counted.update(message.get("usage") or {})
-        self._common = {
-            "id": message["id"],
-            "object": "chat.completion.chunk",
-            "created": int(time.time()),
-            "model": message["model"],
-        }
-        return self._chunk({"role": "assistant", "content": ""})
-
-    def _on_content_block_start(self, event: dict[str, Any]) -> bytes:
-        block = event["content_block"]
-        if block["type"] != "tool_use":
-            return b""
-        index = self._calls[event["index"]] = len(self._calls)
-        function = {"name": block["name"], "arguments": ""}
-        return self._chunk(
-            {"tool_calls": [{"index": index, "id": block["id"], "type": "function", "function": function}]}
-        )
-
-    def _on_content_block_delta(self, event: dict[str, Any]) -> bytes:
-        delta = event["delta"]
-        if delta["type"] == "text_delta":
-            return self._chunk({"content": delta["text"]})
-        if delta["type"] == "thinking_delta":
-            return self._chunk({"reasoning_content": delta["thinking"]})
-        if delta["type"] == "input_json_delta":
-            call = {"index": self._calls[event["index"]], "function": {"arguments": delta["partial_json"]}}
-            return self._chunk({"tool_calls": [call]})
-        return b""
-
-    def _on_message_delta(self, event: dict[str, Any]) -> bytes:
-        self._counted.update(event.get("usage") or {})
-        reason = event["delta"].get("stop_reason")
-        return self._chunk({}, _FINISH.get(reason, "stop")) if reason else b""
-
-    def _on_message_stop(self, _: dict[str, Any]) -> bytes:
-        last = b"data: [DONE]\n\n"
-        if self._include_usage:
-            last = _event({**self._common, "choices": [], "usage": _usage(self._counted)}) + last
-        return last
-
-    def _on_error(self, event: dict[str, Any]) -> bytes:
-        _, body = error(502, orjson.dumps(event))
-        return b"data: " + body + b"\n\n"
-
-    def _chunk(self, delta: dict[str, Any], finish: str | None = None) -> bytes:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
-        return _event({**self._common, "choices": [choice]})
-
-
-def _event(content: dict[str, Any]) -> bytes:
-    return b"data: " + orjson.dumps(content) + b"\n\n"

@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 
-from tokenmill.engine.gateway import anthropic
+from tokenmill.engine.gateway import anthropic, anthropic_stream
 from tokenmill.engine.gateway.api_error import (
     EVENT_STREAM,
     JSON,
@@ -38,8 +38,6 @@ _NOT_TAKEN = (429, 503)
 _FAULT = (500, 502, 503, 504, 529)
 #: What the gateway says where a backend took a request and was not heard of again; see `Forwarder._attempt`.
 _LOST = (502, 504)
-#: Headers that hold a client's credentials for the gateway.
-_CREDENTIALS = frozenset({b"authorization", b"x-api-key", b"api-key"})
 
 
 class Lease:
@@ -112,6 +110,8 @@ class Forwarder:
                 answer, trouble = self._unavailable(target, "cannot be reached"), "unsent"
             except NoAnswerError:
                 answer, trouble = self._unavailable(target, "closed the connection without an answer"), "failed"
+            except anthropic.UntranslatableError as error:
+                answer, trouble = error, "unsent"  # a backend that speaks OpenAI's protocol may do it
             except ApiError as error:
                 answer, trouble = error, "lost" if error.status in _LOST else "final"
             else:
@@ -153,7 +153,7 @@ class Forwarder:
             lease.failed()
             lease.close()
             raise
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, anthropic.UntranslatableError):
             # Given up before its answer: the request may go on with another.
             lease.close()
             raise
@@ -190,7 +190,7 @@ class Forwarder:
             payload = await exchange.form.with_model(name)
         headers = exchange.forward
         if target.backend.api_key is not None:
-            headers = [header for header in headers if header[0] not in _CREDENTIALS]
+            headers = [header for header in headers if header[0] not in anthropic.CREDENTIALS]
             headers.append((b"authorization", b"Bearer " + target.backend.api_key.encode()))
         lease.call.taken = True
         answer = await self._upstream().send(b"POST", target.origin, exchange.target_path, headers, payload)
@@ -220,7 +220,8 @@ class Forwarder:
         backend = lease.target.backend
         name = _upstream_model(exchange, lease.target, route)
         if exchange.endpoint != "/v1/chat/completions" or exchange.body is None or name is None:
-            raise ApiError(400, f"The backend of this model ({backend.name}) offers chat completions only.")
+            what = f"The backend of this model ({backend.name}) offers chat completions only."
+            raise anthropic.UntranslatableError(400, what)
         payload = anthropic.request(exchange.payload, name)
         options = exchange.body.get("stream_options", dict[str, Any]) or {}
         headers = anthropic.headers(exchange.forward, backend.api_key)
@@ -231,10 +232,14 @@ class Forwarder:
             return _redirected(lease, answer.status)
         kept = [header for header in answer.headers if header[0] != b"content-type"]
         if answer.status < 400 and answer.content_type == b"text/event-stream":
-            await answer.begun()
-            lease.heard(answer.status)
             counts = counting is not None or bool(options.get("include_usage"))
-            chunks = anthropic.stream(answer.chunks(), counts)
+            try:
+                chunks = await anthropic_stream.begun(answer.chunks(), counts)
+            except anthropic_stream.RefusedError as refused:
+                lease.heard(refused.status)
+                lease.close()
+                return self._with_retry_after(Reply(refused.status, [*kept, JSON], refused.body))
+            lease.heard(answer.status)
             return Reply(200, [*kept, EVENT_STREAM], None, chunks)
         body = await answer.read()
         lease.heard(answer.status)

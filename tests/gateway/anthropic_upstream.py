@@ -18,7 +18,8 @@ class FakeAnthropic(FakeUpstream):
             return problem
         tool = (asked.get("tools") or [None])[0]
         text = "".join(block["text"] for block in asked["messages"][-1]["content"] if block["type"] == "text")
-        content: list[dict[str, Any]] = [{"type": "text", "text": f"You said {text}"}]
+        text = f"You said {text}"
+        content: list[dict[str, Any]] = [{"type": "text", "text": text}]
         if tool is not None:
             content.append({"type": "tool_use", "id": "toolu_1", "name": tool["name"], "input": {"city": "Bern"}})
         reason = "tool_use" if tool else "max_tokens" if asked["max_tokens"] < 5 else "end_turn"
@@ -37,7 +38,15 @@ class FakeAnthropic(FakeUpstream):
             return web.json_response(message, headers={"request-id": "req_1"})
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await response.prepare(request)
-        for event in self._events(message):
+        events = self._events(message)
+        failed = {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}
+        if text == "You said overload at once":
+            events = [{"type": "ping"}, failed]
+        elif text == "You said overload later":
+            events[4:] = [failed]
+        elif text == "You said break off":
+            del events[-1]
+        for event in events:
             text = f"event: {event['type']}\ndata: {json.dumps(event)}\n\n"
             # Cut in two, as networks do.
             await response.write(text[:20].encode())

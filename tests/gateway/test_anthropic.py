@@ -1,7 +1,8 @@
 """Chat completions on a backend with Anthropic's API, driven by the official OpenAI client."""
 
+import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import openai
@@ -9,9 +10,11 @@ import pytest
 
 from tests.gateway.anthropic_upstream import FakeAnthropic
 from tests.gateway.running import RunningGateway
-from tokenmill.engine.gateway import anthropic
+from tests.gateway.upstream import FakeUpstream
+from tokenmill.engine.gateway import anthropic, anthropic_stream
 from tokenmill.engine.gateway.api_error import ApiError
 from tokenmill.engine.gateway.backends import Backend
+from tokenmill.engine.gateway.connection import CutError, NoAnswerError
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 TOOLS: Any = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
@@ -100,6 +103,108 @@ def test_errors(client: openai.OpenAI) -> None:
         client.embeddings.create(model="claude", input="a")
 
 
+def test_a_stream_that_begins_with_an_error_is_that_error(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.InternalServerError) as raised:
+        list(say(client, "overload at once"))
+    assert raised.value.status_code == 503
+    assert raised.value.body == {"message": "Overloaded", "type": "overloaded_error", "param": None, "code": None}
+
+
+@pytest.mark.parametrize(("text", "message"), [("overload later", "Overloaded"), ("break off", "broke off")])
+def test_a_stream_that_does_not_end_is_an_error(client: openai.OpenAI, text: str, message: str) -> None:
+    with pytest.raises(openai.APIError, match=message):
+        list(say(client, text))
+
+
+def say(client: openai.OpenAI, text: str) -> Any:
+    """A streamed answer to this."""
+    messages: Any = [{"role": "user", "content": text}]
+    return client.chat.completions.create(model="claude", messages=messages, stream=True)
+
+
+def test_what_cannot_be_translated_goes_to_another_backend_of_the_tier() -> None:
+    servers = FakeAnthropic().start(), FakeUpstream().start()
+    backends = (
+        Backend("a", servers[0].url, "t", ("tiny",), api_key="sk-ant-key", protocol="anthropic", health_path=None),
+        Backend("o", servers[1].url, "t", ("tiny",)),
+    )
+    with RunningGateway(*backends) as gateway:
+        for _ in range(8):
+            assert gateway.post("/v1/chat/completions", {"model": "tiny", "messages": HELLO, "n": 2})[0] == 200
+            assert gateway.post("/v1/completions", {"model": "tiny", "prompt": "a"})[0] == 200
+        # Neither server has been asked for what it cannot do, and one that begins with an error is no answer.
+        assert not servers[0].books.requests
+        for _ in range(8):
+            body = {"model": "tiny", "stream": True, "messages": [{"role": "user", "content": "overload at once"}]}
+            assert gateway.post("/v1/chat/completions", body)[0] == 200
+        assert len(servers[1].books.requests) == 24
+    for server in servers:
+        server.stop()
+
+
+def streamed(*events: bytes | dict[str, Any]) -> bytes:
+    """A stream of these events, translated."""
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for event in events:
+            yield event if isinstance(event, bytes) else b"data: " + json.dumps(event).encode() + b"\r\n\r\n"
+
+    async def all_of() -> bytes:
+        return b"".join([chunk async for chunk in await anthropic_stream.begun(chunks(), include_usage=True)])
+
+    return asyncio.run(all_of())
+
+
+START = {
+    "type": "message_start",
+    "message": {"id": "m", "model": "c", "usage": {"input_tokens": 7, "output_tokens": 1}},
+}
+STOP = {"type": "message_stop"}
+
+
+def test_counts_that_are_null_later_are_those_of_the_start() -> None:
+    end = {
+        "type": "message_delta",
+        "delta": {"stop_reason": "end_turn"},
+        "usage": {"input_tokens": None, "output_tokens": 5},
+    }
+    usage = json.loads(streamed(START, end, STOP).split(b"data: ")[-2])["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (7, 5)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [b"data: {nonsense\n\n", {"type": "content_block_delta"}, {"type": "message_delta", "delta": None}, b"data: 1\n\n"],
+)
+def test_malformed_events_cut_a_stream(event: bytes | dict[str, Any]) -> None:
+    with pytest.raises(CutError):
+        streamed(START, event, STOP)
+    with pytest.raises(NoAnswerError):
+        streamed(event, START, STOP)
+
+
+def test_marks_for_the_cache_are_kept() -> None:
+    mark = {"cache_control": {"type": "ephemeral"}}
+    part = {"type": "text", "text": "long", **mark}
+    asked = {
+        "messages": [{"role": role, "content": [part]} for role in ("system", "user")],
+        "tools": [{**TOOLS[0], **mark}],
+    }
+    body = json.loads(anthropic.request(json.dumps(asked).encode(), "real"))
+    assert (body["system"], body["messages"][0]["content"], body["tools"][0]["cache_control"]) == (
+        [part],
+        [part],
+        mark["cache_control"],
+    )
+
+
+def test_keys_of_the_gateway_stay_here() -> None:
+    forward = [(name, b"secret") for name in (b"authorization", b"x-api-key", b"api-key", b"x-litellm-api-key")]
+    version = (b"anthropic-version", b"2023-06-01")
+    assert anthropic.headers(forward, "sk-ant") == [version, (b"x-api-key", b"sk-ant")]
+    assert anthropic.headers([(b"x-api-key", b"own")], None) == [version, (b"x-api-key", b"own")]
+
+
 def test_request_is_translated_field_by_field() -> None:
     asked = {
         "model": "claude",
@@ -119,6 +224,9 @@ def test_request_is_translated_field_by_field() -> None:
         "temperature": 0,
         "user": "u1",
         "n": 1,
+        "seed": 7,
+        "modalities": ["text"],
+        "reasoning_effort": None,
         "tools": TOOLS,
         "tool_choice": {"type": "function", "function": {"name": "weather"}},
         "parallel_tool_calls": False,
@@ -169,6 +277,10 @@ def test_request_is_translated_field_by_field() -> None:
         {"messages": [{"content": "no role"}]},
         {"messages": [{"role": "tool"}]},
         {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
+        {"messages": [{"role": "judge", "content": "a"}]},
+        {"messages": [], "reasoning_effort": "high"},
+        {"messages": [], "repetition_penalty": 1.1},
+        {"messages": [], "modalities": ["text", "audio"]},
         {"messages": [], "tools": [{}]},
         {"messages": [], "tools": TOOLS, "tool_choice": "sometimes"},
     ],

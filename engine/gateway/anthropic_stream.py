@@ -1,0 +1,154 @@
+"""Streams of Anthropic's Messages API as streams of chat completion chunks."""
+
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
+
+import orjson
+
+from tokenmill.engine.gateway.anthropic import FINISH, error, usage_of
+from tokenmill.engine.gateway.connection import CutError, NoAnswerError
+
+
+class RefusedError(Exception):
+    """The stream began with an error.
+
+    Attributes:
+        status: What its status would have been.
+        body: The error in OpenAI's shape.
+    """
+
+    def __init__(self, status: int, body: bytes) -> None:
+        super().__init__(status)
+        self.status = status
+        self.body = body
+
+
+async def begun(chunks: AsyncIterator[bytes], include_usage: bool) -> AsyncGenerator[bytes, None]:
+    """A Messages stream as a stream of chat completion chunks, once the first of them is there.
+
+    Args:
+        chunks: The backend's server-sent events, cut anywhere.
+        include_usage: Whether the client asked for a last chunk with the usage.
+
+    Raises:
+        RefusedError: It begins with an error, which another backend may not have: `overloaded_error`.
+        NoAnswerError: It broke off, or was no such stream, before anything of the answer had come.
+    """
+    stream = _translated(chunks, include_usage)
+    try:
+        first = await anext(stream)
+    except CutError:
+        raise NoAnswerError from None
+    return _from(first, stream)
+
+
+async def _from(first: bytes, stream: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    yield first
+    async for chunk in stream:
+        yield chunk
+
+
+async def _translated(chunks: AsyncIterator[bytes], include_usage: bool) -> AsyncGenerator[bytes, None]:
+    """The chunks; raises `CutError` for a stream that does not come to its end, or has events that are none."""
+    translator = _Translator(include_usage)
+    rest = b""
+    try:
+        async for chunk in chunks:
+            *events, rest = (rest + chunk).replace(b"\r\n", b"\n").split(b"\n\n")
+            out = b"".join(translator.event(event) for event in events)
+            if out:
+                yield out
+        if out := translator.event(rest):
+            yield out
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise CutError from None
+    if not translator.ended:
+        raise CutError
+
+
+class _Translator:
+    """Events of one stream, one after another.
+
+    Attributes:
+        ended: The backend has said that the answer is complete, or that it failed.
+    """
+
+    def __init__(self, include_usage: bool) -> None:
+        self.ended = False
+        self._include_usage = include_usage
+        self._common: dict[str, Any] = {}
+        self._counted: dict[str, Any] = {}
+        self._calls: dict[int, int] = {}
+
+    def event(self, text: bytes) -> bytes:
+        """The chunks that one event becomes."""
+        data = b"".join(line[5:].strip() for line in text.split(b"\n") if line.startswith(b"data:"))
+        if not data:
+            return b""
+        event: dict[str, Any] = orjson.loads(data)
+        translate = getattr(self, "_on_" + str(event.get("type")), None)
+        return translate(event) if translate is not None else b""
+
+    def _count(self, usage: dict[str, Any] | None) -> None:
+        """Later counts go before earlier ones; null says nothing."""
+        self._counted.update((name, count) for name, count in (usage or {}).items() if count is not None)
+
+    def _on_message_start(self, event: dict[str, Any]) -> bytes:
+        message = event["message"]
+        self._count(message.get("usage"))
+        self._common = {
+            "id": message["id"],
+            "object": "chat.completion.chunk",
+            "created": int(time.time()),
+            "model": message["model"],
+        }
+        return self._chunk({"role": "assistant", "content": ""})
+
+    def _on_content_block_start(self, event: dict[str, Any]) -> bytes:
+        block = event["content_block"]
+        if block["type"] != "tool_use":
+            return b""
+        index = self._calls[event["index"]] = len(self._calls)
+        function = {"name": block["name"], "arguments": ""}
+        return self._chunk(
+            {"tool_calls": [{"index": index, "id": block["id"], "type": "function", "function": function}]}
+        )
+
+    def _on_content_block_delta(self, event: dict[str, Any]) -> bytes:
+        delta = event["delta"]
+        if delta["type"] == "text_delta":
+            return self._chunk({"content": delta["text"]})
+        if delta["type"] == "thinking_delta":
+            return self._chunk({"reasoning_content": delta["thinking"]})
+        if delta["type"] == "input_json_delta":
+            call = {"index": self._calls[event["index"]], "function": {"arguments": delta["partial_json"]}}
+            return self._chunk({"tool_calls": [call]})
+        return b""
+
+    def _on_message_delta(self, event: dict[str, Any]) -> bytes:
+        self._count(event.get("usage"))
+        reason = event["delta"].get("stop_reason")
+        return self._chunk({}, FINISH.get(reason, "stop")) if reason else b""
+
+    def _on_message_stop(self, _: dict[str, Any]) -> bytes:
+        self.ended = True
+        last = b"data: [DONE]\n\n"
+        if self._include_usage:
+            last = _event({**self._common, "choices": [], "usage": usage_of(self._counted)}) + last
+        return last
+
+    def _on_error(self, event: dict[str, Any]) -> bytes:
+        self.ended = True
+        status, body = error(None, orjson.dumps(event))
+        if not self._common:
+            raise RefusedError(status, body)
+        return b"data: " + body + b"\n\n"
+
+    def _chunk(self, delta: dict[str, Any], finish: str | None = None) -> bytes:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+        return _event({**self._common, "choices": [choice]})
+
+
+def _event(content: dict[str, Any]) -> bytes:
+    return b"data: " + orjson.dumps(content) + b"\n\n"
