@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from tokenmill.engine.gateway.governance import accounts, audit, keys
+from tokenmill.engine.gateway.governance.accounts import MASTER
 from tokenmill.engine.gateway.governance.guesses import Guesses
 from tokenmill.engine.gateway.governance.options import digest
 from tokenmill.engine.gateway.store import Connection, now_ms
@@ -14,7 +15,6 @@ from tokenmill.errors import InputError
 Role = Literal["admin", "auditor", "team-admin"]
 TEAM_ADMIN: Role = "team-admin"
 ROLES: tuple[Role, ...] = get_args(Role)
-MASTER = "master"
 
 
 @dataclass(frozen=True)

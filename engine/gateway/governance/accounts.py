@@ -21,6 +21,8 @@ PARENTS: dict[Kind, tuple[Kind, ...]] = {
     "app": ("team", "organisation"),
     "key": ("app", "team", "organisation"),
 }
+#: The account that requests with the master key are charged to.
+MASTER = "master"
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 #: Largest value of a 64-bit column that is still added to.
 _MOST = 2**53
@@ -163,6 +165,8 @@ def create(
         InputError: The id is taken or no id, the parent does not exist or cannot stand above this kind.
     """
     account = account if account is not None else f"{kind}-{uuid.uuid4().hex[:12]}"
+    if account == MASTER and kind != "key":
+        raise InputError(f"the id {MASTER!r} is the master key's; choose another id")
     if not _ID.fullmatch(account):
         raise InputError(f"{account[:80]!r} is no id; use letters, digits, '.', '_' and '-', at most 63")
     if connection.execute("SELECT 1 FROM accounts WHERE id = ?", (account,)).fetchone():
@@ -183,14 +187,23 @@ def create(
 def set_limits(connection: Connection, account: str, limits: Limits, actor: str) -> None:
     """Replaces an account's limits; what it has spent stays.
 
+    A period of another length began when the one before did; where it would be over already, it begins now.
+
     Raises:
         InputError: There is no such account.
     """
-    before = find(connection, account).limits
+    found, now = find(connection, account), now_ms()
+    before, start, spent = found.limits, found.period_start, found.spent
+    if before.period_ms is not None and found.renewed(now):
+        # Nobody has asked for anything since: what is kept is of a period that is over.
+        start, spent = start + (now - start) // before.period_ms * before.period_ms, 0
+    length = limits.period_ms
+    if length is not None and length != before.period_ms and now >= start + length:
+        start = now
     connection.execute(
         "UPDATE accounts SET hard_limit = ?, soft_limit = ?, period_ms = ?, requests_per_minute = ?, "
-        "tokens_per_minute = ?, soft_reached_at = NULL WHERE id = ?",
-        (*asdict(limits).values(), account),
+        "tokens_per_minute = ?, period_start = ?, spent = ?, soft_reached_at = NULL WHERE id = ?",
+        (*asdict(limits).values(), start, spent, account),
     )
     audit.append(connection, actor, "limits.set", account, {"before": asdict(before), "after": asdict(limits)})
 

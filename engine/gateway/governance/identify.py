@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 from tokenmill.engine.gateway.api_error import ApiError, quote
 from tokenmill.engine.gateway.governance import accounts, audit, keys
+from tokenmill.engine.gateway.governance.accounts import MASTER
 from tokenmill.engine.gateway.governance.keys import Key
 from tokenmill.engine.gateway.governance.options import digest
-from tokenmill.engine.gateway.governance.service import MASTER, Governance
+from tokenmill.engine.gateway.governance.service import Governance
 from tokenmill.engine.gateway.heads import without
 from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply
 from tokenmill.engine.gateway.principal import Principal

@@ -7,7 +7,7 @@ from functools import partial
 
 from tokenmill.engine.gateway.api_error import ApiError, unavailable
 from tokenmill.engine.gateway.governance import accounts, books, retention, workers
-from tokenmill.engine.gateway.governance.accounts import Limits
+from tokenmill.engine.gateway.governance.accounts import MASTER, Limits
 from tokenmill.engine.gateway.governance.guesses import Guesses
 from tokenmill.engine.gateway.governance.options import Options
 from tokenmill.engine.gateway.governance.pages import Kept
@@ -18,8 +18,6 @@ from tokenmill.engine.gateway.store import Connection, Store, StoreUnavailableEr
 
 log = logging.getLogger("tokenmill.gateway.governance")
 
-#: The account that requests with the master key are charged to.
-MASTER = "master"
 #: Seconds between two looks for processes that died; with a server, that is how it is kept knowing that we live.
 RECOVER_EVERY_S, RECOVER_EVERY_WITH_SERVER_S = 1.0, 0.5
 #: Seconds after which a client may try again when the store cannot be asked.

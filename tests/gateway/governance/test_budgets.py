@@ -13,7 +13,8 @@ from tokenmill.engine.gateway.governance import accounts, audit, books, keys, wo
 from tokenmill.engine.gateway.governance.accounts import Limits
 from tokenmill.engine.gateway.governance.budgets import Granted, Part, Refusal, Reservation, Spending
 from tokenmill.engine.gateway.governance.workers import WorkerLock
-from tokenmill.engine.gateway.store import Store
+from tokenmill.engine.gateway.store import Store, now_ms
+from tokenmill.errors import InputError
 
 SPENDER = Path(__file__).with_name("spender.py")
 WORKERS = "SELECT id FROM workers"
@@ -117,6 +118,55 @@ def test_budget_starts_anew_with_its_period(store: Store) -> None:
     renewed = accounts.find(store.reader, "team")
     assert (renewed.spent, renewed.reserved) == (4, 0)
     assert renewed.period_start >= start + 3000
+
+
+HOUR = 3_600_000
+
+
+@pytest.mark.parametrize(
+    ("period", "began_h", "changed", "spent", "left_h"),
+    [
+        # A period is given to an account that is older than it: it begins now, and what was spent counts.
+        (None, 1000, 24, 8, 24),
+        (None, 10, 24, 8, 14),
+        # The period that runs goes on; where it would be over, it begins now.
+        (24, 10, 48, 8, 38),
+        (24, 10, 2, 8, 2),
+        (24, 10, 24, 8, 14),
+        (24, 10, None, 8, None),
+        # What is kept is of a period that is over.
+        (24, 30, 48, 0, 42),
+        (24, 30, 24, 0, 18),
+        (24, 30, None, 0, None),
+    ],
+)
+def test_a_changed_period_forgets_nothing_that_was_spent_in_the_one_that_runs(
+    store: Store, period: int | None, began_h: int, changed: int | None, spent: int, left_h: int | None
+) -> None:
+    def limits(hours: int | None) -> Limits:
+        return Limits(hard_limit=10, period_ms=None if hours is None else hours * HOUR)
+
+    key = key_with(store, limits(period))
+    began = now_ms() - began_h * HOUR
+    store.write_now(lambda c: c.execute("UPDATE accounts SET period_start = ?, spent = 8 WHERE id = 'team'", (began,)))
+    store.write_now(lambda c: accounts.set_limits(c, "team", limits(changed), "test"))
+    now = now_ms()
+    refusal = ask(store, key, "a", 10, at=now)
+    if spent:
+        assert refusal is not None
+        assert refusal.used == spent
+    else:
+        assert refusal is None
+    end(store, "a", 0)
+    found = accounts.find(store.reader, "team")
+    assert found.spent == spent
+    left = None if found.period_end is None else (found.period_end - now) / HOUR
+    assert left == (None if left_h is None else pytest.approx(left_h, abs=0.1))
+
+
+def test_nothing_but_the_master_key_is_the_account_of_its_requests(store: Store) -> None:
+    with pytest.raises(InputError, match="is the master key's"):
+        store.write_now(lambda c: accounts.create(c, "organisation", "", None, Limits(), "test", "master"))
 
 
 def test_rates_slide_and_count_what_was_used(store: Store) -> None:

@@ -23,12 +23,12 @@ from tokenmill.engine.gateway.api_error import ApiError
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.backlog import AGAIN_S, Backlog
 from tokenmill.engine.gateway.governance import accounts, books
-from tokenmill.engine.gateway.governance.accounts import Limits
+from tokenmill.engine.gateway.governance.accounts import MASTER, Limits
 from tokenmill.engine.gateway.governance.budgets import Granted
 from tokenmill.engine.gateway.governance.pages import Kept
 from tokenmill.engine.gateway.governance.reserve import Reserve
 from tokenmill.engine.gateway.governance.schema import SCHEMA
-from tokenmill.engine.gateway.governance.service import MASTER, Governance
+from tokenmill.engine.gateway.governance.service import Governance
 from tokenmill.engine.gateway.pipeline import Exchange, Reply
 from tokenmill.engine.gateway.portfolio import Route
 from tokenmill.engine.gateway.principal import Principal
