@@ -172,12 +172,15 @@ class Gateway:
             path, model = paths.usual(path)
             known = path in _POST_ONLY
             scope["path"] = path
+        asks_a_model = method == "POST" and (known or _is_passed(path)) and path not in self._endpoints
         try:
-            if method == "POST" and (known or _is_passed(path)) and path not in self._endpoints:
+            if asks_a_model:
                 await self._inference(scope, fields, receive, send, identity, model)
                 return
             reply = await self._local(method, path, fields)
         except ApiError as error:
+            if asks_a_model:
+                self.metrics.refuse(path, error.status)
             reply = _error_reply(error)
         except ClientGoneError:
             return

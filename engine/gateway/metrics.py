@@ -128,13 +128,16 @@ class Metrics:
         self._rendered_at = 0.0
         self._rendering: asyncio.Task[bytes] | None = None
 
+    def refuse(self, endpoint: str, status: int) -> None:
+        """Counts a request that was refused before it was known what it asks for, e.g. for a body that is no JSON."""
+        self._requests.add((_shown(endpoint), "", "", str(status), "refused"))
+
     def count(self, exchange: Exchange) -> None:
         """Counts a request that has ended."""
         self.open -= 1
         target = exchange.target
         tier, backend = where = (target.backend.tier, target.backend.name) if target else ("", "")
-        endpoint = exchange.endpoint if exchange.endpoint in _ENDPOINTS else "other"
-        self._requests.add((endpoint, tier, backend, str(exchange.status), exchange.outcome))
+        self._requests.add((_shown(exchange.endpoint), tier, backend, str(exchange.status), exchange.outcome))
         if target is None:
             return
         self._duration.observe(where, time.perf_counter() - exchange.started)
@@ -201,6 +204,10 @@ class Metrics:
         if not rendering.cancelled() and rendering.exception() is None:
             self._rendered = rendering.result()
             self._rendered_at = time.monotonic()
+
+
+def _shown(endpoint: str) -> str:
+    return endpoint if endpoint in _ENDPOINTS else "other"
 
 
 def _state(target: Target) -> dict[str, Any]:

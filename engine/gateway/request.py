@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
-from tokenmill.engine.gateway.api_error import ApiError, Headers
+from tokenmill.engine.gateway.api_error import ApiError, Headers, model_not_found
 from tokenmill.engine.gateway.body import Body, check_utf8, parsed
 from tokenmill.engine.gateway.form import Form, form_of, is_form
 from tokenmill.engine.gateway.heads import without
@@ -27,6 +27,8 @@ ON_HANGUP = "tokenmill.on_hangup"
 #: A member of a scope: call it with status, headers and body of a whole answer instead of sending ASGI's two messages.
 #: It does not wait for a client that takes nothing at the moment, but returns False, and nothing has been done.
 ANSWER = "tokenmill.answer"
+#: No model has a longer name; what is asked for goes into logs, traces and the audit trail.
+MOST_OF_A_NAME = 1024
 #: How much of a body that is too long is read and dropped before the refusal, so that a client that sends it all
 #: first reads the refusal and not a reset connection.
 DRAINED = 4
@@ -133,7 +135,7 @@ async def exchange_of(scope: Scope, fields: Fields, payload: bytes, identity: st
 
     Raises:
         ApiError: 400 when the body is not a JSON object (or a form that `form_of` takes), or `model` is not a string;
-            415 when it is compressed.
+            404 when that is longer than `MOST_OF_A_NAME`; 415 when it is compressed.
     """
     headers: Headers = scope["headers"]
     body: Body | None = None
@@ -156,6 +158,8 @@ async def exchange_of(scope: Scope, fields: Fields, payload: bytes, identity: st
         await check_utf8(payload)
         body = await parsed(payload)
         model = body.get("model", str)
+    if model is not None and len(model) > MOST_OF_A_NAME:
+        raise model_not_found(model)
     client = scope.get("client")
     exchange = Exchange(
         scope["path"],

@@ -1,4 +1,7 @@
-"""One line of JSON per request on standard error; never a header or a key, and no prompt unless the policy says so."""
+"""One line of JSON per request on standard error, which the supervisor keeps in a file.
+
+Never a header or a key, and no prompt unless the policy says so.
+"""
 
 import asyncio
 import os
@@ -71,13 +74,16 @@ class RequestLog:
                 await asyncio.to_thread(self.flush)
 
     def flush(self) -> None:
-        """Writes what has gathered; may block."""
+        """Writes what has gathered; may block. What cannot be written, e.g. on a full disk, counts as lost."""
         lines, self._waiting = self._waiting, []
         lost, self._lost = self._lost, 0
         if lost:
             lines.append({"time": _now(), "event": "lost", "requests": lost})
         if lines:
-            self._write(b"".join(orjson.dumps(line) + b"\n" for line in lines))
+            try:
+                self._write(b"".join(orjson.dumps(line) + b"\n" for line in lines))
+            except OSError:
+                self._lost += lost + sum(line["event"] == "request" for line in lines)
 
 
 def describe(exchange: Exchange) -> dict[str, Any]:

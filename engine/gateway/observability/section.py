@@ -13,7 +13,9 @@ class Observability(Section):
     """What the gateway tells about its work besides `/metrics`."""
 
     request_log: bool = Field(
-        False, description="One line of JSON on standard error for each request: who, what, where, how long, how much."
+        False,
+        description="One line of JSON for each request whose body could be read, in the log file of the worker that "
+        "had it (the panel names the folder; three files of 10 MB are kept): who, what, where, how long, how much.",
     )
     log_bodies: bool = Field(
         False, description="Put request bodies, with the prompts in them, into `request_log`. Mind your policies."

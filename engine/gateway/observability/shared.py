@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,7 @@ class Board:
         self._report = report
         self._name = f"{os.getpid()}-{os.urandom(4).hex()}"
         self._lock = -1
+        self._writing = threading.Lock()
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -92,8 +94,9 @@ class Board:
 
     def _write(self, folder: Path) -> None:
         made = folder / f"{self._name}.new"
-        made.write_bytes(msgspec.msgpack.encode(self._report()))
-        made.replace(folder / f"{self._name}.report")
+        with self._writing:  # the last report is not to meet, nor be followed by, one that a thread is still at
+            made.write_bytes(msgspec.msgpack.encode(self._report()))
+            made.replace(folder / f"{self._name}.report")
 
     def everybody(self) -> list[Seen]:
         """This worker's report, fresh, and the others' last ones. Reads files: call it in a thread."""

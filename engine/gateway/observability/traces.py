@@ -11,6 +11,7 @@ import re
 import time
 from typing import TYPE_CHECKING
 
+from tokenmill.engine.gateway.heads import without
 from tokenmill.engine.gateway.observability.decisions import was_escalated
 from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply
 from tokenmill.errors import MissingDependencyError
@@ -30,6 +31,8 @@ OPERATIONS = {
 EXPORT_TIMEOUT_S = 2
 _TRACEPARENT = re.compile(rb"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 _SAMPLED = 1
+_PARENT = frozenset({b"traceparent"})
+_CONTEXT = frozenset({b"traceparent", b"tracestate"})
 
 
 class Traces:
@@ -72,7 +75,8 @@ class Traces:
         """See `pipeline.Stage`."""
         trace, parent, sampled = self._context(exchange.header(b"traceparent"))
         span = random.getrandbits(64) or 1
-        exchange.forward = [header for header in exchange.forward if header[0] != b"traceparent"]
+        # What others noted of a trace that is not continued does not belong to the new one.
+        exchange.forward = without(exchange.forward, _PARENT if parent else _CONTEXT)
         exchange.forward.append((b"traceparent", b"00-%032x-%016x-%02x" % (trace, span, _SAMPLED if sampled else 0)))
         if sampled:
             started = time.time_ns()
@@ -113,12 +117,16 @@ class Traces:
 def attributes(exchange: Exchange, operation: str) -> "dict[str, AttributeValue]":
     """The span's attributes: GenAI's where there is a convention, `tokenmill.*` for what is ours alone."""
     usage, target, principal, decision = exchange.usage, exchange.target, exchange.principal, exchange.decision
+    answering = exchange.answering if exchange.status < 400 else None
     found: dict[str, AttributeValue | None] = {
         "gen_ai.operation.name": operation,
         "gen_ai.request.model": exchange.model,
+        "gen_ai.request.stream": True if exchange.first_chunk_at else None,
+        "gen_ai.response.model": answering.target.own_model(answering.model) if answering else None,
         "gen_ai.provider.name": target.backend.protocol if target else None,
         "gen_ai.usage.input_tokens": usage.prompt or None,
         "gen_ai.usage.output_tokens": usage.completion or None,
+        "gen_ai.usage.cache_read.input_tokens": usage.cached or None,
         "http.request.method": "POST",
         "http.response.status_code": exchange.status or None,
         "url.path": exchange.endpoint,
@@ -128,7 +136,6 @@ def attributes(exchange: Exchange, operation: str) -> "dict[str, AttributeValue]
         "tokenmill.tier": target.backend.tier if target else None,
         "tokenmill.backend": target.backend.name if target else None,
         "tokenmill.attempts": exchange.attempts,
-        "tokenmill.cached_tokens": usage.cached or None,
         "tokenmill.escalated": was_escalated(exchange),
         "tokenmill.team": principal.team if principal else None,
         "tokenmill.app": principal.app if principal else None,
@@ -137,5 +144,5 @@ def attributes(exchange: Exchange, operation: str) -> "dict[str, AttributeValue]
         else None,
     }
     if exchange.first_chunk_at:
-        found["gen_ai.server.time_to_first_token"] = exchange.first_chunk_at - exchange.started
+        found["gen_ai.response.time_to_first_chunk"] = exchange.first_chunk_at - exchange.started
     return {name: value for name, value in found.items() if value is not None}

@@ -5,6 +5,7 @@ import ctypes
 import math
 import shutil
 import subprocess
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -73,6 +74,34 @@ def test_sums_keep_counts_of_the_dead_and_drop_their_gauges() -> None:
     assert "\nopen 10.0" in text
     assert "\nbackend_up 1.0" in text
     assert "# TYPE asked_total counter" in text or "# TYPE asked counter" in text
+
+
+def test_the_last_report_of_a_worker_stays_the_last(tmp_path: Path) -> None:
+    begun, go = threading.Event(), threading.Event()
+    told = 0.0
+
+    def report() -> Report:
+        nonlocal told
+        told += 1
+        family = Family("asked", "Text.", "counter", (), [((), [told])])
+        if told == 1:
+            begun.set()
+            go.wait(20)
+        return Report(1, [family])
+
+    async def live() -> None:
+        board = Board(tmp_path, report)
+        await board.start()
+        await asyncio.to_thread(begun.wait, 20)
+        stopping = asyncio.create_task(board.stop())
+        await asyncio.wait([stopping], timeout=0.2)  # it waits for the thread that is still at the one before
+        go.set()
+        await stopping
+        await asyncio.get_running_loop().shutdown_default_executor()
+
+    asyncio.run(live())
+    ((seen,),) = [one.report.families for one in Board(tmp_path, lambda: Report(2, [])).everybody()[1:]]
+    assert seen.series == [((), [2.0])]
 
 
 def test_quantiles_agree_with_the_observations() -> None:

@@ -1,5 +1,7 @@
 """The request log of a real worker: one line per request, no prompt and no key in it."""
 
+import asyncio
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ from tests.gateway.running import wait_until
 from tests.gateway.upstream import FakeUpstream
 from tests.gateway.workers import Workers
 from tokenmill.engine.gateway.backends import Backend
-from tokenmill.engine.gateway.observability.request_log import RequestLog
+from tokenmill.engine.gateway.observability.request_log import FLUSH_S, RequestLog
 from tokenmill.engine.gateway.pipeline import Exchange
 
 
@@ -44,6 +46,33 @@ def test_bodies_stand_in_it_only_where_the_policy_says_so() -> None:
         log.flush()
         (line,) = written[0].splitlines()
         assert json.loads(line).get("body") == ("the body" if bodies else None)
+
+
+def test_what_cannot_be_written_is_lost_and_the_next_is_written() -> None:
+    written: list[bytes] = []
+    full = [True]
+
+    def write(text: bytes) -> None:
+        if full[0]:
+            raise OSError(errno.ENOSPC, "no space left on device")
+        written.append(text)
+
+    async def serve() -> None:
+        log = RequestLog(False, write)
+        await log.start()
+        exchange = Exchange("/v1/x", [], b"", body=None, model=None, request_id="r", forward=[])
+        for _ in range(3):
+            log.note(exchange)
+        await asyncio.sleep(2 * FLUSH_S)
+        full[0] = False
+        while not written:
+            log.note(exchange)
+            await asyncio.sleep(FLUSH_S)
+        await log.stop()
+
+    asyncio.run(asyncio.wait_for(serve(), 20))
+    events = [json.loads(line) for line in b"".join(written).splitlines()]
+    assert sum(line.get("requests", 0) for line in events if line["event"] == "lost") >= 3
 
 
 def test_a_stuck_reader_costs_lines_and_not_memory() -> None:

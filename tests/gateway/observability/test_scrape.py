@@ -75,6 +75,19 @@ def test_waiting_is_told_by_team_app_and_tier(workers: Workers) -> None:
     wait_until(all_are_counted)
 
 
+def test_requests_that_nobody_can_read_are_counted(workers: Workers) -> None:
+    workers.send("POST", "/v1/completions", b"{")
+    workers.send("POST", "/v1/completions", b"x" * 100_000, key="nobody's")
+    workers.send("POST", "/v1/files/x", {"model": "m" * 1025})
+
+    def found() -> set[str]:
+        return set(re.findall(r'^tokenmill_requests_total\{backend="",(.* 1\.0)$', scrape(workers), re.MULTILINE))
+
+    refused = (("/v1/completions", 400), ("/v1/completions", 401), ("other", 404))
+    expected = {f'endpoint="{path}",outcome="refused",status="{status}",tier=""}} 1.0' for path, status in refused}
+    wait_until(lambda: found() == expected)
+
+
 def test_every_family_is_well_named_and_documented(workers: Workers) -> None:
     kinds = dict(re.findall(r"^# TYPE (\S+) (\S+)$", scrape(workers), re.MULTILINE))
     table = re.findall(r"^\| `(tokenmill_\w+)` \|", DOCS.read_text(encoding="utf-8"), re.MULTILINE)

@@ -5,14 +5,15 @@ from typing import Any
 
 import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
 
 from tests.gateway.upstream import FakeUpstream
 from tokenmill.engine.gateway.api_error import Headers
 from tokenmill.engine.gateway.app import Gateway
 from tokenmill.engine.gateway.backends import Backend
-from tokenmill.engine.gateway.observability.traces import Traces
-from tokenmill.engine.gateway.pipeline import Exchange, Reply
-from tokenmill.engine.gateway.portfolio import Portfolio
+from tokenmill.engine.gateway.observability.traces import Traces, attributes
+from tokenmill.engine.gateway.pipeline import Call, Exchange, Reply, Usage
+from tokenmill.engine.gateway.portfolio import Portfolio, Target
 from tokenmill.engine.gateway.request import ANSWER, ON_HANGUP
 from tokenmill.engine.gateway.routing import ResolveModel
 from tokenmill.engine.gateway.settings import Settings
@@ -76,6 +77,36 @@ def test_a_span_continues_the_callers_trace_and_the_backend_is_told(upstream: Fa
     assert attributes["gen_ai.usage.input_tokens"] > 0
     assert "secret" not in span.to_json()
     assert span.end_time > span.start_time
+
+
+def test_a_span_says_which_model_answered_and_what_was_cached() -> None:
+    backend = Backend("a", "http://127.0.0.1:9", "utility", models=("tiny",), model_names={"tiny": "org/tiny-7b"})
+    target = Target(backend, Settings())
+    exchange = Exchange("/v1/chat/completions", [], b"", body=None, model="auto", request_id="r", forward=[])
+    exchange.target, exchange.status = target, 200
+    exchange.started, exchange.first_chunk_at = 1.0, 1.5
+    exchange.calls = [Call(target, "tiny", Usage(10, 4, 5, exact=True), 200)]
+    names = {value for name, value in vars(gen_ai_attributes).items() if name.startswith("GEN_AI_")}
+    found = attributes(exchange, "chat")
+    assert {name for name in found if name.startswith("gen_ai.")} <= names
+    expected = {
+        "gen_ai.request.model": "auto",
+        "gen_ai.request.stream": True,
+        "gen_ai.response.model": "org/tiny-7b",
+        "gen_ai.response.time_to_first_chunk": 0.5,
+        "gen_ai.usage.cache_read.input_tokens": 4,
+    }
+    assert {name: found[name] for name in expected} == expected
+    exchange.status = 503
+    assert "gen_ai.response.model" not in attributes(exchange, "chat")
+
+
+@pytest.mark.parametrize(("header", "passed"), [(f"00-{TRACE}-{PARENT}-01".encode(), "a=b"), (b"garbage", None)])
+def test_what_others_noted_of_a_trace_goes_on_with_it_alone(
+    upstream: FakeUpstream, header: bytes, passed: str | None
+) -> None:
+    spans_of(upstream, b'{"model": "tiny"}', [(b"tracestate", b"a=b"), (b"traceparent", header)])
+    assert upstream.books.requests[-1][1].get("tracestate") == passed
 
 
 @pytest.mark.parametrize("header", [b"", b"garbage", b"00-" + b"0" * 32 + b"-" + b"0" * 16 + b"-01", b"ff-x"])
