@@ -92,6 +92,10 @@ class ForeignFile:
             return None
         return value.removeprefix(ENVIRONMENT)
 
+    def lookup(self, name: str) -> str | None:
+        """A variable's value, in the file or else in the process; None where it is not set."""
+        return self.environment.get(name) or os.environ.get(name, "").strip() or None
+
     def number(self, place: Place, low: float, high: float) -> float | None:
         """A number within limits."""
         value = self.raw(place)
@@ -165,8 +169,8 @@ class ForeignFile:
         if not value.startswith(ENVIRONMENT):
             return value
         name = value.removeprefix(ENVIRONMENT)
-        found = self.environment.get(name) or os.environ.get(name, "").strip()
-        if not found:
+        found = self.lookup(name)
+        if found is None:
             self.problem(place, f"the variable {name[:_SHOWN]} is not set; export it")
             return None
         return found

@@ -31,12 +31,15 @@ from tokenmill.errors import InputError
 #: Strategies that ours stands in for: the fewest open requests per weight.
 _STRATEGIES = ("simple-shuffle", "least-busy")
 _WEIGHTS = ("weight", "rpm", "tpm")
+#: Of another's weight so much has who gets nothing while that one can take it.
+_SPARE = 1e-9
 _MASTER_KEY: Place = ("general_settings", "master_key")
 _MASTER_VARIABLE = "LITELLM_MASTER_KEY"
 
 #: Why some fields are not used.
 _REASONS: Mapping[str, str] = {
-    "litellm_settings.drop_params": "every field passes to the backend untouched",
+    "litellm_settings.drop_params": "every field passes to the backend untouched; what Anthropic's protocol has nothing "
+    "for is refused",
     "litellm_settings.set_verbose": "set the variable TOKENMILL_LOG_LEVEL=debug instead",
     "litellm_settings.cache": "there is no cache here",
     **dict.fromkeys(
@@ -223,15 +226,21 @@ class _Importer:
         return groups
 
     def _weigh(self, places: list[Place], backends: list[dict[str, Any]]) -> None:
-        """LiteLLM shares a group's load by weight, else by rpm, else by tpm, where every deployment states it."""
+        """LiteLLM shares a group's load by weight, else by rpm, else by tpm.
+
+        Beside a weight, one of 0 or none at all gets nothing while the others can take it. What has no rpm or tpm is
+        not limited, so these count only where every deployment states them.
+        """
         source = self._source
         if source.problems:
             return  # they are raised; a second look would tell them twice
         for field in _WEIGHTS:
             values = [source.number((*place, field), 0, 1e12) for place in places]
-            if len(places) > 1 and all(values):
+            stated = [value for value in values if value]
+            if len(places) > 1 and (all(values) or (field == "weight" and stated)):
+                spare = min(stated) * _SPARE
                 for backend, value in zip(backends, values, strict=True):
-                    backend["weight"] = value
+                    backend["weight"] = value or spare
                 return
 
     def _deployment(self, place: Place, name: str) -> dict[str, Any] | None:
@@ -255,7 +264,8 @@ class _Importer:
             )
             return None
         stated = (source.text(self._at(parameters, field)) for field in ("api_base", "base_url"))
-        address = next((one for one in stated if one), provider.base)
+        address = next((one for one in stated if one), None)
+        address = address or next((one for name in provider.bases if (one := source.lookup(name))), provider.base)
         if address is None:
             source.problem(parameters, f"{prefix} needs the server's address; add api_base")
             return None
@@ -301,7 +311,10 @@ class _Importer:
         if key is not None:
             return {"api_key": key}
         own_server = source.peek(self._at(parameters, "api_base")) is not None
-        return {} if own_server or provider.key is None else {"api_key_env": provider.key}
+        if own_server or provider.key is None:
+            return {}
+        inside = source.environment.get(provider.key)
+        return {"api_key": inside} if inside else {"api_key_env": provider.key}
 
     def _limits(self, parameters: Place) -> dict[str, Any]:
         source = self._source
@@ -356,7 +369,7 @@ class _Importer:
             found = source.text(_MASTER_KEY)
             if found is None:
                 # Where the file has none, LiteLLM's variable counts: a gateway without keys would be open to all.
-                found = source.environment.get(_MASTER_VARIABLE) or os.environ.get(_MASTER_VARIABLE, "").strip() or None
+                found = source.lookup(_MASTER_VARIABLE)
             if found is None:
                 return {}
             key = found

@@ -53,7 +53,8 @@ def test_example_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LITELLM_MASTER_KEY", MASTER)
     request = arguments.parse([str(EXAMPLE)])
     left_out = [line.partition(": ")[2] for line in request.left_out]
-    assert "litellm_settings.drop_params: not understood; every field passes to the backend untouched" in left_out
+    dropped = [line for line in left_out if line.startswith("litellm_settings.drop_params: not understood; every")]
+    assert len(dropped) == 1
     config = request.config
     assert list(config.tiers) == ["chat", "gpt-4o", "claude"]
     assert config.tiers["chat"].fallbacks == ["gpt-4o", "claude"]
@@ -272,6 +273,8 @@ def test_the_store_is_where_the_user_says(tmp_path: Path, monkeypatch: pytest.Mo
     [
         ("openai/gpt-4o", "https://api.openai.com/v1", "gpt-4o"),
         ("gpt-4o", "https://api.openai.com/v1", "gpt-4o"),
+        ("whisper-1", "https://api.openai.com/v1", "whisper-1"),
+        ("dall-e-3", "https://api.openai.com/v1", "dall-e-3"),
         ("claude-3-haiku-20240307", "https://api.anthropic.com", "claude-3-haiku-20240307"),
         ("groq/llama-3.1-8b", "https://api.groq.com/openai/v1", "llama-3.1-8b"),
         ("openrouter/meta/llama-3", "https://openrouter.ai/api/v1", "meta/llama-3"),
@@ -351,11 +354,46 @@ def test_a_provider_may_serve_all_that_it_lists(tmp_path: Path) -> None:
 def test_weights_come_from_weight_then_rpm_where_all_state_it(tmp_path: Path) -> None:
     text = "model_list:\n" + "".join(
         model(name, f"model: openai/x, api_key: k, {rest}")
-        for name, rest in (("a", "rpm: 10, tpm: 5"), ("a", "rpm: 30"), ("b", "weight: 2, rpm: 9"), ("b", "rpm: 3"))
+        for name, rest in (
+            *(("a", "rpm: 10, tpm: 5"), ("a", "rpm: 30"), ("b", "tpm: 2, rpm: 9"), ("b", "rpm: 3"), ("b", "rpm: 3")),
+            *(("c", "rpm: 3"), ("c", "tpm: 3"), ("d", "weight: 0"), ("d", "weight: 0")),
+        )
     )
     config = convert(tmp_path, text).config
-    assert [backend.weight for backend in config.tiers["a"].backends] == [10, 30]
-    assert [backend.weight for backend in config.tiers["b"].backends] == [9, 3]
+    weights = {name: [backend.weight for backend in tier.backends] for name, tier in config.tiers.items()}
+    assert weights == {"a": [10, 30], "b": [9, 3, 3], "c": [1, 1], "d": [1, 1]}
+
+
+@pytest.mark.parametrize("other", ["weight: 0", "weight: 0.0, rpm: 3", "rpm: 3", "timeout: 5"])
+def test_beside_a_weight_none_means_nothing_as_in_litellm(tmp_path: Path, other: str) -> None:
+    text = "model_list:\n" + "".join(
+        model("a", f"model: openai/x, api_key: k, {rest}") for rest in (other, "weight: 2, rpm: 9", "weight: 0.5")
+    )
+    spare, *others = [backend.weight for backend in convert(tmp_path, text).config.tiers["a"].backends]
+    assert others == [2, 0.5]
+    assert 0 < spare < 1e-8
+
+
+def test_addresses_and_keys_come_from_the_usual_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_BASE", "http://10.0.0.1/v1")
+    monkeypatch.setenv("ANTHROPIC_BASE_URL", "http://10.0.0.2")
+    text = "environment_variables: {OPENAI_API_KEY: sk-inside, OLLAMA_API_BASE: 'http://10.0.0.3'}\nmodel_list:\n"
+    text += "".join(
+        model(f"m{number}", said)
+        for number, said in enumerate(
+            (
+                *("model: openai/x", "model: openai/x, api_base: http://h/v1", "model: anthropic/x, api_key: k"),
+                *("model: ollama/x", "model: groq/x, api_key: k"),
+            )
+        )
+    )
+    config = convert(tmp_path, text).config
+    found = [backends(config, f"m{number}")[0] for number in range(5)]
+    assert [backend.url for backend in found] == [
+        *("http://10.0.0.1/v1", "http://h/v1", "http://10.0.0.2", "http://10.0.0.3"),
+        "https://api.groq.com/openai/v1",
+    ]
+    assert [backend.api_key for backend in found] == ["sk-inside", None, "k", None, "k"]
 
 
 #: (file, line of the complaint, words that it must contain)
