@@ -168,7 +168,7 @@ def read(path: Path) -> Calibration:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigurationError(f"{path} is not JSON ({error}); {remedy}") from None
     try:
         if content["format"] != FORMAT or content["statistic"] not in get_args(Statistic):
@@ -178,5 +178,5 @@ def read(path: Path) -> Calibration:
             raise ValueError
         points = tuple(Point(**point) for point in content["curve"])
         return Calibration(threshold, content["statistic"], int(content["samples"]), Point(**content["chosen"]), points)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise ConfigurationError(f"{path} is no calibration; {remedy}") from None

@@ -15,6 +15,8 @@ from tokenmill.engine.gateway.router.features import FEATURES
 from tokenmill.errors import ConfigurationError
 
 FORMAT = "tokenmill router weights 1"
+#: Features are below 10 or so: larger weights mean nothing.
+_LARGEST = 1e9
 
 
 def complexity(values: Mapping[str, float], weights: Mapping[str, float]) -> float:
@@ -50,7 +52,7 @@ def read_weights(path: Path) -> Mapping[str, float]:
         raise ConfigurationError(
             f"{path} cannot be read ({error.strerror}); train it with `tokenmill router`"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigurationError(f"{path} is not JSON ({error}); write it with `tokenmill router train`") from None
     weights = content.get("weights") if isinstance(content, dict) and content.get("format") == FORMAT else None
     if not isinstance(weights, dict):
@@ -58,6 +60,8 @@ def read_weights(path: Path) -> Mapping[str, float]:
     for name, value in weights.items():
         if name not in FEATURES or isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ConfigurationError(f"{path}: weight {name!r}={value!r} is none of {', '.join(FEATURES)}")
-        if not math.isfinite(value):
-            raise ConfigurationError(f"{path}: weight {name!r}={value!r} is not finite")
+        if not -_LARGEST <= value <= _LARGEST:
+            raise ConfigurationError(
+                f"{path}: weight {name!r}={str(value)[:40]} is not between {-_LARGEST:g} and {_LARGEST:g}"
+            )
     return {name: float(value) for name, value in weights.items()}

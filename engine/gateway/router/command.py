@@ -1,7 +1,9 @@
 """`tokenmill calibrate` and `tokenmill router train`: thresholds and weights from logged outcomes."""
 
 import argparse
+import contextlib
 import csv
+import io
 import json
 import math
 from collections.abc import Iterator
@@ -47,7 +49,8 @@ def calibrate(argv: list[str]) -> int:
         skipped = len(lines) - len(samples)
         print(f"skipped {skipped} of {len(lines)} lines, which lack a confidence, or whether the answer was right")
     found = calibration.calibrate(samples, options.statistic, options.max_error, options.cost_ratio)
-    calibration.write(found, options.out)
+    with _written(options.out, options.data):
+        calibration.write(found, options.out)
     chosen = found.chosen
     print(f"threshold {found.threshold:.4f} of {found.statistic}, from {found.samples} answers")
     print(f"  wrong among those given: {chosen.error:.2%}, at most {chosen.error_bound:.2%} (95%)")
@@ -69,20 +72,23 @@ def router(argv: list[str]) -> int:
     train = commands.add_parser(
         "train",
         help="fit its weights to logged outcomes",
-        description="LOG is what `routing.log` wrote: JSON lines with `features`, and `good` (whether the first tier's "
-        "answer was good). Lines without `good` count by `escalated` where their answer was judged, and are skipped "
-        "otherwise.",
+        description="LOG is what `routing.log` wrote: JSON lines with `features`, and `good` (whether the answer of "
+        "the line's tier was good). Lines without `good` count by `escalated` where their answer was judged, and are "
+        "skipped otherwise.",
     )
     train.add_argument("log", type=Path, metavar="LOG")
+    train.add_argument(
+        "--tier", help="the tier whose answers count, the simplest; needed where LOG has answers of several"
+    )
     train.add_argument("--out", type=Path, default=Path("weights.json"), help="the file for the configuration")
     train.add_argument("--ridge", type=float, default=1.0, help="penalty on large weights (1.0)")
     options = parser.parse_args(argv)
     if not 0 < options.ridge <= 1e6:
         raise InputError(f"--ridge={options.ridge} is outside 0 to 1000000")
-    examples = [example for row, where in _rows(options.log) if (example := _example(row, where)) is not None]
-    found = training.fit(examples, options.ridge)
+    found = training.fit(_examples(options.log, options.tier), options.ridge)
     content = {"format": classifier.FORMAT, "made_from": f"{found.examples} logged outcomes", "weights": found.weights}
-    options.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with _written(options.out, options.log):
+        options.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print(f"weights from {found.examples} outcomes, judged by every fifth, which was held out:")
     print(f"  log loss {found.log_loss:.4f} (always the mean: {found.base_log_loss:.4f}), AUC {found.auc:.3f}")
     print(f"written to {options.out}; name it in routing.weights")
@@ -96,14 +102,19 @@ def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error}); give a file of JSON lines or CSV") from None
     if path.suffix == ".csv":
-        for number, row in enumerate(csv.DictReader(text.splitlines()), 2):
-            yield dict(row), f"{path}:{number}"
+        reader = csv.DictReader(io.StringIO(text))
+        try:
+            for row in reader:
+                yield dict(row), f"{path}:{reader.line_num}"
+        except csv.Error as error:
+            raise InputError(f"{path}:{reader.line_num}: not CSV ({error}); give JSON lines") from None
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not `splitlines`: a text within a line may hold what Unicode calls a line's end.
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{path}:{number}: not JSON ({error}); each line is one object") from None
             if not isinstance(row, dict):
                 raise InputError(f"{path}:{number}: {str(row)[:40]} is no object; each line is one object")
@@ -117,11 +128,11 @@ def _sample(row: dict[str, Any], where: str) -> calibration.Sample | None:
     if said in _ABSENT or row.get(name) in _ABSENT:
         return None
     try:
-        value = float(said)
-    except (TypeError, ValueError):
+        value = math.nan if isinstance(said, bool) else float(said)
+    except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not 0 <= value <= 1:
-        raise InputError(f"{where}: 'confidence' is {said!r}; give a number from 0 to 1")
+        raise InputError(f"{where}: 'confidence' is {repr(said)[:40]}; give a number from 0 to 1")
     then = row.get("then_correct")
     return calibration.Sample(
         value,
@@ -138,6 +149,20 @@ def _truth(value: object, name: str, where: str) -> bool:
     return found
 
 
+def _examples(path: Path, tier: str | None) -> list[training.Example]:
+    """The outcomes in a log of one tier: that a better one did well does not say that a request is easy."""
+    found: dict[str, list[training.Example]] = {}
+    anybodys: list[training.Example] = []
+    for row, where in _rows(path):
+        example = _example(row, where)
+        if example is not None:
+            (anybodys if row.get("tier") is None else found.setdefault(str(row["tier"]), [])).append(example)
+    if (tier is None and len(found) <= 1) or tier in found:
+        return anybodys + [one for name, examples in found.items() if tier in (None, name) for one in examples]
+    known = ", ".join(sorted(found)) or "none"
+    raise InputError(f"{path} has judged answers of these tiers: {known}; name the simplest one with --tier")
+
+
 def _example(row: dict[str, Any], where: str) -> training.Example | None:
     features = row.get("features")
     if not isinstance(features, dict):
@@ -150,5 +175,16 @@ def _example(row: dict[str, Any], where: str) -> training.Example | None:
         return None
     try:
         return training.Example([float(features.get(name, 0.0)) for name in FEATURES], hard)
-    except (TypeError, ValueError):
-        raise InputError(f"{where}: a feature is not a number") from None
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"{where}: a feature is not a number; take the lines that routing.log writes") from None
+
+
+@contextlib.contextmanager
+def _written(path: Path, data: Path) -> Iterator[None]:
+    """Around the writing of a file: raises `InputError` where it cannot be, or would be written over its data."""
+    if path.exists() and path.samefile(data):
+        raise InputError(f"--out={path} is the data itself; name another file")
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}); name another file with --out") from None

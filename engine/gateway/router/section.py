@@ -10,6 +10,7 @@ from tokenmill.engine.gateway.router.settings import EscalationSettings, Routing
 from tokenmill.engine.gateway.router.settings import Rule as RuleSettings
 from tokenmill.engine.gateway.sections import Section
 from tokenmill.engine.gateway.sensitivity.scanner import compile_pattern
+from tokenmill.errors import ConfigurationError
 
 
 class Rule(Section):
@@ -56,7 +57,7 @@ class Escalation(Section):
     statistic: Statistic | None = Field(
         None,
         description="`lowest_tenth` (of the token probabilities), `mean`, `lowest_window` (of eight tokens); default: "
-        "`lowest_tenth`, or what the calibration says.",
+        "`lowest_tenth`; beside a `calibration` it can only repeat what that says.",
     )
     hold_tokens: int | None = Field(
         None, description="Tokens of a stream that are held back and judged; default: all.", ge=1, le=100_000
@@ -74,11 +75,16 @@ class Escalation(Section):
         return self
 
     def settings(self) -> EscalationSettings:
-        """What the workers are told; raises `ConfigurationError` where the calibration cannot be read."""
+        """What the workers are told; raises `ConfigurationError` where the calibration cannot be had."""
         threshold, statistic = self.threshold, self.statistic
         if self.calibration is not None:
             found = calibration.read(Path(self.calibration))
-            threshold, statistic = found.threshold, statistic or found.statistic
+            if statistic not in (None, found.statistic):
+                raise ConfigurationError(
+                    f"routing.escalation: {self.calibration} holds a threshold of {found.statistic!r}, which says "
+                    f"nothing about {statistic!r}; leave 'statistic' out, or calibrate with --statistic {statistic}"
+                )
+            threshold, statistic = found.threshold, found.statistic
         assert threshold is not None
         return EscalationSettings(
             self.first, self.then, threshold, statistic or "lowest_tenth", self.hold_tokens, self.allowance_seconds

@@ -55,7 +55,7 @@ def fit(examples: Sequence[Example], ridge: float = 1.0, seed: int = 0) -> Fit:
         seed: Of the split.
 
     Raises:
-        InputError: Too few examples, or all with the same outcome.
+        InputError: Too few examples, all with the same outcome, or features beyond all measure.
     """
     if len(examples) < 50:
         raise InputError(f"{len(examples)} lines are too few to train from; log at least 50, better 2000")
@@ -65,6 +65,8 @@ def fit(examples: Sequence[Example], ridge: float = 1.0, seed: int = 0) -> Fit:
     if len({one.hard for one in used}) < 2 or len({one.hard for one in held}) < 2:
         raise InputError("all outcomes are the same; log good and bad answers")
     weights = _newton(used, ridge)
+    if not all(map(math.isfinite, weights)):
+        raise InputError("no weights fit these features, which are too large; take the lines that routing.log writes")
     said = [(logistic(_dot(weights, one.values)), one.hard) for one in held]
     mean = sum(one.hard for one in used) / len(used)
     return Fit(

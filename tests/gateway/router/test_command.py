@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tokenmill.engine.gateway.router import calibration, classifier, command, training
+from tokenmill.engine.gateway.router import calibration, classifier, command, plot, training
 from tokenmill.engine.gateway.router.calibration import Sample
 from tokenmill.engine.gateway.router.features import FEATURES
 from tokenmill.errors import ConfigurationError, InputError
@@ -110,6 +110,9 @@ def test_csv_is_read_too(tmp_path: Path) -> None:
         ("", "0 samples are too few"),
         ('{"confidence": 0.5, "correct": true}\n' * 3, "3 samples"),
         ("nonsense", ":1: not JSON"),
+        ("[" * 100_000, ":1: not JSON (maximum recursion depth"),
+        ('{"confidence": 1' + "0" * 400 + ', "correct": true}', "'confidence' is 1000"),
+        ('{"confidence": true, "correct": true}', "'confidence' is True"),
         ("[1]", ":1: [1] is no object"),
         ('{"correct": true}', "0 samples are too few"),
         ('{"confidence": 2, "correct": true}', "'confidence' is 2;"),
@@ -127,6 +130,48 @@ def test_bad_data_is_named(tmp_path: Path, text: str, words: str) -> None:
     assert words in str(caught.value)
 
 
+def test_a_text_may_hold_any_end_of_line(tmp_path: Path) -> None:
+    rows = [{**row, "text": "one\u2028two\u0085three"} for row in calibrated_samples(100)]
+    data, table, out = tmp_path / "log.jsonl", tmp_path / "log.csv", tmp_path / "c.json"
+    data.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    assert command.calibrate([str(data), "--out", str(out), "--max-error", "0.4"]) == 0
+    assert calibration.read(out).samples == 100
+    lines = [f'"one\ntwo\u2028three",{row["confidence"]},{row["correct"]}' for row in rows]
+    table.write_text("text,confidence,correct\n" + "\n".join(lines), encoding="utf-8")
+    assert command.calibrate([str(table), "--out", str(out), "--max-error", "0.4"]) == 0
+    assert calibration.read(out).samples == 100
+    table.write_text("confidence,correct,text\n0.5,true," + "x" * 200_000)
+    with pytest.raises(InputError, match=r"log\.csv:\d: not CSV \(field larger"):
+        command.calibrate([str(table), "--out", str(out)])
+
+
+def test_where_nothing_can_be_written(tmp_path: Path) -> None:
+    data = tmp_path / "log.jsonl"
+    text = "\n".join(
+        map(json.dumps, [{**row, "good": row["correct"], "features": {}} for row in calibrated_samples(100)])
+    )
+    data.write_text(text)
+    for make in (
+        lambda *more: command.calibrate([*more, "--max-error", "0.4"]),
+        lambda *more: command.router(["train", *more]),
+    ):
+        for out, words in ((tmp_path, "cannot be written"), (tmp_path / "no" / "x", "cannot be written"),
+                           (tmp_path / "." / "log.jsonl", "is the data itself")):  # fmt: skip
+            with pytest.raises(InputError, match=words):
+                make(str(data), "--out", str(out))
+    assert data.read_text() == text
+
+
+def test_the_plot_shows_what_each_threshold_does(tmp_path: Path) -> None:
+    """Between two thresholds nothing changes until the upper one is passed: no slope."""
+    samples = [Sample(0.5, True)] * 50 + [Sample(0.9, True)] * 50
+    figure = plot.figure_of(calibration.calibrate(samples, "mean", 0.1, 0.1))
+    for line in figure.axes[1].get_lines()[:3]:
+        assert line.get_drawstyle() == "steps-pre"
+    assert list(figure.axes[1].get_lines()[0].get_xdata()) == [0.5, 0.9, 1.0]
+    assert list(figure.axes[1].get_lines()[0].get_ydata()) == [0.0, 0.5, 1.0]
+
+
 def test_the_command_line_reports_in_one_line(tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-m", "tokenmill", "calibrate", str(tmp_path / "none.jsonl")], capture_output=True, text=True,
@@ -137,7 +182,11 @@ def test_the_command_line_reports_in_one_line(tmp_path: Path) -> None:
     assert run.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("text", [None, "", "{}", '{"format": "x"}', "[]"])
+NESTED = "[" * 100_000
+HUGE = '{"format": "tokenmill router weights 1", "weights": {"bias": 1' + "0" * 400 + "}}"
+
+
+@pytest.mark.parametrize("text", [None, "", "{}", '{"format": "x"}', "[]", NESTED])
 def test_files_that_are_none(tmp_path: Path, text: str | None) -> None:
     path = tmp_path / "file.json"
     if text is not None:
@@ -183,6 +232,45 @@ def test_training_beats_the_mean_on_lines_it_did_not_see() -> None:
     found = training.fit(examples)
     assert found.log_loss < found.base_log_loss - 0.05
     assert found.auc > 0.7
+
+
+def test_weights_beyond_all_measure_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "w.json"
+    for text in (HUGE, HUGE.replace("1000", "-1000"), HUGE.replace("1" + "0" * 400, "1e400"),
+                 HUGE.replace("1" + "0" * 400, "NaN")):  # fmt: skip
+        path.write_text(text)
+        with pytest.raises(ConfigurationError, match=r"weight 'bias'=.{1,41} is not between -1e\+09 and 1e\+09"):
+            classifier.read_weights(path)
+
+
+def test_training_looks_at_one_tier(tmp_path: Path) -> None:
+    """That the large model did well on what is hard does not make it easy."""
+    dice = random.Random(4)
+    rows = []
+    for _ in range(2000):
+        code = dice.random() < 0.5
+        tier = dice.choice(["utility", "reasoning"])
+        good = tier == "reasoning" or not code
+        rows.append({"tier": tier, "features": {"bias": 1.0, "code": float(code)}, "good": good})
+    log, out = tmp_path / "log.jsonl", tmp_path / "w.json"
+    log.write_text("\n".join(map(json.dumps, [*rows, {"features": {"bias": 1.0}, "tier": "vision"}])))
+    for more in ([], ["--tier", "frontier"], ["--tier", "vision"]):
+        with pytest.raises(InputError, match="of these tiers: reasoning, utility; name the simplest one with --tier"):
+            command.router(["train", str(log), "--out", str(out), *more])
+    assert command.router(["train", str(log), "--out", str(out), "--tier", "utility"]) == 0
+    weights = classifier.read_weights(out)
+    assert classifier.complexity({"bias": 1.0, "code": 1.0}, weights) > 0.9
+    assert classifier.complexity({"bias": 1.0}, weights) < 0.1
+
+
+@pytest.mark.parametrize("value", ["1e300", "NaN", "Infinity", "1" + "0" * 400])
+def test_features_beyond_all_measure_are_refused(tmp_path: Path, value: str) -> None:
+    log = tmp_path / "log.jsonl"
+    lines = [f'{{"features": {{"bias": 1, "code": {value}}}, "good": {str(number % 2 == 0).lower()}}}'
+             for number in range(100)]  # fmt: skip
+    log.write_text("\n".join(lines))
+    with pytest.raises(InputError, match=r"take the lines that routing\.log writes"):
+        command.router(["train", str(log), "--out", str(tmp_path / "w.json")])
 
 
 def test_training_needs_both_outcomes() -> None:

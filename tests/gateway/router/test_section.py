@@ -100,6 +100,24 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
             make_plan(config.load(path))
 
 
+def test_a_calibration_of_another_statistic_is_refused(tmp_path: Path) -> None:
+    samples = [Sample(number / 100, number > 50) for number in range(100)]
+    calibration.write(calibration.calibrate(samples, "lowest_window", 0.3, 0.1), tmp_path / "c.json")
+    path = tmp_path / "c.yaml"
+
+    def plan(statistic: str) -> EscalationSettings | None:
+        section = f"{{first: u, then: r, calibration: {tmp_path}/c.json, statistic: {statistic}}}"
+        path.write_text(f"{TIERS}routing: {{escalation: {section}}}\n")
+        routing = make_plan(config.load(path)).routing
+        return None if routing is None else routing.escalation
+
+    found = plan("lowest_window")
+    assert found is not None
+    assert found.statistic == "lowest_window"
+    with pytest.raises(ConfigurationError, match="a threshold of 'lowest_window', which says nothing about 'mean'"):
+        plan("mean")
+
+
 def test_the_example_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("CLOUD_API_KEY", "FRONTIER_API_KEY"):
         monkeypatch.setenv(name, "a-key-for-the-check")
