@@ -38,8 +38,8 @@ _MASTER_VARIABLE = "LITELLM_MASTER_KEY"
 
 #: Why some fields are not used.
 _REASONS: Mapping[str, str] = {
-    "litellm_settings.drop_params": "every field passes to the backend untouched; what Anthropic's protocol has nothing "
-    "for is refused",
+    "litellm_settings.drop_params": "every field passes to the backend untouched; what Anthropic's protocol has no "
+    "counterpart of is refused",
     "litellm_settings.set_verbose": "set the variable TOKENMILL_LOG_LEVEL=debug instead",
     "litellm_settings.cache": "there is no cache here",
     **dict.fromkeys(
