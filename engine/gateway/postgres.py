@@ -20,6 +20,7 @@ from tokenmill.errors import ConfigurationError, MissingDependencyError
 
 try:
     import psycopg
+    from psycopg.conninfo import conninfo_to_dict, make_conninfo
 except ImportError as problem:
     raise MissingDependencyError("psycopg", "postgres", "a store in PostgreSQL") from problem
 
@@ -31,6 +32,16 @@ NOT_AGAIN_S = 1.0
 DEAD_AFTER_S = 1.2
 #: The same from when the server was found again: all were without it then, and come back one after the other.
 DEAD_AFTER_LOSS_S = 2 * RECONNECT_TIMEOUT_S
+#: Seconds after which the server ends a transaction of a process that has stopped within it: the others wait for it.
+STOPPED_AFTER_S = 5.0
+#: What libpq is told where the URL says nothing of it: a server that cannot be reached any more is given up within
+#: seconds. Without, a statement waits for the kernel to do so, a quarter of an hour.
+_NOTICE_LOSS = {
+    "keepalives_idle": "5",
+    "keepalives_interval": "2",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "10000",
+}
 #: The advisory lock that orders writers.
 _WRITERS = 0x746F6B656E6D696C
 #: Encodings of a database that keep every text; SQL_ASCII keeps the bytes.
@@ -69,19 +80,15 @@ class PostgresConnection:
     def execute(self, statement: str, parameters: Sequence[Any] = (), /) -> Cursor:
         """See `store.Connection`."""
         raw = self.raw
-        try:
+        with self._watched():
             return raw.execute(_translated(statement), parameters)
-        except psycopg.OperationalError as error:
-            raise self._lost(error) from error
 
     def executemany(self, statement: str, parameters: Sequence[Sequence[Any]], /) -> object:
         """See `store.Connection`."""
         if parameters:
             raw = self.raw
-            try:
+            with self._watched():
                 raw.cursor().executemany(_translated(statement), parameters)
-            except psycopg.OperationalError as error:
-                raise self._lost(error) from error
         return None
 
     @contextlib.contextmanager
@@ -98,8 +105,10 @@ class PostgresConnection:
             with raw.transaction():
                 yield
                 committing = True
-        except psycopg.OperationalError as error:
-            raise self._lost(error, committing) from error
+        except psycopg.Error as error:
+            if self._is_loss(error):
+                raise self._lost(error, committing) from error
+            raise
 
     def make(self, statement: str) -> None:
         """See `store.Connection`."""
@@ -124,13 +133,17 @@ class PostgresConnection:
         if time.monotonic() < self._again_at:
             raise StoreUnavailableError(f"{shown(self._url)} could not be reached a moment ago; see governance.store")
         try:
-            raw = psycopg.connect(
+            said = conninfo_to_dict(self._url)
+            added = {name: value for name, value in _NOTICE_LOSS.items() if name not in said}
+            place = make_conninfo(
                 self._url,
-                autocommit=True,
                 connect_timeout=timeout_s,
                 application_name="tokenmill",
                 client_encoding="utf8",
+                **added,
             )
+            raw = psycopg.connect(place, autocommit=True)
+            raw.execute(f"SET idle_in_transaction_session_timeout = {round(STOPPED_AFTER_S * 1000)}")
         except psycopg.Error as error:
             self._again_at = time.monotonic() + NOT_AGAIN_S
             raise self._lost(error) from None
@@ -141,6 +154,20 @@ class PostgresConnection:
         # Whatever the database's default: what a transaction reads must not be older than its turn among the writers.
         raw.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
         return raw
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Statements in which the connection may be lost."""
+        try:
+            yield
+        except psycopg.Error as error:
+            if self._is_loss(error):
+                raise self._lost(error) from error
+            raise
+
+    def _is_loss(self, error: psycopg.Error) -> bool:
+        """Whether it is the server's or the line's doing; it may end a session for reasons of its own."""
+        return isinstance(error, psycopg.OperationalError) or self.broken
 
     def _lost(self, error: psycopg.Error, perhaps_done: bool = False) -> StoreUnavailableError:
         reason = " ".join(str(error).split())

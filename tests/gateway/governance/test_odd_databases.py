@@ -1,4 +1,4 @@
-"""Databases of a PostgreSQL server whose owner set them up otherwise: they work, or are refused in one line."""
+"""A PostgreSQL server that others set up or use otherwise: it works, or is refused in one line."""
 
 import threading
 from collections.abc import Iterator
@@ -11,10 +11,11 @@ from tests.gateway.running import wait_until
 from tokenmill.engine.gateway.governance import accounts, audit
 from tokenmill.engine.gateway.governance.accounts import Limits
 from tokenmill.engine.gateway.governance.schema import SCHEMA
-from tokenmill.engine.gateway.store import Connection, Store
+from tokenmill.engine.gateway.store import Connection, Store, StoreUnavailableError
 from tokenmill.errors import ConfigurationError
 
 psycopg = pytest.importorskip("psycopg")
+postgres_module = pytest.importorskip("tokenmill.engine.gateway.postgres")
 
 
 @pytest.fixture
@@ -56,6 +57,32 @@ def test_a_stricter_isolation_hides_nothing_from_who_waited(url: str, root: Any,
     assert audit.verify(first.reader).sequence == 2
     first.close()
     second.close()
+
+
+def test_who_stops_within_a_transaction_does_not_stop_the_others(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that was suspended, or cut off, while it had its turn among the writers."""
+    monkeypatch.setattr(postgres_module, "STOPPED_AFTER_S", 0.2)
+    stopped, other = Store(url, SCHEMA), Store(url, SCHEMA)
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def stop(connection: Connection) -> str:
+        make_team(connection)
+        begun.set()
+        assert goes_on.wait(60)
+        return make_team(connection)
+
+    stopping = stopped.submit(stop)
+    assert begun.wait(30)
+    made = other.submit(make_team).result(30)
+    goes_on.set()
+    with pytest.raises(StoreUnavailableError, match="idle-in-transaction timeout") as raised:
+        stopping.result(30)
+    assert not raised.value.perhaps_done
+    # Nothing of it was written, and it is served again.
+    assert [team.id for team in accounts.every(other.reader)] == [made]
+    assert stopped.write_now(make_team) != made
+    stopped.close()
+    other.close()
 
 
 @pytest.mark.parametrize(
