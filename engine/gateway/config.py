@@ -24,6 +24,8 @@ from tokenmill.engine.gateway.sensitivity.section import Sensitivity
 from tokenmill.errors import ConfigurationError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+#: What may stand in a header as a key.
+_KEY = r"^[\x21-\x7e]+$"
 #: vLLM flags that `tokenmill serve` sets itself, and what to use instead.
 RESERVED_FLAGS: dict[str, str] = {
     "model": "name the model in 'model'",
@@ -236,12 +238,12 @@ class RemoteBackend(Backend):
     api_key: str | None = Field(
         None,
         description="Its API key itself; better kept in a variable that `api_key_env` names.",
-        pattern=r"^[\x21-\x7e]+$",
+        pattern=_KEY,
         repr=False,
     )
     protocol: Literal["openai", "anthropic"] = Field("openai", description="What it speaks.")
     health_path: str | None = Field(
-        "/health", description="Path of its health probe; `null` judges it by its answers alone.", pattern=r"^/"
+        "/health", description="Path of its health probe; `null` judges it by its answers alone.", pattern=r"^/[!-~]*$"
     )
 
     @field_validator("url")
@@ -249,10 +251,12 @@ class RemoteBackend(Backend):
     def _url_is_http(cls, value: str) -> str:
         try:
             parts = urlsplit(value)
-            usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+            usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+            parts.netloc.encode("idna")
         except ValueError:
             usable = False
-        if not usable or parts.query or parts.fragment or re.search(r"\s", value):
+        strange = re.search(r"[\s\x00-\x1f\x7f\\]", value) or not parts.path.isascii() if usable else False
+        if not usable or strange or parts.query or parts.fragment:
             raise ValueError(f"{value!r} is not http(s)://host[:port][/prefix]")
         if parts.username is not None or parts.password is not None:
             raise ValueError("the URL holds a password; put the key into a variable and name it in 'api_key_env'")
@@ -281,6 +285,8 @@ class RemoteBackend(Backend):
         key = os.environ.get(self.api_key_env, "").strip()
         if not key:
             raise ConfigurationError(f"{self.api_key_env} is not set; export it, the backend at {self.url} needs it")
+        if not re.fullmatch(_KEY, key):
+            raise ConfigurationError(f"{self.api_key_env} holds characters that are in no key; export the key alone")
         return key
 
 

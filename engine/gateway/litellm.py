@@ -7,6 +7,7 @@ used or listed, with its line and the reason; nothing is dropped silently. The f
 
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -238,7 +239,7 @@ class _Importer:
             values = [source.number((*place, field), 0, 1e12) for place in places]
             stated = [value for value in values if value]
             if len(places) > 1 and (all(values) or (field == "weight" and stated)):
-                spare = min(stated) * _SPARE
+                spare = max(min(stated) * _SPARE, sys.float_info.min)
                 for backend, value in zip(backends, values, strict=True):
                     backend["weight"] = value or spare
                 return

@@ -209,7 +209,7 @@ class Upstream:
         """Ends answers that have been silent for too long, and idle connections: cheaper than a timer for each."""
         limit = self._settings.read_timeout_s
         while True:
-            await asyncio.sleep(min(1.0, limit / 4))
+            await asyncio.sleep(max(0.01, min(1.0, limit / 4)))
             now = self._loop.time()
             for connection in [one for one in self._active if one.waits and now - one.active_at > limit]:
                 connection.fail(SilenceError)

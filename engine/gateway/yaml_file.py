@@ -76,11 +76,12 @@ def read(path: Path) -> YamlFile:
         ConfigurationError: It cannot be read or is not acceptable YAML; the message starts with `file:line`.
     """
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as opened:
+            raw = opened.read(MOST_BYTES + 1)
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}") from None
     if len(raw) > MOST_BYTES:
-        raise ConfigurationError(f"{path} has {len(raw)} bytes; a configuration has at most {MOST_BYTES}")
+        raise ConfigurationError(f"{path} is too long; a configuration has at most {MOST_BYTES} bytes")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -182,6 +183,8 @@ class _Reader:
         text: str = node.value
         match node.tag.removeprefix(_TAG):
             case "str":
+                if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+                    raise self._error(line, "the text holds half of a character (a surrogate); write the whole one")
                 return text
             case "null":
                 return None
@@ -190,7 +193,10 @@ class _Reader:
             case "int":
                 if len(text) > 30:
                     raise self._error(line, f"the number {text[:12]}... has {len(text)} digits; at most 30")
-                return int(text, 0) if text[:2] in ("0x", "0o") else int(text)
+                number = int(text, 0) if text[:2] in ("0x", "0o") else int(text)
+                if not -(1 << 63) <= number < 1 << 63:
+                    raise self._error(line, f"the number {text} does not fit into 64 bits")
+                return number
             case "float":
                 return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
         raise self._error(line, f"the tag {node.tag.replace(_TAG, '!!')} is not accepted; remove it")

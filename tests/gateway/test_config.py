@@ -29,7 +29,10 @@ MISTAKES = [
     (GOOD + "server:\n  port: yes\n", 3, "'yes' is not a whole number"),
     (GOOD + "server:\n  port: 70000\n", 3, "less than or equal to 65535"),
     (GOOD + "server:\n  port: -1\n", 3, "greater than or equal to 0"),
-    (GOOD + "server:\n  port: 99999999999999999999999999\n", 3, "65535"),
+    (GOOD + "server:\n  port: 99999999999999999999999999\n", 3, "does not fit into 64 bits"),
+    (GOOD + "server:\n  port: -0x8000000000000001\n", 3, "not a whole number"),
+    (GOOD + "server:\n  port: 0x8000000000000000\n", 3, "does not fit into 64 bits"),
+    (GOOD + 'server:\n  host: "\\uD800"\n', 3, "half of a character"),
     (GOOD + f"server:\n  port: {'9' * 5000}\n", 3, "at most 30"),
     (GOOD + "server:\n  port: null\n", 3, "not a whole number"),
     (GOOD + "server:\n  port: [1]\n", 3, "a list is not a whole number"),
@@ -61,6 +64,13 @@ MISTAKES = [
     ("tiers: {u: {backends: [{url: 'ftp://x'}]}}\n", 1, "not http(s)://"),
     ("tiers: {u: {backends: [{url: 'http://x:99999'}]}}\n", 1, "not http(s)://"),
     ("tiers: {u: {backends: [{url: 'http://[x'}]}}\n", 1, "not http(s)://"),
+    ("tiers: {u: {backends: [{url: 'http://x:0'}]}}\n", 1, "not http(s)://"),
+    ("tiers: {u: {backends: [{url: 'http://a..b/v1'}]}}\n", 1, "not http(s)://"),
+    (f"tiers: {{u: {{backends: [{{url: 'http://{'a' * 64}/'}}]}}}}\n", 1, "not http(s)://"),
+    ("tiers: {u: {backends: [{url: 'http://x/é'}]}}\n", 1, "not http(s)://"),
+    ("tiers: {u: {backends: [{url: 'http://x\\y'}]}}\n", 1, "not http(s)://"),
+    ('tiers: {u: {backends: [{url: "http://x/\\x01"}]}}\n', 1, "not http(s)://"),
+    ('tiers: {u: {backends: [{url: "http://x", health_path: "/a\\r\\nb: c"}]}}\n', 1, "match pattern"),
     ("tiers: {u: {backends: [{url: 'http://me:secret@x'}]}}\n", 1, "api_key_env"),
     ("tiers: {u: {backends: [{url: 'http://x', api_key_env: sk-123}]}}\n", 1, "match pattern"),
     ("tiers: {u: {backends: [{url: 'http://x', api_key: k, api_key_env: K}]}}\n", 1, "keep one"),
@@ -169,6 +179,9 @@ def test_keys_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None
     backend = config.RemoteBackend(url="http://x", api_key_env="TOKENMILL_TEST_KEY")
     monkeypatch.delenv("TOKENMILL_TEST_KEY", raising=False)
     with pytest.raises(ConfigurationError, match="TOKENMILL_TEST_KEY is not set"):
+        backend.secret()
+    monkeypatch.setenv("TOKENMILL_TEST_KEY", "sk-1\r\nx-more: 1")
+    with pytest.raises(ConfigurationError, match="characters that are in no key"):
         backend.secret()
     monkeypatch.setenv("TOKENMILL_TEST_KEY", "sk-1")
     assert backend.secret() == "sk-1"

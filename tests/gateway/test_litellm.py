@@ -371,6 +371,8 @@ def test_beside_a_weight_none_means_nothing_as_in_litellm(tmp_path: Path, other:
     )
     spare, *others = [backend.weight for backend in convert(tmp_path, text).config.tiers["a"].backends]
     assert others == [2, 0.5]
+    text = text.replace("weight: 0.5", "weight: 1e-320")
+    assert convert(tmp_path, text).config.tiers["a"].backends[0].weight > 0
     assert 0 < spare < 1e-8
 
 
