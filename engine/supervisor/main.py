@@ -1,6 +1,9 @@
 """`tokenmill serve`."""
 
 import asyncio
+import fcntl
+import itertools
+import os
 import socket
 import subprocess
 import tempfile
@@ -59,13 +62,34 @@ async def _run(plan: Plan, listener: socket.socket | None, logs: Path, display: 
 
 
 def _log_folder(port: int) -> Path:
-    """The folder for the log files of a server on this port; a temporary one where the cache cannot be written."""
-    folder = env.CACHE.get() / "logs" / (str(port) if port else "headless")
+    """The folder for the log files of a server on this port; a temporary one where the cache cannot be written.
+
+    It is this process's alone until that ends: one on the same port of another address, or of another machine that has
+    the same cache, takes `8000-2`. In one folder they would take each other's figures for those of their own workers.
+    """
+    folder = first = env.CACHE.get() / "logs" / (str(port) if port else "headless")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(2):
+            folder.mkdir(parents=True, exist_ok=True)
+            if _takes(folder):
+                break
+            folder = first.with_name(f"{first.name}-{number}")
         return folder
     except OSError:
         return Path(tempfile.mkdtemp(prefix="tokenmill-"))
+
+
+def _takes(folder: Path) -> bool:
+    """Takes a folder until this process ends, however it ends; False while another one has it."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return False
+    except OSError:  # a file system without locks
+        os.close(descriptor)
+    return True
 
 
 def _remote(backend: Backend) -> str:

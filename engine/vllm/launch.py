@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from tokenmill import env, platform
 from tokenmill.engine.vllm import compat, compiler, hooks, isa, lifetime
 from tokenmill.errors import CheckpointError, TokenmillError
@@ -135,7 +137,11 @@ def one_line(error: BaseException) -> str:
     """The first line of an error that says something, with its remedy where we know one."""
     if isinstance(error, OSError) and error.errno == 98:
         return "the port is in use; stop the other program or pass another --port"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = str(error)
+    if isinstance(error, ValidationError):  # of one of vLLM's settings; its text begins with how many are wrong
+        first = error.errors()[0]
+        text = ": ".join((*map(str, first["loc"]), first["msg"].removeprefix("Value error, ")))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
 

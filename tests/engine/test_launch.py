@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel, ValidationError, model_validator
 from safetensors.torch import load_file, save_file
 
 from tests.engine.int4_models import VARIANTS, write_pair
@@ -98,6 +99,26 @@ def test_a_wrong_setting_is_one_line(variables: dict[str, str], message: str) ->
 )
 def test_any_failure_is_one_line(error: Exception, line: str) -> None:
     assert launch.one_line(error) == line
+
+
+class Setting(BaseModel):
+    """Like vLLM's: checked by pydantic, alone and as a whole."""
+
+    length: int
+
+    @model_validator(mode="after")
+    def _known(self) -> "Setting":
+        raise ValueError("no such folder\nPlease verify")
+
+
+@pytest.mark.parametrize(
+    ("length", "line"),
+    [("x", "length: Input should be a valid integer, unable to parse string as an integer"), (1, "no such folder")],
+)
+def test_a_wrong_setting_of_vllm_is_said_and_not_counted(length: Any, line: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Setting(length=length)
+    assert launch.one_line(caught.value) == line
 
 
 @pytest.mark.filterwarnings("ignore")  # vLLM's own, at its import

@@ -166,6 +166,24 @@ def test_an_engine_that_cannot_start_ends_the_start_in_one_line(tmp_path: Path) 
         running.close()
 
 
+def test_servers_on_one_port_of_two_addresses_keep_their_figures_apart(tmp_path: Path) -> None:
+    first = start(tmp_path)
+    others = []
+    try:
+        first.wait_ready()
+        for address in ("127.0.0.2", "127.0.0.3"):
+            text = CONFIG.replace("{port", f"{{host: {address}, port")
+            others.append(start(tmp_path, text, first.port))
+            others[-1].wait_ready()
+        logs = [re.search(r"logs: written to: (\S+)", running.text) for running in (first, *others)]
+        folders = [Path(found[1]) for found in logs if found is not None]
+        assert [folder.name for folder in folders] == [str(first.port) + more for more in ("", "-2", "-3")]
+        assert all(len(list(folder.glob("figures/*.lock"))) == 2 for folder in folders)
+    finally:
+        for running in (first, *others):
+            running.close()
+
+
 def test_a_headless_node_has_no_gateway(tmp_path: Path) -> None:
     running = Running([*FAKE, "first", "--headless", "--node-rank", "1"], tmp_path)
     try:
