@@ -8,16 +8,18 @@ what it is. In every case nearer zones come first, and the answer's headers say 
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+from urllib.parse import parse_qs
 
 import msgspec
 import orjson
 
-from tokenmill.engine.gateway.api_error import JSON, ApiError
+from tokenmill.engine.gateway.api_error import JSON, ApiError, quote
 from tokenmill.engine.gateway.decision import Decision
 from tokenmill.engine.gateway.fallback import fitting
 from tokenmill.engine.gateway.heads import sentence
 from tokenmill.engine.gateway.hints import hints_of, strip
 from tokenmill.engine.gateway.pace import share
+from tokenmill.engine.gateway.paths import usual
 from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply
 from tokenmill.engine.gateway.portfolio import Portfolio, Route, Target
 from tokenmill.engine.gateway.router.burst import by_preference, spread
@@ -74,7 +76,7 @@ class Router:
         strip(exchange)
         wanted = self._portfolio.settings.default_model if exchange.model is None else exchange.model
         if exchange.endpoint == DRY_RUN:
-            exchange.endpoint = _endpoint(exchange.query) or "/v1/chat/completions"
+            exchange.endpoint = _endpoint(exchange.query)
             return self._dry_run(exchange, wanted)
         if wanted == self._settings.name:
             self._decide(exchange)
@@ -215,12 +217,21 @@ def _shown(target: Target, route: Route) -> dict[str, Any]:
     }
 
 
-def _endpoint(query: bytes) -> str | None:
-    for pair in query.split(b"&"):
-        name, _, value = pair.partition(b"=")
-        if name == b"endpoint":
-            return value.decode("latin-1").replace("%2F", "/").replace("%2f", "/")
-    return None
+def _endpoint(query: bytes) -> str:
+    """The path of the request in question, as it is served here.
+
+    Raises:
+        ApiError: 400 where it is none.
+    """
+    path = parse_qs(query.decode("latin-1")).get("endpoint", ["/v1/chat/completions"])[0]
+    if not path.startswith("/"):
+        raise ApiError(
+            400,
+            f"`endpoint` is {quote(path, 40)!r}; give a path, e.g. /v1/embeddings.",
+            code="invalid",
+            param="endpoint",
+        )
+    return usual(path)[0]
 
 
 def _reason(decision: Decision | None) -> str:

@@ -203,6 +203,18 @@ def test_the_dry_run_goes_where_the_request_itself_would(factory: Factory) -> No
         assert (status, body) == (404 if model else 400, factory.ask(EASY, model=model)[2])
 
 
+def test_the_dry_run_knows_every_name_of_a_path(factory: Factory) -> None:
+    body = {"model": "auto", "input": "a"}
+    for path in ("/v1/embeddings", "/embeddings", "%2Fv1%2Fembeddings", "/openai/v1/embeddings",
+                 "/openai/deployments/auto/embeddings"):  # fmt: skip
+        said = json.loads(factory.gateway.post(f"/v1/tokenmill/route?endpoint={path}", body)[2])
+        assert (said["endpoint"], said["decision"]["tier"]) == ("/v1/embeddings", "embedding")
+        real = path.replace("%2F", "/")
+        assert factory.gateway.post(real, body)[1]["x-tokenmill-tier"] == "embedding"
+    status, _, raw = factory.gateway.post("/v1/tokenmill/route?endpoint=v1/embeddings", body)
+    assert (status, json.loads(raw)["error"]["param"]) == (400, "endpoint")
+
+
 def test_hints_are_checked_and_their_headers_end_here(factory: Factory) -> None:
     for name, value in (("quality", "2"), ("quality", "high"), ("latency", "soon"), ("max-cost", "nan")):
         status, _, body = factory.ask(EASY, headers={f"x-tokenmill-{name}": value})
