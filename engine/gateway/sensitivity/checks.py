@@ -79,6 +79,8 @@ def _evenly_apart(between: list[bytes]) -> bool:
 #: Groups of four, the same between all of them; as many as this are a row of a table.
 _FOURS = re.compile(rb"[0-9]{4}([ ._/-]{1,4})[0-9]{4}(?:\1[0-9]{4})*(?![0-9])")
 _ROW = 9
+#: An identifier that has groups of four in its middle (RFC 9562).
+_UUID = re.compile(rb"[0-9A-Fa-f]{8}-(?:[0-9A-Fa-f]{4}-){3}[0-9A-Fa-f]{12}(?![0-9A-Fa-f])")
 
 
 def in_fours(count: int, fits: Callable[[str], bool]) -> Check:
@@ -109,10 +111,20 @@ def in_fours(count: int, fits: Callable[[str], bool]) -> Check:
                 continue
             if _in_table(text, first, between, groups, count, fits):
                 break
+            if between == b"-" and (uuid := _around(_UUID, text, first)) is not None:
+                return uuid
             return first + place * step, stop
         return row.end() - 5  # its last group may begin something else
 
     return check
+
+
+def _around(form: re.Pattern[bytes], text: bytes, place: int) -> int | None:
+    """Where something ends that has this form and in which a place lies, not far from its beginning; None: nothing."""
+    for found in form.finditer(text, max(place - 24, 0), place + 48):
+        if found.start() <= place < found.end():
+            return found.end()
+    return None
 
 
 def _more(text: bytes, place: int, between: bytes) -> str:
@@ -203,12 +215,19 @@ def iban(text: bytes, start: int, end: int) -> tuple[int, int] | None:
 _ESCAPE = re.compile(rb"[nrtbf]|u([0-9A-Fa-f]{4})")
 
 
+#: What an address may have in front of its @ without quotes, and how many names with a dot behind are seen after it.
+_LOCAL, _LABELS = ALNUM + b"._%+'?-" + bytes(range(0x80, 0x100)), 16
+
+
 def email(text: bytes, start: int, end: int) -> tuple[int, int] | None:
     """An address without what stands before it: punctuation, or an escape of a string in a string."""
+    goes_on = is_one_of(text, end, b".") and text.count(b".", text.rfind(b"@", start, end), end) >= _LABELS
+    if goes_on or is_one_of(text, start - 1, _LOCAL):
+        return NOWHERE  # only a piece of a longer one
     if is_one_of(text, start - 1, b"\\"):
         before = len(text[:start]) - len(text[:start].rstrip(b"\\"))
         escape = _ESCAPE.match(text, start)
-        if text[start] == ord('"') or before % 2 == 0:
+        if text[start] in b"\"._+-'%?" or before % 2 == 0:
             return NOWHERE  # who knows what is read in the end
         if escape:
             if escape[1] and (chr(int(escape[1], 16)).isalnum() or chr(int(escape[1], 16)) in "._%+'?-"):
@@ -294,7 +313,7 @@ def announced_phone(text: bytes, start: int, end: int) -> tuple[int, int] | None
 #: First bytes of addresses of this machine, and of many.
 _NOBODYS = frozenset((127, *range(224, 240)))
 #: What stands before the number of a version.
-_VERSION = re.compile(rb"(?i)(?:\bv|[=<>~]=)[ :]?\Z")
+_VERSION = re.compile(rb"(?i)(?:(?:\bv|[=<>~]=)[ :]?|(?:chrom(?:e|ium)|safari|firefox|edg[ea]?|opr|version|crios)/)\Z")
 
 
 def ipv4(text: bytes, start: int, end: int) -> tuple[int, int] | None:
@@ -306,7 +325,7 @@ def ipv4(text: bytes, start: int, end: int) -> tuple[int, int] | None:
         return None
     if len(shown) == 7 or shown.endswith(b".0.0.0") or int(shown[: shown.index(b".")]) in _NOBODYS:
         return None
-    version = is_one_of(text, start - 1, b"vV =:") and _VERSION.search(text[max(start - 3, 0) : start])
+    version = is_one_of(text, start - 1, b"vV =:/") and _VERSION.search(text[max(start - 9, 0) : start])
     return None if version else (start, end)
 
 
@@ -354,16 +373,35 @@ _KEPT = re.compile(
 )
 
 
-def secret(sign: bytes) -> Check:
-    """A check for a value with letters and digits behind the first `sign` after the word that announces it."""
-    said = re.compile(sign)
+#: What stands for a password in an example.
+_EXAMPLE = re.compile(rb"(?i)(?:[${%*x.\[(].*|(?:my|your)?[ _-]?(?:password|passwd|pass|pwd|pw|secret))")
+
+
+def in_address(text: bytes, start: int, end: int) -> tuple[int, int] | int:
+    """The password of an address, `scheme://user:password@host`, from its `://` to its `@` (RFC 3986)."""
+    first = text.index(b":", start + 1) + 1
+    return end if _EXAMPLE.fullmatch(text, first, end - 1) else (first, end - 1)
+
+
+def secret(sign: bytes, next_one: bytes = rb"\Z") -> Check:
+    """A check for a value with letters and digits behind the first `sign` after the word that announces it.
+
+    Args:
+        sign: Pattern of what stands between the two.
+        next_one: Pattern of what announces another value, at which this one ends.
+    """
+    said, next_said = re.compile(sign), re.compile(next_one)
 
     def check(text: bytes, start: int, end: int) -> tuple[int, int] | int:
         found = said.search(text, start, end)
         first = found.end() if found else start
+        other = next_said.search(text, first, end)
+        if other:
+            end = other.start()
         value = text[first:end]
         letters, digits = value.translate(None, ALNUM[10:]), value.translate(None, DIGITS)
         mixed = len(letters) < len(value) and len(digits) < len(value)
-        return (first, end) if mixed and not _KEPT.fullmatch(value) else end
+        # What is none may hold the word that announces one.
+        return (first, end) if mixed and not _KEPT.fullmatch(value) else first
 
     return check

@@ -29,10 +29,15 @@ _HEX_START, _HEX_END = rb"(?:\A|[^0-9A-Fa-f])", rb"(?:\b|[G-Zg-z_])"
 _MONTH = rb"(?:jan|feb|mar|m.r|apr|ma[yi]|jun|jul|aug|sep|o[ck]t|nov|de[cz])[a-z]{0,6}"
 #: Letters beyond ASCII in Latin-1; the last one stands for those of other scripts, too (`plain`).
 _LETTER = rb"\xaa\xb5\xba\xc0-\xd6\xd8-\xf6\xf8-\xff"
+_DOMAIN = rb"(?:[0-9A-Za-z\x80-\xff-]+\.){1,16}(?:xn--[0-9A-Za-z-]{2,59}|[A-Za-z" + _LETTER + rb"]{2,24})"
+#: The day of a date in words, and what stands between its month and its year.
+_DAY, _OF_YEAR = rb"[0-9]{1,2}(?:st|nd|rd|th)?(?: of)?[. -]{0,2}", rb"[ .,-]{1,2}"
 _DATE = re.compile(
-    rb"(?:[0-9]{1,4}[./-][0-9]{1,2}[./-][0-9]{1,4}|[0-9]{1,2}[. ]{0,2}"
+    rb"(?:[0-9]{1,4}[./-][0-9]{1,2}[./-][0-9]{1,4}|"
+    + _DAY
     + _MONTH
-    + rb"[ .,]{1,2}[0-9]{4}|"
+    + _OF_YEAR
+    + rb"[0-9]{4}|"
     + _MONTH
     + rb"[ .]{1,2}[0-9]{1,2}(?:st|nd|rd|th)?,? [0-9]{4})\Z",
     re.IGNORECASE,
@@ -42,6 +47,13 @@ _OCTET = rb"(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
 _COUNTRY = ("(?:" + "|".join(checksums.IBAN_LENGTHS) + ")").encode()
 #: The digits of a telephone number, and what may stand between the word that announces it and them.
 _TELEPHONE, _NEAR = rb"[0-9(](?:[ ()./\n-]{0,2}[0-9]){6,14}", rb"[^0-9+(\n]{0,20}"
+
+
+#: What announces a secret, and what stands between that and the secret.
+_SECRET = (
+    rb"(?:password|passwd|pwd|passphrase|passwort|secret|(?:api|access|secret)[_ -]?key|(?:access|auth)[_ -]?token)"
+)
+_SAID = rb"(?:is[ \t]{0,2}:?|:=|=>|[:=])[ \t]{0,8}\n?[ \t]{0,8}[\"'`]{0,3}"
 
 
 @dataclass(frozen=True)
@@ -125,8 +137,10 @@ KINDS: tuple[Kind, ...] = (
     Kind(
         "email", "contact", _AT,
         (
-            rb"(?:[0-9A-Za-z._%+'?\x80-\xff-]{1,64}|\"[^\"@\r\n]{1,64}\")@"
-            rb"(?:[0-9A-Za-z\x80-\xff-]{1,63}\.){1,8}(?:xn--[0-9A-Za-z-]{2,59}|[A-Za-z" + _LETTER + rb"]{2,24})",
+            rb"(?:[0-9A-Za-z._%+'?\x80-\xff-]{1,64}|\"[^\"@\r\n]{1,64}\")@" + _DOMAIN,
+            # An address in one that bounces (VERP).
+            rb"[0-9A-Za-z._%]{1,64}[+-][0-9A-Za-z._%+'-]{1,64}=[0-9A-Za-z-]{1,63}(?:\.[0-9A-Za-z-]{1,63}){1,4}@"
+            + _DOMAIN,
         ),
         checks.email,
     ),
@@ -213,7 +227,8 @@ KINDS: tuple[Kind, ...] = (
         last_digits(9, checksums.us_itin),
     ),
     Kind(
-        "us_ein", "government", _ANNOUNCED, (_announced(rb"\bein\b|employer id|tax id", rb"[0-9]{2}-[0-9]{7}", 40),),
+        "us_ein", "government", _ANNOUNCED,
+        (_announced(rb"(?:\b|_)ein(?:\b|_)|employer id|tax id", rb"[0-9]{2}-[0-9]{7}", 40),),
         last_digits(9, lambda digits: digits[:2] != "00"),
     ),
     Kind(
@@ -230,11 +245,13 @@ KINDS: tuple[Kind, ...] = (
         number(lambda bare: bare[:2].upper() not in ("BG", "GB", "KN", "NK", "NT", "TN", "ZZ"), ALNUM),
     ),
     Kind(
-        "uk_nhs", "government", _NUMBER, (_START + rb"[0-9]{3}[ -][0-9]{3}[ -][0-9]{4}",),
+        # With dashes it is a telephone number of North America, but where something says what it is.
+        "uk_nhs", "government", _NUMBER, (_START + rb"[0-9]{3} [0-9]{3} [0-9]{4}",),
         number(checksums.uk_nhs, apart=True), swift=True,
     ),
     Kind(
-        "uk_nhs", "government", _ANNOUNCED, (_announced(rb"\bnhs", rb"[0-9]{10}"),), last_digits(10, checksums.uk_nhs)
+        "uk_nhs", "government", _ANNOUNCED,
+        (_announced(rb"(?:\b|_)nhs", rb"[0-9]{3}[ -]?[0-9]{3}[ -]?[0-9]{4}"),), last_digits(10, checksums.uk_nhs),
     ),
     Kind(
         "fr_nir", "government", _NUMBER,
@@ -268,7 +285,7 @@ KINDS: tuple[Kind, ...] = (
         number(checksums.pl_pesel, apart=True), swift=True,
     ),
     Kind(
-        "nl_bsn", "government", _ANNOUNCED, (_announced(rb"\bbsn|burgerservice|sofinummer", rb"[0-9]{9}", 40),),
+        "nl_bsn", "government", _ANNOUNCED, (_announced(rb"(?:\b|_)bsn|burgerservice|sofinummer", rb"[0-9]{9}", 40),),
         last_digits(9, checksums.nl_bsn),
     ),
     Kind(
@@ -295,7 +312,7 @@ KINDS: tuple[Kind, ...] = (
         "date_of_birth", "person", _WORD,
         (
             rb"(?i)(?:born|birth|dob\b|d\.o\.b|geboren|geburtsdatum|geb\.)[^0-9\n]{0,25}"
-            rb"(?:[0-9]{1,4}[./-][0-9]{1,2}[./-][0-9]{1,4}|[0-9]{1,2}[. ]{0,2}" + _MONTH + rb"[ .,]{1,2}[0-9]{4})",
+            rb"(?:[0-9]{1,4}[./-][0-9]{1,2}[./-][0-9]{1,4}|" + _DAY + _MONTH + _OF_YEAR + rb"[0-9]{4})",
             rb"(?i)(?:born|birth|dob\b|d\.o\.b)[^0-9\n]{0,25}" + _MONTH + rb"[ .]{1,2}[0-9]{1,2}(?:st|nd|rd|th)?,? "
             rb"[0-9]{4}",
         ),
@@ -318,11 +335,12 @@ KINDS: tuple[Kind, ...] = (
     Kind(
         "credential", "secret", _WORD,
         (
-            rb"(?i)(?:password|passwd|pwd|passphrase|passwort|secret|(?:api|access|secret)[_ -]?key"
-            rb"|(?:access|auth)[_ -]?token)"
-            rb"[\"']?[ \t]{0,2}(?:is|:|=|:=|=>)[ \t]{0,2}[\"']?[0-9A-Za-z!#$%&*+./:=?@^_~-]{6,}",
+            rb"(?i)" + _SECRET + rb"[\"'`]?[ \t]{0,2}" + _SAID + rb"[0-9A-Za-z!#$%&*+./:=?@^_~-]{6,}",
         ),
-        checks.secret(rb"(?:is|:=|=>|[:=])[ \t]{0,2}[\"']?"), rest="0-9A-Za-z!#$%&*+./:=?@^_~-",
+        checks.secret(_SAID, rb"(?i)[/&;,|?]" + _SECRET + rb"[:=]"), rest="0-9A-Za-z!#$%&*+./:=?@^_~-",
+    ),
+    Kind(
+        "credential", "secret", _AT, (rb"://[^/ \t\r\n:@\"'`<>]{0,64}:[^/ \t\r\n@\"'`<>]{3,128}@",), checks.in_address,
     ),
     Kind(
         "credential", "secret", _WORD, (rb"(?i)\b(?:bearer|basic)[ \t]{1,2}[0-9A-Za-z+/._~-]{16,}=*",),

@@ -11,16 +11,24 @@ from html.entities import html5
 
 #: How often escapes inside escapes are taken off.
 _DEPTH = 3
+#: Of strings in programs and JSON, of addresses (`%`) and of HTML, which takes any number of zeros and no semicolon,
+#: too. A backslash before punctuation is one of Markdown, of regular expressions and of TeX.
 _ESCAPE = re.compile(
-    r"\\u([0-9A-Fa-f]{4})|\\x([0-9A-Fa-f]{2})|\\([nrt\"'\\/])|%([0-9A-Fa-f]{2})|&#([0-9]{1,7});"
-    r"|&#[xX]([0-9A-Fa-f]{1,6});|&([A-Za-z]{2,24};)"
+    r"(?:\\u|%u)([0-9A-Fa-f]{4})|\\[ux]\{0{0,8}([0-9A-Fa-f]{1,6})\}|\\U([0-9A-Fa-f]{8})|\\x([0-9A-Fa-f]{2})"
+    r"|%([0-9A-Fa-f]{2})|&#[xX]0{0,32}([0-9A-Fa-f]{1,6})(?![0-9A-Fa-f]);?"
+    r"|\\([0-7]{3})|&#0{0,32}([0-9]{1,7})(?![0-9]);?|\\([nrt]|[!-/:-@\[-`{-~])|&([A-Za-z]{2,24};)"
 )
 _NAMED_ESCAPES = {"n": "\n", "r": "\r", "t": "\t"}
+#: What a form sends, where a plus is a blank; in front of it and behind it stands what may be a group of a number.
+_FORM = re.compile(r"(?:[?&=]|\btel:)[^\s+]*\+\S*")
+_BLANK = re.compile(r"(?<=[0-9A-Z]{2})\+(?=[0-9A-Z]{2})")
 
 #: Dots in the middle of a line, and the full stops that domain names may have (RFC 3490).
 _DOTS = "\u00b7\u2022\u2027\u2219\u22c5\u30fb\u3002\uff0e\uff61\uff65"
 #: Seen as nothing, or as a blank of any width, though their categories do not say so (Default_Ignorable_Code_Point).
 _BLANKS = "\u115f\u1160\u17b4\u17b5\u3164\uffa0\ufffc"
+#: A blank by its looks alone.
+_BRAILLE_BLANK = "\u2800"
 #: Where the table looks: beyond are ideographs and syllables, which read as no ASCII character.
 _SCRIPTS = (
     range(0x80, 0x3400),
@@ -54,7 +62,7 @@ def _read_as(character: str) -> str | None:
         return "."
     if category == "Pd" or character == "\u2212":
         return "-"
-    if category == "Zs":
+    if category == "Zs" or character == _BRAILLE_BLANK:
         return " "
     if category in ("Zl", "Zp"):
         return "\n"
@@ -121,23 +129,25 @@ def without_controls(shown: bytes, places: list[int] | None) -> tuple[bytes, lis
 
 
 def _unescaped(match: re.Match[str]) -> str:
-    four, two, named, percent, decimal, hexadecimal, reference = match.groups()
+    *hexadecimal, octal, decimal, named, reference = match.groups()
     if named:
         return _NAMED_ESCAPES.get(named, named)
     if reference:
         return html5.get(reference, match[0])
-    code = int(decimal) if decimal else int(four or two or percent or hexadecimal, 16)
+    base, number = (8, octal) if octal else (10, decimal) if decimal else (16, "".join(filter(None, hexadecimal)))
+    code = int(number, base)
     return chr(code) if code < 0x110000 and not 0xD800 <= code < 0xE000 else "?"
 
 
 def undisguised(text: str) -> str | None:
-    """The text with JSON, percent and character-reference escapes taken off, also nested ones; None without any."""
-    if "\\" not in text and "%" not in text and "&" not in text:
-        return None
+    """The text without escapes, also nested ones, and with blanks for the pluses of a form; None without any."""
     bare = text
-    for _ in range(_DEPTH):
-        before = bare
-        bare = _ESCAPE.sub(_unescaped, bare)
-        if bare == before:
-            break
+    if "\\" in text or "%" in text or "&" in text:
+        for _ in range(_DEPTH):
+            before = bare
+            bare = _ESCAPE.sub(_unescaped, bare)
+            if bare == before:
+                break
+    if "+" in bare:
+        bare = _FORM.sub(lambda match: _BLANK.sub(" ", match[0]), bare)
     return None if bare == text else bare

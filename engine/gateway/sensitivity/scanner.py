@@ -49,8 +49,8 @@ HINTS: dict[str, bytes] = {
     "number": rb"[0-9](?:[ \t\r\n._/()-]{0,3}[0-9]){4}",
     # Apart from "number", whose other patterns would multiply the states of these: 7 ms for each page of numbers.
     "groups": rb"[0-9]{2}[ \t\r\n._/-]{1,6}[0-9]{2,6}[ \t\r\n._/-]{1,6}[0-9]{2}",
-    "announced": rb"(?i)(?:ssn|security|itin|taxpayer|\bein\b|employer id|tax id|\bnhs"
-    rb"|\bbsn|burgerservice|sofinummer|aadha|uidai)[^0-9\n]*[0-9]",
+    "announced": rb"(?i)(?:ssn|security|itin|taxpayer|(?:\b|_)ein(?:\b|_)|employer id|tax id|(?:\b|_)nhs"
+    rb"|(?:\b|_)bsn|burgerservice|sofinummer|aadha|uidai)[^0-9\n]*[0-9]",
     # Apart from "announced", for the same reason.
     "phones": rb"(?i)(?:phone|tel|mobil|cell|fax|handy|whatsapp|sms|\bunter|\bruf|\banruf|\berreich)[^0-9\n]*[0-9]",
     "calls": rb"(?i)(?:call|dial|cell)[^0-9\n]*[0-9]",

@@ -74,6 +74,10 @@ ORDINARY = [
     "v4.25.3.1 and lib==4.25.3.2 and section 1.2.3.4 and Chrome/120.0.0.0",
     "sk-learn-compatible-estimators-v1 pk_constraint_users_organisations_id rk_integration_method_fourth_order",
     "secret_key = settings.SECRET_KEY_2",
+    "id 4caa4148-3476-3878-3645-c1f3a0b2d4e5, 0895fa61-fa6d-2674-1014-7300f9edf8da",
+    "Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 Chrome/98.0.217.162 Safari/537.36",
+    "postgres://user:password@localhost/x, redis://:$REDIS_PASSWORD@cache, mysql://root:<password>@db, a://b:c",
+    r"matches \d{3}-\d{2}-\d{4} and C:\100\200\300 and x = [1\.0, 2\.0]; see t=00:00+01:00&n=12+34",
 ]
 
 
@@ -126,6 +130,25 @@ WRITTEN = [
     ("credential", "access_token=~ya29." + "aB3-" * 56 + "~"),
     ("credential", "Authorization: Bearer ~abc/def+ghi123456789==~"),
     ("credential", "?password=~hunter22~"),
+    ("credential", "password: ~abc123xyz~/secret: def456uvw"),
+    ("credential", "password: abc123xyz/secret: ~def456uvw~"),
+    ("credential", "password: secret: ~hunter22~"),
+    ("credential", "The password is: ~hunter22~"),
+    ("credential", "password is `~hunter22~`"),
+    ("credential", "Password:    ~hunter22~"),
+    ("credential", "Password:\n~hunter22~"),
+    ("credential", "postgres://bob:~hunter22~@localhost/x"),
+    ("credential", "https://bob:~hunter:22~@db.example.com/x"),
+    ("date_of_birth", "born on ~2nd January 1990~"),
+    ("date_of_birth", "born on the ~2nd of January 1990~"),
+    ("date_of_birth", "DOB=~02-JAN-1990~"),
+    ("uk_nhs", "patient_nhs_number: ~943-476-5919~"),
+    ("uk_nhs", "_NHS number ~9434765919~_"),
+    ("nl_bsn", "user_bsn: ~111222333~"),
+    ("us_ein", "_EIN ~78-6362387~_"),
+    ("us_ein", "company_ein: ~12-3456789~"),
+    ("email", "john@a.b.c.d.e.f.g.h.i.example.com"),
+    ("email", "bounces+john.doe=example.org@mail.example.com"),
     ("email", r"Hello\n~anna@example.com~"),
     ("email", r"\u003c~anna@example.com~\u003e"),
 ]
@@ -140,11 +163,23 @@ def test_finds_it_as_it_is_written(kind: str, text: str, scanner: Scanner) -> No
 
 
 @pytest.mark.parametrize(
-    "text", [r'{"to": "j\u00f6rg@firma.de"}', r"\"john doe\"@example.com", r"{\"a\": \"b\\nanna@example.com\"}"]
+    "text",
+    [
+        r'{"to": "j\u00f6rg@firma.de"}',
+        r"\"john doe\"@example.com",
+        r"{\"a\": \"b\\nanna@example.com\"}",
+        r"write to john\_doe@example.com",
+        "a" * 70 + "@example.com",
+        "john@" + "ab." * 20 + "example.com",
+    ],
 )
-def test_an_address_with_escapes_has_no_place(text: str, scanner: Scanner) -> None:
+def test_an_address_that_is_not_seen_whole_has_no_place(text: str, scanner: Scanner) -> None:
     """A placeholder for what stands in the text would leave half an escape, or half an address."""
     assert {(one.kind, one.start) for one in scanner.find(text)} == {("email", -1)}
+
+
+def test_numbers_with_dashes_are_telephone_numbers(scanner: Scanner) -> None:
+    assert [one.kind for one in scanner.find("415-555-2671")] == ["phone"]
 
 
 @pytest.mark.parametrize("begin", [0, 1, STRIDE - 30, STRIDE - 3, STRIDE, STRIDE + OVERLAP - 10, 3 * STRIDE - 7])
@@ -200,6 +235,12 @@ def test_where_very_much_is_found_the_rest_has_no_place(scanner: Scanner) -> Non
         r"4111\u00201111\u00201111\u00201111",
         "4111%201111%201111%201111",
         "4111&#32;1111&#x20;1111&#32;1111",
+        "4111&#00000032;1111&#x0020;1111&#32;1111",
+        "4111%u00201111%u00201111%u00201111",
+        r"4111\u{20}1111\x{20}1111\U000000201111",
+        "4111\u28001111\u28001111\u28001111",
+        "see https://shop.example/pay?card=4111+1111+1111+1111&x=1",
+        r"4111\-1111\-1111\-1111",
         r"{\"a\": \"{\\\"b\\\": \\\"\\u0034111 1111 1111 1111\\\"}\"}",
     ],
 )
@@ -238,7 +279,7 @@ def test_undisguised_ends() -> None:
     assert undisguised("nothing here") is None
     assert undisguised(r"C:\temp") == "C:\temp"
     assert undisguised("100% of \\ &# it") is None
-    assert undisguised("%ud800 \\ud800") == "%ud800 ?"
+    assert undisguised("%ud800 \\ud800") == "? ?"
 
 
 def test_only_what_is_wanted_is_looked_for() -> None:
