@@ -5,8 +5,8 @@
     x-tokenmill-max-cost: 0.002         metadata.tokenmill_max_cost       dollars for this request
     x-tokenmill-sensitivity: private    metadata.tokenmill_sensitivity    public or private
 
-A header goes before `metadata`. The headers are for the gateway alone and are not passed on; the body, `metadata`
-included, goes to the backend as it is.
+A header goes before `metadata`, but what either calls private is private. The headers are for the gateway alone and are
+not passed on; the body, `metadata` included, goes to the backend as it is.
 """
 
 import functools
@@ -22,6 +22,7 @@ PREFIX = b"x-tokenmill-"
 #: Where a request's hints stand in `Exchange.notes` once they were read.
 NOTE = "hints"
 _NAMES = ("quality", "latency", "max-cost", "sensitivity")
+_PUBLIC = "public"
 LATENCIES = ("interactive", "fast", "batch")
 #: Sets of header names that are remembered. Bounded: they are whatever clients send.
 _MOST_SETS = 1024
@@ -71,7 +72,7 @@ def _read(said: dict[str, str]) -> Hints:
         quality,
         latency,
         None if cost is None else micro_cents(cost),
-        None if sensitivity is None else "public" if sensitivity == "public" else "private",
+        None if sensitivity is None else _PUBLIC if sensitivity == _PUBLIC else "private",
     )
 
 
@@ -101,7 +102,8 @@ def _said(exchange: Exchange) -> dict[str, str]:
     for key, value in exchange.headers if _any_ours(tuple(exchange.fields)) else ():
         if key.startswith(PREFIX):
             name = key[len(PREFIX) :].decode("latin-1")
-            if name in _NAMES:
+            # What is called private stays so: `public` says nothing.
+            if name in _NAMES and not (name == "sensitivity" and said.get(name, _PUBLIC) != _PUBLIC):
                 said[name] = value.decode("latin-1").strip().lower()
     return said
 

@@ -231,6 +231,25 @@ def test_hints_are_checked_and_their_headers_end_here(factory: Factory) -> None:
     assert json.loads(raw)["model"] == "small"
 
 
+def test_what_is_called_private_anywhere_is_private(factory: Factory) -> None:
+    """`public` says nothing, so it takes nothing back, in whichever place and order it stands."""
+    factory.cloud.books = Books()
+    private, public = {"tokenmill_sensitivity": "private"}, {"tokenmill_sensitivity": "public"}
+    for metadata, header in ((private, "public"), (public, "private"), (private, None), ({}, "private")):
+        headers = {} if header is None else {"x-tokenmill-sensitivity": header}
+        assert factory.ask(EASY, model="vast", metadata=metadata, headers=headers)[0] == 403
+    body = b'{"model":"vast","messages":[]}'
+    for first, second in (("private", "public"), ("public", "private")):
+        answer = factory.gateway.raw(
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: %d\r\n"
+            b"x-tokenmill-sensitivity: %b\r\nx-tokenmill-sensitivity: %b\r\n\r\n%b"
+            % (len(body), first.encode(), second.encode(), body)
+        )
+        assert answer.startswith(b"HTTP/1.1 403")
+    assert not factory.cloud.books.requests
+    assert factory.ask(EASY, model="vast", metadata=public, headers={"x-tokenmill-sensitivity": "public"})[0] == 200
+
+
 def test_hints_that_are_nested_too_deeply_are_the_clients_fault(factory: Factory) -> None:
     found = set()
     for levels in range(900, 1000):
