@@ -25,6 +25,8 @@ SPANS = {"1h": HOUR_MS, "24h": 24 * HOUR_MS, "7d": 7 * 24 * HOUR_MS, "30d": 30 *
 MINUTES = 60
 #: Rows of each table of sums.
 ROWS = 12
+#: Rows of the table of budgets, the fullest: there may be thousands, and each takes as long to write as a request.
+BUDGETS = 50
 DECISIONS = 15
 _SHARES = (0.5, 0.95, 0.99)
 
@@ -52,6 +54,7 @@ class Figures:
     by_app: list[dict[str, Any]]
     latencies: list[Latency]
     budgets: list[Account]
+    budgets_in_all: int
     backends: list[dict[str, Any]]
     decisions: list[dict[str, Any]]
     open_requests: int
@@ -116,10 +119,19 @@ def _from_books(connection: Connection, span: str) -> dict[str, Any]:
         "by_tier": rollup.sums(connection, "tier", since)[:ROWS],
         "by_team": rollup.sums(connection, "team", since)[:ROWS],
         "by_app": rollup.sums(connection, "app", since)[:ROWS],
-        "budgets": limited,
+        "budgets": sorted(limited, key=lambda account: -used_share(account, now))[:BUDGETS],
+        "budgets_in_all": len(limited),
         "shares": canaries.shares(connection),
         "whole": books.latencies(connection, now - HOUR_MS),
     }
+
+
+def used_share(account: Account, now: int) -> float:
+    """What is spent of an account's budget in the period of now, 1 for all of it; a budget of nothing is used up."""
+    limits = account.limits
+    most = limits.hard_limit if limits.hard_limit is not None else limits.soft_limit
+    spent = 0 if account.renewed(now) else account.spent
+    return spent / most if most else 1.0
 
 
 def _latencies(whole: dict[str, list[int]], families: Sequence[Family]) -> list[Latency]:

@@ -19,7 +19,7 @@ from tokenmill.engine.gateway.admin.roles import Actor
 from tokenmill.engine.gateway.admin.views import iso
 from tokenmill.engine.gateway.api_error import ApiError
 from tokenmill.engine.gateway.dashboard import charts, session
-from tokenmill.engine.gateway.dashboard.figures import SPANS, Figures, Sources, collect
+from tokenmill.engine.gateway.dashboard.figures import SPANS, Figures, Sources, collect, used_share
 from tokenmill.engine.gateway.heads import first_values
 from tokenmill.engine.gateway.request import ClientGoneError, Receive, Scope, Send, read_body
 from tokenmill.engine.gateway.settings import Settings
@@ -65,7 +65,7 @@ class DashboardSite:
         pages = jinja2.Environment(
             loader=jinja2.FileSystemLoader(HERE / "templates"), autoescape=True, undefined=jinja2.StrictUndefined
         )
-        pages.globals.update(charts=charts, iso=iso, version=__version__, refresh=REFRESH_S)
+        pages.globals.update(charts=charts, iso=iso, used_share=used_share, version=__version__, refresh=REFRESH_S)
         pages.trim_blocks = pages.lstrip_blocks = True
         self._pages = pages
         self._kept: dict[str, tuple[float, asyncio.Task[Figures]]] = {}
@@ -207,7 +207,9 @@ class DashboardSite:
         figures = await self._figures(span)
         reader = self._sources.governance.store.reader
         token = session.token(reader, self._options, request.cookies[session.COOKIE])
-        return self._page("overview.html.jinja", f=figures, actor=actor, token=token, spans=list(SPANS))
+        # It takes milliseconds, and where it is the first one tens of them; requests to models go on meanwhile.
+        page = partial(self._page, f=figures, actor=actor, token=token, spans=list(SPANS))
+        return await asyncio.to_thread(page, "overview.html.jinja")
 
     async def _figures(self, span: str) -> Figures:
         """The figures, collected at most every few seconds, however many look."""

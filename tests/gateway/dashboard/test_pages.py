@@ -3,14 +3,18 @@
 import json
 import re
 from http.cookies import SimpleCookie
+from pathlib import Path
 from urllib.parse import urlencode
 
 import pytest
 
 from tests.gateway.dashboard.conftest import HOSTILE
 from tests.gateway.running import wait_until
+from tests.gateway.upstream import FakeUpstream
 from tests.gateway.workers import MASTER_KEY, Workers
-from tokenmill.engine.gateway.dashboard import charts
+from tokenmill.engine.gateway.backends import Backend
+from tokenmill.engine.gateway.dashboard import charts, figures
+from tokenmill.engine.gateway.governance.accounts import Account, Limits
 
 FORM = "application/x-www-form-urlencoded"
 
@@ -105,6 +109,25 @@ def test_the_page_has_the_figures_of_both_workers(browser: Browser) -> None:
     total = browser.workers.json("GET", "/admin/ledger?team=search")["rows"][0]
     assert charts.money(total["cost"]) in page
     assert browser.get("/dashboard?span=../../etc")[0] == 200
+
+
+def test_of_many_budgets_the_fullest_are_shown(tmp_path: Path, upstream: FakeUpstream) -> None:
+    with Workers(tmp_path, Backend("a", upstream.url, "utility", models=("tiny",))) as workers:
+        browser = Browser(workers)
+        browser.log_in()
+        for number in range(figures.BUDGETS + 5):
+            account = {"kind": "team", "id": f"t{number:02}", "limits": {"hard_limit_dollars": number % 54}}
+            workers.json("POST", "/admin/accounts", account, status=201)
+        page = browser.get()[2]
+        shown = re.findall(r'<th scope="row">(t\d\d)</th>', page)
+        # Those that may not spend anything have nothing left.
+        assert (len(shown), shown[:2]) == (figures.BUDGETS, ["t00", "t54"])
+        assert f"the {figures.BUDGETS} fullest of {figures.BUDGETS + 5}" in page
+
+
+def test_a_budget_is_as_full_as_its_period_says() -> None:
+    account = Account("t", "team", None, "", Limits(soft_limit=10, period_ms=60_000), 0, 8, 0, None)
+    assert [figures.used_share(account, now) for now in (59_999, 60_000)] == [0.8, 0.0]
 
 
 def test_forms_need_the_sessions_own_token_and_this_origin(browser: Browser) -> None:
