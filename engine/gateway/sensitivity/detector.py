@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from tokenmill.engine.gateway.hints import hints_of
 from tokenmill.engine.gateway.pipeline import Exchange
@@ -18,6 +18,8 @@ from tokenmill.engine.gateway.sensitivity.turns import DetectorError, Turns
 
 log = logging.getLogger("tokenmill.gateway")
 
+#: A text and what was found in it.
+_Found = tuple[str, list[Finding]]
 #: A longer body gets no placeholders: it stays in trusted zones.
 MOST_REDACTED_BYTES = 2 * 1024 * 1024
 #: The same where there is more to replace.
@@ -77,10 +79,11 @@ class Detector:
         if exchange.body is None:
             return self._unreadable("a form cannot be searched", {})
         turns = Turns(self.settings.timeout_s)
-        query = exchange.query.decode("latin-1")
-        texts = await texts_of(exchange.body, query, turns)
+        address = exchange.target_path.decode("latin-1")
+        texts = await texts_of(exchange.body, address, turns)
         found = await self._find(texts, turns)
-        kinds = Counter(kind for kind, _ in found)
+        data = _distinct(found)
+        kinds = Counter(kind for kind, _ in data)
         actions = {kind: self.settings.action(kind) for kind in kinds}
         action: Action = max(actions.values(), key=ACTIONS.index, default="allow")
         named = ", ".join(sorted(kind for kind, one in actions.items() if one == action))
@@ -92,7 +95,8 @@ class Detector:
             return self._unreadable(f"it holds {texts.unreadable}, which cannot be searched", kinds)
         if action == "allow":
             return Clearance(kinds)
-        values = {text: kind for kind, text in found if text is not None and len(text) >= _SHORTEST_VALUE}
+        values = {text: kind for kind, text in data if text is not None and len(text) >= _SHORTEST_VALUE}
+        values |= _overlapping(found)
         body = exchange.body
         small = len(body.raw) <= MOST_REDACTED_BYTES and len(values) <= MOST_VALUES
         if small and not NOT_REDACTABLE & set(kinds):
@@ -101,26 +105,28 @@ class Detector:
                 hidden = await redaction.body(body, turns)
             except BrokenJsonError:
                 return self._stay(kinds, f"it holds {named} in arguments of a tool that would be no JSON any more")
-            if not await self._find(await texts_of(hidden, query, turns), turns):
+            if not await self._find(await texts_of(hidden, address, turns), turns):
                 why = f"placeholders stand for {named}"
                 return Clearance(kinds, "redact", redaction=redaction, hidden=hidden, why=why)
         return self._stay(kinds, f"it holds {named} where no placeholder can stand")
 
-    async def _find(self, texts: Texts, turns: Turns) -> list[tuple[str, str | None]]:
-        """(kind, the data) of everything; None in the data's place where it shows only without escapes."""
+    async def _find(self, texts: Texts, turns: Turns) -> list[_Found]:
+        """Of every text in which something was found what that is."""
         if self._idle:
             return []
-        found: dict[tuple[str, str | None], None] = {}
+        found: list[_Found] = []
         for text in texts.all:
-            for findings in self._scanner.windows(text):
-                if findings:
-                    _collect(found, findings, text)
+            findings: list[Finding] = []
+            for some in self._scanner.windows(text):
+                findings += some
                 if turns.due():
                     await turns.give()
             if self._presidio is not None:
                 async with asyncio.timeout(self.settings.timeout_s):
-                    _collect(found, await turns.wait_for(self._presidio.find(text)), text)
-        return list(found)
+                    findings += await turns.wait_for(self._presidio.find(text))
+            if findings:
+                found.append((text, findings))
+        return found
 
     def _stay(self, kinds: Mapping[str, int], why: str) -> Clearance:
         return Clearance(kinds, "stay", frozenset(self.settings.trusted_zones), why=why)
@@ -129,6 +135,32 @@ class Detector:
         return Clearance(kinds) if self.settings.unreadable == "allow" else self._stay(kinds, why)
 
 
-def _collect(found: dict[tuple[str, str | None], None], findings: Iterable[Finding], text: str) -> None:
-    for kind, start, end in findings:
-        found[kind, text[start:end] if start >= 0 else None] = None
+def _distinct(found: list[_Found]) -> dict[tuple[str, str | None], None]:
+    """(kind, the data) of everything; None in the data's place where it shows only without escapes."""
+    return {
+        (kind, text[start:end] if start >= 0 else None): None
+        for text, findings in found
+        for kind, start, end in findings
+    }
+
+
+def _overlapping(found: list[_Found]) -> dict[str, str]:
+    """Data that overlap, together, and a kind: with a placeholder for the one a piece of the other would be left."""
+    together: dict[str, str] = {}
+    for text, findings in found:
+        first, reach, overlap = Finding("", 0, 0), 0, False
+        for one in sorted(findings, key=_by_place):
+            if one.start < reach < one.end and one.start >= 0:
+                reach, overlap = one.end, True
+            elif one.start >= reach:
+                if overlap:
+                    together[text[first.start : reach]] = first.kind
+                first, reach, overlap = one, one.end, False
+        if overlap:
+            together[text[first.start : reach]] = first.kind
+    return together
+
+
+def _by_place(finding: Finding) -> tuple[int, int]:
+    """Longer ones before those that begin at the same place."""
+    return finding.start, -finding.end

@@ -5,6 +5,7 @@ until the next piece decides, or the event that ends the text. Events without te
 and so do events of a form that no API has. Where the client asked for JSON, the answer stays JSON.
 """
 
+import codecs
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from tokenmill.engine.gateway.pipeline import Reply
 from tokenmill.engine.gateway.sensitivity.redaction import JSON_TEXTS, Redaction
 from tokenmill.engine.gateway.sse import Events, data_of, event
 
+_EVENTS = b"text/event-stream"
 #: Members of a streamed choice (or of its delta) that continue from event to event.
 _TEXTS = ("content", "reasoning_content", "reasoning", "refusal", "text")
 #: The same of a block of Anthropic's.
@@ -28,6 +30,9 @@ _SAY_JSON = frozenset(
 )
 #: Begins the types of parts and events that hold an answer's reasoning, or a refusal.
 _PROSE = ("reasoning", "summary", "thinking", "refusal", "response.reasoning", "response.refusal")
+
+#: Types of the events after which no text comes.
+_LAST = frozenset({"response.completed", "response.incomplete", "response.failed", "message_stop", "error"})
 
 #: Which text of a stream: what it belongs to (a choice, a block, an item's text) first.
 _Key = tuple[Any, ...]
@@ -53,7 +58,11 @@ def restore(reply: Reply, redaction: Redaction, asked: Body) -> None:
     """Makes the reply hold the values; `asked` is the request that it answers."""
     json_texts = JSON_TEXTS | _ANSWERS if _wants_json(asked) else JSON_TEXTS
     if reply.chunks is not None:
-        reply.chunks = _stream(reply.chunks, redaction, json_texts)
+        kind = next((value for name, value in reply.headers if name == b"content-type"), _EVENTS).lower()
+        if kind.startswith(_EVENTS):
+            reply.chunks = _stream(reply.chunks, redaction, json_texts)
+        else:
+            reply.chunks = _running(reply.chunks, redaction, is_json=b"json" in kind)
     elif reply.body and b"[" in reply.body:
         try:
             content = orjson.loads(reply.body)
@@ -113,9 +122,35 @@ async def _stream(
             out = b"".join(restorer.feed(raw) for raw in events.feed(chunk))
             if out:
                 yield out
-        rest = events.rest() + restorer.flush()
-        if rest:
-            yield rest
+        # The last event may have no empty line behind it.
+        last = events.rest()
+        rest = restorer.feed(last) if last else b""
+        ending = restorer.flush()
+        if rest and ending and not rest.endswith((b"\n\n", b"\r\n\r\n")):
+            rest += b"\n\n"
+        if rest or ending:
+            yield rest + ending
+    finally:
+        await chunks.aclose()
+
+
+async def _running(
+    chunks: AsyncGenerator[bytes, None], redaction: Redaction, *, is_json: bool
+) -> AsyncGenerator[bytes, None]:
+    """The same for a stream without events: one text, or lines of JSON."""
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+    restored = redaction.restore_json if is_json else redaction.restore
+    kept = ""
+    try:
+        async for chunk in chunks:
+            text = kept + decoder.decode(chunk)
+            until = len(text) - redaction.held_back(text)
+            kept = text[until:]
+            if until:
+                yield restored(text[:until]).encode("utf-8", "surrogateescape")
+        text = kept + decoder.decode(b"", final=True)
+        if text:
+            yield restored(text).encode("utf-8", "surrogateescape")
     finally:
         await chunks.aclose()
 
@@ -139,6 +174,8 @@ class _Restorer:
             return self.flush() + raw
         if not isinstance(content, dict):
             return raw
+        # What was kept back would come too late after the last event, or after an error.
+        before = self.flush() if content.get("error") or _id(content.get("type")) in _LAST else b""
         ended = _ended(content)
         changed = False
         pieces = list(_pieces(content, self._json_texts))
@@ -154,7 +191,7 @@ class _Restorer:
                 holder[name], changed = restored, True
             self._last[key] = content, raw
         # Texts that end without a last piece: what was kept back is no placeholder.
-        before = b"".join([self._ending(key) for key in list(self._kept) if key[0] in ended])
+        before += b"".join([self._ending(key) for key in list(self._kept) if key[0] in ended])
         if b"[" in data and self._others(
             content, {(id(piece.holder), piece.name) for piece in pieces}, self._json_texts
         ):
@@ -222,6 +259,9 @@ def _of_choice(choice: dict[str, Any], json_texts: frozenset[str]) -> Iterator[_
                 yield _Piece((index, name), holder, name, name in json_texts)
             elif isinstance(text, list):
                 yield from _of_parts(text, (index, name), name in json_texts)
+    spoken = _object(delta.get("audio"))
+    if isinstance(spoken.get("transcript"), str):
+        yield _Piece((index, "transcript"), spoken, "transcript", False)
     for call in [*_items(delta.get("tool_calls")), {"function": delta.get("function_call")}]:
         function = _object(_object(call).get("function"))
         if isinstance(function.get("arguments"), str):

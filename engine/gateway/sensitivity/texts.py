@@ -160,12 +160,12 @@ def _after(before: _Ends, then: _Ends) -> _Ends:
     return (before[0] + then[0])[-_SEAM:], f"{before[1]}\n{then[1]}"[-_SEAM:]
 
 
-async def texts_of(body: Body, query: str, turns: Turns) -> Texts:
+async def texts_of(body: Body, address: str, turns: Turns) -> Texts:
     """Everything to search in a request; long bodies are decoded in slices with the event loop running between.
 
     Args:
         body: The request's.
-        query: Its query string.
+        address: Its path and query string.
         turns: Says when others run.
 
     Raises:
@@ -175,8 +175,7 @@ async def texts_of(body: Body, query: str, turns: Turns) -> Texts:
     texts = Texts()
     views = {name: body.view(name) or memoryview(b"") for name in body.names()}
     await _check_distinct(memoryview(body.raw), views.values(), turns)
-    if query:
-        texts.add("", query)
+    texts.add("", address)
     for name, raw in views.items():
         if name == "model":
             continue

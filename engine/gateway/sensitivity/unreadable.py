@@ -62,6 +62,8 @@ _CITED = frozenset({"document_index", "document_title"})
 _NEXT_WORD = re.compile(r"[\W_]+|(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 #: The same of one that holds an address.
 _ADDRESS_WORDS = frozenset({"url", "urls", "uri", "uris"})
+#: The members of an item of the Responses API that stands for an earlier one, whose type may be left out.
+_REFERENCE = frozenset({"id", "type"})
 #: Members that only name what stands beside them.
 _LABELS = frozenset({"id", "title", "name"})
 #: How the answer is to sound: the members of a chat's own `audio` field.
@@ -122,7 +124,9 @@ def is_text(kind: object, names: Collection[str], key: str) -> bool:
         key: The name that it, or the list that it is in, stands under.
     """
     if kind is None:
-        return _BARE_TEXT.issuperset(names) if key in PART_LISTS else not _is_address(names)
+        if key in PART_LISTS:
+            return _BARE_TEXT.issuperset(names)
+        return not _is_address(names) and not (key == "input" and names and _REFERENCE.issuperset(names))
     return isinstance(kind, str) and kind in _TEXT_TYPES
 
 

@@ -385,3 +385,25 @@ def test_decisions_are_in_the_chained_trail(tmp_path: Path, cloud: FakeUpstream)
     actions = [row[0] for row in rows]
     assert actions[-2:] == ["sensitivity.stay", "residency.refuse"]
     assert "4111" not in str(rows)
+
+
+@pytest.mark.parametrize(
+    ("text", "hidden"),
+    [
+        ("card 3491 492316 67739@pay.example.com ok", "card [CREDIT_CARD_2] ok"),
+        ("a bob@example.com and bob@example.com.", "a [EMAIL_1] and [EMAIL_1]."),
+        ("password: abc123xyz/secret: def456uvw", "password: [CREDENTIAL_1]/secret: [CREDENTIAL_2]"),
+    ],
+)
+def test_of_data_that_overlap_no_piece_is_left(text: str, hidden: str) -> None:
+    clearance = clear(SensitivitySettings(default="redact"), json.dumps({"prompt": text}).encode())
+    assert clearance.hidden is not None
+    assert json.loads(clearance.hidden.raw) == {"prompt": hidden}
+
+
+def test_the_address_of_a_request_is_searched(gateway: RunningGateway, cloud: FakeUpstream) -> None:
+    cloud.books = Books()
+    for path in ("/v1/users/bob.smith@example.com/summary", "/v1/users/summary?of=bob.smith%40example.com"):
+        status, _, raw = gateway.post(path, {"model": "vast", "prompt": "hello"})
+        assert (status, json.loads(raw)["error"]["code"]) == (403, "residency")
+    assert cloud.books.requests == []

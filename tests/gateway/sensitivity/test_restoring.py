@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
@@ -201,3 +202,67 @@ def test_what_is_kept_back_goes_out_beside_odd_choices() -> None:
     out = asyncio.run(run_through([b"data: " + json.dumps(event).encode() + b"\n\n"], redacted()))
     said = [json.loads(line[6:])["choices"][0]["delta"]["content"] for line in out.decode().split("\n\n")[:-1]]
     assert said == ["a ", "[NOTE"]
+
+
+def said(stream: bytes) -> list[Any]:
+    return [json.loads(line[6:]) for line in stream.decode().split("\n\n") if line.startswith("data: {")]
+
+
+def test_the_last_event_needs_no_empty_line() -> None:
+    events = [chunk({"content": "[NO"}), chunk({"content": "TE_1], [NO"}).rstrip()]
+    out = said(asyncio.run(run_through(events, redacted())))
+    assert [one["choices"][0]["delta"]["content"] for one in out] == ["", f"{VALUE}, ", "[NO"]
+
+
+@pytest.mark.parametrize(
+    "last", [{"error": {"message": "gone"}}, {"type": "response.completed", "response": {}}, {"type": "message_stop"}]
+)
+def test_what_is_kept_back_goes_out_before_the_last_event(last: dict[str, Any]) -> None:
+    delta = {"type": "response.output_text.delta", "item_id": "i", "delta": "a [NO"}
+    out = said(
+        asyncio.run(run_through([b"data: " + json.dumps(one).encode() + b"\n\n" for one in (delta, last)], redacted()))
+    )
+    assert [one.get("delta") for one in out] == ["a ", "[NO", None]
+    assert out[-1] == last
+
+
+def test_what_is_spoken_is_restored() -> None:
+    events = [chunk({"audio": {"transcript": "so [NO"}}), chunk({"audio": {"transcript": "TE_1]", "data": "AAAA"}})]
+    out = said(asyncio.run(run_through(events, redacted())))
+    assert "".join(one["choices"][0]["delta"]["audio"]["transcript"] for one in out) == f"so {VALUE}"
+
+
+@pytest.mark.parametrize("cut", range(1, 12))
+@pytest.mark.parametrize(
+    ("kind", "answer", "shown"),
+    [
+        (b"text/plain; charset=utf-8", "é [NOTE_1], [NOTE_2] [NO", f"é {VALUE}, [NOTE_2] [NO"),
+        (b"application/x-ndjson", '{"a": "[NOTE_1]"}\n{"b": "["}\n', f'{{"a": {json.dumps(VALUE)}}}\n{{"b": "["}}\n'),
+    ],
+)
+def test_streams_without_events_are_restored(kind: bytes, answer: str, shown: str, cut: int) -> None:
+    async def run() -> bytes:
+        async def source() -> AsyncGenerator[bytes, None]:
+            for start in range(0, len(answer.encode()), cut):
+                yield answer.encode()[start : start + cut]
+
+        reply = Reply(200, [(b"content-type", kind)], None, source())
+        restore(reply, redacted(), asked({}))
+        assert reply.chunks is not None
+        return b"".join([part async for part in reply.chunks])
+
+    assert asyncio.run(run()).decode() == shown
+
+
+def test_bytes_that_are_no_text_pass_as_they_are() -> None:
+    async def run() -> bytes:
+        async def source() -> AsyncGenerator[bytes, None]:
+            for code in range(256):
+                yield bytes((code, 255 - code))
+
+        reply = Reply(200, [(b"content-type", b"audio/mpeg")], None, source())
+        restore(reply, redacted(), asked({}))
+        assert reply.chunks is not None
+        return b"".join([part async for part in reply.chunks])
+
+    assert asyncio.run(run()) == b"".join(bytes((code, 255 - code)) for code in range(256))

@@ -82,6 +82,8 @@ def test_parts_that_are_not_known_to_be_text(part: dict[str, Any], filler: str) 
         {"input": "hi", "previous_response_id": "resp_1"},
         {"input": "hi", "conversation": {"id": "conv_1"}},
         {"input": [{"type": "item_reference", "id": "x"}]},
+        {"input": [{"id": "msg_x"}]},
+        {"input": [{"type": None, "id": "msg_x"}]},
         {"input": [{"type": "computer_call_output", "output": {"type": "computer_screenshot"}}]},
         {"input": {"type": "image", "source": {}}},
         {"messages": [{"role": "user", "content": {"type": "image", "source": {}}}]},
