@@ -187,14 +187,6 @@ class Database(Protocol):
         ...
 
 
-def _unusable(database: Database, error: Exception) -> ConfigurationError:
-    """What is said where a database refuses statements: it is damaged, another program's or not to be written to."""
-    reason, _, _ = str(error).partition("\n")
-    return ConfigurationError(
-        f"{database.shown} cannot be used: {reason}; name a gateway's database or an empty one that may be written to"
-    )
-
-
 Operation = Callable[[Connection], T]
 #: Does many things of one kind in one transaction; answers with a result for each, in their order. Each of them takes
 #: microseconds.
@@ -248,16 +240,23 @@ class Store:
             self._quick = self._database.connect(writes=True, waits=False) if self.local else None
             if self._quick is not None:
                 undo.callback(self._quick.close)
-            try:
-                with self._database.transaction(self._writer):
-                    make_tables(self._writer, schema, self._database.shown)
-            except self._database.error as error:
-                raise _unusable(self._database, error) from None
+            with self.usable(), self._database.transaction(self._writer):
+                make_tables(self._writer, schema, self._database.shown)
             undo.pop_all()
         #: For reading, in the thread that made the store; sees everything that is committed.
         self.reader = self._database.connect()
         self._thread = threading.Thread(target=self._run, name="store-writer", daemon=True)
         self._thread.start()
+
+    @contextlib.contextmanager
+    def usable(self) -> Iterator[None]:
+        """Statements without which a program cannot go on: raises `ConfigurationError`, a line, where one fails."""
+        try:
+            yield
+        except self._database.error as error:
+            reason, _, _ = str(error).partition("\n")
+            remedy = "name a gateway's database, or an empty one that may be written to"
+            raise ConfigurationError(f"{self._database.shown} cannot be used: {reason}; {remedy}") from None
 
     def submit(self, operation: Operation[T]) -> "Future[T]":
         """Has `operation(connection)` run in the writer's next transaction; the result is there once it is committed.

@@ -284,8 +284,9 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigurationError(f"{place} does not exist; name the gateway's store with --store, or add --create")
     store = Store(place, SCHEMA)
     try:
-        tables.prepare(store)
-        answer = cast("_Command", options.run)(store, options)
+        with store.usable():
+            tables.prepare(store)
+            answer = cast("_Command", options.run)(store, options)
     finally:
         store.close()
     if options.json:

@@ -62,11 +62,16 @@ class Governance:
         return self._worker
 
     async def start(self) -> None:
-        """Opens the store, settles what dead processes left, and begins to look after it."""
+        """Opens the store, settles what dead processes left, and begins to look after it.
+
+        Raises:
+            ConfigurationError: The store cannot be used.
+        """
         self._store = Store(self.options.store, SCHEMA)
-        self._worker = WorkerLock(self._store)
-        await self._store.write(_ensure_master)
-        await asyncio.to_thread(workers.recover, self._store, self._worker)
+        with self._store.usable():
+            self._worker = WorkerLock(self._store)
+            await self._store.write(_ensure_master)
+            await asyncio.to_thread(workers.recover, self._store, self._worker)
         self._housekeeping = asyncio.create_task(self._keep_house())
 
     async def stop(self) -> None:

@@ -1,5 +1,6 @@
 """`tokenmill admin` on a store's file, alone and beside a gateway that serves."""
 
+import contextlib
 import json
 import sqlite3
 from pathlib import Path
@@ -111,6 +112,19 @@ def test_wrong_input_is_one_line(admin: Admin, arguments: list[str], says: str) 
 def test_a_store_is_not_made_by_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "does not exist" in Admin(tmp_path / "none.db", capsys).shown("key", "list", status=2)
     assert not (tmp_path / "none.db").exists()
+
+
+def test_a_damaged_file_is_one_line(admin: Admin, tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "books.db")) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        (page,) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'accounts'").fetchone()
+        (size,) = connection.execute("PRAGMA page_size").fetchone()
+    with (tmp_path / "books.db").open("r+b") as file:
+        file.seek((page - 1) * size)
+        file.write(b"\xff" * size)
+    for arguments in (["org", "list"], ["org", "create", "other"]):
+        said = admin.shown(*arguments, status=2)
+        assert "malformed" in said and said.count("\n") == 1
 
 
 def test_an_address_that_is_none_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,8 +1,10 @@
 """Governance on the road of real requests: who may ask, what is reserved, charged and written down."""
 
+import contextlib
 import http.client
 import json
 import socket
+import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -379,6 +381,23 @@ def test_other_protocols_and_failovers_are_charged_where_they_were_served(
 def test_store_that_cannot_be_opened_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "x.db"
     path.write_bytes(b"no database at all" * 100)
+    gateway = RunningGateway(Backend("a", "http://127.0.0.1:9", "t"), governance=options(str(path)))
+    assert gateway.process.wait(timeout=20) == 3
+    printed = capfd.readouterr().err
+    assert f"{path} cannot be used" in printed
+    assert "Traceback" not in printed
+
+
+def test_store_that_is_damaged_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "x.db"
+    Store(path, SCHEMA).close()
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        (page,) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'accounts'").fetchone()
+        (size,) = connection.execute("PRAGMA page_size").fetchone()
+    with path.open("r+b") as file:
+        file.seek((page - 1) * size)
+        file.write(b"\xff" * size)
     gateway = RunningGateway(Backend("a", "http://127.0.0.1:9", "t"), governance=options(str(path)))
     assert gateway.process.wait(timeout=20) == 3
     printed = capfd.readouterr().err
