@@ -40,14 +40,23 @@ _VERHOEFF_PERMUTATION = (
     (2, 7, 9, 3, 8, 0, 6, 4, 1, 5),
     (7, 0, 4, 6, 9, 1, 3, 2, 5, 8),
 )
-#: By place from the right, check so far and digit, the check that follows; for numbers of up to 16 digits.
-_VERHOEFF = tuple(
-    [
-        {str(digit): row[image] for digit, image in enumerate(_VERHOEFF_PERMUTATION[place % 8])}
-        for row in _VERHOEFF_PRODUCT
+
+
+def _verhoeff(place: int) -> bytes:
+    """What four digits come to, by their value; the last of them is so many places from the right (as modulo 8)."""
+    two = [
+        [
+            _VERHOEFF_PRODUCT[_VERHOEFF_PERMUTATION[at][last]][_VERHOEFF_PERMUTATION[at + 1][first]]
+            for first in range(10)
+            for last in range(10)
+        ]
+        for at in (place, place + 2)
     ]
-    for place in range(16)
-)
+    return bytes(_VERHOEFF_PRODUCT[last][first] for first in two[1] for last in two[0])
+
+
+#: In places 0 to 3 and 8 to 11, and in places 4 to 7.
+_OUTER, _INNER = _verhoeff(0), _verhoeff(4)
 #: A to Z as 10 to 35.
 _LETTERS_AS_NUMBERS = {ord("A") + place: str(10 + place) for place in range(26)}
 #: Twice a digit, its own digits added.
@@ -143,10 +152,8 @@ def aadhaar(digits: str) -> bool:
     """Indian Aadhaar numbers: Verhoeff's check digit; they start with 2 to 9."""
     if digits[0] in "01":
         return False
-    check = 0
-    for step, digit in zip(_VERHOEFF, reversed(digits), strict=False):
-        check = step[check][digit]
-    return check == 0
+    last, inner, first = _OUTER[int(digits[8:])], _INNER[int(digits[4:8])], _OUTER[int(digits[:4])]
+    return _VERHOEFF_PRODUCT[_VERHOEFF_PRODUCT[last][inner]][first] == 0
 
 
 def mrz_field(field: str, check: str) -> bool:

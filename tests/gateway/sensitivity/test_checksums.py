@@ -34,6 +34,13 @@ def test_published_numbers_fit(fits: Callable[[str], bool], number: str) -> None
             assert not fits(changed), f"one wrong digit must be noticed: {changed}"
 
 
+def test_digits_that_change_places_are_noticed() -> None:
+    """What Verhoeff's check digit is for; at every place of the number."""
+    number = "234123412346"
+    swapped = [number[:at] + number[at + 1] + number[at] + number[at + 2 :] for at in range(len(number) - 1)]
+    assert not any(checksums.aadhaar(one) for one in swapped)
+
+
 def test_the_passport_of_the_standard() -> None:
     zone = "L898902C36UTO7408122F1204159ZE184226B<<<<<10"
     assert checksums.mrz_field(zone[:9], zone[9])
