@@ -22,7 +22,7 @@ _LEAST = -100.0
 
 
 class _Token(msgspec.Struct):
-    logprob: float = 0.0
+    logprob: float | None = None
 
 
 class _Logprobs(msgspec.Struct):
@@ -63,7 +63,7 @@ def logprobs_of(answer: bytes) -> list[float]:
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return []
     found = choices[0].logprobs if choices else None
-    return [token.logprob for token in found.content or ()] if found else []
+    return [token.logprob for token in found.content or () if token.logprob is not None] if found else []
 
 
 def without_logprobs(answer: bytes) -> bytes:

@@ -105,23 +105,35 @@ class Escalation:
             return _with_note(release(reply), note)
         target = exchange.target
         exchange.routes = then
-        better: Reply | None
         try:
-            async with asyncio.timeout(left_s):
-                better = await proceed(exchange)
-        except (ApiError, TimeoutError):
-            better = None
+            better = await self._better(exchange, proceed, left_s)
         except BaseException:
             if held is not None:
                 await held.close()
             raise
-        if better is None or better.status >= 400:
+        if better is None:
             exchange.target = target
             return _with_note(release(reply), note)
         if held is not None:
             await held.close()
         note["escalated"] = True
         return _with_note(better, note)
+
+    async def _better(self, exchange: Exchange, proceed: Handler, left_s: float) -> Reply | None:
+        """The second tier's answer; None where it fails, of a stream with its first event, or has not begun in time."""
+        try:
+            async with asyncio.timeout(left_s):
+                better = await proceed(exchange)
+        except (ApiError, TimeoutError):
+            return None
+        if better.status < 400 and better.chunks is not None:
+            begun = await hold(better.chunks, 0, max(self._left_s(exchange), 0))
+            exchange.on_end(begun.end)
+            better.chunks = begun.chunks()
+            if _failure(begun, exchange) is not None:
+                await begun.close()
+                return None
+        return better if better.status < 400 else None
 
 
 def _of_tier(routes: Sequence[Route], tier: str, *, logprobs: bool = False) -> list[Route]:
@@ -215,7 +227,7 @@ async def _cleaned_stream(chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator
                 yield out
         rest = events.rest()
         if rest:
-            yield rest
+            yield _cleaned_event(rest)
     finally:
         await chunks.aclose()
 

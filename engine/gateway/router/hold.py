@@ -44,25 +44,40 @@ class Held:
         self._source = source
         self._held: list[bytes] = []
         self._next: asyncio.Task[bytes | None] | None = None
-        self._ended = False
+        self._ended = self._said = False
 
     async def fill(self, tokens: int | None, left_s: float) -> None:
-        """Reads until so many tokens have come (None: all), the time is over, or the stream ends, breaks or fails."""
+        """Reads until so many tokens have come, the time is over, or the stream ends, breaks or fails.
+
+        Args:
+            tokens: None: all; 0: until it is known what its first event says.
+            left_s: The time.
+        """
         events = Events()
         deadline = time.perf_counter() + left_s
         size = 0
-        while size < MOST_BYTES and (tokens is None or len(self.logprobs) < tokens):
+        while size < MOST_BYTES and (tokens is None or not self._said or len(self.logprobs) < tokens):
             chunk = await self._read(deadline)
             if chunk is None:
+                if self._ended:
+                    self._take(events.rest())
                 return
             size += len(chunk)
             self._held.append(chunk)
             for raw in events.feed(chunk):
-                data = data_of(raw) or b""
-                if b'"error"' in data and (error := _error(data)) is not None:
-                    self.error = error
+                self._take(raw)
+                if self.error is not None:
                     return
-                self.logprobs += logprobs_of(data)
+
+    def _take(self, raw: bytes) -> None:
+        """Looks at an event."""
+        data = data_of(raw)
+        if data is None:
+            return
+        self._said = True
+        if b'"error"' in data:
+            self.error = _error(data)
+        self.logprobs += logprobs_of(data)
 
     async def _read(self, deadline: float) -> bytes | None:
         """The next chunk; None at the stream's end, or when the time is over (it is then still awaited)."""
@@ -135,7 +150,7 @@ async def hold(source: AsyncGenerator[bytes, None], tokens: int | None, left_s: 
 
     Args:
         source: The stream.
-        tokens: Until so many tokens have come; None: until it ends.
+        tokens: Until so many tokens have come; None: until it ends; 0: until its first event has.
         left_s: But no longer than this.
     """
     held = Held(source)

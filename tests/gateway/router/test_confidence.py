@@ -40,6 +40,13 @@ def test_log_probabilities_are_read_and_taken_out() -> None:
     assert json.loads(without_logprobs(without)) == json.loads(without)
 
 
+def test_tokens_without_a_probability_say_nothing() -> None:
+    tokens = [{"token": "a", "logprob": None}, {"token": "b", "logprob": -3}, {"token": "c"}]
+    answer = json.dumps({"choices": [{"logprobs": {"content": tokens}}]}).encode()
+    assert logprobs_of(answer) == [-3.0]
+    assert logprobs_of(answer.replace(b"-3", b"null")) == []
+
+
 ODD = [
     *(b"", b"[DONE]", b"{}", b"[1]", b'{"choices": []}', b'{"choices": "logprobs"}'),
     *(b'{"choices": [{"logprobs": null}]}', b'{"choices": [{"logprobs": {"content": null}}]}'),

@@ -115,6 +115,36 @@ def test_a_released_stream_holds_every_event(pair: Pair) -> None:
     assert body.endswith(b"data: [DONE]\n\n")
 
 
+def raw_stream(logprob: float) -> dict[str, Any]:
+    """A stream whose last event has no empty line behind it."""
+    choices = [{"index": 0, "delta": {"content": f"w{number} "}, "logprobs": {"content": [{"logprob": logprob}]}}
+               for number in range(2)]  # fmt: skip
+    body = "\n\n".join("data: " + json.dumps({"choices": [choice]}) for choice in choices)
+    return {"status": 200, "body": body, "headers": {"content-type": "text/event-stream"}}
+
+
+def test_a_stream_that_ends_within_its_last_event_is_judged_and_cleaned(pair: Pair) -> None:
+    _, headers, body = pair.ask({"small": raw_stream(-0.01), "large": {}}, stream=True)
+    assert headers["x-tokenmill-confidence"] == "0.9900"
+    assert b"w1 " in body
+    assert b'"logprob"' not in body
+    one = {**raw_stream(-3.0), "body": raw_stream(-3.0)["body"].split("\n\n")[1]}
+    for unsure in (raw_stream(-3.0), one):
+        _, headers, body = pair.ask({"small": unsure, "large": {}}, stream=True)
+        assert (headers["x-tokenmill-escalated"], body) == ("true", pair.large.books.sent[0])
+    said = {**one, "body": 'data: {"error": {"message": "dead"}}'}
+    _, headers, body = pair.ask({"small": said, "large": {}}, stream=True)
+    assert (headers["x-tokenmill-tier"], body) == ("reasoning", pair.large.books.sent[0])
+
+
+@pytest.mark.parametrize("failing", [{"error": {"message": "dead"}}, {"cut_after": 0}, {"cut_head": True}])
+def test_a_second_stream_that_begins_with_a_failure_gives_the_first_answer(pair: Pair, failing: dict[str, Any]) -> None:
+    _, headers, body = pair.ask({"small": UNSURE, "large": {**failing, "chunks": 0}}, stream=True)
+    assert (headers["x-tokenmill-tier"], headers["x-tokenmill-escalated"]) == ("utility", "false")
+    assert b"w4 " in body
+    assert b"dead" not in body
+
+
 def test_the_better_tier_failing_gives_the_first_answer(pair: Pair) -> None:
     for stream in (False, True):
         for large in ({"status": 503, "body": "busy"}, {"status": 400, "body": "no"}, {"cut_after": 0}):
