@@ -297,7 +297,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _show(answer: Answer) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 240)
+    console = Console(width=None if sys.stdout.isatty() else 240, emoji=False)
     if answer.columns is not None:
         table = Table(box=None, pad_edge=False)
         for heading in answer.columns:
@@ -329,4 +329,4 @@ def _cell(value: Any) -> str:
     if isinstance(value, dict):
         value = [f"{name}={inner}" for name, inner in value.items() if inner is not None]
     text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return "".join(letter if letter.isprintable() else "?" for letter in text).replace("[", "\\[")
+    return "".join(letter if letter.isprintable() else "?" for letter in text)

@@ -57,7 +57,8 @@ def test_tables_are_for_people(admin: Admin) -> None:
     assert "sk-" in key and "only time" in key
     listed = admin.shown("key", "list")
     assert "bot" in listed and "sk-" not in listed
-    assert "acme" in admin.shown("org", "list")
+    admin.shown("org", "create", "odd", "--name", "[red]a:key:b[/red] \x1b[31m\u202e")
+    assert "  [red]a:key:b[/red] ?[31m?  " in admin.shown("org", "list")
     assert "requests" in admin.shown("ledger", "--by", "team,day", "--last", "30d")
     assert "organisation.create" in admin.shown("audit", "list")
 
