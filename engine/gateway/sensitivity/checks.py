@@ -70,6 +70,22 @@ def number(fits: Callable[[str], bool], alphabet: bytes = DIGITS, *, even: bool 
     return check
 
 
+#: The code of a country, in front of the rest of a telephone number.
+_COUNTRY_CODE = re.compile(rb"\+[1-9][0-9]{0,2}[ .-]\Z")
+
+
+def at_home(check: Check) -> Check:
+    """The same check for what is not the rest of a number with a country's code."""
+
+    def narrowed(text: bytes, start: int, end: int) -> tuple[int, int] | int | None:
+        if text[start] not in DIGITS:
+            start += 1
+        before = text[max(start - 5, 0) : start]
+        return end if b"+" in before and _COUNTRY_CODE.search(before) else check(text, start, end)
+
+    return narrowed
+
+
 def _evenly_apart(between: list[bytes]) -> bool:
     counts = Counter(between)
     ends_once = any(count == 1 and b"\n" in one for one, count in counts.items())

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tokenmill.engine.gateway.sensitivity import checks, checksums
-from tokenmill.engine.gateway.sensitivity.checks import ALNUM, Check, in_fours, last_digits, last_token, number
+from tokenmill.engine.gateway.sensitivity.checks import ALNUM, Check, at_home, in_fours, last_digits, last_token, number
 
 #: What the data is about; policies may name a class instead of a kind.
 DataClass = Literal["contact", "financial", "government", "person", "secret"]
@@ -247,7 +247,7 @@ KINDS: tuple[Kind, ...] = (
     Kind(
         # With dashes it is a telephone number of North America, but where something says what it is.
         "uk_nhs", "government", _NUMBER, (_START + rb"[0-9]{3} [0-9]{3} [0-9]{4}",),
-        number(checksums.uk_nhs, apart=True), swift=True,
+        at_home(number(checksums.uk_nhs, apart=True)), swift=True,
     ),
     Kind(
         "uk_nhs", "government", _ANNOUNCED,

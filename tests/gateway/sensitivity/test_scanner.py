@@ -180,6 +180,9 @@ def test_an_address_that_is_not_seen_whole_has_no_place(text: str, scanner: Scan
 
 def test_numbers_with_dashes_are_telephone_numbers(scanner: Scanner) -> None:
     assert [one.kind for one in scanner.find("415-555-2671")] == ["phone"]
+    # The last ten digits of each are a number of the NHS by their check digit.
+    for number in ("+1 415 555 2671", "+49 943 476 5919"):
+        assert {one.kind for one in scanner.find(number)} == {"phone"}
 
 
 @pytest.mark.parametrize("begin", [0, 1, STRIDE - 30, STRIDE - 3, STRIDE, STRIDE + OVERLAP - 10, 3 * STRIDE - 7])
