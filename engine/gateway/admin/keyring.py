@@ -14,7 +14,7 @@ from tokenmill.errors import InputError
 
 
 def rotate(connection: Connection, key: str, actor: str) -> str:
-    """Gives a key a new secret and returns it; the old one is refused from the next request on.
+    """Gives a key a new secret and returns it; the old one is refused as soon as a worker looks for changes.
 
     Its id, budget and books stay: rotating is no way to begin a budget anew.
 
