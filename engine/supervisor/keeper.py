@@ -108,7 +108,13 @@ class Keeper:
                     await asyncio.wait_for(asyncio.shield(ended), pause)
                     await asyncio.sleep(0.1)  # its last words are still in the pipe
                     return why_ended(child)
-                status = await self._health()
+                asking = asyncio.ensure_future(self._health())
+                try:
+                    # Nobody answers at the port of one that has just died: its end is not to wait for that.
+                    await asyncio.wait((ended, asking), return_when=asyncio.FIRST_COMPLETED)
+                    status = asking.result() if asking.done() else None
+                finally:
+                    asking.cancel()
                 if status is not None:
                     answered = time.monotonic()
                     errors = errors + 1 if status >= 500 else 0

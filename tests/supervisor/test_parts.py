@@ -19,7 +19,7 @@ from tokenmill.engine.supervisor import facts, probe
 from tokenmill.engine.supervisor.backoff import Backoff
 from tokenmill.engine.supervisor.child import Child
 from tokenmill.engine.supervisor.display import Display, Fact
-from tokenmill.engine.supervisor.keeper import why_ended
+from tokenmill.engine.supervisor.keeper import Keeper, StartError, why_ended
 from tokenmill.engine.supervisor.listener import ReservedPort, free_port, listen, owner_of
 from tokenmill.engine.supervisor.plan import Engine
 from tokenmill.errors import ConfigurationError
@@ -126,6 +126,22 @@ def test_a_child_that_ignores_signals_is_killed_with_its_group(tmp_path: Path) -
 def test_the_reason_of_an_end_is_one_line(tmp_path: Path, program: str, reason: str) -> None:
     child, _ = run_child(tmp_path, program)
     assert why_ended(child) == reason
+
+
+def test_an_end_is_seen_although_nobody_answers(tmp_path: Path) -> None:
+    async def launch() -> Child:
+        program = "import time; time.sleep(0.5); raise SystemExit('error: it is wrong')"
+        child = Child([sys.executable, "-c", program], {}, tmp_path / "log", lambda _line: None)
+        await child.start()
+        return child
+
+    async def health() -> int | None:
+        await asyncio.Event().wait()
+        return None
+
+    keeper = Keeper("one", launch, health, lambda *_: None, 1.0)
+    with pytest.raises(StartError, match="it is wrong"):
+        asyncio.run(asyncio.wait_for(keeper.run(), 20))
 
 
 def test_probes_survive_servers_that_speak_nonsense() -> None:
