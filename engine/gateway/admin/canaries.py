@@ -8,7 +8,8 @@ from tokenmill.engine.gateway.admin import tables
 from tokenmill.engine.gateway.governance import audit
 from tokenmill.engine.gateway.governance.service import Governance
 from tokenmill.engine.gateway.portfolio import Portfolio
-from tokenmill.engine.gateway.store import Connection
+from tokenmill.engine.gateway.seldom import Seldom
+from tokenmill.engine.gateway.store import Connection, StoreUnavailableError
 
 log = logging.getLogger("tokenmill.gateway.admin")
 
@@ -47,6 +48,7 @@ class Canaries:
         self._portfolio = portfolio
         self._governance = governance
         self._task: asyncio.Task[None] | None = None
+        self._unread = Seldom()
 
     async def start(self) -> None:
         """Looks once, then every second."""
@@ -73,5 +75,8 @@ class Canaries:
             await asyncio.sleep(POLL_S)
             try:
                 self.apply()
+            except StoreUnavailableError as error:
+                if self._unread.due():
+                    log.warning("the shares of canaries cannot be read: %s; trying again", error)
             except Exception:
                 log.exception("the shares of canaries could not be read; trying again")

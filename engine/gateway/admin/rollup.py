@@ -14,7 +14,7 @@ from tokenmill.engine.gateway.admin import tables
 from tokenmill.engine.gateway.admin.books import Column, Span
 from tokenmill.engine.gateway.admin.books import sums as ledger_sums
 from tokenmill.engine.gateway.governance.service import Governance
-from tokenmill.engine.gateway.store import Connection, Store, now_ms
+from tokenmill.engine.gateway.store import Connection, Store, StoreUnavailableError, now_ms
 
 log = logging.getLogger("tokenmill.gateway.admin")
 
@@ -58,6 +58,8 @@ class Rollup:
             again = False
             try:
                 again = await asyncio.to_thread(advance, self._governance.store, now_ms())
+            except StoreUnavailableError as error:
+                log.warning("an hour of the ledger cannot be summed: %s; trying again", error)
             except Exception:
                 log.exception("an hour of the ledger could not be summed; trying again")
             await asyncio.sleep(PAUSE_S if again else EVERY_S)
