@@ -80,6 +80,19 @@ class _PlainHolder(msgspec.Struct):
     usage: _Counts | None = None
 
 
+class _Total(msgspec.Struct):
+    total_tokens: int | None = None
+
+
+class _Read(msgspec.Struct):
+    """An answer for which nothing is generated."""
+
+    usage: _Total
+    data: msgspec.Raw = msgspec.Raw()
+    results: msgspec.Raw = msgspec.Raw()
+    choices: msgspec.Raw = msgspec.Raw()
+
+
 class _Chunk(msgspec.Struct):
     choices: list[msgspec.Raw]
     usage: dict[str, msgspec.Raw] | None = None
@@ -97,6 +110,7 @@ class _MessageEvent(_Message):
 
 _HOLDER = msgspec.json.Decoder(_Holder)
 _PLAIN = msgspec.json.Decoder(_PlainHolder)
+_READ = msgspec.json.Decoder(_Read)
 _CHUNK = msgspec.json.Decoder(_Chunk)
 _METRICS = msgspec.json.Decoder(_Metrics)
 _MESSAGE = msgspec.json.Decoder(_MessageEvent)
@@ -123,6 +137,7 @@ def read_usage(body: bytes, usage: Usage) -> None:
         prompt = tokens.input_tokens + apart + (tokens.cache_creation_input_tokens or 0)
         cached = details.cached_tokens if details else apart
     else:
+        _read_total(body, usage)
         return
     prompt, cached = _count(prompt), _count(cached)
     usage.prompt, usage.cached, usage.completion = prompt, cached if cached < prompt else prompt, _count(completion)
@@ -147,6 +162,15 @@ def _read_plain(body: bytes, usage: Usage) -> None:
             most = float(_MOST_TOKENS)
             usage.prompt = _count(math.ceil(min(prompt, most)))
             usage.completion = _count(math.ceil(min(completion or 0, most)))
+            usage.exact = True
+
+
+def _read_total(body: bytes, usage: Usage) -> None:
+    """Embeddings and rankings of some servers (Voyage's, older vLLM's) say how many tokens they read in all."""
+    with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        read = _READ.decode(body)
+        if read.usage.total_tokens is not None and (read.data or read.results) and not read.choices:
+            usage.prompt = _count(read.usage.total_tokens)
             usage.exact = True
 
 

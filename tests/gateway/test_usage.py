@@ -65,6 +65,11 @@ def test_whole_events_are_not_held_back() -> None:
         ({"response": {"usage": {"input_tokens": 5, "output_tokens": 7}}}, (5, 0, 7, True)),
         ({"usage": {"input_tokens": 5, "output_tokens": 7, "cache_read_input_tokens": 4}}, (9, 4, 7, True)),
         ({"usage": {"output_tokens": 7}}, (0, 0, 0, False)),
+        # What is embedded or ranked is read, and nothing else.
+        ({"data": [{"embedding": [1]}], "usage": {"total_tokens": 7}}, (7, 0, 0, True)),
+        ({"results": [{"index": 0}], "usage": {"total_tokens": 7}}, (7, 0, 0, True)),
+        ({"choices": [{"text": "a"}], "data": [], "usage": {"total_tokens": 7}}, (0, 0, 0, False)),
+        ({"usage": {"total_tokens": 7}}, (0, 0, 0, False)),
         # Some servers count in floats, shape their details as they like, or say more cached tokens than there are.
         ({"usage": {"prompt_tokens": 5.0, "completion_tokens": 6.2}}, (5, 0, 7, True)),
         ({"usage": {"prompt_tokens": 5, "completion_tokens": 7, "prompt_tokens_details": []}}, (5, 0, 7, True)),
