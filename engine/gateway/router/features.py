@@ -22,6 +22,7 @@ END_BYTES = 4096
 _LONG = 16_384
 #: How a JSON list begins.
 _LIST = ord("[")
+_DIGITS = b"0123456789"
 
 #: Words and forms by the feature that they speak for.
 _SIGNS: dict[str, bytes] = {
@@ -75,7 +76,13 @@ _NEEDED_AT = {
     **dict.fromkeys(("/v1/embeddings", "/pooling"), "embeddings"),
     **dict.fromkeys(("/v1/rerank", "/v2/rerank", "/rerank", "/v1/score", "/score"), "rerank"),
 }
-
+#: Fields with a list of inputs each of which a model reads for itself, by the endpoint.
+_EACH = {
+    **dict.fromkeys(("/v1/embeddings", "/pooling"), "input"),
+    **dict.fromkeys(("/v1/rerank", "/v2/rerank", "/rerank"), "documents"),
+    **dict.fromkeys(("/v1/score", "/score"), "text_2"),
+    "/v1/completions": "prompt",
+}
 
 _NONE = msgspec.Raw(b"null")
 
@@ -110,6 +117,7 @@ _MESSAGES = msgspec.json.Decoder(list[_Message])
 _PARTS = msgspec.json.Decoder(list[_Part | str])
 _PARTS_OF_TEXT = msgspec.json.Decoder(list[_Text])
 _TEXT = msgspec.json.Decoder(str)
+_ITEMS = msgspec.json.Decoder(list[msgspec.Raw])
 
 
 class Features(msgspec.Struct, frozen=True):
@@ -123,6 +131,7 @@ class Features(msgspec.Struct, frozen=True):
         needs: Capabilities without which it cannot be answered.
         values: The classifier's features but for those that are 0.
         several: It asks for more than one answer.
+        inputs: What may be a list of inputs, each of which is read for itself (`at_once`); None: there is none.
     """
 
     endpoint: str
@@ -132,6 +141,25 @@ class Features(msgspec.Struct, frozen=True):
     needs: frozenset[str]
     values: Mapping[str, float]
     several: bool = False
+    inputs: Any = None
+
+
+def at_once(features: Features) -> int:
+    """Estimated tokens of what a model reads in one go: of a list of inputs the longest. Takes time with its length."""
+    inputs = features.inputs
+    if inputs is None or inputs[0] != _LIST:
+        return features.prompt_tokens
+    try:
+        items = [bytes(item) for item in _ITEMS.decode(inputs)] or [b"0"]
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return features.prompt_tokens
+    # One input in tokens, or several in text or tokens.
+    longest = len(items) if items[0][0] in _DIGITS else max(map(_tokens, items))
+    return max(features.prompt_tokens - len(inputs) // BYTES_PER_TOKEN, 0) + longest
+
+
+def _tokens(item: bytes) -> int:
+    return item.count(b",") + 1 if item[0] == _LIST else len(item) // BYTES_PER_TOKEN
 
 
 def features_of(exchange: Exchange) -> Features:
@@ -177,7 +205,8 @@ def features_of(exchange: Exchange) -> Features:
         if not limit and name in stated:
             limit = body.get(name, int)
     several = "n" in stated and (body.get("n", int) or 1) != 1
-    return Features(endpoint, question, size // BYTES_PER_TOKEN, limit, needs, values, several)
+    inputs = body.view(_EACH[endpoint]) if endpoint in _EACH else None
+    return Features(endpoint, question, size // BYTES_PER_TOKEN, limit, needs, values, several, inputs)
 
 
 def _tools(body: Body) -> int:

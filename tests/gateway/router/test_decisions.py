@@ -43,13 +43,12 @@ def routed(
     principal: Principal | None = None,
     clearance: Clearance | None = None,
     model: str = "auto",
+    endpoint: str = "/v1/chat/completions",
     **more: Any,
 ) -> Exchange:
     """An exchange after the router."""
     payload = json.dumps({"model": model, "messages": [{"role": "user", "content": text}], **more}).encode()
-    exchange = Exchange(
-        "/v1/chat/completions", [], payload, body=Body(payload), model=model, request_id="r", forward=[]
-    )
+    exchange = Exchange(endpoint, [], payload, body=Body(payload), model=model, request_id="r", forward=[])
     exchange.principal = principal
     if clearance is not None:
         exchange.notes[NOTE] = clearance

@@ -10,7 +10,7 @@ from tokenmill.engine.gateway.api_error import ApiError
 from tokenmill.engine.gateway.body import Body
 from tokenmill.engine.gateway.pipeline import Exchange
 from tokenmill.engine.gateway.router.classifier import bundled, complexity, logistic
-from tokenmill.engine.gateway.router.features import END_BYTES, FEATURES, MEDIA_TOKENS, Features, features_of
+from tokenmill.engine.gateway.router.features import END_BYTES, FEATURES, MEDIA_TOKENS, Features, at_once, features_of
 
 CHAT = "/v1/chat/completions"
 
@@ -55,6 +55,25 @@ def test_what_is_nested_too_deeply_is_the_clients_fault() -> None:
             except ApiError as error:
                 seen.add(error.message)
         assert seen == {"taken", "The request body is not valid JSON: nested too deeply."}
+
+
+def test_of_many_inputs_the_longest_must_fit() -> None:
+    """Each of them is read for itself; together they only cost more."""
+    texts = ["word " * 40] * 100
+    for endpoint, field in (("/v1/embeddings", "input"), ("/v1/completions", "prompt"), ("/v1/rerank", "documents"),
+                            ("/v1/score", "text_2")):  # fmt: skip
+        found = features(endpoint, **{field: texts})
+        assert found.prompt_tokens > 5000
+        assert 45 < at_once(found) < 60
+        assert at_once(features(endpoint, **{field: texts[0]})) == features(endpoint, **{field: texts[0]}).prompt_tokens
+        assert at_once(features(endpoint, **{field: []})) <= 1
+    asked = features("/v1/rerank", query="why " * 1000, documents=texts)
+    assert 1000 < at_once(asked) < 1100
+    tokens = list(range(10_000, 10_300))
+    assert at_once(features("/v1/embeddings", input=tokens)) == 300
+    assert at_once(features("/v1/embeddings", input=[tokens, tokens[:7]])) == 300
+    chat = features(messages=[*user("word " * 40)] * 100)
+    assert at_once(chat) == chat.prompt_tokens > 5000
 
 
 def test_a_long_message_is_looked_at_from_both_ends() -> None:

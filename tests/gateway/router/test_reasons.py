@@ -92,3 +92,14 @@ def test_a_refusal_names_zones_that_could_serve_it() -> None:
         routed([away[0], away[2]], clearance=kept, messages=picture)
     assert (refused.value.status, refused.value.code) == (400, "no_tier")
     assert "blind: capability: needs vision; cloud: sensitivity: it holds iban" in refused.value.message
+
+
+def test_a_batch_goes_where_its_longest_input_fits() -> None:
+    embedders = [backend("e", "embedding", 1, 0.9, capabilities=("embeddings",), context_window=512)]
+    more = {"endpoint": "/v1/embeddings", "messages": None}
+    decision = routed(embedders, input=["word " * 40] * 100, **more).decision
+    assert decision is not None
+    assert decision.tier == "embedding"
+    with pytest.raises(ApiError) as refused:
+        routed(embedders, input=["word " * 40, "word " * 1000], **more)
+    assert "context: about 1251 tokens do not fit into 512" in refused.value.message
