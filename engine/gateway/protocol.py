@@ -224,7 +224,9 @@ class GatewayProtocol(asyncio.Protocol):
         """See httptools."""
         self._in_head = False
         self._barren_bytes = 0
-        if self._parser.should_upgrade() and self._parser.get_method() != b"CONNECT":
+        if self._parser.should_upgrade():
+            if self._parser.get_method() == b"CONNECT":
+                raise ValueError("nobody is connected to elsewhere")  # the parser refuses the request
             return  # see `_parse`
         self._deadline = None
         self._deadline_is_heads = False

@@ -65,7 +65,13 @@ def test_ambiguous_framing_is_refused(gateway: RunningGateway, upstream: FakeUps
     assert not upstream.books.requests
 
 
-@pytest.mark.parametrize("garbage", [b"\x16\x03\x01\x02\x00\x01", b"hello\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n"])
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        *(b"\x16\x03\x01\x02\x00\x01", b"hello\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n"),
+        *(b"CONNECT a:80 HTTP/1.1\r\nhost: a:80\r\n\r\n", b"CONNECT /v1/models HTTP/1.1\r\nhost: a\r\n\r\nGET"),
+    ],
+)
 def test_what_is_not_http_is_refused(gateway: RunningGateway, garbage: bytes) -> None:
     assert gateway.raw(garbage).startswith(b"HTTP/1.1 400 ")
 
