@@ -66,11 +66,6 @@ def write_mutated_tree(mutant: Mutant, root: Path, target: Path) -> None:
 _KIND = re.compile(r"^([A-Z][A-Z ]{2,}):", flags=re.MULTILINE)
 
 
-def report_kinds(reports: str) -> tuple[str, ...]:
-    """The kinds of report in an emulator's text, in order of appearance: the capitals before the colon."""
-    return tuple(dict.fromkeys(_KIND.findall(reports)))
-
-
 def naming_report(mutant: Mutant, reports: str) -> str | None:
     """The first report of a kind that names the mutant's bug, with its details; None when there is none."""
     bounds = [*(match.start() for match in _KIND.finditer(reports)), len(reports)]

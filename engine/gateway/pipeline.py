@@ -113,7 +113,6 @@ class Exchange:
         form: The form; None for JSON.
         model: The model asked for; None where the request names none.
         request_id: The client's `x-request-id`, or a new one.
-        client: The client's address.
         started: `time.perf_counter()` when the request's head had arrived.
         forward: Headers for the backend, names in lower case, without hop-by-hop ones and framing.
         routes: Where the request may go, best first; set by the first routing stage, narrowed by later ones.
@@ -155,7 +154,6 @@ class Exchange:
         request_id: str,
         forward: Headers,
         query: bytes = b"",
-        client: str = "",
         started: float | None = None,
         fields: Mapping[bytes, bytes] | None = None,
     ) -> None:
@@ -168,7 +166,6 @@ class Exchange:
         self.request_id = request_id
         self.forward = forward
         self.query = query
-        self.client = client
         self.started = time.perf_counter() if started is None else started
         self.calls: list[Call] = []
         self.taps: list[Callable[[bytes], None]] = []

@@ -160,7 +160,6 @@ async def exchange_of(scope: Scope, fields: Fields, payload: bytes, identity: st
         model = body.get("model", str)
     if model is not None and len(model) > MOST_OF_A_NAME:
         raise model_not_found(model)
-    client = scope.get("client")
     exchange = Exchange(
         scope["path"],
         headers,
@@ -171,7 +170,6 @@ async def exchange_of(scope: Scope, fields: Fields, payload: bytes, identity: st
         request_id=identity,
         forward=forwarded_headers(headers, fields, identity),
         query=scope["query_string"],
-        client=client[0] if client else "",
         started=started,
     )
     if form is not None:

@@ -17,9 +17,6 @@ from tokenmill.kernels.numerics import EXACT
 from tokenmill.kernels.spec import OpSpec, Problem, TensorSpec
 from tokenmill.kernels.spec_verify import reference
 
-#: What unused places of the result hold.
-PLACEHOLDER = -1
-
 
 def _greedy_inputs(problem: Problem, generator: torch.Generator) -> dict[str, Any]:
     """Ragged draft lengths that sum to T, drafts that agree with the argmax about three times in four."""

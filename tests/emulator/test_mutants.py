@@ -11,7 +11,7 @@ import pytest
 from tokenmill import platform
 from tokenmill.errors import InputError
 from tokenmill.kernels import prove
-from tokenmill.kernels.mutation import Mutant, mutated_text, naming_report, report_kinds
+from tokenmill.kernels.mutation import Mutant, mutated_text, naming_report
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = [(name, mutant) for name in prove.PROOFS for mutant in prove.load_proof(prove.PROOFS[name]).mutants]
@@ -86,7 +86,6 @@ def test_a_mutant_that_has_lost_its_place_is_refused() -> None:
 
 def test_kinds_of_reports() -> None:
     text = "RACE: write at a.cuh:3\n    by      CTA (0,0,0)\nOUT OF BOUNDS: read at a.cuh:4\nRACE: again"
-    assert report_kinds(text) == ("RACE", "OUT OF BOUNDS")
     mutant = Mutant("m", "a.cuh", "x", "y", ("DEADLOCK", "RACE"))
     assert naming_report(mutant, text) == "RACE: write at a.cuh:3\n    by      CTA (0,0,0)"
     assert naming_report(mutant, "WRONG RESULT: nan") is None
