@@ -133,7 +133,7 @@ class LiteLLMChange(msgspec.Struct, kw_only=True):
 
 
 class LiteLLMDelete(msgspec.Struct, kw_only=True):
-    """LiteLLM's `/key/delete`."""
+    """LiteLLM's `/key/delete`; its own client sends null for the one that was not given."""
 
-    keys: Annotated[list[Annotated[str, Meta(max_length=300)]], Meta(max_length=1000)] = []
-    key_aliases: Annotated[list[Annotated[str, Meta(max_length=200)]], Meta(max_length=1000)] = []
+    keys: Annotated[list[Annotated[str, Meta(max_length=300)]], Meta(max_length=1000)] | None = None
+    key_aliases: Annotated[list[Annotated[str, Meta(max_length=200)]], Meta(max_length=1000)] | None = None

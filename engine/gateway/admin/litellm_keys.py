@@ -210,17 +210,18 @@ def _metadata(body: LiteLLMChange, kept: Mapping[str, Any]) -> dict[str, Any]:
 async def delete(call: Call) -> Any:
     """Revokes keys; their books stay."""
     body: LiteLLMDelete = call.body
-    if not body.keys and not body.key_aliases:
+    said, aliases = body.keys or [], body.key_aliases or []
+    if not said and not aliases:
         raise ApiError(400, "`keys` is missing; list keys, tokens or ids.", code="missing", param="keys")
 
     def run(connection: Connection) -> None:
-        found = [keyring.named(connection, said).id for said in body.keys]
-        found += [_aliased(connection, alias) for alias in body.key_aliases]
+        found = [keyring.named(connection, name).id for name in said]
+        found += [_aliased(connection, alias) for alias in aliases]
         for identity in found:
             keys.revoke(connection, identity, call.by)
 
     await call.governance.store.write(run)
-    return {"deleted_keys": [*body.keys, *body.key_aliases]}
+    return {"deleted_keys": [*said, *aliases]}
 
 
 ENDPOINTS: tuple[Endpoint, ...] = (

@@ -90,12 +90,15 @@ def test_update_changes_what_is_named_and_nothing_else(workers: Workers) -> None
 
 def test_delete_by_key_token_and_alias(workers: Workers) -> None:
     first, second, third = (generate(workers, key_alias=f"gone-{number}") for number in range(3))
-    asked = {"keys": [first["key"], second["token"]]}
+    # As LiteLLM's own client does: with null for what was not given.
+    asked = {"keys": [first["key"], second["token"]], "key_aliases": None}
     assert workers.json("POST", "/key/delete", asked) == {"deleted_keys": asked["keys"]}
-    workers.json("POST", "/key/delete", {"key_aliases": ["gone-2"]})
+    asked = {"keys": None, "key_aliases": ["gone-2"]}
+    assert workers.json("POST", "/key/delete", asked) == {"deleted_keys": asked["key_aliases"]}
     assert [workers.chat(made["key"])[0] for made in (first, second, third)] == [401, 401, 401]
     assert workers.send("POST", "/key/delete", {"keys": ["sk-unknown"]})[0] == 404
     assert workers.send("POST", "/key/delete", {})[0] == 400
+    assert workers.send("POST", "/key/delete", {"keys": None, "key_aliases": []})[0] == 400
 
 
 def test_an_alias_names_one_key(workers: Workers) -> None:
