@@ -92,3 +92,14 @@ def test_people_see_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert status in (0, 1)
     for word in ("processor", "torch.compile", "Operations", "Settings", "TOKENMILL_ISA", "int4_gemm"):
         assert word in shown
+
+
+def test_names_are_whole_in_a_narrow_terminal_and_values_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TOKENMILL_COMMIT", "[/bold]")
+    doctor.main(["--no-hooks"])
+    shown = capsys.readouterr().out.split()
+    assert {variable.name for variable in env.VARIABLES} <= set(shown)
+    assert "[/bold]" in shown

@@ -215,7 +215,7 @@ def show(report: Report, console: Console) -> None:
 
     settings = _table("setting", "value", "meaning")
     for variable in env.VARIABLES:
-        settings.add_row(variable.name, report.variables[variable.name] or "-", Text(variable.doc, style="dim"))
+        settings.add_row(variable.name, Text(report.variables[variable.name] or "-"), Text(variable.doc, style="dim"))
     _section(console, "Settings", settings)
 
     if report.problems:
@@ -236,10 +236,10 @@ def _compile_line(found: CompileReport) -> Text:
 
 
 def _table(*headers: str) -> Table:
-    table = Table(*headers, box=None, show_header=bool(headers), header_style="dim", pad_edge=False, padding=(0, 2))
-    if not headers:
-        table.add_column(style="dim", no_wrap=True)
-        table.add_column()
+    table = Table(box=None, show_header=bool(headers), header_style="dim", pad_edge=False, padding=(0, 2))
+    table.add_column(headers[0] if headers else "", style="" if headers else "dim", no_wrap=True)
+    for header in headers[1:] or ("",):
+        table.add_column(header, overflow="fold")  # names and paths are no use with their ends cut off
     return table
 
 
