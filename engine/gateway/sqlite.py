@@ -25,8 +25,17 @@ from tokenmill.errors import ConfigurationError
 _CHECKPOINT_PAGES = 4096
 #: How long a connection that may wait does so for a program that holds the file without our lock, in seconds.
 _PATIENCE_S = 30.0
-#: What may pass: somebody holds the file, the disk is full or fails.
-_PASSING = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR})
+#: What may pass: somebody holds the file, the disk is full, fails or was made read-only, too many files are open.
+_PASSING = frozenset(
+    {
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_READONLY,
+        sqlite3.SQLITE_CANTOPEN,
+    }
+)
 #: Size of the number that counts what was announced.
 _NEWS_BYTES = 8
 #: What stands in a table's statement where its rows are to lie in the order of its primary key (`governance.schema`).

@@ -73,3 +73,21 @@ def test_what_a_full_disk_kept_from_being_written_is_written_when_there_is_room(
     room(10_000)
     wait_until(lambda: store.reader.execute(query).fetchone() == (1,))
     store.close()
+
+
+def test_what_came_while_the_file_was_read_only_is_written_afterwards(tmp_path: Path) -> None:
+    """As after a fault of the disk, for which Linux makes a file system read-only."""
+    store = Store(tmp_path / "gateway.db", ("CREATE TABLE things (size INTEGER)",))
+
+    def add(connection: Connection, items: Sequence[int] = (1,)) -> Sequence[int]:
+        connection.executemany("INSERT INTO things VALUES (?)", [(item,) for item in items])
+        return items
+
+    store._writer.execute("PRAGMA query_only = ON")
+    with pytest.raises(StoreUnavailableError, match="readonly"):
+        store.write_now(add)
+    store.post_item(add, 1)
+    wait_until(lambda: len(store._backlog) == 1)
+    store._writer.execute("PRAGMA query_only = OFF")
+    wait_until(lambda: store.reader.execute("SELECT count(*) FROM things").fetchone() == (1,))
+    store.close()
