@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from tokenmill.engine.gateway.hints import hints_of
 from tokenmill.engine.gateway.pipeline import Exchange
@@ -18,14 +18,52 @@ from tokenmill.engine.gateway.sensitivity.turns import DetectorError, Turns
 
 log = logging.getLogger("tokenmill.gateway")
 
-#: A text and what was found in it.
-_Found = tuple[str, list[Finding]]
 #: A longer body gets no placeholders: it stays in trusted zones.
 MOST_REDACTED_BYTES = 2 * 1024 * 1024
 #: The same where there is more to replace.
 MOST_VALUES = 1000
 #: Less than this of a found text cannot be told from chance and is not replaced everywhere.
 _SHORTEST_VALUE = 4
+
+
+class _Found:
+    """What was found in a request.
+
+    Attributes:
+        data: (kind, the data) of everything; None in the data's place where it shows only without escapes.
+        together: Data that overlap, as one, and a kind: with a placeholder for one a piece of the other would be left.
+    """
+
+    def __init__(self) -> None:
+        self.data: dict[tuple[str, str | None], None] = {}
+        self.together: dict[str, str] = {}
+
+    def add(self, text: str, findings: Sequence[Finding]) -> None:
+        """What was found in a window of a text, with places counted from the text's beginning."""
+        reach, ordered = 0, True
+        for kind, start, end in findings:
+            self.data[kind, text[start:end] if start >= 0 else None] = None
+            ordered = ordered and start >= reach
+            reach = end
+        if not ordered:
+            self._join(text, sorted(findings, key=_by_place))
+
+    def _join(self, text: str, findings: Sequence[Finding]) -> None:
+        first, reach, overlap = Finding("", 0, 0), 0, False
+        for one in findings:
+            if 0 <= one.start < reach < one.end:
+                reach, overlap = one.end, True
+            elif one.start >= reach:
+                if overlap:
+                    self.together[text[first.start : reach]] = first.kind
+                first, reach, overlap = one, one.end, False
+        if overlap:
+            self.together[text[first.start : reach]] = first.kind
+
+
+def _by_place(finding: Finding) -> tuple[int, int]:
+    """Longer ones before those that begin at the same place."""
+    return finding.start, -finding.end
 
 
 class Detector:
@@ -82,8 +120,7 @@ class Detector:
         address = exchange.target_path.decode("latin-1")
         texts = await texts_of(exchange.body, address, turns)
         found = await self._find(texts, turns)
-        data = _distinct(found)
-        kinds = Counter(kind for kind, _ in data)
+        kinds = Counter(kind for kind, _ in found.data)
         actions = {kind: self.settings.action(kind) for kind in kinds}
         action: Action = max(actions.values(), key=ACTIONS.index, default="allow")
         named = ", ".join(sorted(kind for kind, one in actions.items() if one == action))
@@ -95,37 +132,37 @@ class Detector:
             return self._unreadable(f"it holds {texts.unreadable}, which cannot be searched", kinds)
         if action == "allow":
             return Clearance(kinds)
-        values = {text: kind for kind, text in data if text is not None and len(text) >= _SHORTEST_VALUE}
-        values |= _overlapping(found)
+        values = {text: kind for kind, text in found.data if text is not None and len(text) >= _SHORTEST_VALUE}
         body = exchange.body
         small = len(body.raw) <= MOST_REDACTED_BYTES and len(values) <= MOST_VALUES
         if small and not NOT_REDACTABLE & set(kinds):
+            values |= found.together
             redaction = Redaction(values, await unescaped(body.raw, turns))
             try:
                 hidden = await redaction.body(body, turns)
             except BrokenJsonError:
                 return self._stay(kinds, f"it holds {named} in arguments of a tool that would be no JSON any more")
-            if not await self._find(await texts_of(hidden, address, turns), turns):
+            if not (await self._find(await texts_of(hidden, address, turns), turns)).data:
                 why = f"placeholders stand for {named}"
                 return Clearance(kinds, "redact", redaction=redaction, hidden=hidden, why=why)
         return self._stay(kinds, f"it holds {named} where no placeholder can stand")
 
-    async def _find(self, texts: Texts, turns: Turns) -> list[_Found]:
-        """Of every text in which something was found what that is."""
+    async def _find(self, texts: Texts, turns: Turns) -> _Found:
+        """What is in any of the texts."""
+        found = _Found()
         if self._idle:
-            return []
-        found: list[_Found] = []
+            return found
         for text in texts.all:
-            findings: list[Finding] = []
-            for some in self._scanner.windows(text):
-                findings += some
-                if turns.due():
-                    await turns.give()
+            named: Sequence[Finding] = ()
             if self._presidio is not None:
                 async with asyncio.timeout(self.settings.timeout_s):
-                    findings += await turns.wait_for(self._presidio.find(text))
-            if findings:
-                found.append((text, findings))
+                    named = await turns.wait_for(self._presidio.find(text))
+            for findings in self._scanner.windows(text):
+                if findings or named:
+                    # A name that overlaps what has a form is looked for in each window.
+                    found.add(text, (*findings, *named) if named else findings)
+                if turns.due():
+                    await turns.give()
         return found
 
     def _stay(self, kinds: Mapping[str, int], why: str) -> Clearance:
@@ -133,34 +170,3 @@ class Detector:
 
     def _unreadable(self, why: str, kinds: Mapping[str, int]) -> Clearance:
         return Clearance(kinds) if self.settings.unreadable == "allow" else self._stay(kinds, why)
-
-
-def _distinct(found: list[_Found]) -> dict[tuple[str, str | None], None]:
-    """(kind, the data) of everything; None in the data's place where it shows only without escapes."""
-    return {
-        (kind, text[start:end] if start >= 0 else None): None
-        for text, findings in found
-        for kind, start, end in findings
-    }
-
-
-def _overlapping(found: list[_Found]) -> dict[str, str]:
-    """Data that overlap, together, and a kind: with a placeholder for the one a piece of the other would be left."""
-    together: dict[str, str] = {}
-    for text, findings in found:
-        first, reach, overlap = Finding("", 0, 0), 0, False
-        for one in sorted(findings, key=_by_place):
-            if one.start < reach < one.end and one.start >= 0:
-                reach, overlap = one.end, True
-            elif one.start >= reach:
-                if overlap:
-                    together[text[first.start : reach]] = first.kind
-                first, reach, overlap = one, one.end, False
-        if overlap:
-            together[text[first.start : reach]] = first.kind
-    return together
-
-
-def _by_place(finding: Finding) -> tuple[int, int]:
-    """Longer ones before those that begin at the same place."""
-    return finding.start, -finding.end
