@@ -13,13 +13,10 @@ import re2
 
 from tokenmill.engine.gateway.body import Body, too_deep
 from tokenmill.engine.gateway.pipeline import Exchange
+from tokenmill.engine.gateway.router.question import text_of, text_of_parts
 
 #: Bytes of JSON text to a token, about; prose has more, code and other scripts fewer.
 BYTES_PER_TOKEN = 4
-#: Of a longer last message, this much of its beginning and of its end is looked at.
-END_BYTES = 4096
-#: Messages above this are not decoded at all.
-_LONG = 16_384
 #: How a JSON list begins.
 _LIST = ord("[")
 _DIGITS = b"0123456789"
@@ -95,14 +92,11 @@ class _Message(msgspec.Struct):
     output: msgspec.Raw = _NONE
 
 
-class _Text(msgspec.Struct):
-    text: str = ""
-
-
 class _Part(msgspec.Struct):
-    """A part of a message, by any of the APIs; what is no text stands in one of the fields but the last."""
+    """A part of a message, by any of the APIs; what is no text stands in one of the fields but `text` and the last."""
 
     type: str | None = None
+    text: msgspec.Raw = _NONE
     image_url: msgspec.Raw = _NONE
     video_url: msgspec.Raw = _NONE
     audio_url: msgspec.Raw = _NONE
@@ -115,8 +109,6 @@ class _Part(msgspec.Struct):
 
 _MESSAGES = msgspec.json.Decoder(list[_Message])
 _PARTS = msgspec.json.Decoder(list[_Part | str])
-_PARTS_OF_TEXT = msgspec.json.Decoder(list[_Text])
-_TEXT = msgspec.json.Decoder(str)
 _ITEMS = msgspec.json.Decoder(list[msgspec.Raw])
 
 
@@ -259,12 +251,12 @@ class _Media:
         self.needs: set[str] = set()
         self.surplus = 0
 
-    def look(self, raw: memoryview, *, within: bool = False) -> None:
-        """Takes in a list of parts; `within`: of a part that is what a tool gave."""
+    def look(self, raw: memoryview, *, within: bool = False) -> list[_Part | str] | None:
+        """Takes in a list of parts, and returns it; `within`: of a part that is what a tool gave."""
         try:
             parts = _PARTS.decode(raw)
         except (msgspec.MsgspecError, UnicodeDecodeError):
-            return
+            return None
         for part in parts:
             if isinstance(part, str) or part.type in _TEXTS:
                 continue
@@ -273,6 +265,7 @@ class _Media:
                 self._take(part)
             elif not within:
                 self.look(inner, within=True)
+        return parts
 
     def _take(self, part: _Part) -> None:
         held = [name for name in _HOLDING if getattr(part, name) is not _NONE]
@@ -287,39 +280,28 @@ class _Media:
 def _read(prompt: memoryview) -> tuple[bytes, int, _Media | None]:
     """(the last message's text, shortened; how many messages there are; what their lists of parts hold)."""
     if not prompt or prompt[0] != _LIST:
-        return _text(prompt), 1, None
+        return text_of(prompt), 1, None
     try:
         messages = _MESSAGES.decode(prompt) or [_Message()]
     except (msgspec.MsgspecError, UnicodeDecodeError):
-        return _text(prompt), 1, None
+        return text_of(prompt), 1, None
     asked = content = media = None
+    asked_parts = parts = None
     for message in messages:
-        content = memoryview(message.content)
-        for part in (content,) if message.output is _NONE else (content, memoryview(message.output)):
-            if part[0] == _LIST:
-                media = media or _Media()
-                media.look(part)
+        content, parts = memoryview(message.content), None
+        if content[0] == _LIST:
+            media = media or _Media()
+            parts = media.look(content)
+        if message.output is not _NONE and (output := memoryview(message.output))[0] == _LIST:
+            media = media or _Media()
+            media.look(output)
         if message.role == "user":
-            asked = content
-    return _text(asked or content or prompt), len(messages), media
-
-
-def _text(raw: memoryview) -> bytes:
-    """A JSON string, or the texts of a list of parts, in Latin-1."""
-    if len(raw) > _LONG:
-        return _ends(raw)
-    try:
-        if raw and raw[0] == _LIST:
-            text = "\n".join([part.text for part in _PARTS_OF_TEXT.decode(raw)])
-        else:
-            text = _TEXT.decode(raw)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
-        return _ends(raw)
-    return _ends(text.encode("latin-1", "replace"))
-
-
-def _ends(raw: memoryview | bytes) -> bytes:
-    return bytes(raw) if len(raw) <= 2 * END_BYTES else bytes(raw[:END_BYTES]) + b"\n" + bytes(raw[-END_BYTES:])
+            asked, asked_parts = content, parts
+    if asked is None:
+        asked, asked_parts = content, parts
+    if asked_parts is None:
+        return text_of(asked or prompt), len(messages), media
+    return text_of_parts([one if isinstance(one, str) else one.text for one in asked_parts]), len(messages), media
 
 
 @functools.cache

@@ -17,7 +17,10 @@ class Rule(Section):
     """Goes before the classifier: the first rule whose conditions all hold decides."""
 
     matches: str | None = Field(
-        None, description="Regular expression (RE2) that the last message must match.", min_length=1
+        None,
+        description="Regular expression (RE2) that the user's last message must match; of a long one, its first "
+        "or last 4 KiB.",
+        min_length=1,
     )
     endpoint: str | None = Field(None, description="The request's path, e.g. `/v1/chat/completions`.", pattern=r"^/")
     min_tokens: int | None = Field(None, description="Least estimated tokens of the prompt.", ge=0)

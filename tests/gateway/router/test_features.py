@@ -10,7 +10,10 @@ from tokenmill.engine.gateway.api_error import ApiError
 from tokenmill.engine.gateway.body import Body
 from tokenmill.engine.gateway.pipeline import Exchange
 from tokenmill.engine.gateway.router.classifier import bundled, complexity, logistic
-from tokenmill.engine.gateway.router.features import END_BYTES, FEATURES, MEDIA_TOKENS, Features, at_once, features_of
+from tokenmill.engine.gateway.router.features import FEATURES, MEDIA_TOKENS, Features, at_once, features_of
+from tokenmill.engine.gateway.router.question import END_BYTES
+from tokenmill.engine.gateway.router.rules import Matcher
+from tokenmill.engine.gateway.router.settings import Rule
 
 CHAT = "/v1/chat/completions"
 
@@ -81,6 +84,35 @@ def test_a_long_message_is_looked_at_from_both_ends() -> None:
     assert {"reasoning", "code"} <= set(found.values)
     assert len(found.question) <= 2 * END_BYTES + 1
     assert found.prompt_tokens == pytest.approx(100_000, rel=0.01)
+
+
+@pytest.mark.parametrize("ascii", [True, False])
+@pytest.mark.parametrize("size", [1, 9_000, 100_000])
+def test_rules_read_long_messages_as_short_ones(size: int, ascii: bool) -> None:
+    head, middle, tail = 'Vertr\u00e4ge: "pr\u00fcfen"\n1. a', "\u00fc\U0001f600\\" * size, "x\n2. \u00e4nderbar\tz"
+    patterns = ["^Vertr\u00e4ge", 'e: "pr\u00fcf', "(?m)^1\\.", "(?m)^2\\. \u00e4nder", "bar\tz$"]
+    for content in (head + middle + tail, [{"type": "text", "text": head}, {"type": "text", "text": middle},
+                                           {"type": "text", "text": tail}],
+                    [{"type": "image_url", "image_url": {"url": "A" * size}}, {"type": "text", "text": head + tail}],
+                    [{"type": "text", "text": head + middle + tail}]):  # fmt: skip
+        raw = json.dumps({"messages": user(content)}, ensure_ascii=ascii).encode()
+        found = features_of(Exchange(CHAT, [], raw, body=Body(raw), model="auto", request_id="r", forward=[]))
+        assert len(found.question) <= 2 * END_BYTES + 40
+        for pattern in patterns:
+            rule = Rule(matches=pattern, tier="t")
+            assert Matcher([rule]).first(found) is rule, (pattern, found.question[:40], found.question[-40:])
+
+
+def test_what_is_cut_loses_one_character_at_most() -> None:
+    for shift in range(30):
+        text = "a" * shift + "\U0001f600\u00fc\\\n" * 9000 + "b" * shift
+        for ascii in (True, False):
+            raw = json.dumps({"prompt": text}, ensure_ascii=ascii).encode()
+            exchange = Exchange("/v1/completions", [], raw, body=Body(raw), model="auto", request_id="r", forward=[])
+            question = features_of(exchange).question
+            assert question.startswith(b"a" * shift + b"?\xfc\\\n")
+            assert question.endswith(b"?\xfc\\\n" + b"b" * shift)
+            assert len(question) > 1000
 
 
 @pytest.mark.parametrize(
