@@ -3,8 +3,9 @@
 A canary takes its share first, and no more: what the others have no room for is not its to take, and a request that
 failed elsewhere does not try it. Only where all others are down, or their circuits open, it gets everything: an answer
 is better than a refusal. Of the others, the backend that has the longest beginning of the prompt in its cache, unless
-it is busier than they are by more than a bound; where none has any, the one with the fewest outstanding requests per
-weight, ties broken at random. Backends that are down, whose circuit is open or that are full are not asked.
+it is busier than its share by more than a bound; where none has any, the one with the fewest outstanding requests, ties
+broken at random; of different weights one is drawn, so that each has its share also of few requests at a time. Backends
+that are down, whose circuit is open or that are full are not asked.
 """
 
 import random
@@ -16,7 +17,7 @@ from tokenmill.engine.gateway.pipeline import Exchange
 from tokenmill.engine.gateway.portfolio import Route, Target
 from tokenmill.engine.gateway.settings import Settings
 
-#: A backend that has the prompt's beginning may be this much busier than the route's mean, and `_SLACK` requests more.
+#: A backend that has the prompt's beginning may be this much busier than its share, and `_SLACK` requests more.
 IMBALANCE = 1.25
 _SLACK = 2
 
@@ -44,7 +45,7 @@ class Balancer:
                 return usable[0]
             if usable:
                 blocks = prompt_blocks(exchange.body, model)
-                chosen = self._holder(usable, blocks) or min(usable, key=lambda one: (_load(one), random.random()))
+                chosen = self._holder(usable, blocks) or _lightest(usable)
                 self._prefixes.record(blocks, chosen)
                 return chosen
         return None
@@ -55,7 +56,9 @@ class Balancer:
             return None
         best = max(matches, key=lambda target: (matches[target], -_load(target)))
         mean = sum(target.outstanding for target in targets) / len(targets)
-        return best if best.outstanding <= IMBALANCE * mean + _SLACK else None
+        # 1 where all weigh the same.
+        even = best.backend.weight * len(targets) / sum(target.backend.weight for target in targets)
+        return best if best.outstanding + 1 <= even * (IMBALANCE * mean + _SLACK + 1) else None
 
 
 def _drawn(route: Route, tried: Collection[Target]) -> Target | None:
@@ -72,6 +75,16 @@ def _drawn(route: Route, tried: Collection[Target]) -> Target | None:
             return target
         draw -= share
     return usable[0] if usable and only_canaries else None
+
+
+def _lightest(targets: Sequence[Target]) -> Target:
+    """The backend that has the least to do for its weight."""
+    weight = targets[0].backend.weight
+    if all(target.backend.weight == weight for target in targets):
+        return min(targets, key=lambda one: (one.outstanding, random.random()))
+    # The least of exponential times is each one's with a probability by its weight: idle backends are drawn by weight
+    # alone. Outstanding requests stand for the times that have passed, so busy ones have their shares, too.
+    return min(targets, key=lambda one: (one.outstanding + random.expovariate(1.0)) / one.backend.weight)
 
 
 def _load(target: Target) -> float:

@@ -29,7 +29,7 @@ from tokenmill.engine.gateway.litellm_providers import PROVIDERS, Provider, spli
 from tokenmill.engine.gateway.yaml_file import Place, YamlFile
 from tokenmill.errors import InputError
 
-#: Strategies that ours stands in for: the fewest open requests per weight.
+#: Strategies that ours stands in for: by weight, and by open requests.
 _STRATEGIES = ("simple-shuffle", "least-busy")
 _WEIGHTS = ("weight", "rpm", "tpm")
 #: Of another's weight so much has who gets nothing while that one can take it.
@@ -353,7 +353,8 @@ class _Importer:
         strategy = source.text(("router_settings", "routing_strategy"))
         if strategy is not None and strategy not in _STRATEGIES:
             source.leave(
-                ("router_settings", "routing_strategy"), "the backend with the fewest open requests per weight is taken"
+                ("router_settings", "routing_strategy"),
+                "shares follow the weights, and open requests; of equal ones the backend with the fewest is taken",
             )
         return found
 

@@ -1,6 +1,6 @@
 """Choice among backends, without any network."""
 
-from collections import Counter
+from collections import Counter, deque
 
 import pytest
 
@@ -9,7 +9,7 @@ from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.balance import IMBALANCE, Balancer, refusal
 from tokenmill.engine.gateway.body import Body
 from tokenmill.engine.gateway.pipeline import Exchange
-from tokenmill.engine.gateway.portfolio import Portfolio, Route
+from tokenmill.engine.gateway.portfolio import Portfolio, Route, Target
 from tokenmill.engine.gateway.settings import Settings
 
 SETTINGS = Settings(breaker_failures=2)
@@ -34,14 +34,43 @@ def ask(prompt: str = "short") -> Exchange:
     return Exchange("/v1/completions", [], raw, body=Body(raw), model="m", request_id="r", forward=[])
 
 
-def test_load_follows_weights() -> None:
-    _, route = portfolio(backend("a", weight=3), backend("b"))
+def test_load_is_even_where_weights_are() -> None:
+    _, route = portfolio(backend("a"), backend("b"))
     balancer = Balancer()
     for _ in range(400):
         target = balancer.choose(route, ask())
         assert target is not None
         target.outstanding += 1
-    assert [target.outstanding for target in route.targets] == [300, 100]
+    assert [target.outstanding for target in route.targets] == [200, 200]
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 10, 400])
+def test_load_follows_weights(at_once: int) -> None:
+    _, route = portfolio(backend("a", weight=3), backend("b"))
+    balancer = Balancer()
+    counts: Counter[str] = Counter()
+    open_ones: deque[Target] = deque()
+    for _ in range(4000):
+        if len(open_ones) == at_once:
+            open_ones.popleft().outstanding -= 1
+        target = balancer.choose(route, ask())
+        assert target is not None
+        target.outstanding += 1
+        open_ones.append(target)
+        counts[target.backend.name] += 1
+    assert abs(counts["a"] / 4000 - 0.75) < 0.1
+
+
+def test_a_backend_of_nearly_no_weight_is_a_spare() -> None:
+    _, route = portfolio(backend("a", max_concurrency=2), backend("spare", weight=1e-9))
+    first, spare = route.targets
+    balancer = Balancer()
+    long = ask("the same long prompt " * 100)
+    first.outstanding = 2
+    assert balancer.choose(route, long) is spare
+    first.outstanding = 1
+    # It has the prompt's beginning now, and still gets nothing.
+    assert {balancer.choose(route, asked) for asked in (long, ask()) for _ in range(50)} == {first}
 
 
 def test_down_full_and_broken_backends_are_not_asked() -> None:
