@@ -376,7 +376,10 @@ class Config(Section):
     @model_validator(mode="after")
     def _routing_names_tiers(self) -> "Config":
         if self.routing is not None:
-            self.routing.names_tiers(list(self.tiers))
+            tiers = self.tiers.items()
+            self.routing.names_tiers(
+                {name: {able for one in tier.backends for able in one.capabilities} for name, tier in tiers}
+            )
         return self
 
     def named_backends(self) -> Iterator[tuple[str, str, LocalBackend | RemoteBackend]]:

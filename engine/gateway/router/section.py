@@ -1,5 +1,6 @@
 """The configuration's `routing` section."""
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import re2
@@ -123,14 +124,26 @@ class Routing(Section):
     )
     escalation: Escalation | None = Field(None, description="Ask a better tier where the first is not sure.")
 
-    def names_tiers(self, tiers: list[str]) -> None:
-        """Raises `ValueError` where a tier that is named is none of `tiers`, or the router's name is one."""
+    def names_tiers(self, tiers: Mapping[str, Collection[str]]) -> None:
+        """Checks what is named here.
+
+        Args:
+            tiers: Each with what any of its backends is capable of.
+
+        Raises:
+            ValueError: A tier does not exist, cannot do its part, or has the router's name.
+        """
         named = [rule.tier for rule in self.rules if rule.tier is not None]
         if self.escalation is not None:
             named += [self.escalation.first, self.escalation.then]
         for name in named:
             if name not in tiers:
                 raise ValueError(f"routing names the tier {name!r}, which does not exist; known: {', '.join(tiers)}")
+        if self.escalation is not None and "logprobs" not in tiers[self.escalation.first]:
+            raise ValueError(
+                f"escalation asks {self.escalation.first!r} for log probabilities, which none of its backends gives; "
+                "add 'logprobs' to the capabilities of those that do"
+            )
         if self.name in tiers:
             raise ValueError(f"routing.name {self.name!r} is the name of a tier; give one of them another name")
 

@@ -15,7 +15,7 @@ from tokenmill.engine.supervisor.plan import make_plan
 from tokenmill.errors import ConfigurationError
 
 ROOT = Path(__file__).resolve().parents[3]
-TIERS = "tiers: {u: {backends: [{url: 'http://x'}]}, r: {backends: [{url: 'http://y'}]}}\n"
+TIERS = "tiers: {u: {backends: [{url: 'http://x', capabilities: [logprobs]}]}, r: {backends: [{url: 'http://y'}]}}\n"
 
 MISTAKES = [
     ("routing: {rules: [{matches: '('}]}", "no RE2 pattern"),
@@ -27,6 +27,7 @@ MISTAKES = [
     ("routing: {escalation: {first: u, then: u, threshold: 0.5}}", "to itself"),
     ("routing: {escalation: {first: u, then: x, threshold: 0.5}}", "'x', which does not exist"),
     ("routing: {escalation: {first: u, then: r, threshold: 0.5, statistic: best}}", "'lowest_tenth'"),
+    ("routing: {escalation: {first: r, then: u, threshold: 0.5}}", "which none of its backends gives; add 'logprobs'"),
     ("routing: {wieghts: x}", "did you mean 'weights'?"),
     ("sensitivity: {policies: {emial: stay}}", "did you mean 'email'?"),
     ("sensitivity: {policies: {email: hide}}", "'redact'"),
