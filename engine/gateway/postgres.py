@@ -167,6 +167,9 @@ class PostgresConnection:
 
     def _is_loss(self, error: psycopg.Error) -> bool:
         """Whether it is the server's or the line's doing; it may end a session for reasons of its own."""
+        if isinstance(error, psycopg.errors.ReadOnlySqlTransaction):
+            # Another one has taken its place, and it kept the connection: the next statement looks who has the name.
+            self._raw.close()
         return isinstance(error, psycopg.OperationalError) or self.broken
 
     def _lost(self, error: psycopg.Error, perhaps_done: bool = False) -> StoreUnavailableError:

@@ -1,7 +1,7 @@
 """A PostgreSQL server that others set up or use otherwise: it works, or is refused in one line."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -61,8 +61,10 @@ def test_a_stricter_isolation_hides_nothing_from_who_waited(url: str, root: Any,
 
 def test_who_stops_within_a_transaction_does_not_stop_the_others(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that was suspended, or cut off, while it had its turn among the writers."""
-    monkeypatch.setattr(postgres_module, "STOPPED_AFTER_S", 0.2)
-    stopped, other = Store(url, SCHEMA), Store(url, SCHEMA)
+    with monkeypatch.context() as shortly:
+        shortly.setattr(postgres_module, "STOPPED_AFTER_S", 1.0)
+        stopped = Store(url, SCHEMA)
+    other = Store(url, SCHEMA)
     begun, goes_on = threading.Event(), threading.Event()
 
     def stop(connection: Connection) -> str:
@@ -83,6 +85,27 @@ def test_who_stops_within_a_transaction_does_not_stop_the_others(url: str, monke
     assert stopped.write_now(make_team) != made
     stopped.close()
     other.close()
+
+
+def test_a_server_that_became_read_only_is_left_for_the_one_in_its_place(url: str) -> None:
+    """As the first of two does after a failover, without ending its connections."""
+
+    def make(connection: Connection, names: Sequence[str]) -> Sequence[str]:
+        return [make_team(connection, name) for name in names]
+
+    def demote() -> None:
+        assert isinstance(store._writer, postgres_module.PostgresConnection)
+        store._writer.raw.execute("SET default_transaction_read_only = on")
+
+    store = Store(url, SCHEMA)
+    demote()
+    with pytest.raises(StoreUnavailableError, match="read-only"):
+        store.write_now(make_team)
+    store.write_now(make_team)
+    demote()
+    store.post_item(make, "later")
+    wait_until(lambda: "later" in [team.name for team in accounts.every(store.reader)])
+    store.close()
 
 
 @pytest.mark.parametrize(
