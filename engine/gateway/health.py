@@ -17,7 +17,7 @@ from tokenmill.engine.gateway.upstream import Upstream
 
 log = logging.getLogger("tokenmill.gateway")
 
-#: The model list of a backend that is up is asked again after this many probes.
+#: The model list of a backend is asked for again after this many probes.
 CATALOG_EVERY = 30
 
 
@@ -55,7 +55,7 @@ class Prober:
         count = 0
         while True:
             before = target.up
-            await self.probe(target, catalog=target.catalog is None or not target.up or count % CATALOG_EVERY == 0)
+            await self.probe(target, catalog=_wants_catalog(target, count))
             if target.up is not before:
                 state = "up" if target.up else f"down ({target.reason})"
                 log.info("backend %s is %s", target.backend.name, state)
@@ -105,6 +105,17 @@ class Prober:
         if catalog != target.catalog:
             target.catalog = catalog
             self._portfolio.index()
+
+
+def _wants_catalog(target: Target, count: int) -> bool:
+    """Whether a backend is asked for its models with its probe of this number.
+
+    Each time, while nothing can be sent there without; some have no list, or not for our key, and must not be asked for
+    ever for what only describes models that are known.
+    """
+    backend = target.backend
+    waits = target.catalog is None and not backend.models
+    return waits or count % CATALOG_EVERY == 0 or (backend.health_path is not None and not target.up)
 
 
 class _UnreadableError(Exception):

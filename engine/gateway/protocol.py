@@ -89,6 +89,8 @@ class GatewayProtocol(asyncio.Protocol):
         self._deadline_is_heads = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
+        #: Looks whether a client that takes nothing more for now has taken something.
+        self._stall: asyncio.TimerHandle | None = None
 
     # What a cycle asks for.
 
@@ -196,12 +198,28 @@ class GatewayProtocol(asyncio.Protocol):
         """See asyncio."""
         if self.writable is None:
             self.writable = self.loop.create_future()
+            self._await_progress(0)
 
     def resume_writing(self) -> None:
         """See asyncio."""
         writable, self.writable = self.writable, None
         if writable is not None and not writable.done():
             writable.set_result(None)
+        if self._stall is not None:
+            self._stall.cancel()
+            self._stall = None
+
+    def _await_progress(self, before: int) -> None:
+        """Cuts off a client that takes nothing: it holds a place at a backend.
+
+        Args:
+            before: Bytes that waited for it when it was looked at last; 0: it was not.
+        """
+        waiting = self._transport.get_write_buffer_size()
+        if before and waiting >= before:
+            self._transport.abort()
+        else:
+            self._stall = self.loop.call_later(self.settings.stall_timeout_s, self._await_progress, waiting)
 
     # What the parser calls.
 

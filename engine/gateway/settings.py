@@ -24,6 +24,7 @@ class Settings:
         header_timeout_s: A connection that has not sent a whole request head after this long is closed.
         body_timeout_s: A request body that pauses for this long is refused with 408.
         body_bytes_per_s: So is one that has taken longer than `body_timeout_s` and comes at fewer bytes a second.
+        stall_timeout_s: A client that takes nothing of its answer for this long is cut off.
         keep_alive_s: An idle client connection is closed after this long.
         connect_timeout_s: Time to connect to a backend.
         read_timeout_s: Longest silence of a backend, before and during its answer; then 504.
@@ -47,6 +48,7 @@ class Settings:
     header_timeout_s: float = 15.0
     body_timeout_s: float = 30.0
     body_bytes_per_s: int = 1024
+    stall_timeout_s: float = 60.0
     keep_alive_s: float = 75.0
     connect_timeout_s: float = 5.0
     read_timeout_s: float = 600.0

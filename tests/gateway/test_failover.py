@@ -5,10 +5,12 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from aiohttp import web
 
 from tests.gateway.running import RunningGateway, wait_until
 from tests.gateway.upstream import Books, FakeUpstream
 from tokenmill.engine.gateway.backends import Backend
+from tokenmill.engine.gateway.health import CATALOG_EVERY
 from tokenmill.engine.gateway.settings import Settings
 
 CHAT = "/v1/chat/completions"
@@ -168,6 +170,26 @@ def test_a_stream_that_is_silent_after_its_head_is_a_timeout(
     assert (status, json.loads(answer)["error"]["code"]) == (504, "timeout")
     status, headers, answer = gateway.post(CHAT, {**body, "act": {"tiny": {"head_s": 30}, "other": {}}})
     assert (status, headers["x-tokenmill-fallback"], answer) == (200, "u", other.books.sent[-1])
+
+
+def test_a_backend_without_a_list_of_models_is_seldom_asked_for_one() -> None:
+    class Closed(FakeUpstream):
+        asked, probed = 0, 0
+
+        async def _health(self, request: web.Request) -> web.Response:
+            self.probed += 1
+            return await super()._health(request)
+
+        async def _list(self, _request: web.Request) -> web.Response:
+            self.asked += 1
+            return web.Response(status=401)
+
+    server = Closed().start()
+    with RunningGateway(Backend("a", server.url, "t", ("tiny",)), settings=Settings(probe_interval_s=0.01)) as gateway:
+        wait_until(lambda: server.probed > 2 * CATALOG_EVERY)
+        assert gateway.post(CHAT, {"model": "tiny"})[0] == 200
+        assert server.asked <= 2 + server.probed // CATALOG_EVERY
+    server.stop()
 
 
 def test_unhealthy_backend_is_left_alone(pair: tuple[FakeUpstream, FakeUpstream]) -> None:

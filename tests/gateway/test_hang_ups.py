@@ -9,6 +9,8 @@ import pytest
 
 from tests.gateway.running import RunningGateway, read_all, wait_until
 from tests.gateway.upstream import FakeUpstream
+from tokenmill.engine.gateway.backends import Backend
+from tokenmill.engine.gateway.settings import Settings
 
 CHAT = "/v1/chat/completions"
 
@@ -72,6 +74,19 @@ def test_client_that_hangs_up_while_its_socket_is_full_frees_the_slot(
     assert upstream.books.open == 1
     connection.close()
     wait_until(lambda: upstream.books.open == 0, timeout_s=2)
+
+
+def test_client_that_takes_nothing_is_cut_off(upstream: FakeUpstream) -> None:
+    settings = Settings(probe_interval_s=0.1, stall_timeout_s=0.2)
+    with (
+        RunningGateway(Backend("a", upstream.url, "utility"), settings=settings) as impatient,
+        socket.create_connection(("127.0.0.1", impatient.port)) as connection,
+    ):
+        connection.sendall(request_bytes({"model": "tiny", "stream": True, "act": {"chunks": 400_000}}))
+        assert connection.recv(100)
+        wait_until(lambda: upstream.books.open == 0)
+        assert upstream.books.cancelled == 1
+        assert not upstream.books.sent
 
 
 def test_many_clients_that_hang_up(gateway: RunningGateway, upstream: FakeUpstream) -> None:
