@@ -173,17 +173,22 @@ async def texts_of(body: Body, address: str, turns: Turns) -> Texts:
         DetectorError: It took too long.
     """
     texts = Texts()
+    members = _whole(body.raw)
+    if members is not None:
+        texts.add("", address)
+        for name, value in members.items():
+            if name != "model":
+                texts.walk(value, name, content=_field(texts, body, name), listed=name in unreadable.ASKED)
+        await texts.finish(turns)
+        return texts
     views = {name: body.view(name) or memoryview(b"") for name in body.names()}
     await _check_distinct(memoryview(body.raw), views.values(), turns)
     texts.add("", address)
     for name, raw in views.items():
         if name == "model":
             continue
-        texts.add("", name)
-        content = name not in unreadable.SETTINGS
         try:
-            if content and (why := unreadable.of_field(name)) and not _asks_for_nothing(name, raw):
-                texts.unreadable = why
+            content = _field(texts, body, name)
             await _collect(texts, raw, name, turns, content=content, listed=name in unreadable.ASKED)
         except RepeatedError:
             raise
@@ -193,6 +198,34 @@ async def texts_of(body: Body, address: str, turns: Turns) -> Texts:
             await turns.give()
     await texts.finish(turns)
     return texts
+
+
+def _whole(raw: bytes) -> dict[str, Any] | None:
+    """A short body, decoded in one go; None: a long one, or one that cannot be.
+
+    Raises:
+        RepeatedError: A member stands twice in an object.
+    """
+    if len(raw) > _PIECE_BYTES:
+        return None
+    try:
+        members: dict[str, Any] = _DECODER.decode(raw.decode())
+    except RepeatedError:
+        raise
+    except (ValueError, RecursionError):
+        return None  # field by field it shows which
+    return members
+
+
+def _field(texts: Texts, body: Body, name: str) -> bool:
+    """Takes in the name of a field; whether what is in it may be what cannot be searched."""
+    texts.add("", name)
+    if name in unreadable.SETTINGS:
+        return False
+    why = unreadable.of_field(name)
+    if why and not _asks_for_nothing(name, body.view(name) or memoryview(b"null")):
+        texts.unreadable = why
+    return True
 
 
 def _asks_for_nothing(name: str, raw: memoryview) -> bool:

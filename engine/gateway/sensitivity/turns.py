@@ -9,6 +9,8 @@ T = TypeVar("T")
 
 #: The search lets other requests run after this long.
 TURN_S = 0.001
+#: How many times its limit a search may last, with all that others do in between.
+_PATIENCE = 10
 
 
 class DetectorError(Exception):
@@ -26,13 +28,14 @@ class Turns:
         limit_s: Seconds of computing after which the search has failed.
     """
 
-    __slots__ = ("_began", "_computed_s", "_limit_s", "_spent_s", "_turn_s")
+    __slots__ = ("_began", "_computed_s", "_ends_at", "_limit_s", "_spent_s", "_turn_s")
 
     def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s
         self._turn_s = min(TURN_S, limit_s)
         self._spent_s = 0.0
         self._begin()
+        self._ends_at = time.monotonic() + _PATIENCE * limit_s
 
     def _begin(self) -> None:
         self._began, self._computed_s = time.perf_counter(), time.thread_time()
@@ -45,7 +48,7 @@ class Turns:
         """Lets others run; their time does not count.
 
         Raises:
-            DetectorError: The search has computed for longer than it may.
+            DetectorError: The search has computed for longer than it may, or lasts ten times as long.
         """
         await self.wait_for(asyncio.sleep(0))
 
@@ -53,7 +56,7 @@ class Turns:
         """What somebody else computes; that time does not count.
 
         Raises:
-            DetectorError: The search has computed for longer than it may.
+            DetectorError: The search has computed for longer than it may, or lasts ten times as long.
         """
         self._spent_s += time.thread_time() - self._computed_s
         try:
@@ -62,4 +65,6 @@ class Turns:
             self._begin()
         if self._spent_s > self._limit_s:
             raise DetectorError(f"it took more than {self._limit_s:g} s")
+        if time.monotonic() > self._ends_at:
+            raise DetectorError("it took too long")
         return result

@@ -166,6 +166,14 @@ def test_time_in_which_a_search_does_not_compute_does_not_count(monkeypatch: pyt
     assert clear(SensitivitySettings(timeout_s=2), MANY).action == "allow"
 
 
+def test_a_search_does_not_last_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns.time, "monotonic", Clock(50))
+    monkeypatch.setattr(turns, "TURN_S", 0)
+    slow = clear(SensitivitySettings(timeout_s=2), MANY)
+    assert (slow.action, slow.kinds) == ("stay", {})
+    assert "took too long" in slow.why
+
+
 @pytest.mark.parametrize(
     ("body", "pieces"),
     [
