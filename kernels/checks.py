@@ -67,10 +67,12 @@ def check_output(tensor: TensorSpec, value: torch.Tensor, problem: Problem) -> N
         InputError: It has not.
     """
     sizes = tensor.sizes(problem.axes)
-    if tuple(value.shape) != sizes or value.dtype not in tensor.dtypes or value.device != problem.device:
+    # A result shares its dtype with no other argument than the one that gives the problem its own.
+    dtypes = tensor.dtypes if tensor.same_dtype_as is None else (problem.dtype,)
+    if tuple(value.shape) != sizes or value.dtype not in dtypes or value.device != problem.device:
         raise InputError(
             f"{tensor.name} is {short_dtype(value.dtype)} {list(value.shape)} on {value.device}; the result is "
-            f"{short_dtype(tensor.dtypes[0])} {list(sizes)} on {problem.device}; pass such a buffer or None"
+            f"{short_dtype(dtypes[0])} {list(sizes)} on {problem.device}; pass such a buffer or None"
         )
     if not value.is_contiguous():
         raise InputError(f"{tensor.name} has strides {value.stride()}; pass a contiguous buffer or None")

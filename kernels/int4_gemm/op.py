@@ -145,7 +145,7 @@ class PreparedInt4:
             out: Contiguous buffer [..., N] of the same dtype; None allocates one.
 
         Raises:
-            InputError: x has another dtype or size, or bias or out does not fit.
+            InputError: x has another dtype or size or asks for a gradient, or bias or out does not fit.
         """
         # A layer's call comes after megabytes of another layer's weight: whatever it touches has left the caches, and
         # every operation on a tensor costs microseconds. The usual call, rows and no buffer, makes as few as can be.
@@ -154,6 +154,8 @@ class PreparedInt4:
             raise InputError(
                 f"x is {x.dtype} {list(shape)}; this layer takes {self.dtype} [..., {self.K}]; convert or reshape it"
             )
+        if x.requires_grad:
+            _check_no_gradient()
         flat = len(shape) == 2
         rows = x if flat else x.reshape(-1, self.K)
         if rows.stride(-1) != 1:
@@ -222,6 +224,12 @@ def problem_of(
     return INT4_GEMM.problem(axes, dtype, device, **_options(weight, activation_bits))
 
 
+def _check_no_gradient() -> None:
+    """Refuses what kernels would answer with a result that lacks its share of the gradient, without a word."""
+    if torch.is_grad_enabled():
+        raise InputError("x asks for a gradient, and int4_gemm has none; call it under torch.no_grad() or detach x")
+
+
 def _options(weight: Int4Weight, activation_bits: int) -> Mapping[str, Any]:
     return {
         "group_size": weight.group_size,
@@ -262,13 +270,16 @@ def int4_gemm(
         implementation: `cuda`, `triton`, `cpu` or `reference`; None chooses.
 
     Raises:
-        InputError: A shape, dtype or device is not what is said above, or a value is not what `prepare` takes.
+        InputError: A shape, dtype or device is not what is said above, a value is not what `prepare` takes, or x asks
+            for a gradient.
         UnsupportedError: No implementation, or not the one asked for, can do this.
     """
     canonical = {name: getattr(weight, name) for name in ("codes", "scales", "zeros", "g_idx", "bias")}
     problem = checks.bind(INT4_GEMM, {"x": x, **canonical}, **_options(weight, activation_bits))
     if activation_bits not in (8, 16):
         raise InputError(f"activation_bits={activation_bits} is not 8 or 16")
+    if x.requires_grad:
+        _check_no_gradient()
     if problem["K"] != weight.K:
         raise InputError(f"x has {problem['K']} columns but the weight has K={weight.K} rows; they must agree")
     if out is None:

@@ -21,7 +21,7 @@ SPEC = OpSpec(
         TensorSpec("packed", ("K // 8", 2), (torch.int32,)),
         TensorSpec("scale", ("K",), FLOATS, same_dtype_as="x", optional=True),
     ),
-    outputs=(TensorSpec("out", ("extra + 1", "M"), FLOATS),),
+    outputs=(TensorSpec("out", ("extra + 1", "M"), FLOATS, same_dtype_as="x"),),
     scalars=("extra",),
     dtype_of="x",
     reference=lambda **arguments: arguments["x"],
@@ -87,10 +87,11 @@ def test_strided_rows_are_accepted_where_the_spec_says_rows() -> None:
     [
         torch.empty(2, 4),
         torch.empty(2, 3, dtype=torch.float64),
+        torch.empty(2, 3, dtype=torch.bfloat16),
         torch.empty(2, 3, device="meta"),
         torch.empty(3, 2).t(),
     ],
-    ids=["shape", "dtype", "device", "strides"],
+    ids=["shape", "dtype", "dtype of another x", "device", "strides"],
 )
 def test_an_output_buffer_must_fit(buffer: torch.Tensor) -> None:
     problem = checks.bind(SPEC, arguments())

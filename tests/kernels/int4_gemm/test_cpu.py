@@ -266,12 +266,26 @@ def test_automatic_choice_explains_itself() -> None:
         (lambda w: op.prepare(w, torch.bfloat16)(torch.zeros(2, 256)), "float32"),
         (lambda w: op.prepare(w, torch.bfloat16)(torch.zeros(2, 12, dtype=torch.bfloat16)), "256"),
         (lambda w: op.prepare(w, torch.bfloat16)(torch.zeros((), dtype=torch.bfloat16)), r"x is torch.bfloat16 \[\]"),
+        # Kernels would write four bytes where the buffer has two.
+        (lambda w: op.int4_gemm(torch.zeros(2, 256), w, out=torch.zeros(2, 32, dtype=torch.float16)), "out is float16"),
+        (lambda w: op.int4_gemm(torch.zeros(2, 256, requires_grad=True), w), "x asks for a gradient"),
+        (lambda w: op.prepare(w, torch.float32)(torch.zeros(2, 256, requires_grad=True)), "x asks for a gradient"),
     ],
 )
 def test_bad_input_is_one_line(call: object, message: str) -> None:
     with pytest.raises(InputError, match=message) as error:
         call(random_weight(256, 32, 128))  # type: ignore[operator]
     assert "\n" not in str(error.value)
+
+
+def test_activations_of_a_model_that_is_not_trained_now_are_taken() -> None:
+    weight = random_weight(256, 32, 128)
+    x = activations(3, 256, torch.float32)
+    expected = op.prepare(weight, torch.float32)(x)
+    x.requires_grad_()
+    with torch.no_grad():
+        assert_bit_equal(op.prepare(weight, torch.float32)(x), expected)
+        assert_bit_equal(op.int4_gemm(x, weight), expected)
 
 
 @pytest.mark.parametrize("implementation", ["cpu", "reference"])
