@@ -1,15 +1,28 @@
 """What the admin API does to the store, on SQLite and on a real PostgreSQL server."""
 
+import asyncio
+import threading
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
+
 import pytest
 
 from tokenmill import cli
-from tokenmill.engine.gateway.admin import books, canaries, keyring, roles, tables, views
+from tokenmill.engine.gateway.admin import books, canaries, endpoints, keyring, roles, tables, views
+from tokenmill.engine.gateway.admin.endpoint import Call
+from tokenmill.engine.gateway.admin.roles import Actor
 from tokenmill.engine.gateway.governance import accounts, audit, keys
 from tokenmill.engine.gateway.governance.accounts import Limits
 from tokenmill.engine.gateway.governance.guesses import Guesses
+from tokenmill.engine.gateway.governance.keys import Key
 from tokenmill.engine.gateway.governance.options import Options, digest
-from tokenmill.engine.gateway.store import Store, now_ms
+from tokenmill.engine.gateway.store import Connection, Store, now_ms
 from tokenmill.errors import InputError
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+    from tokenmill.engine.gateway.governance.service import Governance
 
 
 @pytest.fixture
@@ -81,3 +94,21 @@ def test_the_command_takes_either(administered: Store, capsys: pytest.CaptureFix
     administered.write_now(lambda c: accounts.create(c, "team", "T", None, Limits(), "test", "t-1"))
     assert cli.main(["admin", "--store", str(administered.place), "team", "list"]) == 0
     assert "t-1" in capsys.readouterr().out
+
+
+def test_keys_are_listed_beside_the_event_loop(administered: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of thousands, each with its account and role, it takes long."""
+    made = [administered.write_now(lambda c: keys.create(c, "test"))[0] for _ in range(3)]
+    threads: list[int] = []
+    shown = views.key
+
+    def show(connection: Connection, found: Key) -> dict[str, Any]:
+        threads.append(threading.get_ident())
+        return shown(connection, found)
+
+    monkeypatch.setattr(views, "key", show)
+    governance = cast("Governance", SimpleNamespace(store=administered))
+    call = Call(Actor("master", "admin"), governance, cast("Request", None))
+    listed = asyncio.run(endpoints.list_keys(call))["keys"]
+    assert sorted(key["id"] for key in listed) == sorted(made)
+    assert len(threads) == 3 and threading.get_ident() not in threads
