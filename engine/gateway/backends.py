@@ -1,5 +1,6 @@
 """What the gateway is told about a server it may send requests to."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -8,6 +9,7 @@ from urllib.parse import urlsplit
 from tokenmill.engine.gateway.money import Prices
 from tokenmill.errors import ConfigurationError
 
+_VERSION = re.compile(r"/v[0-9]+(?:(?:alpha|beta)[0-9]*)?(?=/|$)")
 #: What a request may need beyond plain text.
 Capability = Literal["tools", "vision", "audio", "json", "logprobs", "embeddings", "rerank"]
 
@@ -18,7 +20,8 @@ class Backend:
 
     Attributes:
         name: Unique name, used in logs, metrics and the circuit breaker.
-        base_url: `http(s)://host[:port][/prefix]`, with or without a final `/v1`.
+        base_url: `http(s)://host[:port][/prefix]`, with or without a final `/v1`. A prefix that names a version itself
+            (`/v1beta/openai`, `/api/v3`) is followed by the rest of OpenAI's paths, without `/v1`.
         tier: The tier it belongs to; a tier's name is accepted as a model name.
         models: Public names of the models it serves. Empty: its own `/v1/models` says (asked by the health probe).
         model_names: Public model name to the backend's own name, where they differ; the request's `model` is
@@ -87,6 +90,12 @@ class Backend:
     def root(self) -> str:
         """The base URL without a final slash and `/v1`: request paths are appended to it."""
         return self.base_url.rstrip("/").removesuffix("/v1")
+
+    @property
+    def has_version(self) -> bool:
+        """Whether request paths follow the base URL without their `/v1`."""
+        base = self.base_url.rstrip("/")
+        return self.protocol == "openai" and not base.endswith("/v1") and bool(_VERSION.search(urlsplit(base).path))
 
     def upstream_model(self, model: str) -> str:
         """The backend's own name of a public model name."""

@@ -220,7 +220,10 @@ class LocalBackend(Backend):
 class RemoteBackend(Backend):
     """A server that runs elsewhere and speaks the OpenAI or the Anthropic protocol."""
 
-    url: str = Field(description="`http(s)://host[:port][/prefix]`, with or without a final `/v1`.")
+    url: str = Field(
+        description="`http(s)://host[:port][/prefix]`, with or without a final `/v1`; a prefix that names another "
+        "version, like `/v1beta/openai`, is taken as it is."
+    )
     models: dict[str, str] = Field(
         default_factory=dict,
         description="Public model name to the server's own name for it; default: what its `/v1/models` lists.",

@@ -48,7 +48,7 @@ class Target:
         self.pace = Pace(
             share(backend.requests_per_minute, settings.workers), share(backend.tokens_per_minute, settings.workers)
         )
-        self.origin = Origin.of(backend.root)
+        self.origin = Origin.of(backend.root, backend.has_version)
         self.reason = "not probed yet"
         self.headers: Headers = [
             (b"x-tokenmill-tier", backend.tier.encode()),

@@ -68,6 +68,7 @@ class Origin:
         tls: Whether the connection is encrypted.
         authority: What the `Host` header says.
         prefix: Path before every request's own.
+        has_version: The prefix names a version: a request's own path follows without its `/v1`.
     """
 
     host: str
@@ -75,14 +76,16 @@ class Origin:
     tls: bool
     authority: bytes
     prefix: bytes
+    has_version: bool = False
 
     @classmethod
-    def of(cls, root: str) -> "Origin":
+    def of(cls, root: str, has_version: bool = False) -> "Origin":
         """The origin of `http(s)://host[:port][/prefix]`."""
         parts = urlsplit(root)
         tls = parts.scheme == "https"
         authority = parts.netloc.rpartition("@")[2].encode("idna")
-        return cls(parts.hostname or "", parts.port or (443 if tls else 80), tls, authority, parts.path.encode())
+        port = parts.port or (443 if tls else 80)
+        return cls(parts.hostname or "", port, tls, authority, parts.path.encode(), has_version)
 
 
 class Answer:
@@ -153,6 +156,8 @@ class Upstream:
         Raises:
             ConnectFailedError, NoAnswerError, SilenceError: as their names say.
         """
+        if origin.has_version:
+            path = path.removeprefix(b"/v1")
         end = b"\r\n" if body is None else b"content-length: %d\r\n\r\n" % len(body)
         begin = (method, b" ", origin.prefix, path, b" HTTP/1.1\r\nhost: ", origin.authority, b"\r\n")
         head = b"".join((*begin, lines(headers), end))

@@ -6,6 +6,7 @@ import pytest
 
 from tests.gateway.running import RunningGateway
 from tests.gateway.upstream import FakeUpstream
+from tokenmill.engine.gateway.backends import Backend
 
 CHAT = "/v1/chat/completions"
 
@@ -81,6 +82,27 @@ def test_request_id_is_kept_or_made(gateway: RunningGateway, upstream: FakeUpstr
 def test_other_paths_pass_through(gateway: RunningGateway, upstream: FakeUpstream, path: str) -> None:
     assert gateway.post(path, {"model": "tiny", "input": "a"})[0] == 200
     assert upstream.books.requests[0][0] == path
+
+
+@pytest.mark.parametrize(
+    ("prefix", "path"),
+    [
+        ("/v1", "/v1/completions"),
+        ("", "/v1/completions"),
+        ("/llm", "/llm/v1/completions"),
+        ("/v1/proxy/v1/", "/v1/proxy/v1/completions"),
+        ("/v1beta/openai/", "/v1beta/openai/completions"),
+        ("/api/paas/v4", "/api/paas/v4/completions"),
+        ("/vnext", "/vnext/v1/completions"),
+    ],
+)
+def test_a_path_follows_a_prefix_that_names_a_version(upstream: FakeUpstream, prefix: str, path: str) -> None:
+    backend = Backend("a", upstream.url.removesuffix("/v1") + prefix, "t", ("tiny",), health_path=None)
+    with RunningGateway(backend) as running:
+        assert running.post("/v1/completions?a=b", {"model": "tiny"})[0] == 200
+        assert running.post("/rerank", {"model": "tiny"})[0] == 200
+    asked = [path for path, _, _ in upstream.books.requests]
+    assert asked == [path + "?a=b", prefix.rstrip("/").removesuffix("/v1") + "/rerank"]
 
 
 def test_form_goes_to_the_tier_of_its_model(gateway: RunningGateway, upstream: FakeUpstream) -> None:
