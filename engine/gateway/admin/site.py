@@ -16,7 +16,7 @@ from tokenmill.engine.gateway.admin import litellm_keys, roles
 from tokenmill.engine.gateway.admin.endpoint import Call, Endpoint
 from tokenmill.engine.gateway.admin.endpoints import ENDPOINTS, Backends
 from tokenmill.engine.gateway.admin.openapi import document
-from tokenmill.engine.gateway.api_error import ApiError, invalid_json
+from tokenmill.engine.gateway.api_error import ApiError, invalid_json, quote
 from tokenmill.engine.gateway.governance.identify import credential
 from tokenmill.engine.gateway.governance.service import Governance
 from tokenmill.engine.gateway.heads import first_values
@@ -103,6 +103,7 @@ class AdminSite:
         body = None
         if "\0" in request.scope["path"] or b"%00" in request.scope["query_string"]:
             raise _nul("path or the query")
+        _check_query(endpoint, request)
         if endpoint.body is not None:
             raw = await read_body(request.receive, first_values(request.scope["headers"]), _SETTINGS)
             if _NUL.search(raw) is not None:
@@ -133,12 +134,28 @@ class AdminSite:
 _NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 #: Every one reaches an endpoint's function, which refuses those that it does not take in the API's own shape.
 _EVERY_METHOD = ["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"]
+#: Paths whose clients were written for others, LiteLLM's and Prometheus: they may add to the query what they like.
+_OF_OTHERS = frozenset({"/admin/metrics", *(endpoint.path for endpoint in litellm_keys.ENDPOINTS)})
 #: Answers may hold a new key: nobody on the way keeps them.
 _NOT_KEPT = {"cache-control": "no-store"}
 
 
 def _unauthorized(message: str) -> ApiError:
     return ApiError(401, message, code="invalid_api_key", headers=[(b"www-authenticate", b"Bearer")])
+
+
+def _check_query(endpoint: Endpoint, request: Request) -> None:
+    """Refuses parameters of `/admin` that would be ignored: `organization=acme` sums over all."""
+    given = [name for name, _ in request.query_params.multi_items()]
+    if not given or endpoint.path in _OF_OTHERS:
+        return
+    known = [parameter.name for parameter in endpoint.query]
+    for name in given:
+        if name not in known:
+            takes = f"it takes {', '.join(known)}" if known else "it takes none"
+            raise ApiError(400, f"There is no parameter `{quote(name)}` here; {takes}.", code="unknown_parameter")
+        if given.count(name) > 1:
+            raise ApiError(400, f"`{name}` is given {given.count(name)} times; give it once.", param=name)
 
 
 def _nul(where: str) -> ApiError:
