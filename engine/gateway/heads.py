@@ -16,7 +16,7 @@ _TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 #: Fields that say where a message ends, or what becomes of its connection.
 FRAMING = frozenset({b"content-length", b"transfer-encoding", b"connection"})
 #: Sets of names that are remembered. Bounded: they are whatever clients and backends send.
-_MOST_SETS = 1024
+_MOST_SETS = 256
 _name_of = operator.itemgetter(0)
 
 

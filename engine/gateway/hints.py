@@ -25,7 +25,7 @@ _NAMES = ("quality", "latency", "max-cost", "sensitivity")
 _PUBLIC = "public"
 LATENCIES = ("interactive", "fast", "batch")
 #: Sets of header names that are remembered. Bounded: they are whatever clients send.
-_MOST_SETS = 1024
+_MOST_SETS = 256
 
 
 class Hints(msgspec.Struct, frozen=True):

@@ -25,6 +25,10 @@ from tokenmill.engine.gateway.settings import Settings
 
 _ASGI = {"version": "3.0", "spec_version": "2.3"}
 _name_of = operator.itemgetter(0)
+#: Most header fields of a request. Sets of names are remembered (`heads`), and whoever it is may send any.
+MOST_FIELDS = 128
+#: Longest target that is remembered.
+_SHORT_TARGET = 1024
 _EXPECTATION = re.compile(rb"100-continue", re.IGNORECASE)
 
 
@@ -254,7 +258,10 @@ class GatewayProtocol(asyncio.Protocol):
         if self._head_bytes > limit and _head_size(target, headers) > limit:
             self._refuse_head()
             return
-        path, raw_path, query = _parsed(target)
+        if len(headers) > MOST_FIELDS:
+            self._refuse(ApiError(431, f"The request has more than {MOST_FIELDS} headers.", code="headers_too_large"))
+            return
+        path, raw_path, query = _parsed(target) if len(target) <= _SHORT_TARGET else _parsed.__wrapped__(target)
         version = parser.get_http_version()
         server, client = self._addresses
         scope = {

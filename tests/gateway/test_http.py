@@ -10,6 +10,7 @@ import pytest
 from tests.gateway.running import RunningGateway, read_all
 from tests.gateway.upstream import FakeUpstream
 from tokenmill.engine.gateway.backends import Backend
+from tokenmill.engine.gateway.protocol import MOST_FIELDS
 from tokenmill.engine.gateway.settings import Settings
 
 BODY = json.dumps({"model": "tiny", "messages": []}).encode()
@@ -128,6 +129,15 @@ def test_http_1_0_gets_no_chunks(gateway: RunningGateway, upstream: FakeUpstream
     assert b"transfer-encoding" not in lines
     assert b"connection: close" in lines
     assert stream == upstream.books.sent[0]
+
+
+def test_too_many_headers_are_431(gateway: RunningGateway, upstream: FakeUpstream) -> None:
+    # What sets of names come to is remembered: nobody may fill the memory with long ones.
+    head = POST + b"".join(b"x-%d: 1\r\n" % number for number in range(MOST_FIELDS))
+    answer = gateway.raw(head + b"content-length: %d\r\n\r\n" % len(BODY) + BODY)
+    assert answer.startswith(b"HTTP/1.1 431 ")
+    assert answer.count(b"HTTP/1.1") == 1
+    assert not upstream.books.requests
 
 
 def test_slow_head_is_closed(impatient: RunningGateway) -> None:
