@@ -1,5 +1,8 @@
 """The command table: help, unknown commands and one-line errors."""
 
+import subprocess
+import sys
+
 import pytest
 
 from tokenmill import __version__, cli
@@ -39,6 +42,22 @@ def test_error_becomes_one_line_and_status_two(
     monkeypatch.setattr(cli.Command, "load", failing)
     assert cli.main(["serve"]) == 2
     assert capsys.readouterr().err == "tokenmill serve: port=70000 is above 65535; pass --port 8000\n"
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_output_that_nobody_reads_to_its_end_is_no_failure(lines: int) -> None:
+    program = (
+        "import sys; from tokenmill import cli; sys.stdin.read();"
+        f"cli.Command.load = lambda command: lambda argv: print('line\\n' * {lines}, end='') or 0;"
+        "sys.exit(cli.main(['admin']))"
+    )
+    command = [sys.executable, "-c", program]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        assert process.stdin and process.stdout and process.stderr
+        process.stdout.close()
+        process.stdin.close()
+        assert (process.stderr.read(), process.wait(60)) == ("", 141)
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS, ids=lambda command: command.name)

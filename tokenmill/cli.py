@@ -3,6 +3,7 @@
 A subcommand is a function `main(argv: list[str]) -> int` that owns its arguments and its help.
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand and returns its exit status (2: bad input, 130: interrupted)."""
+    """Runs one subcommand and returns its exit status (2: bad input, 130: interrupted, 141: nobody reads)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
@@ -81,7 +82,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in COMMANDS:
         if command.name == name:
             try:
-                return command.load()(rest)
+                status = command.load()(rest)
+                sys.stdout.flush()
+                return status
+            except BrokenPipeError:
+                # Whoever reads has seen enough, as `head` has. Python would try to write the rest once more at the end.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return 141
             except TokenmillError as error:
                 print(f"tokenmill {name}: {error}", file=sys.stderr)
                 return 2
