@@ -75,6 +75,14 @@ def test_a_soft_limit_routes_down() -> None:
     assert order(poor) == ["small", "large"]
     assert poor.decision is not None
     assert "soft limit is passed" in next(one.verdict for one in poor.decision.reasons if one.criterion == "cost")
+    # What the client states goes before it.
+    stated = routed(TWO, principal=Principal("k", soft_limit_reached=True), metadata={"tokenmill_quality": 0.8})
+    assert order(stated) == ["large", "small"]
+
+
+def test_of_tiers_that_cost_the_same_the_better_goes_first() -> None:
+    alike = (backend("good", "utility", 1_000, 0.8), backend("better", "reasoning", 1_000, 0.9))
+    assert order(routed(alike, text="Hello.")) == ["better", "good"]
 
 
 def test_a_key_is_held_to_its_models() -> None:
