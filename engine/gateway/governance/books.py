@@ -27,7 +27,7 @@ from tokenmill.engine.gateway.governance.budgets import (
     Settlement,
     Spending,
 )
-from tokenmill.engine.gateway.governance.pages import Kept, Page, Window
+from tokenmill.engine.gateway.governance.pages import AHEAD_S, Kept, Page, Window
 from tokenmill.engine.gateway.store import Connection, now_ms, placeholders
 
 #: Kind of the one row that every request has in the ledger.
@@ -135,7 +135,7 @@ class _Books:
             return Refusal("revoked", chain[0].account, 0, 0, 0, None)
         second, asked = at // 1000, prompt + completion
         for page in chain:
-            if page.ends is not None and at >= page.ends:
+            if page.ends is not None and not page.period_start <= at < page.ends:
                 page.renew(at)
             refusal = page.refusal(wanted, second, asked)
             if refusal is not None:
@@ -180,7 +180,7 @@ class _Books:
         identities, whose = _chain(chain_text)
         now, second = self._now, started_at // 1000
         for page in self._chains.get(identities) or self._touch(identities):
-            if page.ends is not None and now >= page.ends:
+            if page.ends is not None and not page.period_start <= now < page.ends:
                 page.renew(now)
             page.reserved -= amount
             page.spent += charged
@@ -267,10 +267,13 @@ class _Books:
     def _write_windows(self, windows: Sequence[tuple[str, Window]]) -> None:
         """Stores what was counted and forgets what is too old."""
         counted = []
+        second = self._now // 1000
         for identity, window in windows:
-            old = window.drop_before(self._now // 1000 - WINDOW_S)
+            old, ahead = window.drop_outside(second - WINDOW_S, second + AHEAD_S)
             if old is not None:
                 self._connection.execute("DELETE FROM windows WHERE account = ? AND second <= ?", (identity, old))
+            if ahead is not None:
+                self._connection.execute("DELETE FROM windows WHERE account = ? AND second >= ?", (identity, ahead))
             counted += [(identity, *row) for row in window.changed()]
         if counted:
             self._connection.executemany(

@@ -13,6 +13,8 @@ from tokenmill.engine.gateway.store import Connection
 
 #: Accounts kept between transactions; beyond it all are forgotten.
 MOST_KEPT = 10_000
+#: Seconds that the clocks of two machines may differ by; what is further ahead was written by a clock that was wrong.
+AHEAD_S = 2 * WINDOW_S
 
 
 class Window:
@@ -97,23 +99,27 @@ class Window:
             if requests:
                 self._last = second
 
-    def drop_before(self, second: int) -> int | None:
-        """Forgets the seconds before this one; returns the last of them."""
+    def drop_outside(self, second: int, until: int) -> tuple[int | None, int | None]:
+        """Forgets the seconds before one and those after another; returns (the last of those, the first of these).
+
+        What is far ahead was counted by a clock that was set back since: it would count for as long as that was.
+        """
         if second == self._dropped:
-            return None
+            return None, None
         self._note()
         self._dropped = second
         old = [at for at in self._by_second if at < second]
-        for at in old:
+        ahead = [at for at in self._by_second if at > until]
+        for at in old + ahead:
             pair = self._by_second.pop(at)
             if at >= self.since:
                 self.requests -= pair[0]
                 self.tokens -= pair[1]
         self._noted = (self.requests, self.tokens)
-        self._changed.difference_update(old)
-        if self._last < second:
+        self._changed.difference_update(old, ahead)
+        if not second <= self._last <= until:
             self._last = -1
-        return max(old, default=None)
+        return max(old, default=None), min(ahead, default=None)
 
     def changed(self) -> list[tuple[int, int, int]]:
         """(second, requests, tokens) of what was counted since the last call."""
@@ -125,6 +131,8 @@ class Window:
 
 class Page:
     """One account as it is being worked on.
+
+    Call `renew` outside of `period_start` to `ends`.
 
     Attributes:
         account: As it was read; its sums are those of then.
@@ -160,10 +168,15 @@ class Page:
     def renew(self, now: int) -> None:
         """Begins a new period with nothing spent; call it when the old one is over.
 
-        What requests under way have reserved stays reserved, and is spent in the period in which they end.
+        What requests under way have reserved stays reserved, and is spent in the period in which they end. One that is
+        far ahead was begun by a clock that was set back since: it begins now, with what was spent.
         """
         length = self.limits.period_ms
-        if length is not None:
+        if length is not None and now < self.period_start:
+            if self.period_start - now > AHEAD_S * 1000:
+                self.period_start = now
+                self.ends = now + length
+        elif length is not None:
             self.period_start += (now - self.period_start) // length * length
             self.ends = self.period_start + length
             self.spent = 0

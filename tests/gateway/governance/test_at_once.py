@@ -186,7 +186,7 @@ def test_window_slides_as_if_it_were_counted_anew() -> None:
         assert (window.requests, window.tokens) == (sum(p[0] for p in anew), sum(p[1] for p in anew)), second
     window.move(300)
     assert window.oldest() == 260
-    assert window.drop_before(261) == 260
+    assert window.drop_outside(261, 400) == (260, None)
     window.move(310)
     assert (window.requests, window.tokens) == (0, 0)
 
@@ -211,7 +211,7 @@ def test_window_counts_like_one_that_keeps_every_second(seed: int) -> None:
             if second in rows:
                 rows[second][1] -= 2
         elif action < 0.9:
-            window.drop_before(now - WINDOW_S)
+            window.drop_outside(now - WINDOW_S, now)
             rows = {second: pair for second, pair in rows.items() if second >= now - WINDOW_S}
             written = {second: pair for second, pair in written.items() if second in rows}
         else:

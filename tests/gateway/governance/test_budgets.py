@@ -28,11 +28,11 @@ def key_with(store: Store, limits: Limits) -> str:
 
 
 def ask(
-    store: Store, key: str, call: str, amount: int = 1, tokens: int = 1, at: int = NOW, worker: str = "w"
+    store: Store, key: str, call: str, amount: int = 1, tokens: int = 1, at: int | None = None, worker: str = "w"
 ) -> Refusal | None:
     """Reserves."""
     chain = tuple(account.id for account in accounts.chain(store.reader, key))
-    wanted = Reservation(call, worker, chain, "r", "m", "t", amount, tokens, 0, at)
+    wanted = Reservation(call, worker, chain, "r", "m", "t", amount, tokens, 0, now_ms() if at is None else at)
     answer = store.write_now(lambda connection: books.reserve(connection, wanted))
     return None if isinstance(answer, Granted) else answer
 
@@ -171,21 +171,43 @@ def test_nothing_but_the_master_key_is_the_account_of_its_requests(store: Store)
 
 def test_rates_slide_and_count_what_was_used(store: Store) -> None:
     key = key_with(store, Limits(requests_per_minute=3, tokens_per_minute=100))
-    assert ask(store, key, "a", tokens=80) is None
-    refusal = ask(store, key, "b", tokens=30, at=NOW + 1000)
+    now = now_ms() // 1000 * 1000
+    assert ask(store, key, "a", tokens=80, at=now) is None
+    refusal = ask(store, key, "b", tokens=30, at=now + 1000)
     assert refusal is not None
     assert refusal.limit == "tokens"
     end(store, "a", 1, tokens=10)
-    assert ask(store, key, "b", tokens=30, at=NOW + 1000) is None
-    assert ask(store, key, "c", tokens=30, at=NOW + 2000) is None
-    refusal = ask(store, key, "d", at=NOW + 3000)
+    assert ask(store, key, "b", tokens=30, at=now + 1000) is None
+    assert ask(store, key, "c", tokens=30, at=now + 2000) is None
+    refusal = ask(store, key, "d", at=now + 3000)
     assert refusal is not None
     assert (refusal.limit, refusal.retry_ms) == ("requests", 58_000)
-    assert ask(store, key, "d", at=NOW + 60_999) is not None
-    assert ask(store, key, "d", at=NOW + 61_000) is None
-    too_much = ask(store, key, "e", tokens=101, at=NOW + 200_000)
+    assert ask(store, key, "d", at=now + 60_999) is not None
+    assert ask(store, key, "d", at=now + 61_000) is None
+    too_much = ask(store, key, "e", tokens=101, at=now + 200_000)
     assert too_much is not None
     assert too_much.retry_ms is None
+
+
+def test_a_clock_that_was_ahead_and_is_set_back_blocks_nobody(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine may begin with its clock hours ahead: what it counted then is not of the last minute."""
+    key = key_with(store, Limits(requests_per_minute=1, hard_limit=100, period_ms=HOUR))
+    now = now_ms() // 1000 * 1000
+    ahead = now + 8 * HOUR
+    monkeypatch.setattr(books, "now_ms", lambda: ahead)
+    assert ask(store, key, "a", 60, at=ahead) is None
+    assert end(store, "a", 60)
+    # A difference between two machines is nothing like that.
+    monkeypatch.setattr(books, "now_ms", lambda: ahead - 60_000)
+    assert ask(store, key, "b", at=ahead - 60_000) is not None
+    monkeypatch.setattr(books, "now_ms", lambda: now)
+    ask(store, key, "c", at=now)
+    assert ask(store, key, "d", at=now + 61_000) is None
+    # What was spent counts, for an hour from now.
+    team = accounts.find(store.reader, "team")
+    assert (team.spent, team.period_end) == (60, now + HOUR)
+    refusal = ask(store, key, "e", 50, at=now + 122_000)
+    assert refusal is not None and refusal.limit == "budget"
 
 
 @pytest.mark.parametrize("trial", range(2))
