@@ -63,11 +63,11 @@ def text_windows(model: StreamedModel, text: str, length: int) -> list[torch.Ten
 
     Raises:
         InputError: The text is empty.
+        CheckpointError: There is no tokenizer that can be loaded, or it is another model's.
     """
     tokenizer = model.tokenizer()
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return windows(tokens, 0 if start is None else start, length)
+    return windows(model.tokenize(text), 0 if start is None else start, length)
 
 
 def negative_log_likelihood(

@@ -9,12 +9,14 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tokenmill import __version__
 from tokenmill.errors import CheckpointError, ConfigurationError, InputError, UnsupportedError
 from tokenmill.kernels.int4_gemm.weight import dequantize
 from tokenmill.quant.block import SCALABLE_MODELS, BlockSettings, check_linears, quantize_block, served_sizes
@@ -24,6 +26,9 @@ from tokenmill.quant.format import STOCK_VLLM, Scheme, StockRefusal, stock_refus
 from tokenmill.quant.output import OutputDirectory, check_apart
 from tokenmill.quant.pack import read_layer, weight_tensor, write_layer
 from tokenmill.quant.streaming import StreamedModel
+
+#: Of text, at first: more than most tokens have.
+_CHARACTERS_PER_TOKEN = 8
 
 #: Called after each block with the number of blocks done, of all, and the mean relative error of its layers (or None).
 Progress = Callable[[int, int, float | None], None]
@@ -103,12 +108,18 @@ class _BlockFile:
 
 
 def calibration_batches(model: StreamedModel, text: str, num_samples: int, length: int) -> list[torch.Tensor]:
-    """Cuts a text into sequences of one length, a few of them to a batch.
+    """Cuts the beginning of a text into sequences of one length, a few of them to a batch.
 
     Raises:
         InputError: The text is shorter than one sequence.
+        CheckpointError: There is no tokenizer that can be loaded, or it is another model's.
     """
-    tokens = model.tokenizer()(text, add_special_tokens=False, verbose=False)["input_ids"]
+    # A text may be larger than memory holds of it in tokens; no more of it is looked at than they take.
+    characters = _CHARACTERS_PER_TOKEN * num_samples * length
+    tokens = model.tokenize(text[:characters])
+    while len(tokens) < num_samples * length and characters < len(text):
+        characters *= 2
+        tokens = model.tokenize(text[:characters])
     available = min(len(tokens) // length, num_samples)
     if available < 1:
         raise InputError(f"the calibration text has {len(tokens)} tokens; one sequence needs {length}: give more text")
@@ -133,7 +144,8 @@ def quantize_checkpoint(
         progress: Told after every block.
 
     Raises:
-        CheckpointError: The source is damaged, already INT4, or of an unknown architecture.
+        CheckpointError: The source is damaged, already INT4, or of an unknown architecture, or its tokenizer is missing
+            or another model's.
         ConfigurationError: `out` holds something else, cannot be written to, or overlaps with the source; or vLLM
             does not load the scheme at all.
         InputError: The group size does not divide an input size, or there is too little text.
@@ -160,9 +172,37 @@ def quantize_checkpoint(
         torch.cuda.reset_peak_memory_stats(model.device)
     # What could be refused has been; from here on `out` is written to. The part that is read last comes first, so that
     # damage to it is not found after hours.
-    output = OutputDirectory(out, model.num_blocks + 1, _settings(checkpoint, model, request), overwrite)
-    if not output.is_written(model.num_blocks):
-        output.write_part(model.num_blocks, _other_tensors(model), {})
+    settings = _settings(checkpoint, model, request, batches, windows)
+    with closing(OutputDirectory(out, model.num_blocks + 1, settings, overwrite)) as output:
+        if not output.is_written(model.num_blocks):
+            output.write_part(model.num_blocks, _other_tensors(model), {})
+        errors, measured = _run(model, request, batches, windows, output, progress)
+        report = Report(
+            bytes_before=checkpoint.weight_bytes,
+            bytes_after=sum(output.part(index).stat().st_size for index in range(output.num_parts)),
+            before=measured[0],
+            after=measured[1],
+            errors=errors,
+            seconds=time.perf_counter() - started,
+            peak_bytes=peak_bytes(model.device),
+            stock_refusal=stock_refusal(request.scheme, sizes),
+        )
+        config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+        config["quantization_config"] = write_config(request.scheme)
+        output.finish(source, config, asdict(report))
+    checkpoint.close()
+    return report
+
+
+def _run(
+    model: StreamedModel,
+    request: Request,
+    batches: list[torch.Tensor],
+    windows: list[torch.Tensor],
+    output: OutputDirectory,
+    progress: Progress | None,
+) -> tuple[dict[str, float], tuple[Perplexity | None, Perplexity | None]]:
+    """Quantizes the blocks that are not written yet and runs all: errors by layer, perplexity before and after."""
     calibration = [model.embed(batch) for batch in batches]
     before = [model.embed(window) for window in windows]
     after = list(before)
@@ -180,32 +220,14 @@ def quantize_checkpoint(
             run = model.forward(index, model.block(index, written))
             calibration = [run(hidden) for hidden in calibration]
             after = [run(hidden) for hidden in after]
-        checkpoint.close()
+        model.checkpoint.close()
         if progress is not None:
             progress(index + 1, model.num_blocks, sum(found.values()) / len(found) if found else None)
-
-    measured: list[Perplexity | None] = [None, None]
-    if request.evaluation is not None:
-        head = model.head()
-        measured = [
-            count(request.evaluation, windows, negative_log_likelihood(head, states, windows))
-            for states in (before, after)
-        ]
-    report = Report(
-        bytes_before=checkpoint.weight_bytes,
-        bytes_after=sum(output.part(index).stat().st_size for index in range(output.num_parts)),
-        before=measured[0],
-        after=measured[1],
-        errors=errors,
-        seconds=time.perf_counter() - started,
-        peak_bytes=peak_bytes(model.device),
-        stock_refusal=stock_refusal(request.scheme, sizes),
-    )
-    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-    config["quantization_config"] = write_config(request.scheme)
-    output.finish(source, config, asdict(report))
-    checkpoint.close()
-    return report
+    if request.evaluation is None:
+        return errors, (None, None)
+    head = model.head()
+    nats = [negative_log_likelihood(head, states, windows) for states in (before, after)]
+    return errors, (count(request.evaluation, windows, nats[0]), count(request.evaluation, windows, nats[1]))
 
 
 def _check_architecture(checkpoint: Checkpoint, settings: BlockSettings) -> None:
@@ -224,17 +246,31 @@ def _check_scheme(scheme: Scheme) -> None:
         raise ConfigurationError(f"{refusal.reason} is not loaded by vLLM {STOCK_VLLM}; {refusal.remedy}")
 
 
-def _settings(checkpoint: Checkpoint, model: StreamedModel, request: Request) -> dict[str, Any]:
+def _settings(
+    checkpoint: Checkpoint,
+    model: StreamedModel,
+    request: Request,
+    batches: list[torch.Tensor],
+    windows: list[torch.Tensor],
+) -> dict[str, Any]:
     """Everything that the result depends on, for recognising a run that may be resumed."""
     files = {str(info.file): info.file.stat() for info in checkpoint.tensors.values()}
     settings = asdict(request)
-    for text in ("calibration", "evaluation"):
-        settings[text] = hashlib.sha256((settings[text] or "").encode()).hexdigest()
+    # Of texts what the tokenizer, which may have been changed, makes of them now.
+    settings["calibration"], settings["evaluation"] = _digest(batches), _digest(windows)
     settings["block"]["scale_dtype"] = str(request.block.scale_dtype)
     settings["dtype"] = str(model.dtype)
     settings["source"] = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in sorted(files.items())}
-    settings["torch"] = torch.__version__
+    settings["config"] = checkpoint.config
+    settings["versions"] = {"tokenmill": __version__, "torch": torch.__version__}
     return settings
+
+
+def _digest(tokens: list[torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for batch in tokens:
+        digest.update(f"{list(batch.shape)}".encode() + batch.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _quantize_and_write(

@@ -304,6 +304,21 @@ class StreamedModel:
         """
         return load_tokenizer(self.checkpoint.path)
 
+    def tokenize(self, text: str) -> list[int]:
+        """The ids of a text's tokens, without special ones.
+
+        Raises:
+            CheckpointError: There is no tokenizer that can be loaded, or it is another model's.
+        """
+        tokens: list[int] = self.tokenizer()(text, add_special_tokens=False, verbose=False)["input_ids"]
+        vocabulary = self._skeleton.get_input_embeddings().weight.shape[0]
+        if (largest := max(tokens, default=0)) >= vocabulary:
+            raise CheckpointError(
+                f"{self.checkpoint.path} has a tokenizer that gives the token {largest}, and a vocabulary of "
+                f"{vocabulary}: they are of different models"
+            )
+        return tokens
+
     def hidden_states(self, tokens: list[torch.Tensor]) -> list[torch.Tensor]:
         """What comes out of the last block, for `head`.
 

@@ -1,6 +1,11 @@
-"""What `--overwrite` may delete: a quantized checkpoint, and never the model, nor anything else."""
+"""The directory that a run writes to: what `--overwrite` may delete, what a kill, a full disk or a second run does."""
 
 import json
+import os
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -66,13 +71,15 @@ def test_overwriting_deletes_a_quantized_checkpoint_and_nothing_else(tmp_path: P
     out = tmp_path / "out"
     unfinished = OutputDirectory(out, 2, {"group_size": 32})
     unfinished.write_part(0, {"a": torch.zeros(1)}, {})
-    assert not OutputDirectory(out, 2, {"group_size": 64}, overwrite=True).is_written(0)
+    unfinished.close()
+    with closing(OutputDirectory(out, 2, {"group_size": 64}, overwrite=True)) as other:
+        assert not other.is_written(0)
     (out / "quantize-progress.json").unlink()
     (out / "config.json").write_text(json.dumps({"quantization_config": {}}))
     (out / "tokenizer.json").symlink_to(tmp_path / "kept")
     (tmp_path / "kept").write_text("kept")
-    OutputDirectory(out, 2, {}, overwrite=True)
-    assert [path.name for path in out.iterdir()] == ["quantize-progress.json"]
+    OutputDirectory(out, 2, {}, overwrite=True).close()
+    assert sorted(path.name for path in out.iterdir()) == ["quantize-progress.json", "quantize-unfinished"]
     assert (tmp_path / "kept").read_text() == "kept"
 
 
@@ -113,3 +120,73 @@ def test_a_progress_file_that_is_none_is_not_resumed(tmp_path: Path) -> None:
     (tmp_path / "quantize-progress.json").write_text("{}")
     with pytest.raises(ConfigurationError, match="unfinished run of another model"):
         OutputDirectory(tmp_path, 2, {})
+
+
+@contextmanager
+def files_of_at_most(num_bytes: int) -> Iterator[None]:
+    """As on a disk that has no more room: longer files cannot be written."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("longest", [4000, 8000], ids=["the tokenizer", "the report"])
+def test_a_disk_that_is_full_at_the_end_gets_one_line_and_the_run_is_finished_later(
+    dense_model: Path, tmp_path: Path, longest: int
+) -> None:
+    assert 4000 < (dense_model / "tokenizer.json").stat().st_size < 8000
+    out = tmp_path / "out"
+    report = {"errors": "x" * 8000}
+    with closing(OutputDirectory(out, 1, {})) as output:
+        output.write_part(0, {"a": torch.zeros(4)}, {})
+        with files_of_at_most(longest), pytest.raises(ConfigurationError, match="make room and repeat") as caught:
+            output.finish(dense_model, {}, report)
+    assert "\n" not in str(caught.value)
+    assert not (out / "config.json").exists()
+    with closing(OutputDirectory(out, 1, {})) as output:
+        assert output.is_written(0)
+        output.finish(dense_model, {"model_type": "llama"}, report)
+    assert (out / "tokenizer.json").read_bytes() == (dense_model / "tokenizer.json").read_bytes()
+    assert not [path for path in out.iterdir() if path.name.startswith("quantize-") and "report" not in path.name]
+
+
+def test_what_a_kill_left_of_a_file_is_gone_in_the_end(dense_model: Path, tmp_path: Path) -> None:
+    """Also what was left of the very first file, before which nothing says that the directory is a run's."""
+    out = tmp_path / "out"
+    (out / "quantize-unfinished").mkdir(parents=True)
+    (out / "quantize-unfinished" / "quantize-progress.json").write_text("{")
+    with closing(OutputDirectory(out, 1, {})) as output:
+        output.write_part(0, {"a": torch.zeros(4)}, {})
+    (out / "quantize-unfinished" / ".tmpAbCdEf").write_bytes(b"gigabytes")  # as safetensors calls them
+    with closing(OutputDirectory(out, 1, {})) as output:
+        output.finish(dense_model, {}, {})
+    assert {path.name for path in out.iterdir()} == {
+        "config.json",
+        "model-00001-of-00001.safetensors",
+        "model.safetensors.index.json",
+        "quantize-report.json",
+        *(path.name for path in dense_model.iterdir() if path.suffix != ".safetensors"),
+    }
+
+
+def test_two_runs_do_not_write_to_one_directory(tmp_path: Path) -> None:
+    with closing(OutputDirectory(tmp_path, 1, {})):
+        for overwrite in (False, True):
+            with pytest.raises(ConfigurationError, match=r"another tokenmill quantize writes to .*; wait for it"):
+                OutputDirectory(tmp_path, 1, {}, overwrite)
+    OutputDirectory(tmp_path, 1, {}).close()
+
+
+def test_weights_can_be_read_by_whom_the_rest_can(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with closing(OutputDirectory(tmp_path / "out", 1, {})) as output:
+            output.write_part(0, {"a": torch.zeros(4)}, {})
+            assert output.part(0).stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)

@@ -21,7 +21,7 @@ from tokenmill.quant.checkpoint import Checkpoint
 from tokenmill.quant.evaluate import perplexity
 from tokenmill.quant.format import Scheme
 from tokenmill.quant.gptq import GptqOptions
-from tokenmill.quant.quantizer import Report, Request, quantize_checkpoint
+from tokenmill.quant.quantizer import Report, Request, calibration_batches, quantize_checkpoint
 from tokenmill.quant.streaming import StreamedModel
 
 pytest.importorskip("transformers")
@@ -38,7 +38,7 @@ def request(text: str, block: BlockSettings, format_name: str = "gptq", evaluate
 
 def quantized(model: Path, out: Path, wanted: Request) -> Report:
     report = quantize_checkpoint(model, out, wanted)
-    assert not list(out.glob("*.unfinished"))
+    assert not (out / "quantize-unfinished").exists()
     assert not (out / "quantize-progress.json").exists()
     return report
 
@@ -162,9 +162,9 @@ def test_a_killed_run_continues_to_the_same_bytes(dense_model: Path, text: str, 
     left = sorted(path.name for path in (tmp_path / "killed").iterdir())
     assert left == [
         "model-00001-of-00004.safetensors",
-        "model-00002-of-00004.unfinished",
         "model-00004-of-00004.safetensors",
         "quantize-progress.json",
+        "quantize-unfinished",
     ]
     with pytest.raises(CheckpointError):
         Checkpoint(tmp_path / "killed")
@@ -195,6 +195,63 @@ def test_an_unfinished_run_with_other_settings_is_not_continued(dense_model: Pat
     quantize_checkpoint(dense_model, out, request(text, settings("rtn", 64)), overwrite=True)
     with pytest.raises(ConfigurationError, match="is not empty; name another directory or pass --overwrite"):
         quantize_checkpoint(dense_model, out, request(text, settings("rtn", 64)))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_an_unfinished_run_of_what_has_been_changed_is_not_continued(
+    dense_model: Path, text: str, tmp_path: Path, name: str
+) -> None:
+    """Its last blocks would be of another model than its first ones, or rounded for another text."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(dense_model, source)
+
+    def stop(done: int, total: int, error: float | None) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(source, out, request(text, settings(), evaluate=False), progress=stop)
+    content = json.loads((source / name).read_text())
+    if name == "config.json":
+        content["rms_norm_eps"] = 0.5
+    else:
+        tokens = content["model"]["vocab"]
+        tokens["a"], tokens["e"] = tokens["e"], tokens["a"]
+    (source / name).write_text(json.dumps(content))
+    with pytest.raises(ConfigurationError, match="unfinished run of another model or with other settings"):
+        quantize_checkpoint(source, out, request(text, settings(), evaluate=False))
+
+
+def test_of_a_long_text_no_more_becomes_tokens_than_are_used(dense_model: Path, text: str) -> None:
+    model = StreamedModel(Checkpoint(dense_model))
+    whole = model.tokenize(text * 4)
+    seen: list[int] = []
+    tokenize = model.tokenize
+
+    def note(part: str) -> list[int]:
+        seen.append(len(part))
+        return tokenize(part)
+
+    model.tokenize = note  # type: ignore[method-assign]
+    batches = calibration_batches(model, text * 1000, 3, 128)
+    assert torch.cat(batches).flatten().tolist() == whole[: 3 * 128]
+    assert max(seen) < 10 * 3 * 128 < len(text) * 1000
+    every = calibration_batches(model, text, 1000, 128)
+    assert torch.cat(every).numel() == len(tokenize(text)) // 128 * 128
+    spaces = " " * 20_000 + text  # the tokenizer may need any number of characters for a token
+    assert torch.cat(calibration_batches(model, spaces, 2, 128)).shape == (2, 128)
+
+
+def test_a_tokenizer_of_another_model_is_refused(dense_model: Path, text: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(dense_model, source)
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] = {token: index + 1000 for token, index in tokenizer["model"]["vocab"].items()}
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    message = r"source has a tokenizer that gives the token \d+, and a vocabulary of \d+: they are of different models"
+    for wanted in (request(text, settings(), evaluate=False), request(text, settings("rtn"))):
+        with pytest.raises(CheckpointError, match=message):
+            quantize_checkpoint(source, tmp_path / "out", wanted)
+    assert not (tmp_path / "out").exists()
 
 
 def test_requests_that_cannot_be_met(dense_model: Path, text: str, tmp_path: Path, produce: ModuleType) -> None:
