@@ -26,7 +26,13 @@ _MOODS: dict[str, Literal["good", "quiet", "bad"]] = {
 
 
 def panel_facts(
-    url: str, engines: Sequence[Engine], remotes: Sequence[Backend], status_files: Sequence[Path], logs: Path
+    url: str,
+    engines: Sequence[Engine],
+    remotes: Sequence[Backend],
+    status_files: Sequence[Path],
+    logs: Path,
+    *,
+    governed: bool = False,
 ) -> list[Fact]:
     """The lines of the panel.
 
@@ -36,6 +42,7 @@ def panel_facts(
         remotes: The servers elsewhere.
         status_files: Where the engines say which hooks run and whether they compile, in their order.
         logs: Folder of the log files.
+        governed: Keys are asked for: there is a dashboard.
     """
     reports = [_report(status_file) for status_file in status_files]
     models = []
@@ -49,7 +56,7 @@ def panel_facts(
         if hooks not in shown:  # the same machine, the same hooks: once is enough
             shown.append(hooks)
             facts += _labelled("Ours in vLLM" if len(shown) == 1 else f"Ours in {engine.name}", hooks)
-    facts.append(Fact("Pages", f"{url}/docs  /ready  /metrics"))
+    facts.append(Fact("Pages", f"{url}/docs  /ready  /metrics" + ("  /dashboard" if governed else "")))
     facts.append(Fact("Logs", str(logs)))
     return facts
 
@@ -59,8 +66,8 @@ def _labelled(label: str, facts: Sequence[Fact]) -> list[Fact]:
     return [replace(fact, label=label if index == 0 else "") for index, fact in enumerate(facts)]
 
 
-def example_command(url: str, model: str, *, chat: bool = True) -> str:
-    """A curl line that a person can copy."""
+def example_command(url: str, model: str, *, chat: bool = True, governed: bool = False) -> str:
+    """A curl line that a person can copy; where keys are asked for, with one from the variable KEY."""
     body: dict[str, Any] = {"model": model, "max_tokens": 48}
     if chat:
         body["messages"] = [{"role": "user", "content": "Write a function that adds two numbers."}]
@@ -68,7 +75,8 @@ def example_command(url: str, model: str, *, chat: bool = True) -> str:
     else:
         body = {"model": model, "input": "a text"}
     path = "chat/completions" if chat else "embeddings"
-    return f"curl -N {url}/v1/{path} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
+    key = ' -H "Authorization: Bearer $KEY"' if governed else ""
+    return f"curl -N {url}/v1/{path}{key} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
 
 
 def _local_model(engine: Engine) -> Fact:

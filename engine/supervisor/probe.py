@@ -28,12 +28,10 @@ async def get(host: str, port: int, path: str, timeout: float = 5.0) -> tuple[in
                 writer.close()
 
 
-async def get_json(host: str, port: int, path: str, timeout: float = 5.0) -> Any:
-    """The JSON of a 200 answer to `GET path`; None when there is none."""
+async def get_json(host: str, port: int, path: str, timeout: float = 5.0) -> tuple[int, Any] | None:
+    """(status, JSON) of `GET path`; None when there is no such answer in time."""
     answer = await get(host, port, path, timeout)
-    if answer is None or answer[0] != 200:
-        return None
     try:
-        return json.loads(answer[1])
+        return None if answer is None else (answer[0], json.loads(answer[1]))
     except ValueError:
         return None

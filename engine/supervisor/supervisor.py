@@ -115,22 +115,36 @@ class Supervisor:
             self._display.event(self._plan.engines[0].name, f"headless node runs; log in {self._logs}")
             return
         host, port = self._address()
+        down: dict[str, str] = {}
         with suppress(TimeoutError):
             async with asyncio.timeout(SETTLE_SECONDS):
-                await self._all_workers_see(host, port)
+                await self._all_workers_see(host, port, down)
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         remotes, engines = self._plan.remotes, self._plan.engines
-        shown = facts.panel_facts(url, engines, remotes, [self._status_file(engine) for engine in engines], self._logs)
+        files, governed = [self._status_file(engine) for engine in engines], self._plan.governance is not None
+        shown = facts.panel_facts(url, engines, remotes, files, self._logs, governed=governed)
         title = f"Tokenmill is ready after {self._display.seconds:.1f} s"
-        self._display.panel(title, shown, facts.example_command(url, self._first_model(), chat=not self._pools()))
+        example = facts.example_command(url, self._first_model(), chat=not self._pools(), governed=governed)
+        self._display.panel(title, shown, example)
+        for tier, reasons in down.items():
+            self._display.event(tier, f"cannot be served yet: {reasons}", bad=True)
 
-    async def _all_workers_see(self, host: str, port: int) -> None:
-        """Waits until every gateway worker says that every tier is up; the kernel chooses which one answers."""
+    async def _all_workers_see(self, host: str, port: int, down: dict[str, str]) -> None:
+        """Waits until every gateway worker says that every tier is up; the kernel chooses which one answers.
+
+        Args:
+            host, port: Where they listen.
+            down: Has the tiers that are not, with the reasons, as the last of them said.
+        """
         seeing: set[int] = set()
         while not {worker.child.pid for worker in self._workers if worker.child} <= seeing:
             answer = await probe.get_json(host, port, "/ready")
             if answer is not None:
-                seeing.add(answer["worker"])
+                status, said = answer
+                down.clear()
+                down.update(said.get("tiers", {}))
+                if status == 200:
+                    seeing.add(said["worker"])
             await asyncio.sleep(0.02)
 
     def _first_model(self) -> str:

@@ -68,9 +68,26 @@ def test_progress_and_panel_are_plain_without_a_terminal(server: Running) -> Non
     assert "verification  a stand-in" in panel
     command = re.search(r"try: (curl .*)", panel)
     assert command
-    assert '"model": "first"' in command[1]
+    assert '"model": "first"' in command[1] and "Authorization" not in command[1]
+    assert "/dashboard" not in panel and "cannot be served" not in panel
     # Each worker judges for itself, and the kernel chooses which of the two answers.
     assert [call(server.url + "/ready")[0] for _ in range(20)] == [200] * 20
+
+
+def test_who_starts_it_is_told_what_cannot_be_served_and_that_keys_are_asked_for(tmp_path: Path) -> None:
+    more = f"""
+  away: {{backends: [{{url: "http://127.0.0.1:9", models: {{far: far}}}}]}}
+governance: {{store: {tmp_path / "gateway.db"}, master_key: 0123456789abcdef}}
+"""
+    running = start(tmp_path, CONFIG.rstrip() + more)
+    try:
+        running.wait_ready()
+        until(lambda: "away: cannot be served yet: away: connection refused" in running.text, 10, "the line")
+        assert f"{running.url}/docs  /ready  /metrics  /dashboard" in running.text
+        assert '-H "Authorization: Bearer $KEY"' in running.text
+        assert "one: cannot" not in running.text
+    finally:
+        running.close()
 
 
 def test_a_killed_engine_is_replaced_and_nothing_else(server: Running) -> None:
