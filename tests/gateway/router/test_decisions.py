@@ -18,7 +18,7 @@ from tokenmill.engine.gateway.api_error import ApiError
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.balance import Balancer
 from tokenmill.engine.gateway.body import Body
-from tokenmill.engine.gateway.money import Prices
+from tokenmill.engine.gateway.money import MICRO_CENTS_PER_DOLLAR, Prices
 from tokenmill.engine.gateway.pipeline import Exchange, Reply
 from tokenmill.engine.gateway.portfolio import Portfolio
 from tokenmill.engine.gateway.principal import Principal
@@ -225,6 +225,22 @@ def test_escalation_is_planned_only_where_it_may_happen() -> None:
     far = (able[0], backend("large", "reasoning", 100_000, 0.95, zone="cloud"))
     assert planned(*far) == "reasoning"
     assert planned(*far, clearance=Clearance(action="stay", zones=frozenset({"on-premises"}))) is None
+
+
+def test_both_answers_of_an_escalation_are_within_the_stated_cost() -> None:
+    dear = (
+        backend("small", "utility", 10**9, 0.9, capabilities=("logprobs",)),
+        backend("large", "reasoning", 2 * 10**9, 0.95),
+    )
+    settings = RoutingSettings(escalation=EscalationSettings("utility", "reasoning", 0.5))
+    found = routed(dear, settings, "hi").decision
+    assert found is not None
+    both = sum(found.costs)
+    for most, then in ((both, "reasoning"), (both - 1, None)):
+        stated = {"tokenmill_max_cost": most / MICRO_CENTS_PER_DOLLAR}
+        decision = routed(dear, settings, "hi", metadata=stated).decision
+        assert decision is not None
+        assert (decision.costs, decision.escalation) == (found.costs, then)
 
 
 @pytest.mark.parametrize("queue", [None, 2])

@@ -1,6 +1,7 @@
 """Escalation through a real worker: a sure answer is given as it came, an unsure one is never shown."""
 
 import json
+import math
 from collections.abc import Iterator
 from http.client import IncompleteRead
 from typing import Any
@@ -65,6 +66,12 @@ def test_a_sure_answer_is_given(pair: Pair, stream: bool) -> None:
     if not stream:
         assert json.loads(body)["choices"][0]["logprobs"] is None
         assert json.loads(body)["choices"][0]["message"]["content"] == "word " * 5
+
+
+def test_the_threshold_itself_is_sure_enough(pair: Pair) -> None:
+    assert math.exp(math.log(0.5)) == 0.5
+    _, headers, _ = pair.ask({"small": {"logprob": math.log(0.5)}})
+    assert (headers["x-tokenmill-confidence"], headers["x-tokenmill-escalated"]) == ("0.5000", "false")
 
 
 @pytest.mark.parametrize("stream", [False, True])
