@@ -69,3 +69,10 @@ def test_retries_are_at_most_the_ratio() -> None:
         while generator.random() < 0.5 and budget.spend():
             sent += 1
     assert 10_900 < sent <= 11_010
+
+
+def test_a_calm_hour_saves_up_no_more_than_a_burst() -> None:
+    budget = RetryBudget(0.5, burst=3)
+    for _ in range(1000):
+        budget.earn()
+    assert [budget.spend() for _ in range(4)] == [True, True, True, False]
