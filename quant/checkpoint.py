@@ -48,7 +48,11 @@ class Checkpoint:
         self.config = read_json(self.path / "config.json")
         self.tensors: dict[str, TensorInfo] = {}
         for file in self._files():
-            self.tensors.update(read_header(file))
+            header = read_header(file)
+            for name in header.keys() & self.tensors.keys():
+                others = f"{self.tensors[name].file.name} and {file.name}"
+                raise CheckpointError(f"{self.path} has {name} twice, in {others}; remove the file that is not its own")
+            self.tensors.update(header)
         self._check_index()
         self._is_nf4 = False
         self.quantization = self._read_quantization()
@@ -67,8 +71,8 @@ class Checkpoint:
     def _files(self) -> list[Path]:
         if (self.path / _INDEX).exists():
             weight_map = read_json(self.path / _INDEX).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise CheckpointError(f"{self.path / _INDEX} has no weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                raise CheckpointError(f"{self.path / _INDEX} has no weight_map that names files; restore it")
             return [self.path / name for name in sorted(set(weight_map.values()))]
         files = sorted(self.path.glob("*.safetensors"))
         if not files:
@@ -89,7 +93,7 @@ class Checkpoint:
                     config = read_json(self.path / name)
         if config is None:
             return None
-        if config.get("quant_method") == "bitsandbytes":
+        if isinstance(config, dict) and config.get("quant_method") == "bitsandbytes":
             nf4.check_config(config)
             self._is_nf4 = True
             return None

@@ -85,6 +85,15 @@ def parse_config(config: Mapping[str, Any]) -> QuantizationConfig:
     Raises:
         CheckpointError: The method, the number of bits or a value is not one that this program reads.
     """
+    if not isinstance(config, Mapping):
+        raise CheckpointError(f"quantization_config is {type(config).__name__}; it must be an object")
+    try:
+        return _parse(config)
+    except (AttributeError, TypeError) as error:  # a list where an object should be, and the like
+        raise CheckpointError(f"quantization_config is damaged: {error}") from None
+
+
+def _parse(config: Mapping[str, Any]) -> QuantizationConfig:
     method = str(config.get("quant_method", "gptq" if "desc_act" in config else "")).lower()
     if method == "gptq":
         return _parse_gptq(config)

@@ -67,6 +67,6 @@ def dequantize(name: str, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
         scales = absmax.float().repeat_interleave(block)[: codes.numel()]
         values = stored[name + ".quant_map"].float()[codes] * scales
         return values[: torch.Size(shape).numel()].view(shape).to(dtype)
-    except (KeyError, ValueError, RuntimeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
         message = str(error).splitlines()[0]
         raise CheckpointError(f"{name} is damaged NF4: {type(error).__name__}: {message}") from None

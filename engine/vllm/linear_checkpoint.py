@@ -77,7 +77,7 @@ def quantization_of(hf_config: Any) -> QuantizationConfig | None:
         if isinstance(config, dict):
             try:
                 return parse_config(config)
-            except (CheckpointError, AttributeError, TypeError):  # another method's, of any form
+            except CheckpointError:  # another method's, of any form
                 return None
     return None
 

@@ -202,15 +202,41 @@ def test_an_index_that_names_an_absent_file_or_tensor_is_refused(tmp_path: Path)
     index.write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
     with pytest.raises(CheckpointError, match=r"a is missing in .*model\.safetensors"):
         Checkpoint(tmp_path / "indexed")
+    for names in ([1], {"a": 5, "b": "model.safetensors"}):
+        index.write_text(json.dumps({"weight_map": names}))
+        with pytest.raises(CheckpointError, match=r"index\.json has no weight_map that names files"):
+            Checkpoint(tmp_path / "indexed")
     index.write_text(json.dumps({"weight_map": {"a": "model-00002.safetensors"}}))
     with pytest.raises(CheckpointError, match=r"model-00002.safetensors cannot be read: No such file"):
         Checkpoint(tmp_path / "indexed")
+
+
+def test_a_tensor_that_two_files_have_is_refused(dense_model: Path, tmp_path: Path) -> None:
+    """Without an index nothing says which of the two is the model's."""
+    shutil.copytree(dense_model, tmp_path / "model")
+    name = "model.norm.weight"
+    save_file({name: torch.zeros(128)}, tmp_path / "model" / "zz.safetensors")
+    with pytest.raises(CheckpointError, match=rf"has {name} twice, in model.safetensors and zz.safetensors; remove"):
+        Checkpoint(tmp_path / "model")
+
+
+def test_a_quantization_config_that_is_no_object_is_refused(dense_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(dense_model, tmp_path / "model")
+    config = json.loads((dense_model / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"quantization_config": "gptq"}))
+    with pytest.raises(CheckpointError, match="quantization_config is str; it must be an object"):
+        Checkpoint(tmp_path / "model")
 
 
 def test_damaged_nf4_is_refused(tmp_path: Path) -> None:
     name = f"{LAYER}.weight"
     path = damaged(tmp_path, "bitsandbytes-nf4", replace(f"{name}.absmax", None))
     with pytest.raises(CheckpointError, match=rf"{name} is damaged NF4: KeyError"):
+        Checkpoint(path).parameter(name, torch.float32)
+    shutil.rmtree(path)
+    state = torch.tensor(list(b"[1]"), dtype=torch.uint8)
+    path = damaged(tmp_path, "bitsandbytes-nf4", replace(f"{name}.quant_state.bitsandbytes__nf4", state))
+    with pytest.raises(CheckpointError, match=rf"{name} is damaged NF4: TypeError"):
         Checkpoint(path).parameter(name, torch.float32)
 
 

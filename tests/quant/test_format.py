@@ -81,11 +81,17 @@ def test_what_is_written_is_read_back(name: str, group_size: int, symmetric: boo
         (compressed(strategy="block"), "weights.strategy='block' cannot be read"),
         (compressed() | {"format": "int-quantized"}, "format='int-quantized' is not INT4"),
         (compressed() | {"config_groups": {}}, "quantizes no layer"),
+        ("gptq", "quantization_config is str; it must be an object"),
+        ([GPTQ], "quantization_config is list; it must be an object"),
+        (GPTQ | {"dynamic": ["-:lm_head"]}, "quantization_config is damaged: 'list' object"),
+        (compressed() | {"config_groups": [WEIGHTS]}, "quantization_config is damaged: 'list' object"),
+        (compressed() | {"ignore": 5}, "quantization_config is damaged: 'int' object"),
     ],
 )
 def test_a_configuration_that_cannot_be_read_gets_one_line(config: dict[str, Any], message: str) -> None:
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=message) as caught:
         parse_config(config)
+    assert "\n" not in str(caught.value)
 
 
 def test_awq_cannot_be_written() -> None:
