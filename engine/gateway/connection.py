@@ -20,7 +20,7 @@ MAX_HEAD_BYTES = 128 * 1024
 
 
 class ConnectFailedError(Exception):
-    """No connection to the backend: it has certainly not seen the request."""
+    """No connection to the backend, and why: it has certainly not seen the request."""
 
 
 class NoAnswerError(Exception):

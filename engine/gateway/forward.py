@@ -104,9 +104,9 @@ class Forwarder:
             trouble: Trouble
             try:
                 answer = await self._attempt(exchange, target, route)
-            except ConnectFailedError:
+            except ConnectFailedError as error:
                 # Nothing was sent: trying the next backend repeats nothing.
-                target.mark_down("connection refused")
+                target.mark_down(str(error))
                 answer, trouble = self._unavailable(target, "cannot be reached"), "unsent"
             except NoAnswerError:
                 answer, trouble = self._unavailable(target, "closed the connection without an answer"), "failed"

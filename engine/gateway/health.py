@@ -91,8 +91,8 @@ class Prober:
                     return answer.status, await answer.read()
                 finally:
                     answer.close()
-        except ConnectFailedError:
-            target.mark_down("connection refused")
+        except ConnectFailedError as error:
+            target.mark_down(str(error))
         except (NoAnswerError, CutError):
             target.mark_down("closed the connection without an answer")
         except TimeoutError:

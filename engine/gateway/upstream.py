@@ -5,6 +5,8 @@ answer's connection goes back to the pool.
 """
 
 import asyncio
+import os
+import socket
 import ssl
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
@@ -86,6 +88,19 @@ class Origin:
         authority = parts.netloc.rpartition("@")[2].encode("idna")
         port = parts.port or (443 if tls else 80)
         return cls(parts.hostname or "", port, tls, authority, parts.path.encode(), has_version)
+
+
+def _why(error: Exception, limit_s: float) -> str:
+    """Why there is no connection, in a few words."""
+    if isinstance(error, TimeoutError):
+        return f"no connection within {limit_s:g} s"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted: {error.verify_message}"
+    if isinstance(error, ssl.SSLError):
+        return "it speaks no TLS that is understood"
+    if isinstance(error, socket.gaierror | UnicodeError):
+        return "its name cannot be resolved"
+    return os.strerror(error.errno).lower() if isinstance(error, OSError) and error.errno else "connection refused"
 
 
 class Answer:
@@ -206,8 +221,8 @@ class Upstream:
                 _, connection = await self._loop.create_connection(
                     lambda: Connection(self._loop), origin.host, origin.port, ssl=self._tls if origin.tls else None
                 )
-        except (OSError, UnicodeError):  # a timeout is an OSError, too
-            raise ConnectFailedError from None
+        except (OSError, UnicodeError) as error:
+            raise ConnectFailedError(_why(error, self._settings.connect_timeout_s)) from None
         return connection
 
     async def _sweep(self) -> None:

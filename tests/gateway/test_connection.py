@@ -177,10 +177,22 @@ def test_trailers_are_no_headers() -> None:
     talk(Server(raw), use)
 
 
-def test_nobody_listens() -> None:
+def test_no_connection_is_told_with_its_reason() -> None:
+    def greet(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"220 a server of mail\r\n")
+        writer.close()
+
     async def use(upstream: Upstream, _origin: Origin) -> None:
-        with pytest.raises(ConnectFailedError):
-            await fetch(upstream, Origin.of("http://127.0.0.1:9"))
+        plain = await asyncio.start_server(greet, "127.0.0.1", 0)
+        port = plain.sockets[0].getsockname()[1]
+        for root, reason in (
+            ("http://127.0.0.1:9", "connection refused"),
+            ("http://nowhere.invalid", "its name cannot be resolved"),
+            (f"https://127.0.0.1:{port}", "it speaks no TLS"),
+        ):
+            with pytest.raises(ConnectFailedError, match=reason):
+                await fetch(upstream, Origin.of(root))
+        plain.close()
 
     talk(Server(b""), use)
 
