@@ -6,6 +6,7 @@ import logging.handlers
 import os
 import re
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -17,6 +18,18 @@ LOG_BYTES, LOG_FILES = 10 << 20, 3
 REMEMBERED = 200
 #: The health probes of the gateway, once a second, say nothing in a log.
 _NOISE = re.compile(r'"GET /(?:health|metrics|v1/models) HTTP/1\.1" 200')
+
+
+class _Log(logging.handlers.RotatingFileHandler):
+    """The log file. Where it cannot be written, e.g. on a full disk, that is said once, not with every line."""
+
+    _said = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's own name
+        """See `logging.Handler`."""
+        if not self._said:
+            self._said = True
+            print(f"{self.baseFilename} cannot be written: {sys.exc_info()[1]}", file=sys.stderr)
 
 
 class Child:
@@ -35,7 +48,7 @@ class Child:
         self._command = command
         self._environment = dict(environment)
         self._on_line = on_line
-        self._log = logging.handlers.RotatingFileHandler(log, maxBytes=LOG_BYTES, backupCount=LOG_FILES - 1)
+        self._log = _Log(log, maxBytes=LOG_BYTES, backupCount=LOG_FILES - 1)
         self._process: asyncio.subprocess.Process | None = None
         self._reading: asyncio.Task[None] | None = None
         self.last_lines: deque[str] = deque(maxlen=REMEMBERED)
@@ -110,7 +123,8 @@ class Child:
             # A process that left the group may hold the pipe open for ever.
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._reading, 1.0)
-        self._log.close()
+        with suppress(OSError):  # it has said so: what is left cannot be written
+            self._log.close()
 
     async def _read(self, descriptor: int) -> None:
         reader = asyncio.StreamReader()

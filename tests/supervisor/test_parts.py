@@ -99,6 +99,14 @@ def test_output_reaches_log_and_listener_whatever_it_looks_like(tmp_path: Path) 
     assert "no end" in (tmp_path / "log").read_text()
 
 
+def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "log").symlink_to("/dev/full")
+    child, lines = run_child(tmp_path, "print('a'); print('b')")
+    assert lines == list(child.last_lines) == ["a", "b"]
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said == f"{tmp_path / 'log'} cannot be written: [Errno 28] No space left on device"
+
+
 def test_a_child_that_ignores_signals_is_killed_with_its_group(tmp_path: Path) -> None:
     program = (
         "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
