@@ -71,7 +71,7 @@ class DashboardSite:
         self._kept: dict[str, tuple[float, asyncio.Task[Figures]]] = {}
         self._router = Router(
             routes=[
-                Route(PREFIX, self._guarded(self._overview)),
+                *(Route(path, self._guarded(self._overview)) for path in (PREFIX, f"{PREFIX}/")),
                 *(Route(f"{PREFIX}/{name}", self._asset) for name in self._assets),
                 Route(f"{PREFIX}/login", self._answering(self._login_page)),
                 Route(f"{PREFIX}/login", self._guarded_form(self._login), methods=["POST"]),

@@ -56,8 +56,9 @@ def browser(workers: Workers) -> Browser:
 
 
 def test_strangers_see_the_login_and_nothing_else(browser: Browser) -> None:
-    status, headers, _ = browser.get()
-    assert (status, headers["location"]) == (303, "/dashboard/login")
+    for path in ("/dashboard", "/dashboard/"):
+        status, headers, _ = browser.get(path)
+        assert (status, headers["location"]) == (303, "/dashboard/login")
     for cookie in ("x=y", "tokenmill_session=master:9999999999999:" + "0" * 64, "tokenmill_session=\xff"):
         browser.cookie = cookie
         assert browser.get()[0] == 303
