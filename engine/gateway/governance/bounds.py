@@ -7,6 +7,7 @@ asked for; else the backend's longest answer or its context window; else the con
 more (it may ignore `max_tokens`, or price things that are no tokens): `books` says what is done then.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import msgspec
@@ -22,13 +23,21 @@ TEMPLATE_TOKENS = 64
 TOOL_TOKENS = 512
 #: What a number of tokens counts for at most; 64-bit columns hold its cost at any price.
 _MOST_TOKENS = ENOUGH_TOKENS
-_STATED = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+#: What bounds an answer at each path. A server ignores what another path's requests have for it.
+_STATED: Mapping[str, tuple[str, ...]] = {
+    "/v1/chat/completions": ("max_tokens", "max_completion_tokens"),
+    "/v1/completions": ("max_tokens",),
+    "/v1/messages": ("max_tokens",),
+    "/v1/responses": ("max_output_tokens",),
+}
+#: What may bound it at some server (llama.cpp goes by `n_predict` first): it does not make a bound smaller.
+_LENGTHS = frozenset({*(name for names in _STATED.values() for name in names), "n_predict", "max_new_tokens"})
 _ANSWERS = ("n", "best_of")
 #: Members of a request to the Responses API that name what is read before it: an earlier answer and all before that,
 #: a conversation, a prompt that is kept there.
 _EARLIER = ("previous_response_id", "conversation", "prompt")
 #: Fields that say something about a request's size.
-_TELLING = frozenset({*_STATED, *_ANSWERS, "tools", "functions"})
+_TELLING = frozenset({*_LENGTHS, *_ANSWERS, "tools", "functions", "chat_template"})
 #: Lists of what is scored, each with all else in the request.
 _SCORED = ("documents", "texts", "text_1", "text_2", "queries", "items", "data_1", "data_2")
 _SCORING = frozenset({"/v1/rerank", "/rerank", "/v2/rerank", "/v1/score", "/score"})
@@ -99,17 +108,31 @@ def asked(exchange: Exchange) -> Asked:
     named = body.those_of(_TELLING)
     if "tools" in named or "functions" in named:
         prompt += TOOL_TOKENS
+    if "chat_template" in named:
+        prompt += UNSEEN_TOKENS  # it may repeat whatever it likes
     prompt = min(prompt + media_tokens(payload), _MOST_TOKENS)
     if endpoint in _NOT_GENERATING:
         return _scored(body, prompt) if endpoint in _SCORING else _embedded(body, prompt)
     if endpoint == "/v1/responses":
         prompt += UNSEEN_TOKENS * sum(body.raw_field(name) not in (None, b"null") for name in _EARLIER)
-    stated = [value for name in _STATED if name in named and (value := body.get(name, int)) is not None]
     answers = max([_count(body, name) for name in _ANSWERS if name in named], default=1)
     prompts = _prompts(body, "prompt") if endpoint == "/v1/completions" else 1
-    # Some servers take a negative number for "as many as there is room for".
-    completion = min(max(stated), _MOST_TOKENS) if stated and min(stated) >= 0 else None
-    return Asked(prompt, prompts, answers, completion)
+    return Asked(prompt, prompts, answers, _longest(endpoint, body, named))
+
+
+def _longest(endpoint: str, body: Body, named: frozenset[str]) -> int | None:
+    """The stated bound of each answer; None: there is none that every server keeps."""
+    own = _STATED.get(endpoint, ())
+    stated = [value for name in own if name in named and (value := body.get(name, int)) is not None]
+    if not stated:
+        return None
+    if len(named) > len(stated):
+        for name in named.intersection(_LENGTHS).difference(own):
+            value = msgspec.json.decode(body.raw_field(name) or b"null")
+            if value is not None:
+                stated.append(value if isinstance(value, int) else 0)
+    # Some servers take nothing, or a negative number, for "as many as there is room for".
+    return min(max(stated), _MOST_TOKENS) if min(stated) > 0 else None
 
 
 def _count(body: Body, name: str) -> int:

@@ -44,7 +44,20 @@ def target(window: int | None = None, catalog: dict[str, dict[str, Any]] | None 
         ("chat/completions", {"max_tokens": None}, WINDOW, WINDOW),
         ("chat/completions", {"max_tokens": 10**18}, WINDOW, WINDOW),
         ("chat/completions", {"max_tokens": -1}, None, CONFIGURED),
-        ("chat/completions", {"max_tokens": 0}, None, 0),
+        ("chat/completions", {"max_tokens": 0}, None, CONFIGURED),
+        # What bounds the answers of another path, or of no server that is known, is ignored by many servers.
+        ("chat/completions", {"max_output_tokens": 1}, WINDOW, WINDOW),
+        ("completions", {"prompt": "a", "max_completion_tokens": 1}, WINDOW, WINDOW),
+        ("responses", {"input": "a", "max_tokens": 1}, WINDOW, WINDOW),
+        ("messages", {"max_completion_tokens": 1}, WINDOW, WINDOW),
+        ("messages", {"max_tokens": 5}, WINDOW, 5),
+        ("another/path", {"max_tokens": 5}, WINDOW, WINDOW),
+        # Some go by it first.
+        ("chat/completions", {"max_tokens": 5, "n_predict": 500}, WINDOW, 500),
+        ("chat/completions", {"max_tokens": 5, "n_predict": 500.0}, WINDOW, WINDOW),
+        ("chat/completions", {"max_tokens": 5, "n_predict": -1}, WINDOW, WINDOW),
+        ("chat/completions", {"max_tokens": 5, "n_predict": 2, "max_new_tokens": None}, WINDOW, 5),
+        ("chat/completions", {"max_tokens": 5, "max_output_tokens": "x"}, WINDOW, WINDOW),
         ("completions", {"prompt": "a", "max_tokens": 5, "best_of": 4, "n": 2}, None, 20),
         ("completions", {"prompt": ["a", "b"], "max_tokens": 5}, None, 10),
         ("completions", {"prompt": [[1, 2], [3]], "max_tokens": 5, "n": 2}, None, 20),
@@ -102,6 +115,8 @@ TEXT = "word " * 40
         # What is read before, and stands elsewhere.
         ("/v1/responses", {"input": "a", "previous_response_id": "r", "max_output_tokens": 1}, UNSEEN_TOKENS),
         ("/v1/responses", {"input": "a", "conversation": {"id": "c"}, "max_output_tokens": 1}, UNSEEN_TOKENS),
+        ("/v1/chat/completions", {"messages": [], "chat_template": "{% for _ in range(10 ** 6) %}a{% endfor %}"},
+         UNSEEN_TOKENS),
         ("/v1/responses", {"prompt": {"id": "p"}, "max_output_tokens": 1}, UNSEEN_TOKENS),
     ],
 )  # fmt: skip
