@@ -38,8 +38,13 @@ HOP_BY_HOP = frozenset(
 )
 #: Not passed to a backend: it is another host, and answers that are read for accounting must come uncompressed.
 _NOT_FORWARDED = HOP_BY_HOP | {b"host", b"accept-encoding", b"expect", b"x-request-id"}
+#: What a gateway says of an answer. A backend that is one says it of its own tiers and keys, and any may pretend to.
+_GATEWAYS = frozenset(
+    f"x-tokenmill-{name}".encode()
+    for name in ("tier", "backend", "version", "reason", "confidence", "escalated", "fallback", "cost", "key-spend")
+)
 #: Not passed to the client: the server writes its own.
-_NOT_RETURNED = HOP_BY_HOP | {b"date"}
+_NOT_RETURNED = HOP_BY_HOP | _GATEWAYS | {b"date"}
 
 
 def forwarded_headers(headers: Headers, fields: Mapping[bytes, bytes], request_id: str) -> Headers:

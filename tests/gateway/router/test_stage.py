@@ -170,6 +170,15 @@ def test_an_answer_says_which_version_gave_it(factory: Factory) -> None:
     assert "x-tokenmill-version" not in factory.ask(EASY, model="small")[1]
 
 
+def test_what_the_gateway_says_is_said_by_no_backend(factory: Factory) -> None:
+    """A backend that is a gateway itself says the same of its own tiers."""
+    inner = {f"x-tokenmill-{name}": "inner" for name in ("tier", "backend", "reason", "escalated", "cost", "version")}
+    act = {"status": 200, "body": "{}", "headers": {**inner, "x-own": "kept", "content-type": "application/json"}}
+    status, headers, _ = factory.ask(EASY, act={"small": act})
+    assert (status, headers["x-tokenmill-tier"], headers["x-own"]) == (200, "utility", "kept")
+    assert "inner" not in headers.values()
+
+
 def test_the_dry_run_asks_nobody(factory: Factory) -> None:
     for upstream in (factory.small, factory.large, factory.cloud):
         upstream.books = Books()
