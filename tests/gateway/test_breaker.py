@@ -2,7 +2,12 @@
 
 import random
 
+from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.breaker import MAX_BACKOFF, Breaker, RetryBudget
+from tokenmill.engine.gateway.forward import Lease
+from tokenmill.engine.gateway.pipeline import Call
+from tokenmill.engine.gateway.portfolio import Target
+from tokenmill.engine.gateway.settings import Settings
 
 
 class Clock:
@@ -76,3 +81,15 @@ def test_a_calm_hour_saves_up_no_more_than_a_burst() -> None:
     for _ in range(1000):
         budget.earn()
     assert [budget.spend() for _ in range(4)] == [True, True, True, False]
+
+
+def test_a_backend_that_is_too_busy_neither_opens_nor_closes_its_circuit() -> None:
+    target = Target(Backend("a", "http://127.0.0.1:9", "t", ("m",)), Settings(breaker_failures=1))
+    states = []
+    for status in (429, 503, 429, 404):
+        lease = Lease(Call(target, "m"))
+        lease.heard(status)
+        lease.close()
+        states.append(target.breaker("m").state)
+    assert states == ["closed", "open", "open", "closed"]
+    assert target.outstanding == 0

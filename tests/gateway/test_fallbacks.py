@@ -12,9 +12,14 @@ from tests.gateway.governance.governed import MASTER_KEY, Governed, options
 from tests.gateway.running import RunningGateway, wait_until
 from tests.gateway.upstream import Books, FakeUpstream
 from tokenmill.engine.gateway.backends import Backend
+from tokenmill.engine.gateway.balance import Balancer
+from tokenmill.engine.gateway.breaker import RetryBudget
+from tokenmill.engine.gateway.fallback import Failure, Trouble, Way
 from tokenmill.engine.gateway.governance.accounts import Limits
 from tokenmill.engine.gateway.governance.schema import SCHEMA
 from tokenmill.engine.gateway.money import Prices
+from tokenmill.engine.gateway.pipeline import Exchange, Reply
+from tokenmill.engine.gateway.portfolio import FALLBACK, Route, Target
 from tokenmill.engine.gateway.router.settings import EscalationSettings, RoutingSettings
 from tokenmill.engine.gateway.sensitivity.settings import SensitivitySettings
 from tokenmill.engine.gateway.settings import Settings
@@ -243,6 +248,20 @@ def test_refused_content_goes_only_where_that_is_meant(
     status, _, answer = gateway.post(CHAT, {"model": "large", "act": {"large": refused}})
     assert (status, answer) == (400, refused["body"].encode())
     assert asked(servers) == {"small": 1, "lax": 1, "large": 1}
+
+
+@pytest.mark.parametrize(("trouble", "then"), [("failed", "large"), ("policy", None)])
+def test_refused_content_is_no_error(trouble: Trouble, then: str | None) -> None:
+    small, large = (
+        Target(Backend(name, "http://127.0.0.1:9", name, (name,), health_path=None), Settings())
+        for name in ("small", "large")
+    )
+    way = Way([Route((small,), "small"), Route((large,), None, FALLBACK, "error")], None, RetryBudget(1.0))
+    exchange = Exchange(CHAT, [], b"{}", body=None, model="small", request_id="r", forward=[])
+    assert way.next(exchange, Balancer()) is not None
+    assert way.failed(Failure(small, Reply(400)), trouble)
+    choice = way.next(exchange, Balancer())
+    assert (choice and choice[1].backend.name) == then
 
 
 def test_no_tier_is_asked_much_more_often_than_requests_come(servers: dict[str, FakeUpstream]) -> None:
