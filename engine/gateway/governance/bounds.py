@@ -32,7 +32,7 @@ _STATED: Mapping[str, tuple[str, ...]] = {
 }
 #: What may bound it at some server (llama.cpp goes by `n_predict` first): it does not make a bound smaller.
 _LENGTHS = frozenset({*(name for names in _STATED.values() for name in names), "n_predict", "max_new_tokens"})
-_ANSWERS = ("n", "best_of")
+_ANSWERS = ("n", "best_of", "n_cmpl")
 #: Members of a request to the Responses API that name what is read before it: an earlier answer and all before that,
 #: a conversation, a prompt that is kept there.
 _EARLIER = ("previous_response_id", "conversation", "prompt")

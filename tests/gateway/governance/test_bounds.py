@@ -39,6 +39,7 @@ def target(window: int | None = None, catalog: dict[str, dict[str, Any]] | None 
         ("chat/completions", {"max_tokens": 5}, None, 5),
         ("chat/completions", {"max_completion_tokens": 6, "max_tokens": 5}, None, 6),
         ("chat/completions", {"max_tokens": 5, "n": 3}, None, 15),
+        ("chat/completions", {"max_tokens": 5, "n_cmpl": 3}, None, 15),
         ("chat/completions", {}, None, CONFIGURED),
         ("chat/completions", {}, WINDOW, WINDOW),
         ("chat/completions", {"max_tokens": None}, WINDOW, WINDOW),
