@@ -55,7 +55,7 @@ _LOGPROBS = frozenset({"logprobs", "top_logprobs", "prompt_logprobs"})
 #: Fields that make a capability necessary, beside tools.
 _ASKING = _FORMATS | _CONSTRAINTS | _LOGPROBS | {"modalities", "include"}
 _FIELDS = _READ | _ASKING | {"tools", "functions", "n", *_LIMITS}
-_NOTHING = frozenset({b"null", b"false", b"0", b"{}", b"[]", b'""'})
+_NOTHING, _LONGEST_NOTHING = frozenset({b"null", b"false", b"0", b"{}", b"[]", b'""'}), 8
 
 #: Types of the parts of a message that are no text, by the capability that they need.
 _MEDIA = {
@@ -203,8 +203,8 @@ def features_of(exchange: Exchange) -> Features:
 
 def _tools(body: Body) -> int:
     """Bytes of the tools that it offers; 0 where it offers none."""
-    tools = body.raw_field("tools") or body.raw_field("functions") or b""
-    return len(tools) if len(tools) > 2 and tools != b"null" else 0
+    offered = [body.raw_field(name) or b"null" for name in ("tools", "functions")]
+    return sum([len(raw) for raw in offered if not _is_nothing(raw)])
 
 
 def _needs(endpoint: str, body: Body, stated: frozenset[str], media: "_Media | None", tools: int) -> frozenset[str]:
@@ -222,9 +222,14 @@ def _needs(endpoint: str, body: Body, stated: frozenset[str], media: "_Media | N
     return frozenset(needs)
 
 
+def _is_nothing(raw: bytes) -> bool:
+    """Whether a value asks for nothing; some write an empty list or object with a blank in it."""
+    return raw in _NOTHING or (len(raw) < _LONGEST_NOTHING and b"".join(raw.split()) in _NOTHING)
+
+
 def _need(name: str, raw: bytes, endpoint: str) -> str | None:
     """The capability that a field makes necessary; None: none."""
-    if raw in _NOTHING:
+    if _is_nothing(raw):
         return None
     if name in _LOGPROBS:
         return "logprobs"

@@ -60,6 +60,14 @@ def test_what_is_nested_too_deeply_is_the_clients_fault() -> None:
         assert seen == {"taken", "The request body is not valid JSON: nested too deeply."}
 
 
+@pytest.mark.parametrize("nothing", [b"[]", b"[ ]", b"{ }", b"[\n  ]", b"null"])
+@pytest.mark.parametrize("field", [b"tools", b"functions", b"structured_outputs", b"logprobs", b"response_format"])
+def test_what_is_empty_asks_for_nothing(field: bytes, nothing: bytes) -> None:
+    raw = b'{"messages": [], "%b" : %b }' % (field, nothing)
+    exchange = Exchange(CHAT, [], raw, body=Body(raw), model="auto", request_id="r", forward=[])
+    assert features_of(exchange).needs == frozenset()
+
+
 def test_of_many_inputs_the_longest_must_fit() -> None:
     """Each of them is read for itself; together they only cost more."""
     texts = ["word " * 40] * 100
@@ -121,6 +129,7 @@ def test_what_is_cut_loses_one_character_at_most() -> None:
         ({"messages": user("hi")}, "/v1/chat/completions", set()),
         ({"messages": user("hi"), "tools": [{}]}, "/v1/chat/completions", {"tools"}),
         ({"messages": user("hi"), "tools": []}, "/v1/chat/completions", set()),
+        ({"messages": user("hi"), "tools": None, "functions": [{}]}, "/v1/chat/completions", {"tools"}),
         ({"messages": user("hi"), "response_format": {"type": "json_schema"}}, "/v1/chat/completions", {"json"}),
         ({"messages": user("hi"), "response_format": {"type": "text"}}, "/v1/chat/completions", set()),
         ({"messages": user("hi"), "logprobs": True}, "/v1/chat/completions", {"logprobs"}),
