@@ -50,7 +50,7 @@ _KEY_COLUMNS = {
     "id": "id", "name": "name", "above": "parent", "state": "state", "role": "role", "models": "models",
     "spent $": "spent_dollars", "hard limit $": "limits.hard_limit_dollars", "expires": "expires_at",
 }  # fmt: skip
-#: Rows of the audit trail that are listed at most.
+#: Rows of the audit trail, and sums of the ledger, that are listed at most.
 _MOST_ROWS = 1_000_000
 _CANARY_COLUMNS = {"backend": "backend", "share": "share"}
 _FOLLOWING = "Gateways with this store follow within a second; a name that none of their backends has changes nothing."
@@ -126,7 +126,7 @@ def _ledger(store: Store, options: argparse.Namespace) -> Answer:
     if unknown or len(set(by)) < len(by):
         raise InputError(f"--by {options.by!r}: take {', '.join(books.COLUMNS)}, each once, with commas between")
     since = None if options.last is None else now_ms() - milliseconds(options.last)
-    rows = books.sums(store.reader, cast("list[books.Column]", by), books.Span(since))
+    rows = books.sums(store.reader, cast("list[books.Column]", by), books.Span(since), limit=_MOST_ROWS)
     shown = [{**row, "cost_dollars": dollars(row["cost"])} for row in rows]
     columns = {name: name for name in (*by, *books.SUM_NAMES[:-1])} | {"cost $": "cost_dollars"}
     return Answer(shown, columns)

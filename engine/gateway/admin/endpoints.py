@@ -322,7 +322,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
         Parameter("by", "Columns to group by, comma-separated: " + ", ".join(books.COLUMNS)),
         Parameter("since", "Milliseconds since 1970; only what ended from then on.", _WHOLE),
         Parameter("until", "Milliseconds since 1970; only what ended before.", _WHOLE),
-        Parameter("limit", "Most rows.", _WHOLE),
+        Parameter("limit", "Most rows, the dearest first; by default 1000.", _WHOLE),
         Parameter("format", "`json` or `csv`.", {"enum": ["json", "csv"]}),
         *(Parameter(column, f"Only this {column}.") for column in books.COLUMNS if column != "day"),
     )),

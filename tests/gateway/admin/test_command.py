@@ -74,6 +74,19 @@ def test_canaries_are_set_promoted_and_cleared(admin: Admin) -> None:
     assert "canary.clear" in admin.shown("audit", "list")
 
 
+def test_no_sum_of_the_ledger_is_left_out(admin: Admin, tmp_path: Path) -> None:
+    """As of many keys by the day."""
+    rows = [(str(number), f"m{number}") for number in range(10_001)]
+    with contextlib.closing(sqlite3.connect(tmp_path / "books.db")) as connection:
+        connection.executemany(
+            "INSERT INTO ledger VALUES (?, 'r', 'k', NULL, NULL, NULL, 't', 'b', ?, 1, 0, 1, 1, 1, 0, 'ok', 200, 1, 0, "
+            "0, 'answer', 0, 0)",
+            rows,
+        )
+        connection.commit()
+    assert len(admin.json("ledger", "--by", "model")) == len(rows)
+
+
 def test_audit_trail_is_verified(admin: Admin, tmp_path: Path) -> None:
     head = admin.json("audit", "verify")
     assert head["intact"]
