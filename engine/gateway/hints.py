@@ -113,7 +113,8 @@ def _number(said: dict[str, str], name: str, most: float) -> float | None:
     if text is None:
         return None
     try:
-        value = float(text)
+        # Not what Python alone takes for a number.
+        value = float(text) if text.isascii() and "_" not in text else -1.0
     except ValueError:
         value = -1.0
     if not 0 <= value <= most:

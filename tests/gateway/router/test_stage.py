@@ -225,7 +225,8 @@ def test_the_dry_run_knows_every_name_of_a_path(factory: Factory) -> None:
 
 
 def test_hints_are_checked_and_their_headers_end_here(factory: Factory) -> None:
-    for name, value in (("quality", "2"), ("quality", "high"), ("latency", "soon"), ("max-cost", "nan")):
+    for name, value in (("quality", "2"), ("quality", "high"), ("latency", "soon"), ("max-cost", "nan"),
+                        ("max-cost", "1_0"), ("quality", ""), ("quality", "0,5")):  # fmt: skip
         status, _, body = factory.ask(EASY, headers={f"x-tokenmill-{name}": value})
         assert status == 400
         assert json.loads(body)["error"]["code"] == "invalid_hint"
