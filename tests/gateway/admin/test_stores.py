@@ -12,11 +12,10 @@ from tokenmill.engine.gateway.admin import books, canaries, endpoints, keyring, 
 from tokenmill.engine.gateway.admin.endpoint import Call
 from tokenmill.engine.gateway.admin.roles import Actor
 from tokenmill.engine.gateway.governance import accounts, audit, keys
-from tokenmill.engine.gateway.governance.accounts import Limits
+from tokenmill.engine.gateway.governance.accounts import Account, Limits
 from tokenmill.engine.gateway.governance.guesses import Guesses
-from tokenmill.engine.gateway.governance.keys import Key
 from tokenmill.engine.gateway.governance.options import Options, digest
-from tokenmill.engine.gateway.store import Connection, Store, now_ms
+from tokenmill.engine.gateway.store import Store, now_ms
 from tokenmill.errors import InputError
 
 if TYPE_CHECKING:
@@ -96,19 +95,23 @@ def test_the_command_takes_either(administered: Store, capsys: pytest.CaptureFix
     assert "t-1" in capsys.readouterr().out
 
 
-def test_keys_are_listed_beside_the_event_loop(administered: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_and_accounts_are_listed_beside_the_event_loop(
+    administered: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of thousands, each with its account and role, it takes long."""
-    made = [administered.write_now(lambda c: keys.create(c, "test"))[0] for _ in range(3)]
+    team = administered.write_now(lambda c: accounts.create(c, "team", "", None, Limits(), "test"))
+    key = administered.write_now(lambda c: keys.create(c, "test"))[0]
     threads: list[int] = []
-    shown = views.key
+    shown = views.account
 
-    def show(connection: Connection, found: Key) -> dict[str, Any]:
+    def show(found: Account) -> dict[str, Any]:
         threads.append(threading.get_ident())
-        return shown(connection, found)
+        return shown(found)
 
-    monkeypatch.setattr(views, "key", show)
+    monkeypatch.setattr(views, "account", show)
     governance = cast("Governance", SimpleNamespace(store=administered))
-    call = Call(Actor("master", "admin"), governance, cast("Request", None))
-    listed = asyncio.run(endpoints.list_keys(call))["keys"]
-    assert sorted(key["id"] for key in listed) == sorted(made)
-    assert len(threads) == 3 and threading.get_ident() not in threads
+    request = cast("Request", SimpleNamespace(query_params={}))
+    call = Call(Actor("master", "admin"), governance, request)
+    assert [one["id"] for one in asyncio.run(endpoints.list_keys(call))["keys"]] == [key]
+    assert [one["id"] for one in asyncio.run(endpoints.list_accounts(call))["accounts"]] == [team]
+    assert len(threads) == 2 and threading.get_ident() not in threads
