@@ -26,6 +26,7 @@ MOST_METADATA, DEEPEST_METADATA = 16 * 1024, 240
 #: Answers and the audit trail put it some levels deeper still, and orjson writes 254.
 _LEVELS_AROUND = 254 - DEEPEST_METADATA
 _WHOLE = {"type": "integer"}
+_KINDS = ("organisation", "team", "app")
 
 
 def checked_metadata(metadata: dict[str, Any] | None) -> dict[str, Any]:
@@ -68,6 +69,8 @@ async def in_thread(call: Call, read: Callable[[Connection], T]) -> T:
 async def list_accounts(call: Call) -> Any:
     """All accounts but keys: there may be many thousands."""
     kind = call.query("kind")
+    if kind is not None and kind not in _KINDS:
+        raise ApiError(400, f"`kind` is one of {', '.join(_KINDS)}; not {quote(kind)}.", param="kind")
 
     def read(connection: Connection) -> list[dict[str, Any]]:
         seen = None if call.actor.scope is None else scope.below(connection, call.actor.scope)
@@ -308,7 +311,7 @@ class Backends:
 
 ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("GET", "/admin/accounts", "Organisations, teams and apps.", list_accounts, "auditor",
-             query=(Parameter("kind", "Only these.", {"enum": ["organisation", "team", "app"]}),), scoped=True),
+             query=(Parameter("kind", "Only these.", {"enum": list(_KINDS)}),), scoped=True),
     Endpoint("POST", "/admin/accounts", "Makes an organisation, team or app.", create_account, body=AccountBody,
              status=201),
     Endpoint("GET", "/admin/accounts/{account}", "One account, also a key's.", show_account, "auditor",

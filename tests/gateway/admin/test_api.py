@@ -205,6 +205,7 @@ def test_what_can_be_kept_is_kept(workers: Workers, metadata: dict[str, Any]) ->
         ("GET", "/admin/keys/a%00", None, 400),
         ("GET", "/admin/ledger?team=a%00", None, 400),
         ("GET", "/admin/ledger?organization=acme", None, 400),
+        ("GET", "/admin/accounts?kind=org", None, 400),
         ("GET", "/admin/ledger?team=a&team=b", None, 400),
         ("GET", "/admin/keys?parent=a", None, 400),
         ("GET", "/key/info?key=a%00", None, 400),
