@@ -105,7 +105,9 @@ class Connection(asyncio.Protocol):
                 if self._writable is not None:
                     await self._writable
                 if self._head_done or self._problem is not None:
-                    break  # it has answered before it has heard us out, or is gone
+                    # It has answered before it has heard us out, or is gone: it takes what comes next for the rest.
+                    self._keep_alive = False
+                    break
                 self._transport.write(view[start : start + SLICE_BYTES])
                 self.active_at = self._loop.time()
                 await asyncio.sleep(0)

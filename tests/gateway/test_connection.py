@@ -167,6 +167,30 @@ def test_a_body_that_the_backend_does_not_take_is_silence_too() -> None:
     talk(Deaf(b""), use, Settings(read_timeout_s=0.2))
 
 
+def test_a_connection_whose_request_was_answered_before_its_end_takes_no_other() -> None:
+    class Hasty(Server):
+        async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            """Answers the head alone, and reads everything."""
+            self.connections += 1
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(self.answer)
+            with contextlib.suppress(asyncio.CancelledError, ConnectionResetError):
+                await asyncio.sleep(0.1)
+                while await reader.read(1 << 16):
+                    pass
+            writer.close()
+
+    server = Hasty(LENGTH)
+
+    async def use(upstream: Upstream, origin: Origin) -> None:
+        for _ in range(2):
+            # What is left of the first one's body would be taken for the second.
+            assert (await fetch(upstream, origin, b"x" * 50_000_000))[1] == b"hello"
+
+    talk(server, use)
+    assert server.connections == 2
+
+
 def test_trailers_are_no_headers() -> None:
     raw = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\nset-cookie: a=b\r\n\r\n"
 
