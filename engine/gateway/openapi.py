@@ -8,7 +8,9 @@ import orjson
 
 from tokenmill import __version__
 
-#: Path to (summary, tag, properties the gateway itself reads or that every server of that kind has).
+#: Explains where a request would go: takes any request's body; `?endpoint=` names its path where it is not a chat.
+DRY_RUN = "/v1/tokenmill/route"
+#: Path to (summary, properties the gateway itself reads or that every server of that kind has).
 INFERENCE_PATHS: dict[str, tuple[str, dict[str, Any]]] = {
     "/v1/chat/completions": (
         "A chat completion, whole or as server-sent events (`stream`).",
@@ -24,7 +26,7 @@ INFERENCE_PATHS: dict[str, tuple[str, dict[str, Any]]] = {
         {"query": {"type": "string"}, "documents": {"type": "array", "items": {"type": "string"}}},
     ),
     "/v1/score": ("Similarity of texts.", {"text_1": {"type": "string"}, "text_2": {"type": "string"}}),
-    "/v1/tokenmill/route": (
+    DRY_RUN: (
         "Explains where a request with this body would go, without asking a model.",
         {"messages": {"type": "array", "items": {"type": "object"}}},
     ),
@@ -101,7 +103,9 @@ def _content() -> dict[str, Any]:
     }
     paths = {path: _inference(summary, fields) for path, (summary, fields) in INFERENCE_PATHS.items()}
     route = _inference(
-        "Explains where a request would go, without asking any model: the body is that of the request in question.", {}
+        "Explains where a request would go, without asking any model: the body is that of the request in question. "
+        "Where the configuration has a `routing` section; otherwise 404.",
+        {},
     )
     route["post"]["responses"]["200"] = _answer("The decision with its reasons, and the backends in their order.")
     route["post"]["parameters"] = [
@@ -112,7 +116,7 @@ def _content() -> dict[str, Any]:
             "schema": {"type": "string"},
         }
     ]
-    paths["/v1/tokenmill/route"] = route
+    paths[DRY_RUN] = route
     paths["/v1/models"] = _get(
         "Every model that a backend serves.", {"200": _answer("Those that the key may ask for."), **_errors(401)}
     )

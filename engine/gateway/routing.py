@@ -2,7 +2,9 @@
 
 from collections.abc import Awaitable
 
+from tokenmill.engine.gateway.api_error import ApiError
 from tokenmill.engine.gateway.fallback import fitting
+from tokenmill.engine.gateway.openapi import DRY_RUN
 from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply
 from tokenmill.engine.gateway.portfolio import Portfolio
 
@@ -17,5 +19,8 @@ class ResolveModel:
 
     def handle(self, exchange: Exchange, proceed: Handler) -> Awaitable[Reply]:
         """See `pipeline.Stage`."""
+        if exchange.endpoint == DRY_RUN:
+            message = f"Nothing is routed here: the configuration has no section `routing` for {DRY_RUN} to explain."
+            raise ApiError(404, message, code="not_found")
         exchange.routes = fitting(self._portfolio.routes(exchange.model, exchange.principal), exchange)
         return proceed(exchange)

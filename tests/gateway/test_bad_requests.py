@@ -80,6 +80,16 @@ def test_model_of_a_wrong_type_is_400(gateway: RunningGateway, model: object) ->
     assert error_of(body)["param"] == "model"
 
 
+@pytest.mark.parametrize("path", ["/v1/tokenmill/route", "/tokenmill/route"])
+def test_the_dry_run_asks_no_model_where_nothing_is_routed_either(
+    gateway: RunningGateway, upstream: FakeUpstream, path: str
+) -> None:
+    before = len(upstream.books.requests)
+    status, _, body = gateway.post(path, {"model": "tiny", "messages": []})
+    assert (status, error_of(body)["code"]) == (404, "not_found")
+    assert len(upstream.books.requests) == before
+
+
 @pytest.mark.parametrize("model", ["nobody", "", "x" * 100_000, "a\r\nb", "\u0000", "../../etc"])
 def test_unknown_model_is_404(gateway: RunningGateway, model: str) -> None:
     status, _, body = gateway.post(CHAT, {"model": model})

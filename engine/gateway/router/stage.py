@@ -18,6 +18,7 @@ from tokenmill.engine.gateway.decision import Decision
 from tokenmill.engine.gateway.fallback import fitting
 from tokenmill.engine.gateway.heads import sentence
 from tokenmill.engine.gateway.hints import hints_of, strip
+from tokenmill.engine.gateway.openapi import DRY_RUN
 from tokenmill.engine.gateway.pace import share
 from tokenmill.engine.gateway.paths import usual
 from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply
@@ -35,8 +36,6 @@ from tokenmill.engine.gateway.router.settings import RoutingSettings
 from tokenmill.engine.gateway.sensitivity.clearance import clearance_of
 from tokenmill.engine.gateway.sensitivity.stages import Audit, log_decision, refusal, subject_of, told
 
-#: Explains where a request would go: takes any request's body; `?endpoint=` names its path where it is not a chat.
-DRY_RUN = "/v1/tokenmill/route"
 #: Longest reason in a response header.
 _LONGEST_REASON = 400
 
