@@ -1,6 +1,7 @@
 """How much memory a model needs, from its config.json alone: weights by component, KV cache, activations.
 
-weights      every matrix of the architecture, quantized or not, as model_sizes.py counts them
+weights      every matrix of the architecture, quantized or not, as model_sizes.py counts them; what reads pictures or
+             sound stays at 16 bits
 scales       16 bits a group, and 4 bits of zero point if asymmetric
 KV cache     for each token of context 2 (key and value) x layers that attend x KV heads x head size x bytes; with
              latent attention layers x (rank + rotary key) x bytes
@@ -146,6 +147,8 @@ def plan(
     ]
     if sizes.head:
         components.append(Component("output head", sizes.head, _FULL_BITS))
+    if sizes.towers:
+        components.append(Component("vision and audio", sizes.towers, _FULL_BITS))
     # Residual and normed stream, what is widest inside a block, and float32 logits a request.
     features = 2 * sizes.hidden + sizes.widest
     return Plan(

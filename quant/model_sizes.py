@@ -1,8 +1,9 @@
 """What the matrices, embeddings and KV entries of a model measure, from its config.json alone.
 
 transformers builds the model without memory, with the defaults of its architecture for what config.json leaves out, and
-its parameters are counted. Where it is not installed or does not know the architecture, the usual decoder is assumed:
-query, key, value and output projections, a gated feed-forward network or experts of it, two norms.
+its parameters are counted, those that read pictures or sound apart. Where it is not installed or does not know the
+architecture, the usual decoder is assumed: query, key, value and output projections, a gated feed-forward network or
+experts of it, two norms.
 """
 
 import re
@@ -25,12 +26,14 @@ class ModelSizes:
     Attributes:
         hidden: Features of the residual stream.
         vocabulary: Rows of the embedding.
-        widest: Most features that one token has at once inside a block: query, key and value; or gate, up and product.
+        widest: Most features that one token has at once inside a block: query, key and value; or gate, up and product,
+            of all experts that a token goes to.
         kv_numbers: Numbers in the KV cache for one token, in all layers.
         matrices: (component, K, N) of the linears in the blocks to how often each is there.
         embedding: Parameters of the embeddings.
         head: Parameters of the output head; 0 where it is the embedding.
-        small: Parameters of everything else: norms, biases, routers.
+        small: Parameters of everything else in the language model: norms, biases, routers.
+        towers: Parameters of what turns pictures or sound into hidden states.
     """
 
     hidden: int
@@ -41,6 +44,7 @@ class ModelSizes:
     embedding: int
     head: int
     small: int
+    towers: int = 0
 
 
 def model_sizes(config: Mapping[str, Any]) -> ModelSizes:
@@ -71,23 +75,31 @@ def model_sizes(config: Mapping[str, Any]) -> ModelSizes:
 
 def _from_transformers(config: Mapping[str, Any]) -> ModelSizes:
     import torch
+    import transformers
     from torch import nn
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
     whole = AutoConfig.for_model(**{key: value for key, value in config.items() if key != "quantization_config"})
     text = whole.get_text_config(decoder=True)
-    if text is not whole and "tie_word_embeddings" in config:
-        text.tie_word_embeddings = whole.tie_word_embeddings
-    if type(text) not in AutoModelForCausalLM._model_mapping:
+    if text is not whole:  # config.json says it of the whole, or the text's architecture does
+        of_text = getattr(text, "tie_word_embeddings", getattr(whole, "tie_word_embeddings", True))
+        text.tie_word_embeddings = whole.tie_word_embeddings = config.get("tie_word_embeddings", of_text)
+    # Before version 5 of transformers, models that hear are planned by their text alone.
+    multimodal = getattr(transformers, "AutoModelForMultimodalLM", transformers.AutoModelForImageTextToText)
+    is_multimodal = text is not whole and type(whole) in multimodal._model_mapping
+    if not is_multimodal and type(text) not in AutoModelForCausalLM._model_mapping:
         raise CheckpointError(f"config.json: model_type={text.model_type!r} is no language model of transformers")
+    auto: Any = multimodal if is_multimodal else AutoModelForCausalLM
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(text)  # type: ignore[no-untyped-call]
+        model: Any = auto.from_config(whole if is_multimodal else text)
     hidden = int(text.hidden_size)
     matrices: Counter[tuple[str, int, int]] = Counter()
     widths: defaultdict[str, int] = defaultdict(int)
-    embedding = head = small = 0
+    embedding = head = small = towers = 0
     modules, output = dict(model.named_modules()), model.get_output_embeddings()
+    parts = (model.get_decoder(), output) if is_multimodal else (model,)
+    language = {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
     for name, parameter in model.named_parameters():
         path, _, own = name.rpartition(".")
         module, size = modules[path], parameter.numel()
@@ -95,7 +107,9 @@ def _from_transformers(config: Mapping[str, Any]) -> ModelSizes:
         is_linear = (
             isinstance(module, nn.Linear | Conv1D) and own == "weight" and path.rpartition(".")[2] not in _ROUTERS
         )
-        if isinstance(module, nn.Embedding):
+        if id(parameter) not in language:
+            towers += size
+        elif isinstance(module, nn.Embedding):
             embedding += size
         elif module is output:
             head += size
@@ -113,6 +127,10 @@ def _from_transformers(config: Mapping[str, Any]) -> ModelSizes:
             small += size
     heads = getattr(text, "num_attention_heads", None)
     query, kv, kv_numbers = _attention(text, hidden, heads) if heads else (0, 0, 0)
+    chosen = getattr(text, "num_experts_per_tok", None) or 1
+    for network in widths:
+        if network.endswith(".experts") or ".experts." in network:  # and each has an output of its own
+            widths[network] = chosen * (widths[network] + hidden)
     return ModelSizes(
         hidden=hidden,
         vocabulary=int(text.vocab_size),
@@ -122,6 +140,7 @@ def _from_transformers(config: Mapping[str, Any]) -> ModelSizes:
         embedding=embedding,
         head=head,
         small=small,
+        towers=towers,
     )
 
 
@@ -176,6 +195,7 @@ def _from_keys(config: Mapping[str, Any]) -> ModelSizes:
     experts = size("num_local_experts", "num_experts", "n_routed_experts", default=0)
     dense_inner = size("intermediate_size", "n_inner", default=4 * hidden if config.get("n_embd") else None)
     inner = size("moe_intermediate_size", default=dense_inner) if experts else dense_inner
+    chosen = size("num_experts_per_tok", default=1)
     biases = 0
     if config.get("attention_bias") or config.get("model_type") == "qwen2":
         biases += query + 2 * kv + (hidden if config.get("attention_bias") else 0)
@@ -193,7 +213,7 @@ def _from_keys(config: Mapping[str, Any]) -> ModelSizes:
     return ModelSizes(
         hidden=hidden,
         vocabulary=vocabulary,
-        widest=max(query + 2 * kv, 3 * inner),
+        widest=max(query + 2 * kv, chosen * (3 * inner + hidden) if experts else 3 * inner),
         kv_numbers=2 * layers * kv,
         matrices=dict(matrices),
         embedding=vocabulary * hidden,
