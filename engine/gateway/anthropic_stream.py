@@ -1,5 +1,6 @@
 """Streams of Anthropic's Messages API as streams of chat completion chunks."""
 
+import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
@@ -44,9 +45,10 @@ async def begun(chunks: AsyncIterator[bytes], include_usage: bool) -> AsyncGener
 
 
 async def _from(first: bytes, stream: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    yield first
-    async for chunk in stream:
-        yield chunk
+    async with contextlib.aclosing(stream):
+        yield first
+        async for chunk in stream:
+            yield chunk
 
 
 async def _translated(chunks: AsyncIterator[bytes], include_usage: bool) -> AsyncGenerator[bytes, None]:
