@@ -9,12 +9,17 @@ from urllib.parse import urlencode
 import pytest
 
 from tests.gateway.dashboard.conftest import HOSTILE
+from tests.gateway.governance.governed import options
 from tests.gateway.running import wait_until
 from tests.gateway.upstream import FakeUpstream
 from tests.gateway.workers import MASTER_KEY, Workers
+from tokenmill.engine.gateway.admin import tables
+from tokenmill.engine.gateway.admin.roles import Actor
 from tokenmill.engine.gateway.backends import Backend
-from tokenmill.engine.gateway.dashboard import charts, figures
+from tokenmill.engine.gateway.dashboard import charts, figures, session
 from tokenmill.engine.gateway.governance.accounts import Account, Limits
+from tokenmill.engine.gateway.governance.schema import SCHEMA
+from tokenmill.engine.gateway.store import Store
 
 FORM = "application/x-www-form-urlencoded"
 
@@ -159,6 +164,21 @@ def test_a_session_ends_with_its_key_and_shows_an_auditor_no_forms(browser: Brow
     assert browser.post("/dashboard/canary", {"token": found[1], "backend": "a", "percent": "1"})[0] == 403
     browser.workers.json("DELETE", f"/admin/keys/{made['id']}")
     assert browser.get()[0] == 303
+
+
+def test_a_session_is_over_after_eight_hours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path / "gateway.db", SCHEMA)
+    tables.prepare(store)
+    governed, begun = options("unused"), 1_800_000_000_000
+    until = begun + 8 * 3600 * 1000
+    monkeypatch.setattr(session, "now_ms", lambda: begun)
+    cookie = session.cookie(store.reader, governed, Actor("master", "admin"))
+    longer = cookie.replace(str(until), str(until + 1))
+    assert longer != cookie
+    for now, value, valid in ((until - 1, cookie, True), (until, cookie, False), (until - 1, longer, False)):
+        monkeypatch.setattr(session, "now_ms", lambda now=now: now)
+        assert (session.actor_of(store.reader, governed, value) is not None) == valid
+    store.close()
 
 
 def test_a_session_ends_when_its_key_is_rotated(browser: Browser) -> None:
