@@ -7,10 +7,10 @@ from msgspec import UNSET, Meta, UnsetType
 
 from tokenmill.engine.gateway.admin.duration import milliseconds
 from tokenmill.engine.gateway.admin.roles import Role
-from tokenmill.engine.gateway.governance.accounts import Limits
+from tokenmill.engine.gateway.governance.accounts import MOST_NAME, Limits
 from tokenmill.engine.gateway.money import MOST_DOLLARS, micro_cents
 
-Name = Annotated[str, Meta(max_length=200, description="For people.")]
+Name = Annotated[str, Meta(max_length=MOST_NAME, description="For people.")]
 Id = Annotated[str, Meta(min_length=1, max_length=63, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Dollars = Annotated[float, Meta(ge=0, le=MOST_DOLLARS, description="Dollars.")]
 Rate = Annotated[int, Meta(ge=0, le=10**12)]

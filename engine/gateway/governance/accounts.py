@@ -21,6 +21,8 @@ PARENTS: dict[Kind, tuple[Kind, ...]] = {
     "app": ("team", "organisation"),
     "key": ("app", "team", "organisation"),
 }
+#: Longest name, in characters.
+MOST_NAME = 200
 #: The account that requests with the master key are charged to.
 MASTER = "master"
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -162,9 +164,12 @@ def create(
         account: Its id; None: a new one.
 
     Raises:
-        InputError: The id is taken or no id, the parent does not exist or cannot stand above this kind.
+        InputError: The id is taken or no id, the name is too long, the parent does not exist or cannot stand above this
+            kind.
     """
     account = account if account is not None else f"{kind}-{uuid.uuid4().hex[:12]}"
+    if len(name) > MOST_NAME:
+        raise InputError(f"a name of {len(name)} characters is longer than {MOST_NAME}; give a shorter one")
     if account == MASTER and kind != "key":
         raise InputError(f"the id {MASTER!r} is the master key's; choose another id")
     if not _ID.fullmatch(account):

@@ -113,6 +113,7 @@ def test_audit_trail_is_verified(admin: Admin, tmp_path: Path) -> None:
         (["canary", "set", "a", "nan"], "share of nan"),
         (["canary", "clear", "a"], "'a' is not changed"),
         (["key", "create", "--model", ""], "name is empty"),
+        (["key", "create", "--name", "x" * 100_000], "name of 100000 characters"),
         (["key", "create", "--name", "\udcff"], "'\\udcff' is not in UTF-8"),
         (["key", "create", "--model", "\udcff"], "'\\udcff' is not in UTF-8"),
         (["key", "revoke", "\udcff"], "'\\udcff' is not in UTF-8"),
