@@ -29,6 +29,10 @@ def quantize(argv: list[str]) -> int:
         raise ConfigurationError(f"--group-size {arguments.group_size} is neither positive nor -1 (per channel)")
     if min(arguments.samples, arguments.length - 1) < 1:
         raise ConfigurationError(f"--samples {arguments.samples} --length {arguments.length}: need 1 and 2 at least")
+    of_gptq = {name: value for name, value in vars(arguments).items() if name in ("act_order", "damping")}
+    if of_gptq and not arguments.method.endswith("gptq"):
+        flag = f"--{next(iter(of_gptq)).replace('_', '-')}"
+        raise ConfigurationError(f"{flag} is for --method gptq or awq-gptq; {arguments.method} does not use it")
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_device(device)
     config = read_json(arguments.model / "config.json")
@@ -40,7 +44,7 @@ def quantize(argv: list[str]) -> int:
             group_size=arguments.group_size,
             symmetric=arguments.symmetric,
             scale_dtype=getattr(torch, scale_dtype),
-            gptq=GptqOptions(act_order=arguments.act_order, damping=arguments.damping),
+            gptq=GptqOptions(**of_gptq),
         ),
         format=arguments.format,
         calibration=_text(arguments.calibration, "train", _CALIBRATION_BYTES),
@@ -113,13 +117,16 @@ def _quantize_parser() -> argparse.ArgumentParser:
     parser.add_argument("--group-size", type=int, default=128, help="inputs that share a scale; -1: per channel")
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument("--symmetric", action="store_true", default=True, help="zero point 8 everywhere")
-    kinds.add_argument("--asymmetric", action="store_false", dest="symmetric", help="a zero point for each group")
+    # With a default of its own the help would call it the default, too.
+    none, zeros = argparse.SUPPRESS, "a zero point for each group"
+    kinds.add_argument("--asymmetric", action="store_false", dest="symmetric", default=none, help=zeros)
     formats = "format of the output; stock vLLM loads asymmetric weights as pack-quantized only"
     parser.add_argument("--format", choices=("gptq", "pack-quantized"), default="gptq", help=formats)
     orders = ("group-aware", "static", "none", "dynamic")
-    order = "GPTQ: order of rounding; dynamic needs --format gptq and Tokenmill's plug-in"
-    parser.add_argument("--act-order", choices=orders, default="group-aware", help=order)
-    parser.add_argument("--damping", type=float, default=0.01, help="GPTQ: share of the Hessian's mean diagonal, 0..1")
+    order = "GPTQ: order of rounding; dynamic needs --format gptq and Tokenmill's plug-in (default: group-aware)"
+    parser.add_argument("--act-order", choices=orders, default=none, help=order)
+    damping = "GPTQ: share of the Hessian's mean diagonal, 0..1 (default: 0.01)"
+    parser.add_argument("--damping", type=float, default=none, help=damping)
     parser.add_argument("--calibration", type=Path, help="text file; default: Python's standard library")
     parser.add_argument("--evaluation", type=Path, help="text file; default: held-out files of the standard library")
     parser.add_argument("--no-evaluation", action="store_true", help="do not measure perplexity")

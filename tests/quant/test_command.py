@@ -8,6 +8,7 @@ import pytest
 from tokenmill.cli import main
 from tokenmill.quant.checkpoint import Checkpoint
 from tokenmill.quant.format import Scheme
+from tokenmill.quant.gptq import GptqOptions
 
 pytest.importorskip("transformers")
 
@@ -43,6 +44,8 @@ def test_quantize_without_texts_uses_the_standard_library(dense_model: Path, tmp
         (["--calibration", "absent"], "absent cannot be read: No such file or directory"),
         (["--group-size", "48"], "no multiple of group_size=48"),
         (["--damping", "-5"], "damping=-5.0 is not in 0..1"),
+        (["--damping", "0.1", "--method", "rtn"], "--damping is for --method gptq or awq-gptq; rtn does not use it"),
+        (["--act-order", "dynamic", "--method", "awq"], "--act-order is for --method gptq or awq-gptq; awq does not"),
         (["--damping", "nan"], "damping=nan is not in 0..1"),
         (["--device", "foo"], "--device foo is not one; use cpu, cuda or cuda:N"),
         (["--device", "meta"], "--device meta is not one; use cpu, cuda or cuda:N"),
@@ -62,6 +65,16 @@ def test_a_bad_request_is_one_line(
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_the_help_says_what_is_done_without_an_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["quantize", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "zero point 8 everywhere (default: True) --asymmetric a zero point for each group --format" in printed
+    defaults = GptqOptions()
+    assert f"(default: {defaults.act_order}) --damping" in printed
+    assert f"0..1 (default: {defaults.damping})" in printed
 
 
 @pytest.mark.parametrize(
