@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from tokenmill.engine.gateway.observability.snapshot import Family
+from tokenmill.engine.gateway.seldom import Seldom
 
 log = logging.getLogger("tokenmill.gateway")
 
@@ -62,6 +63,7 @@ class Board:
         self._name = f"{os.getpid()}-{os.urandom(4).hex()}"
         self._lock = -1
         self._writing = threading.Lock()
+        self._unwritten = Seldom()
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -88,8 +90,9 @@ class Board:
         while True:
             try:
                 await asyncio.to_thread(self._write, folder)
-            except OSError:
-                log.exception("the figures for the other workers could not be written; trying again")
+            except OSError as error:
+                if count := self._unwritten.due():
+                    log.warning("figures for the other workers could not be written %d times: %s", count, error)
             await asyncio.sleep(INTERVAL_S)
 
     def _write(self, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import ctypes
+import errno
 import math
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from prometheus_client import CollectorRegistry
 from tokenmill.engine.gateway import metrics
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.money import MICRO_CENTS_PER_DOLLAR, Prices
-from tokenmill.engine.gateway.observability import engines, gpus, snapshot
+from tokenmill.engine.gateway.observability import engines, gpus, shared, snapshot
 from tokenmill.engine.gateway.observability.bounded import OTHER, Bounded
 from tokenmill.engine.gateway.observability.consumption import Consumption
 from tokenmill.engine.gateway.observability.quantiles import quantiles
@@ -102,6 +103,32 @@ def test_the_last_report_of_a_worker_stays_the_last(tmp_path: Path) -> None:
     asyncio.run(live())
     ((seen,),) = [one.report.families for one in Board(tmp_path, lambda: Report(2, [])).everybody()[1:]]
     assert seen.series == [((), [2.0])]
+
+
+def test_figures_that_cannot_be_written_are_one_line_and_are_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(shared, "INTERVAL_S", 0.01)
+    there_is_room = threading.Event()
+    tries = 0
+
+    def report() -> Report:
+        nonlocal tries
+        tries += 1
+        if tries < 8:
+            raise OSError(errno.ENOSPC, "no space left on device")
+        there_is_room.set()
+        return Report(1, [])
+
+    async def live() -> None:
+        board = Board(tmp_path, report)
+        await board.start()
+        await asyncio.to_thread(there_is_room.wait, 20)
+        await board.stop()
+
+    asyncio.run(live())
+    assert len([record for record in caplog.records if "could not be written" in record.message]) == 1
+    assert len(list(tmp_path.glob("*.report"))) == 1
 
 
 def test_quantiles_agree_with_the_observations() -> None:
