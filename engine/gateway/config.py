@@ -383,6 +383,9 @@ class Config(Section):
             self.routing.names_tiers(
                 {name: {able for one in tier.backends for able in one.capabilities} for name, tier in tiers}
             )
+            for _, _, one in self.named_backends():
+                if self.routing.name in (one.public_names if isinstance(one, LocalBackend) else one.models):
+                    raise ValueError(f"routing.name {self.routing.name!r} is the name of a model; rename one of them")
         return self
 
     def named_backends(self) -> Iterator[tuple[str, str, LocalBackend | RemoteBackend]]:

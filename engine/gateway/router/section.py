@@ -44,6 +44,11 @@ class Rule(Section):
     def _decides_something(self) -> "Rule":
         if (self.tier is None) == (self.quality is None):
             raise ValueError("a rule names either a 'tier' or a 'quality'; add one of them")
+        if self.min_tokens is not None and self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"no request has at least {self.min_tokens} and at most {self.max_tokens} tokens; exchange "
+                "'min_tokens' and 'max_tokens'"
+            )
         return self
 
 

@@ -15,12 +15,18 @@ from tokenmill.engine.supervisor.plan import make_plan
 from tokenmill.errors import ConfigurationError
 
 ROOT = Path(__file__).resolve().parents[3]
-TIERS = "tiers: {u: {backends: [{url: 'http://x', capabilities: [logprobs]}]}, r: {backends: [{url: 'http://y'}]}}\n"
+TIERS = (
+    "tiers: {u: {backends: [{url: 'http://x', capabilities: [logprobs]}]}, "
+    "r: {backends: [{url: 'http://y', models: {big: b}}, {model: 'bundled:target'}]}}\n"
+)
 
 MISTAKES = [
     ("routing: {rules: [{matches: '('}]}", "no RE2 pattern"),
     ("routing: {rules: [{matches: a}]}", "either a 'tier' or a 'quality'"),
     ("routing: {rules: [{tier: x}]}", "names the tier 'x', which does not exist"),
+    ("routing: {rules: [{tier: u, min_tokens: 9, max_tokens: 8}]}", "at least 9 and at most 8 tokens; exchange"),
+    ("routing: {name: big}", "is the name of a model"),
+    ("routing: {name: tiny-target}", "is the name of a model"),
     ("routing: {name: u}", "is the name of a tier"),
     ("routing: {quality: 2}", "less than or equal to 1"),
     ("routing: {escalation: {first: u, then: r}}", "either a 'threshold' or a 'calibration'"),
