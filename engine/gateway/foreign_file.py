@@ -34,6 +34,7 @@ class ForeignFile:
         self.environment: Mapping[str, str] = {}
         self._read: set[Place] = set()
         self._reasons: dict[Place, str] = {}
+        self._asked: set[str] = set()
 
     def problem(self, place: Place, text: str) -> None:
         """Something is wrong at a place; `check` raises it."""
@@ -94,7 +95,16 @@ class ForeignFile:
 
     def lookup(self, name: str) -> str | None:
         """A variable's value, in the file or else in the process; None where it is not set."""
-        return self.environment.get(name) or os.environ.get(name, "").strip() or None
+        return self.inside(name) or os.environ.get(name, "").strip() or None
+
+    def inside(self, name: str) -> str | None:
+        """A variable's value in the file; None where it is not set there."""
+        self._asked.add(name)
+        return self.environment.get(name) or None
+
+    def not_asked(self) -> list[str]:
+        """The file's variables that nobody has asked for."""
+        return [name for name in self.environment if name not in self._asked]
 
     def number(self, place: Place, low: float, high: float) -> float | None:
         """A number within limits."""

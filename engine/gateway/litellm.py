@@ -106,11 +106,14 @@ def convert(file: YamlFile) -> Imported:
         source.problems += prices.problems
     source.check()
     imported = Config.model_validate(document)
+    of_the_map = list(_url_is_not_fetched(source, prices))
+    for name in source.not_asked():
+        source.leave(("environment_variables", name), "nothing here reads this variable")
     lines = [
         f"{file.where(place)}: {dotted(place)}: not understood{'; ' if reason else ''}{reason}"
         for place, reason in source.left_over()
     ]
-    lines += _url_is_not_fetched(source, prices)
+    lines += of_the_map
     governance = imported.governance
     notes = [*describer.notes(governed=governance is not None)]
     if governance is not None and governance.guessable_master_key:
@@ -122,7 +125,7 @@ def convert(file: YamlFile) -> Imported:
 def _url_is_not_fetched(source: ForeignFile, prices: CostMap) -> Iterator[str]:
     """A line for the variable by which LiteLLM fetches its cost map; its value may hold a password."""
     name = litellm_prices.URL_VARIABLE
-    if source.environment.get(name) or os.environ.get(name):
+    if source.lookup(name):
         used = f"{prices.path} is read instead" if prices.path is not None else "download it"
         remedy = "" if prices.stated else f"; set {env.LITELLM_PRICES.name} to a copy of it"
         yield f"{name}: not understood; no cost map is fetched; {used}{remedy}"
@@ -305,7 +308,7 @@ class _Importer:
         source = self._source
         place = self._at(parameters, "api_key")
         variable = source.variable(place)
-        if variable is not None and variable not in source.environment:
+        if variable is not None and source.inside(variable) is None:
             source.raw(place)
             return {"api_key_env": variable}
         key = source.text(place)
@@ -314,7 +317,7 @@ class _Importer:
         own_server = source.peek(self._at(parameters, "api_base")) is not None
         if own_server or provider.key is None:
             return {}
-        inside = source.environment.get(provider.key)
+        inside = source.inside(provider.key)
         return {"api_key": inside} if inside else {"api_key_env": provider.key}
 
     def _limits(self, parameters: Place) -> dict[str, Any]:
@@ -363,7 +366,7 @@ class _Importer:
         source = self._source
         variable = source.variable(_MASTER_KEY)
         named: dict[str, Any]
-        if variable is not None and variable not in source.environment:
+        if variable is not None and source.inside(variable) is None:
             source.raw(_MASTER_KEY)
             key = os.environ.get(variable, "").strip()
             named = {"master_key_env": variable}

@@ -198,6 +198,8 @@ def test_values_come_from_the_environment_anywhere(monkeypatch: pytest.MonkeyPat
     assert make_plan(config).settings().most_retries == 4
     reasons = left_out(path)
     assert reasons["environment_variables.ARIZE_ENDPOINT"] == "the variable TM_NOWHERE is not set"
+    assert reasons["environment_variables.REDIS_HOST"] == "nothing here reads this variable"
+    assert "environment_variables.RETRIES" not in reasons
     assert not [place for place in reasons if place.startswith("credential_list")]
 
 
