@@ -27,7 +27,7 @@ OPERATIONS = {
     "/v1/responses": "chat",
     "/v1/embeddings": "embeddings",
 }
-#: Longest time for one batch with all its retries: a worker that ends waits for it.
+#: Longest time for one batch with all its retries. A worker that ends waits as long for all of them together.
 EXPORT_TIMEOUT_S = 2
 _TRACEPARENT = re.compile(rb"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 _SAMPLED = 1
@@ -61,6 +61,7 @@ class Traces:
         except ImportError:
             raise MissingDependencyError("opentelemetry-sdk", "otel", "observability.traces") from None
         self._resource = Resource.create({"service.name": "tokenmill-gateway"})
+        self._exporter = exporter
         self._processor = BatchSpanProcessor(exporter)
         self._share = share
 
@@ -68,8 +69,12 @@ class Traces:
         """Nothing to do: the exporter has a thread of its own."""
 
     async def stop(self) -> None:
-        """Exports what is left."""
-        await asyncio.to_thread(self._processor.shutdown)
+        """Exports what is left, as far as the collector takes it in time."""
+        ending = asyncio.create_task(asyncio.to_thread(self._processor.shutdown))
+        done, _ = await asyncio.wait([ending], timeout=EXPORT_TIMEOUT_S)
+        if not done:
+            await asyncio.to_thread(self._exporter.shutdown)  # it is silent: the next batches are not tried
+        await ending
 
     async def handle(self, exchange: Exchange, proceed: Handler) -> Reply:
         """See `pipeline.Stage`."""

@@ -1,9 +1,13 @@
 """Traces: ids reach the backend, spans follow the conventions, prompts stay out of them."""
 
 import asyncio
+import threading
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
 
@@ -119,6 +123,27 @@ def test_who_is_not_sampled_is_not_recorded_but_passed_on(upstream: FakeUpstream
     assert spans_of(upstream, b'{"model": "tiny"}', [], share=0.0) == []
     assert upstream.books.requests[-1][1]["traceparent"].endswith("-00")
     assert spans_of(upstream, b'{"model": "tiny"}', [(b"traceparent", f"00-{TRACE}-{PARENT}-00".encode())]) == []
+
+
+class Stuck(SpanExporter):
+    """Takes a batch and is not done with it until it is told to end."""
+
+    def __init__(self) -> None:
+        self.ended = threading.Event()
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        """See OpenTelemetry."""
+        self.ended.wait(60)
+        return SpanExportResult.FAILURE
+
+    def shutdown(self) -> None:
+        """See OpenTelemetry."""
+        self.ended.set()
+
+
+def test_a_silent_collector_keeps_no_worker_from_ending(upstream: FakeUpstream) -> None:
+    traces = Traces("http://unused", 1.0, Stuck())
+    assert asyncio.run(asyncio.wait_for(served(upstream, traces, b'{"model": "tiny"}', []), 20)) == 200
 
 
 def test_a_failed_request_is_an_error(upstream: FakeUpstream) -> None:
