@@ -57,12 +57,11 @@ class Escalation:
         if not asked:
             exchange.body = Body(body.with_fields({"logprobs": True}))
             exchange.payload = exchange.body.raw
-        reply: Reply | ApiError
-        try:
-            reply = await proceed(exchange)
-        except ApiError as error:
-            reply = error
+        reply = await _answered(exchange, proceed)
         exchange.body, exchange.payload = body, payload
+        if not asked and _refuses_logprobs(reply):
+            # It is asked again as the client wrote it: what was refused is not the client's wish.
+            reply = await _answered(exchange, proceed)
         then, held = _of_tier(routes, self._settings.then), None
         others = _without(routes, first) if exchange.calls else routes
         if isinstance(reply, Reply) and reply.chunks is not None and (left_s := self._left_s(exchange)) > 0:
@@ -134,6 +133,18 @@ class Escalation:
                 await begun.close()
                 return None
         return better if better.status < 400 else None
+
+
+async def _answered(exchange: Exchange, proceed: Handler) -> Reply | ApiError:
+    """The answer, or the gateway's own error in its place."""
+    try:
+        return await proceed(exchange)
+    except ApiError as error:
+        return error
+
+
+def _refuses_logprobs(reply: Reply | ApiError) -> bool:
+    return isinstance(reply, Reply) and reply.status in (400, 422) and b"logprobs" in (reply.body or b"")
 
 
 def _of_tier(routes: Sequence[Route], tier: str, *, logprobs: bool = False) -> list[Route]:

@@ -7,6 +7,7 @@ from http.client import IncompleteRead
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from tests.gateway.running import RunningGateway, wait_until
 from tests.gateway.upstream import Books, FakeUpstream
@@ -245,6 +246,31 @@ def test_the_allowance_ends_the_holding() -> None:
             assert not built.large.books.requests
         with pytest.raises(IncompleteRead):  # what breaks then has been shown
             built.ask({"small": {**SURE, "interval_s": 0.2, "cut_after": 4}, "large": {}}, stream=True)
+    built.close()
+
+
+class Unwilling(FakeUpstream):
+    """Refuses requests for log probabilities."""
+
+    async def _answer(self, request: web.Request, raw: bytes) -> web.StreamResponse:
+        if json.loads(raw).get("logprobs"):
+            return web.json_response({"error": {"message": "logprobs are not supported"}}, status=400)
+        return await super()._answer(request, raw)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_client_sees_that_what_only_the_gateway_asked_for_is_refused(stream: bool) -> None:
+    built = Pair()
+    built.small.stop()
+    built.small = Unwilling(("small",), built.small.port).start()
+    with built.gateway:
+        status, headers, body = built.ask({"small": {}, "large": {}}, stream=stream)
+        assert (status, headers["x-tokenmill-tier"], headers["x-tokenmill-escalated"]) == (200, "utility", "false")
+        assert body == built.small.books.sent[0]
+        assert ["logprobs" in json.loads(raw) for _, _, raw in built.small.books.requests] == [True, False]
+        status, _, body = built.ask({"small": {}, "large": {}}, stream=stream, logprobs=True)
+        assert (status, json.loads(body)["error"]["message"]) == (400, "logprobs are not supported")
+        assert len(built.small.books.requests) == 1
     built.close()
 
 
