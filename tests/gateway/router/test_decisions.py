@@ -85,6 +85,26 @@ def test_of_tiers_that_cost_the_same_the_better_goes_first() -> None:
     assert order(routed(alike, text="Hello.")) == ["better", "good"]
 
 
+def test_a_key_is_held_to_its_regions() -> None:
+    there = (
+        backend("eu", "t", 1, 0.9, region="eu"),
+        backend("us", "t", 1, 0.9, region="us"),
+        backend("nowhere", "t", 1, 0.9),
+        backend("far", "other", 1, 0.9, region="us"),
+    )
+    portfolio = Portfolio(there, Settings())
+    for regions, seen in (({"eu"}, ["eu"]), ({"eu", "us"}, ["eu", "us"]), ({"uk"}, [])):
+        clearance = Clearance(regions=frozenset(regions))
+        narrowed = clearance.narrow(portfolio.routes("t"))
+        assert [target.backend.name for route in narrowed for target in route.targets] == seen
+        if seen:
+            assert set(order(routed(portfolio, clearance=clearance))) == {*seen, *({"far"} if "us" in regions else ())}
+        else:
+            with pytest.raises(ApiError) as caught:
+                routed(portfolio, clearance=clearance)
+            assert (caught.value.status, "region uk" in caught.value.message) == (403, True)
+
+
 def test_a_key_is_held_to_its_models() -> None:
     assert order(routed(TWO, principal=Principal("k", models=("auto", "utility")))) == ["small"]
     assert order(routed(TWO, principal=Principal("k", models=("auto", "large")))) == ["large"]
