@@ -38,6 +38,7 @@ JOINED_HERE_BYTES = 1 << 20
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _JSON = b"application/json"
 _IDENTITY = b"identity"
+_FLAGS = (None, b"false", b"true", b"null")
 _CONTENT_TYPE = frozenset({b"content-type"})
 
 
@@ -134,8 +135,8 @@ async def exchange_of(scope: Scope, fields: Fields, payload: bytes, identity: st
         started: When its head had arrived, by `time.perf_counter()`.
 
     Raises:
-        ApiError: 400 when the body is not a JSON object (or a form that `form_of` takes), or `model` is not a string;
-            404 when that is longer than `MOST_OF_A_NAME`; 415 when it is compressed.
+        ApiError: 400 when the body is not a JSON object (or a form that `form_of` takes), or `model` is not a string
+            or `stream` no truth value; 404 when that is longer than `MOST_OF_A_NAME`; 415 when it is compressed.
     """
     headers: Headers = scope["headers"]
     body: Body | None = None
@@ -158,6 +159,9 @@ async def exchange_of(scope: Scope, fields: Fields, payload: bytes, identity: st
         await check_utf8(payload)
         body = await parsed(payload)
         model = body.get("model", str)
+        if body.raw_field("stream") not in _FLAGS:
+            # Some backends take a 1 or a "true" for it, and such a stream's tokens nobody would have asked for.
+            body.get("stream", bool)
     if model is not None and len(model) > MOST_OF_A_NAME:
         raise model_not_found(model)
     exchange = Exchange(

@@ -52,6 +52,14 @@ def test_malformed_json_is_400(gateway: RunningGateway, upstream: FakeUpstream, 
     assert not upstream.books.requests
 
 
+@pytest.mark.parametrize("stream", [1, "true", "yes", [], 0.0])
+def test_stream_of_a_wrong_type_is_400(gateway: RunningGateway, upstream: FakeUpstream, stream: object) -> None:
+    status, _, body = gateway.post(CHAT, {"model": "tiny", "messages": [], "stream": stream})
+    assert (status, error_of(body)["param"]) == (400, "stream")
+    assert not upstream.books.requests
+    assert gateway.post(CHAT, {"model": "tiny", "messages": [], "stream": None})[0] == 200
+
+
 @pytest.mark.parametrize("encoding", ["gzip", "deflate", "x"])
 def test_compressed_body_is_415(gateway: RunningGateway, upstream: FakeUpstream, encoding: str) -> None:
     # Also one that is JSON as it stands: unpacked, it might be another.
