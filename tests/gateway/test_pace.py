@@ -39,6 +39,8 @@ def test_tokens_count_when_they_are_known() -> None:
     pace = Pace(None, 100, lambda: now)
     pace.used(99)
     assert pace.allows()
+    pace.used(1)
+    assert not pace.allows()
     pace.used(50)
     assert not pace.allows()
     now = 61.0
