@@ -9,6 +9,7 @@ import orjson
 
 from tokenmill.engine.gateway.anthropic import FINISH, error, usage_of
 from tokenmill.engine.gateway.connection import CutError, NoAnswerError
+from tokenmill.engine.gateway.sse import LONGEST
 
 
 class RefusedError(Exception):
@@ -52,7 +53,7 @@ async def _from(first: bytes, stream: AsyncGenerator[bytes, None]) -> AsyncGener
 
 
 async def _translated(chunks: AsyncIterator[bytes], include_usage: bool) -> AsyncGenerator[bytes, None]:
-    """The chunks; raises `CutError` for a stream that does not come to its end, or has events that are none."""
+    """The chunks; raises `CutError` where a stream does not come to its end, or an event is none or endless."""
     translator = _Translator(include_usage)
     rest = b""
     try:
@@ -61,6 +62,8 @@ async def _translated(chunks: AsyncIterator[bytes], include_usage: bool) -> Asyn
             out = b"".join(translator.event(event) for event in events)
             if out:
                 yield out
+            if len(rest) > LONGEST:
+                raise CutError
         if out := translator.event(rest):
             yield out
     except (KeyError, TypeError, AttributeError, ValueError):

@@ -15,6 +15,7 @@ from tokenmill.engine.gateway import anthropic, anthropic_stream
 from tokenmill.engine.gateway.api_error import ApiError
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.connection import CutError, NoAnswerError
+from tokenmill.engine.gateway.sse import LONGEST
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 TOOLS: Any = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
@@ -174,7 +175,13 @@ def test_counts_that_are_null_later_are_those_of_the_start() -> None:
 
 @pytest.mark.parametrize(
     "event",
-    [b"data: {nonsense\n\n", {"type": "content_block_delta"}, {"type": "message_delta", "delta": None}, b"data: 1\n\n"],
+    [
+        b"data: {nonsense\n\n",
+        {"type": "content_block_delta"},
+        {"type": "message_delta", "delta": None},
+        b"data: 1\n\n",
+        pytest.param(b"x" * (LONGEST + 1), id="endless"),
+    ],
 )
 def test_malformed_events_cut_a_stream(event: bytes | dict[str, Any]) -> None:
     with pytest.raises(CutError):
