@@ -9,7 +9,8 @@ The worker
 * is killed by the kernel when the thread that started it ends (Linux: PR_SET_PDEATHSIG), so `kill -9` of the
   parent leaves no orphan. Start workers from the parent's main thread.
 
-Exit status 2: the document is wrong; 3: what it names cannot be used. One line on standard error says how.
+Exit status 2: the document or a variable is wrong; 3: what it names cannot be used. One line on standard error says
+how.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from tokenmill.engine.gateway.acceptor import Server
 from tokenmill.engine.gateway.assembly import create_app
 from tokenmill.engine.gateway.protocol import protocol_class
 from tokenmill.engine.gateway.settings import Document
-from tokenmill.errors import ConfigurationError
+from tokenmill.errors import ConfigurationError, TokenmillError
 
 #: linux/prctl.h
 PR_SET_PDEATHSIG = 1
@@ -102,18 +103,25 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         document = Document.from_json(sys.stdin.buffer.read())
+        log_to_stderr()
     except ConfigurationError as error:
-        print(f"gateway worker: {error}", file=sys.stderr)
-        return 2
+        return _refuse(error, 2)
     die_with_parent(document.parent_pid)
     give_memory_back()
-    log_to_stderr()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     # uvicorn raises the signal again after draining; a drained worker has done what it was asked to and exits with 0.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with socket.socket(fileno=options.fd) as listener:
-        serve(document, listener)
+        try:
+            serve(document, listener)
+        except TokenmillError as error:
+            return _refuse(error, 3)
     return 0
+
+
+def _refuse(error: TokenmillError, status: int) -> int:
+    print(f"gateway worker: error: {error}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

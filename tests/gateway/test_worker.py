@@ -1,6 +1,7 @@
 """The worker process: its document, its end, its parent's end."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from tests.gateway.running import RunningGateway, is_alive, read_all, wait_until
 from tests.gateway.upstream import FakeUpstream
 from tokenmill.engine.gateway.backends import Backend
+from tokenmill.engine.gateway.observability.options import Options
 from tokenmill.engine.gateway.settings import Document, Settings
 from tokenmill.errors import ConfigurationError
 
@@ -46,8 +48,31 @@ def test_wrong_document_is_one_line(text: str, says: str) -> None:
 def test_worker_reports_a_wrong_document_and_ends() -> None:
     done = subprocess.run([*WORKER, "0"], input="{}", capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith("gateway worker: ")
+    assert done.stderr.startswith("gateway worker: error: ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("level", "status", "says"),
+    [
+        ("loud", 2, "TOKENMILL_LOG_LEVEL='loud' is not accepted"),
+        ("info", 3, "observability.traces needs opentelemetry"),
+    ],
+)
+def test_what_a_worker_cannot_use_is_one_line(level: str, status: int, says: str) -> None:
+    document = Document((Backend("a", "http://h", "t"),), observability=Options(traces="http://h/v1/traces"))
+    program = (
+        "import sys; sys.modules['opentelemetry.sdk.resources'] = None;"
+        "from tokenmill.engine.gateway.worker import main; sys.exit(main())"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        done = subprocess.run(
+            [sys.executable, "-c", program, "--fd", str(listener.fileno())],
+            input=document.to_json(), capture_output=True, timeout=30, check=False, pass_fds=[listener.fileno()],
+            env={**os.environ, "TOKENMILL_LOG_LEVEL": level},
+        )  # fmt: skip
+    (line,) = done.stderr.decode().splitlines()
+    assert (done.returncode, line.startswith(f"gateway worker: error: {says}")) == (status, True), line
 
 
 def test_base_url_with_and_without_v1() -> None:
