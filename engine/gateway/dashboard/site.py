@@ -208,7 +208,8 @@ class DashboardSite:
         reader = self._sources.governance.store.reader
         token = session.token(reader, self._options, request.cookies[session.COOKIE])
         # It takes milliseconds, and where it is the first one tens of them; requests to models go on meanwhile.
-        page = partial(self._page, f=figures, actor=actor, token=token, spans=list(SPANS))
+        still = "still" in request.query_params  # for who reads or writes for longer than a page stands
+        page = partial(self._page, f=figures, actor=actor, token=token, spans=list(SPANS), still=still)
         return await asyncio.to_thread(page, "overview.html.jinja")
 
     async def _figures(self, span: str) -> Figures:

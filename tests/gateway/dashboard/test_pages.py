@@ -117,6 +117,13 @@ def test_the_page_has_the_figures_of_both_workers(browser: Browser) -> None:
     assert browser.get("/dashboard?span=../../etc")[0] == 200
 
 
+def test_a_page_loads_itself_anew_unless_it_is_to_stand_still(browser: Browser) -> None:
+    browser.log_in()
+    live, still = browser.get("/dashboard?span=1h")[2], browser.get("/dashboard?span=1h&still=1")[2]
+    assert '<meta http-equiv="refresh"' in live and "span=1h&amp;still=1" in live and "span=7d&amp;still=1" not in live
+    assert "http-equiv" not in still and "span=7d&amp;still=1" in still and 'href="/dashboard?span=1h">' in still
+
+
 def test_of_many_budgets_the_fullest_are_shown(tmp_path: Path, upstream: FakeUpstream) -> None:
     with Workers(tmp_path, Backend("a", upstream.url, "utility", models=("tiny",))) as workers:
         browser = Browser(workers)
