@@ -21,7 +21,7 @@ T = TypeVar("T")
 SLICE_BYTES = 256 * 1024
 
 #: Fields by which it is decided where a request goes, what it costs and what may be seen of it.
-_DECISIVE = frozenset(
+DECISIVE = frozenset(
     {
         *("model", "messages", "prompt", "suffix", "input", "instructions", "system", "tools", "functions", "metadata"),
         *("stream", "stream_options", "n", "best_of", "max_tokens", "max_completion_tokens", "max_output_tokens"),
@@ -64,7 +64,7 @@ def _check_case(names: Iterable[str]) -> None:
     """Refuses `Model`: servers written in Go (Ollama) take it for `model`, and the last of both counts there."""
     for name in names:
         plain = name.casefold()
-        if plain != name and plain in _DECISIVE:
+        if plain != name and plain in DECISIVE:
             raise ApiError(
                 400,
                 f"The field `{quote(name)}` is `{plain}` to some servers and nothing to others; write `{plain}`.",
