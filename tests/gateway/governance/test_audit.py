@@ -139,3 +139,17 @@ class Answered:
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._rows)
+
+
+def test_a_last_row_whose_hash_was_worked_out_anew_is_found() -> None:
+    connection = trail()
+    query = "SELECT sequence, at, actor, action, subject, details, hash FROM audit WHERE sequence = ?"
+    before = connection.execute(query, (ROWS - 1,)).fetchone()
+    last = connection.execute(query, (ROWS,)).fetchone()
+    row = (*last[:2], "nobody", *last[3:6])
+    connection.execute(
+        "UPDATE audit SET actor = ?, hash = ? WHERE sequence = ?", ("nobody", audit._digest(before[6], row), ROWS)
+    )
+    with pytest.raises(CheckpointError, match="its head says"):
+        audit.verify(connection)
+    connection.close()
