@@ -1,6 +1,7 @@
 """Reads token counts out of answers on their way to the client."""
 
 import contextlib
+import json
 import math
 from typing import Any
 
@@ -254,12 +255,16 @@ class StreamUsage:
             line = tail[at : tail.find(b"\n", at) + 1 or None].splitlines()[0]
             if line.startswith(b"data:"):
                 said = line[5:] if b'"message_delta"' not in line else _of_message(self._begin or tail, line[5:])
-                read_usage(said, usage)
-                if usage.exact:
-                    # Neither the usage alone nor the end is an event with tokens.
-                    empty = _is_usage_alone(line) + (b"data: [DONE]" in tail)
-                    self._known.learn(events - empty, usage.completion)
-                    return
+            elif at == 0:
+                said = _of_end(line[line.rfind(b'"usage"') :])
+            else:
+                continue
+            read_usage(said, usage)
+            if usage.exact:
+                # Neither the usage alone nor the end is an event with tokens.
+                empty = _is_usage_alone(line) + (b"data: [DONE]" in tail)
+                self._known.learn(events - empty, usage.completion)
+                return
         usage.completion = self._known.estimate(events, tail)
 
 
@@ -267,6 +272,14 @@ def _ends_between(before: bytes, after: bytes) -> int:
     """How many events end with bytes of both; `before` and `after` are the three next to where a stream was cut."""
     both = before + after
     return sum(both.count(end) - before.count(end) - after.count(end) for end in (b"\n\n", b"\r\n\r\n"))
+
+
+def _of_end(end: bytes) -> bytes:
+    """The usage of an event that is too long to be kept, as one with a picture in it, from its end."""
+    with contextlib.suppress(ValueError, RecursionError):
+        rest, _ = json.JSONDecoder().raw_decode("{" + end.decode())
+        return msgspec.json.encode({"usage": rest["usage"]})
+    return b""
 
 
 def _of_message(begin: bytes, last: bytes) -> bytes:

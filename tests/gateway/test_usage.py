@@ -129,6 +129,7 @@ COMPLETED = {
     "type": "response.completed",
     "response": {"output": "x" * 20_000, "usage": {"input_tokens": 9, "output_tokens": 4}},
 }
+PICTURED = {"usage": {"input_tokens": 9, "output_tokens": 4}}
 MESSAGE = (
     {"type": "message_start", "message": {"usage": {"input_tokens": 9, "cache_read_input_tokens": 5}}},
     *[{"type": "content_block_delta", "delta": {"type": "text_delta", "text": "word " * 10}}] * 200,
@@ -144,6 +145,19 @@ MESSAGE = (
     [
         # The last event of the Responses API repeats the whole answer.
         (({"type": "response.output_text.delta", "delta": "x"},) * 100 + (COMPLETED,), (9, 0, 4, True)),
+        # A picture is longer than what is kept of a stream, whatever stands behind the usage.
+        (({"type": "image_generation.completed", "b64_json": "x" * 1_100_000, **PICTURED},), (9, 0, 4, True)),
+        (
+            (
+                {
+                    "type": "response.completed",
+                    "response": {"output": "x" * 1_100_000, **PICTURED, "metadata": {"a": "b"}},
+                    "sequence_number": 7,
+                },
+            ),
+            (9, 0, 4, True),
+        ),
+        (({"b64_json": "x" * 1_100_000, "usage": "much"},), (0, 0, 1, False)),
         # The Messages API states the prompt's tokens in the first event, and in the last one only some servers do.
         (MESSAGE, (14, 5, 4, True)),
         (MESSAGE[:1] + MESSAGE[-2:], (14, 5, 4, True)),
