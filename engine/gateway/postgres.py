@@ -279,8 +279,8 @@ class Postgres:
             return self._session
         if not self._session.broken:
             with contextlib.suppress(StoreUnavailableError):
-                self._session.execute("SELECT 1")
-                return self._session
+                if not self._session.execute(_IS_STANDBY).fetchone()[0]:
+                    return self._session
         # Until all is taken again, the broken one stands for what is lost.
         self._session.close()
         session = PostgresConnection(self._url, RECONNECT_TIMEOUT_S)
@@ -309,6 +309,8 @@ def shown(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
+#: Whether another server has taken its place: names that are held there are held nowhere.
+_IS_STANDBY = "SELECT pg_is_in_recovery()"
 #: Whether nobody holds an advisory lock, by the halves of its number.
 _IS_FREE = (
     "SELECT NOT EXISTS (SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 1 AND granted "

@@ -108,6 +108,26 @@ def test_a_server_that_became_read_only_is_left_for_the_one_in_its_place(url: st
     store.close()
 
 
+def test_names_are_taken_again_where_another_server_took_its_place(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, other = Store(url, SCHEMA), Store(url, SCHEMA)
+    held = store.claim("ours")
+    assert held is not None
+    database = store._database
+    assert isinstance(database, postgres_module.Postgres)
+    before = database._session
+    store.inherit("another")
+    assert database._session is before
+    with monkeypatch.context() as demoted:
+        demoted.setattr(postgres_module, "_IS_STANDBY", "SELECT true")
+        store.inherit("another")
+    assert database._session is not before
+    assert other.claim("ours") is None
+    held.release()
+    assert other.claim("ours") is not None
+    store.close()
+    other.close()
+
+
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
