@@ -76,7 +76,7 @@ class _Translator:
     """Events of one stream, one after another.
 
     Attributes:
-        ended: The backend has said that the answer is complete, or that it failed.
+        ended: The backend has said that the answer is complete.
     """
 
     def __init__(self, include_usage: bool) -> None:
@@ -144,7 +144,6 @@ class _Translator:
         return last
 
     def _on_error(self, event: dict[str, Any]) -> bytes:
-        self.ended = True
         status, body = error(None, orjson.dumps(event))
         if not self._common:
             raise RefusedError(status, body)

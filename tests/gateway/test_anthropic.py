@@ -190,6 +190,11 @@ def test_malformed_events_cut_a_stream(event: bytes | dict[str, Any]) -> None:
         streamed(event, START, STOP)
 
 
+def test_an_error_in_the_midst_is_told_and_cuts_the_stream() -> None:
+    with pytest.raises(CutError):
+        streamed(START, {"type": "error", "error": {"type": "api_error", "message": "Internal"}})
+
+
 def test_marks_for_the_cache_are_kept() -> None:
     mark = {"cache_control": {"type": "ephemeral"}}
     part = {"type": "text", "text": "long", **mark}
