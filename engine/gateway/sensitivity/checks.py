@@ -349,7 +349,11 @@ def ipv6(text: bytes, start: int, end: int) -> tuple[int, int] | None:
     """The same in the longer form."""
     while text[start] not in b":0123456789ABCDEFabcdef":
         start += 1
-    if is_one_of(text, end, ALNUM + b":") or (is_one_of(text, end, b".") and is_one_of(text, end + 1, DIGITS)):
+    if is_one_of(text, end, ALNUM + b":"):
+        return None
+    if text[end - 1] == ord(":") and text[end - 2] != ord(":"):
+        end -= 1  # what follows is said of it
+    if is_one_of(text, end, b".") and is_one_of(text, end + 1, DIGITS):
         return None
     shown = text[start:end].decode("ascii")
     if "::" not in shown and shown.count(":") < 6:

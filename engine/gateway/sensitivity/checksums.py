@@ -110,7 +110,7 @@ def de_tax_id(digits: str) -> bool:
 def fr_nir(text: str) -> bool:
     """French social security numbers: 97 minus the number modulo 97; 2A and 2B are Corsica."""
     number = text[:13].upper().replace("2A", "19").replace("2B", "18")
-    return number.isdigit() and 97 - int(number) % 97 == int(text[13:])
+    return len(text) == 15 and number.isdigit() and 97 - int(number) % 97 == int(text[13:])
 
 
 def es_nif(text: str) -> bool:

@@ -141,7 +141,8 @@ class Detector:
                 hidden = await redaction.body(body, turns)
             except BrokenJsonError:
                 return self._stay(kinds, f"it holds {named} in arguments of a tool that would be no JSON any more")
-            if not (await self._find(await texts_of(hidden, address, turns), turns)).data:
+            searched = await self._find(await texts_of(hidden, address, turns), turns)
+            if not searched.data and not await redaction.left(turns):
                 why = f"placeholders stand for {named}"
                 return Clearance(kinds, "redact", redaction=redaction, hidden=hidden, why=why)
         return self._stay(kinds, f"it holds {named} where no placeholder can stand")

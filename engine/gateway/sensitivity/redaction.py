@@ -48,6 +48,8 @@ class Redaction:
         self._values = {placeholder: value for value, placeholder in self.placeholders.items()}
         self._labels = [f"[{label}_" for label in counts]
         self._needles = Needles(self.placeholders)
+        #: The values that were found in what was hidden so far.
+        self.hidden: set[str] = set()
         self._longest = max(map(len, self._values), default=0)
 
     async def hide(self, text: str, turns: Turns) -> str:
@@ -66,12 +68,42 @@ class Redaction:
             for places in self._needles.places(text):
                 for start, end, value in places:
                     pieces += (text[done:start], self.placeholders[value])
+                    self.hidden.add(value)
                     done = end
                 if turns.due():
                     await turns.give()
         except TangleError:
             raise DetectorError("too much of what was found overlaps") from None
         return "".join((*pieces, text[done:])) if pieces else text
+
+    async def left(self, turns: Turns) -> bool:
+        """Whether a value stands in none of the texts that were hidden: pieces of it are in several.
+
+        A value inside of another went with that. An address at a part's end that the next part's first word continues
+        counts as what it is without the word.
+
+        Args:
+            turns: Says when others run.
+
+        Raises:
+            DetectorError: It took too long.
+        """
+        gone = "\0".join(self.hidden)
+        for value in self.placeholders:
+            if value not in self.hidden and value not in gone and not self._without_a_word(value):
+                return True
+            if turns.due():
+                await turns.give()
+        return False
+
+    def _without_a_word(self, value: str) -> bool:
+        """Whether an address was hidden that goes on with a word here."""
+        end = len(value)
+        while "@" in value and end and value[end - 1].isalpha():
+            end -= 1
+            if value[:end] in self.hidden:
+                return True
+        return False
 
     def restore(self, text: str) -> str:
         """The text with the values back."""

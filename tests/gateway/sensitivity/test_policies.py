@@ -409,6 +409,29 @@ def test_of_data_that_overlap_no_piece_is_left(text: str, hidden: str) -> None:
     assert json.loads(clearance.hidden.raw) == {"prompt": hidden}
 
 
+SPLIT = [
+    ("Authorization: Bearer 83KNEiFH7Z8kRILjc8Nj", "qfGxl4n2Cus4WyQjJAxf"),
+    ("john@example.co", "mpany.example"),
+    ("+49 171 1234", "567890"),
+    ("10.20.30.4", "0"),
+    ("password: hunter22", "secret99"),
+]
+
+
+@pytest.mark.parametrize("parts", SPLIT, ids=lambda parts: parts[0])
+def test_data_split_over_two_parts_stay_although_the_first_half_looks_like_some(parts: tuple[str, str]) -> None:
+    content = [{"type": "text", "text": part} for part in parts]
+    body = json.dumps({"messages": [{"role": "user", "content": content}]}).encode()
+    assert clear(SensitivitySettings(default="redact"), body).action == "stay"
+
+
+@pytest.mark.parametrize("parts", [("From: bob@example.com", "Summarise this"), ("call +49 171 1234567", "today")])
+def test_a_word_in_the_next_part_is_none_of_the_data(parts: tuple[str, str]) -> None:
+    content = [{"type": "text", "text": part} for part in parts]
+    body = json.dumps({"messages": [{"role": "user", "content": content}]}).encode()
+    assert clear(SensitivitySettings(default="redact"), body).action == "redact"
+
+
 def test_the_address_of_a_request_is_searched(gateway: RunningGateway, cloud: FakeUpstream) -> None:
     cloud.books = Books()
     for path in ("/v1/users/bob.smith@example.com/summary", "/v1/users/summary?of=bob.smith%40example.com"):
