@@ -224,6 +224,10 @@ def test_vllms_page_is_read() -> None:
     assert (found.cache_hits, found.accepted) == (0.25, None)
     for page in (b"other_metric 1\n", b"vllm:num_requests_running nonsense\n", b"vllm:num_requests_running NaN\n"):
         assert engines.read("e", "utility", page) is None
+    # One server's nonsense is not to take everybody's metrics away.
+    for number in (b"1e308", b"-1", b"inf"):
+        page = b"vllm:num_requests_running %b\n" % number
+        assert engines.read("e", "utility", 2 * page) is None
 
 
 def test_what_an_engine_does_not_tell_has_no_series() -> None:
