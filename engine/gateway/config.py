@@ -254,15 +254,19 @@ class RemoteBackend(Backend):
     def _url_is_http(cls, value: str) -> str:
         try:
             parts = urlsplit(value)
+        except ValueError:
+            raise ValueError("the URL is not http(s)://host[:port][/prefix]") from None
+        if parts.username is not None or parts.password is not None:
+            # First: other errors show the whole address.
+            raise ValueError("the URL holds a password; put the key into a variable and name it in 'api_key_env'")
+        try:
             usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-            parts.netloc.encode("idna")
+            (parts.hostname or "").encode("idna")
         except ValueError:
             usable = False
         strange = re.search(r"[\s\x00-\x1f\x7f\\]", value) or not parts.path.isascii() if usable else False
         if not usable or strange or parts.query or parts.fragment:
             raise ValueError(f"{value!r} is not http(s)://host[:port][/prefix]")
-        if parts.username is not None or parts.password is not None:
-            raise ValueError("the URL holds a password; put the key into a variable and name it in 'api_key_env'")
         return value
 
     @model_validator(mode="after")

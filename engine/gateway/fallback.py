@@ -19,7 +19,7 @@ from tokenmill.engine.gateway.breaker import RetryBudget
 from tokenmill.engine.gateway.governance import bounds
 from tokenmill.engine.gateway.pipeline import Exchange, Reply
 from tokenmill.engine.gateway.portfolio import Route, Target, of_tier
-from tokenmill.engine.gateway.router.features import BYTES_PER_TOKEN, at_once, features_of
+from tokenmill.engine.gateway.router.features import BYTES_PER_TOKEN, features_of
 
 #: What a failure means. `unsent`: the backend has not seen the request; `failed`: another backend may do better;
 #: `lost`: the backend took it and is not heard of any more, so it may have done the work; `context`: the prompt is too
@@ -101,7 +101,7 @@ def fitting(routes: Sequence[Route], exchange: Exchange) -> Sequence[Route]:
     if len(known) == len(windows):
         if most <= min(known):
             return [route for route in routes if route.after != "context"]
-        if least > max(known) and at_once(features_of(exchange)) + stated > max(known):
+        if least > max(known) and features_of(exchange).at_once + stated > max(known):
             instead = [Route(route.targets, route.model, route.why) for route in routes if route.after == "context"]
             return [*instead, *(route for route in routes if route.after == "error")]
     return routes

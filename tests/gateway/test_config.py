@@ -72,6 +72,7 @@ MISTAKES = [
     ('tiers: {u: {backends: [{url: "http://x/\\x01"}]}}\n', 1, "not http(s)://"),
     ('tiers: {u: {backends: [{url: "http://x", health_path: "/a\\r\\nb: c"}]}}\n', 1, "match pattern"),
     ("tiers: {u: {backends: [{url: 'http://me:secret@x'}]}}\n", 1, "api_key_env"),
+    (f"tiers: {{u: {{backends: [{{url: 'http://me:{'secret' * 20}@x/?y'}}]}}}}\n", 1, "api_key_env"),
     ("tiers: {u: {backends: [{url: 'http://x', api_key_env: sk-123}]}}\n", 1, "match pattern"),
     ("tiers: {u: {backends: [{url: 'http://x', api_key: k, api_key_env: K}]}}\n", 1, "keep one"),
     ("tiers: {u: {fallbacks: [v], backends: [{model: m}]}}\n", 1, "falls back to 'v'"),

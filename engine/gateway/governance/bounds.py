@@ -7,6 +7,7 @@ asked for; else the backend's longest answer or its context window; else the con
 more (it may ignore `max_tokens`, or price things that are no tokens): `books` says what is done then.
 """
 
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -36,6 +37,10 @@ _ANSWERS = ("n", "best_of", "n_cmpl")
 #: Members of a request to the Responses API that name what is read before it: an earlier answer and all before that,
 #: a conversation, a prompt that is kept there.
 _EARLIER = ("previous_response_id", "conversation", "prompt")
+#: Begins a list of texts or of lists.
+_SEVERAL = re.compile(rb"\[\s*[\"\[]")
+#: Lists with more are not taken apart.
+_MOST_COMMAS = 1 << 15
 #: Fields that say something about a request's size.
 _TELLING = frozenset({*_LENGTHS, *_ANSWERS, "tools", "functions", "chat_template"})
 #: Lists of what is scored, each with all else in the request.
@@ -150,17 +155,23 @@ def _scored(body: Body, prompt: int) -> Asked:
     for name in _SCORED:
         raw = body.raw_field(name)
         if raw is not None and raw.startswith(b"["):
-            count = len(body.get(name, list[msgspec.Raw]) or ())
+            count = _count_items(body, name, raw)
             if count > 1:
                 pairs = max(pairs, count)
                 listed += len(raw) + media_tokens(raw)
-    return Asked(min(prompt + (pairs - 1) * (prompt - listed + TEMPLATE_TOKENS), _MOST_TOKENS), pairs, 1, 0)
+    each = max(prompt - listed, 0) + TEMPLATE_TOKENS
+    return Asked(min(prompt + (pairs - 1) * each, _MOST_TOKENS), pairs, 1, 0)
 
 
 def _prompts(body: Body, field: str) -> int:
     """How many prompts a field holds: one text, a list of token ids, or a list of either."""
     raw = body.raw_field(field)
-    if raw is None or not raw.startswith(b"["):
+    if raw is None or _SEVERAL.match(raw) is None:
         return 1
-    parts = body.get(field, list[msgspec.Raw])
-    return len(parts) if parts and bytes(parts[0]).lstrip()[:1] in (b'"', b"[") else 1
+    return _count_items(body, field, raw)
+
+
+def _count_items(body: Body, field: str, raw: bytes) -> int:
+    """How many items a list has; of one with very many commas as many as these may part: decoding it takes seconds."""
+    commas = raw.count(b",")
+    return commas + 1 if commas > _MOST_COMMAS else len(body.get(field, list[msgspec.Raw]) or ())

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from tokenmill.engine.gateway.decision import Reason
 from tokenmill.engine.gateway.hints import Hints
 from tokenmill.engine.gateway.money import dollars
-from tokenmill.engine.gateway.router.features import Features, at_once
+from tokenmill.engine.gateway.router.features import Features
 from tokenmill.engine.gateway.router.observed import Observed
 from tokenmill.engine.gateway.router.options import Option
 from tokenmill.engine.gateway.router.settings import RoutingSettings, Rule
@@ -120,7 +120,7 @@ class ContextLength:
             return None
         features = question.features
         answer = f" and {features.completion_limit} of the answer" if features.completion_limit else ""
-        return f"about {at_once(features)} tokens{answer} are too many for {', '.join(small)}"
+        return f"about {features.at_once} tokens{answer} are too many for {', '.join(small)}"
 
 
 class Budget:

@@ -19,7 +19,6 @@ from tokenmill.engine.gateway.router.question import text_of, text_of_parts
 BYTES_PER_TOKEN = 4
 #: How a JSON list begins.
 _LIST = ord("[")
-_DIGITS = b"0123456789"
 
 #: Words and forms by the feature that they speak for.
 _SIGNS: dict[str, bytes] = {
@@ -81,6 +80,8 @@ _EACH = {
     "/v1/completions": "prompt",
 }
 
+#: Lists with more are not taken apart.
+_MOST_COMMAS = 1 << 15
 _NONE = msgspec.Raw(b"null")
 
 
@@ -123,7 +124,7 @@ class Features(msgspec.Struct, frozen=True):
         needs: Capabilities without which it cannot be answered.
         values: The classifier's features but for those that are 0.
         several: It asks for more than one answer.
-        inputs: What may be a list of inputs, each of which is read for itself (`at_once`); None: there is none.
+        at_once: Estimated tokens of what a model reads in one go: of a list of inputs the longest.
     """
 
     endpoint: str
@@ -132,22 +133,26 @@ class Features(msgspec.Struct, frozen=True):
     completion_limit: int | None
     needs: frozenset[str]
     values: Mapping[str, float]
-    several: bool = False
-    inputs: Any = None
+    several: bool
+    at_once: int
 
 
-def at_once(features: Features) -> int:
-    """Estimated tokens of what a model reads in one go: of a list of inputs the longest. Takes time with its length."""
-    inputs = features.inputs
+def _at_once(prompt_tokens: int, inputs: memoryview | None) -> int:
+    """See `Features`; `inputs` is what may be a list of them."""
     if inputs is None or inputs[0] != _LIST:
-        return features.prompt_tokens
+        return prompt_tokens
+    raw = bytes(inputs)
+    rest = max(prompt_tokens - len(raw) // BYTES_PER_TOKEN, 0)
+    commas = raw.count(b",")
+    if raw[1:64].lstrip()[:1].isdigit():
+        return rest + commas + 1  # one input, in tokens
+    if commas > _MOST_COMMAS:
+        return rest  # to look for the longest would take seconds: its backend says what is too long
     try:
-        items = [bytes(item) for item in _ITEMS.decode(inputs)] or [b"0"]
+        items = [bytes(item) for item in _ITEMS.decode(raw)] or [b"0"]
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return features.prompt_tokens
-    # One input in tokens, or several in text or tokens.
-    longest = len(items) if items[0][0] in _DIGITS else max(map(_tokens, items))
-    return max(features.prompt_tokens - len(inputs) // BYTES_PER_TOKEN, 0) + longest
+        return prompt_tokens
+    return rest + max(map(_tokens, items))
 
 
 def _tokens(item: bytes) -> int:
@@ -163,7 +168,7 @@ def features_of(exchange: Exchange) -> Features:
     endpoint, body = exchange.endpoint, exchange.body
     if body is None:
         needs = frozenset({"audio"}) if endpoint.startswith("/v1/audio/") else frozenset[str]()
-        return Features(endpoint, b"", 0, None, needs, {"bias": 1.0})
+        return Features(endpoint, b"", 0, None, needs, {"bias": 1.0}, several=False, at_once=0)
     prompt = memoryview(b"")
     for name in _PROMPTS:
         found = body.view(name)
@@ -197,8 +202,9 @@ def features_of(exchange: Exchange) -> Features:
         if not limit and name in stated:
             limit = body.get(name, int)
     several = "n" in stated and (body.get("n", int) or 1) != 1
-    inputs = body.view(_EACH[endpoint]) if endpoint in _EACH else None
-    return Features(endpoint, question, size // BYTES_PER_TOKEN, limit, needs, values, several, inputs)
+    tokens = size // BYTES_PER_TOKEN
+    at_once = _at_once(tokens, body.view(_EACH[endpoint])) if endpoint in _EACH else tokens
+    return Features(endpoint, question, tokens, limit, needs, values, several, at_once)
 
 
 def _tools(body: Body) -> int:

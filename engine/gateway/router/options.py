@@ -8,7 +8,7 @@ from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.portfolio import Portfolio, Route, Target
 from tokenmill.engine.gateway.principal import Principal
 from tokenmill.engine.gateway.router.burst import by_preference, spread
-from tokenmill.engine.gateway.router.features import Features, at_once
+from tokenmill.engine.gateway.router.features import Features
 from tokenmill.engine.gateway.router.groups import Group, Groups
 from tokenmill.engine.gateway.router.settings import RoutingSettings
 from tokenmill.engine.gateway.sensitivity.clearance import Clearance
@@ -104,7 +104,8 @@ def _unfit(backend: Backend, features: Features) -> str | None:
     window = backend.context_window
     if window is not None:
         limit = features.completion_limit or 0
-        if features.prompt_tokens + limit > window and (length := at_once(features) + limit) > window:
+        length = features.at_once + limit
+        if length > window:
             return f"context: about {length} tokens do not fit into {window}"
     return None
 

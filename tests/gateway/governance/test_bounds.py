@@ -138,6 +138,37 @@ def test_a_window_bounds_each_text_and_not_all_of_them(path: str, texts: list[An
     assert one.at(target(100), CONFIGURED).prompt == 100
 
 
+def test_however_much_is_named_no_bound_is_negative() -> None:
+    for count in (500, 760, 800, 1000, 1001):
+        documents = [{"video_url": "http://x/y"}] * count
+        assert bounds.asked(exchange("/v1/rerank", {"query": "a", "documents": documents})).prompt > 60_000_000
+    pictures = {"query": "a" + "," * 40_000, "documents": [{"image": ["http://x"] * 30_000}, "b"]}
+    assert bounds.asked(exchange("/v1/rerank", pictures)).prompt > 80_000
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "count"),
+    [
+        ("/v1/embeddings", {"input": ["a"] * 50_000}, 50_000),
+        ("/v1/embeddings", {"input": [["a"]] * 50_000}, 50_000),
+        ("/v1/embeddings", {"input": list(range(50_000))}, 1),
+        ("/v1/completions", {"prompt": ["a"] * 50_000}, 50_000),
+        ("/v1/rerank", {"query": "b", "documents": ["a"] * 50_000}, 50_000),
+    ],
+)
+def test_long_lists_are_counted_without_decoding_them(
+    path: str, body: dict[str, Any], count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(bounds, "_MOST_COMMAS", 100)
+    asked = exchange(path, body)
+    original = Body.get
+    monkeypatch.setattr(Body, "get", lambda self, name, kind: refuse() if name in body else original(self, name, kind))
+    assert bounds.asked(asked).prompts == count
+
+
 def test_documents_that_are_paired_are_read_once() -> None:
     both = {"text_1": [TEXT] * 50, "text_2": [TEXT] * 50}
     once = len(json.dumps(both))

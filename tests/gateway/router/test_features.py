@@ -10,7 +10,7 @@ from tokenmill.engine.gateway.api_error import ApiError
 from tokenmill.engine.gateway.body import Body
 from tokenmill.engine.gateway.pipeline import Exchange
 from tokenmill.engine.gateway.router.classifier import bundled, complexity, logistic
-from tokenmill.engine.gateway.router.features import FEATURES, MEDIA_TOKENS, Features, at_once, features_of
+from tokenmill.engine.gateway.router.features import FEATURES, MEDIA_TOKENS, Features, features_of
 from tokenmill.engine.gateway.router.question import END_BYTES
 from tokenmill.engine.gateway.router.rules import Matcher
 from tokenmill.engine.gateway.router.settings import Rule
@@ -75,16 +75,18 @@ def test_of_many_inputs_the_longest_must_fit() -> None:
                             ("/v1/score", "text_2")):  # fmt: skip
         found = features(endpoint, **{field: texts})
         assert found.prompt_tokens > 5000
-        assert 45 < at_once(found) < 60
-        assert at_once(features(endpoint, **{field: texts[0]})) == features(endpoint, **{field: texts[0]}).prompt_tokens
-        assert at_once(features(endpoint, **{field: []})) <= 1
+        assert 45 < found.at_once < 60
+        assert features(endpoint, **{field: texts[0]}).at_once == features(endpoint, **{field: texts[0]}).prompt_tokens
+        assert features(endpoint, **{field: []}).at_once <= 1
     asked = features("/v1/rerank", query="why " * 1000, documents=texts)
-    assert 1000 < at_once(asked) < 1100
+    assert 1000 < asked.at_once < 1100
     tokens = list(range(10_000, 10_300))
-    assert at_once(features("/v1/embeddings", input=tokens)) == 300
-    assert at_once(features("/v1/embeddings", input=[tokens, tokens[:7]])) == 300
+    assert features("/v1/embeddings", input=tokens).at_once == 300
+    assert features("/v1/embeddings", input=[tokens, tokens[:7]]).at_once == 300
+    many = features("/v1/embeddings", input=["a, b"] * 40_000)
+    assert many.at_once < 10 < many.prompt_tokens  # not taken apart: the backend says what is too long
     chat = features(messages=[*user("word " * 40)] * 100)
-    assert at_once(chat) == chat.prompt_tokens > 5000
+    assert chat.at_once == chat.prompt_tokens > 5000
 
 
 def test_a_long_message_is_looked_at_from_both_ends() -> None:
