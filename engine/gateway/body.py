@@ -20,6 +20,9 @@ T = TypeVar("T")
 #: Bodies above this are checked for UTF-8 in slices, so that other requests run in between.
 SLICE_BYTES = 256 * 1024
 
+#: What has more commas is not decoded to count or measure what is in it: that would take milliseconds.
+MOST_COMMAS = 1 << 15
+
 #: Fields by which it is decided where a request goes, what it costs and what may be seen of it.
 DECISIVE = frozenset(
     {

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from tokenmill.engine.gateway.body import Body
+from tokenmill.engine.gateway.body import MOST_COMMAS, Body
 from tokenmill.engine.gateway.governance.media import ENOUGH_TOKENS, UNSEEN_TOKENS, media_tokens
 from tokenmill.engine.gateway.pipeline import Exchange
 from tokenmill.engine.gateway.portfolio import Target
@@ -39,8 +39,6 @@ _ANSWERS = ("n", "best_of", "n_cmpl")
 _EARLIER = ("previous_response_id", "conversation", "prompt")
 #: Begins a list of texts or of lists.
 _SEVERAL = re.compile(rb"\[\s*[\"\[]")
-#: Lists with more are not taken apart.
-_MOST_COMMAS = 1 << 15
 #: Fields that say something about a request's size.
 _TELLING = frozenset({*_LENGTHS, *_ANSWERS, "tools", "functions", "chat_template"})
 #: Lists of what is scored, each with all else in the request.
@@ -174,4 +172,4 @@ def _prompts(body: Body, field: str) -> int:
 def _count_items(body: Body, field: str, raw: bytes) -> int:
     """How many items a list has; of one with very many commas as many as these may part: decoding it takes seconds."""
     commas = raw.count(b",")
-    return commas + 1 if commas > _MOST_COMMAS else len(body.get(field, list[msgspec.Raw]) or ())
+    return commas + 1 if commas > MOST_COMMAS else len(body.get(field, list[msgspec.Raw]) or ())
