@@ -11,6 +11,8 @@ from typing import Any
 import msgspec
 import re2
 
+from tokenmill.engine.gateway.body import MOST_COMMAS
+
 #: Tokens of an image; an inlined one counts, too, for a compressed one may have more tokens than bytes.
 IMAGE_TOKENS = 4096
 #: Tokens of a video, recording or file.
@@ -19,7 +21,7 @@ UNSEEN_TOKENS = 131_072
 ENOUGH_TOKENS = 100_000_000
 #: Bodies with more names of media, or more commas, are not parsed, which takes milliseconds: all that the names could
 #: stand for counts.
-_MOST_NAMES, _MOST_COMMAS = 1000, 1 << 15
+_MOST_NAMES = 1000
 
 _IMAGE_TYPES = ("image", "input_image")
 _IMAGES = frozenset({"image_url", "image"})
@@ -44,7 +46,7 @@ def media_tokens(payload: bytes) -> int:
     """The most tokens that the media of a JSON body stand for, beside its bytes."""
     if _ANY_NAME.search(payload) is None:
         return 0
-    if _count(_ANY_NAME, payload, _MOST_NAMES + 1) <= _MOST_NAMES and payload.count(b",") <= _MOST_COMMAS:
+    if _count(_ANY_NAME, payload, _MOST_NAMES + 1) <= _MOST_NAMES and payload.count(b",") <= MOST_COMMAS:
         try:
             return _tokens_of(msgspec.json.decode(payload))
         except (msgspec.MsgspecError, RecursionError):

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import re2
 
-from tokenmill.engine.gateway.body import Body, too_deep
+from tokenmill.engine.gateway.body import MOST_COMMAS, Body, too_deep
 from tokenmill.engine.gateway.pipeline import Exchange
 from tokenmill.engine.gateway.router.question import text_of, text_of_parts
 
@@ -80,8 +80,6 @@ _EACH = {
     "/v1/completions": "prompt",
 }
 
-#: Lists with more are not taken apart.
-_MOST_COMMAS = 1 << 15
 _NONE = msgspec.Raw(b"null")
 
 
@@ -146,7 +144,7 @@ def _at_once(prompt_tokens: int, inputs: memoryview | None) -> int:
     commas = raw.count(b",")
     if raw[1:64].lstrip()[:1].isdigit():
         return rest + commas + 1  # one input, in tokens
-    if commas > _MOST_COMMAS:
+    if commas > MOST_COMMAS:
         return rest  # to look for the longest would take seconds: its backend says what is too long
     try:
         items = [bytes(item) for item in _ITEMS.decode(raw)] or [b"0"]

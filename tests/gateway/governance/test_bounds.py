@@ -162,7 +162,7 @@ def test_long_lists_are_counted_without_decoding_them(
     def refuse(*_: object) -> None:
         raise AssertionError("decoded")
 
-    monkeypatch.setattr(bounds, "_MOST_COMMAS", 100)
+    monkeypatch.setattr(bounds, "MOST_COMMAS", 100)
     asked = exchange(path, body)
     original = Body.get
     monkeypatch.setattr(Body, "get", lambda self, name, kind: refuse() if name in body else original(self, name, kind))
