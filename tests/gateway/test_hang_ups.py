@@ -89,6 +89,21 @@ def test_client_that_takes_nothing_is_cut_off(upstream: FakeUpstream) -> None:
         assert not upstream.books.sent
 
 
+def test_client_that_takes_a_little_at_a_time_is_not_cut_off(upstream: FakeUpstream) -> None:
+    settings = Settings(probe_interval_s=0.1, stall_timeout_s=0.3)
+    with RunningGateway(Backend("a", upstream.url, "utility"), settings=settings) as impatient:
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+            connection.connect(("127.0.0.1", impatient.port))
+            body = {"model": "tiny", "stream": True, "act": {"chunks": 60_000}}
+            connection.sendall(request_bytes(body).replace(b"host: a", b"host: a\r\nconnection: close"))
+            answer = b""
+            while part := connection.recv(400_000):
+                answer += part
+                time.sleep(0.04)
+        assert unframed(answer.partition(b"\r\n\r\n")[2]) == upstream.books.sent[0]
+
+
 def test_many_clients_that_hang_up(gateway: RunningGateway, upstream: FakeUpstream) -> None:
     connections = [socket.create_connection(("127.0.0.1", gateway.port)) for _ in range(50)]
     for connection in connections:
