@@ -203,6 +203,20 @@ def _four_bits(bits: object) -> None:
         raise CheckpointError(f"bits={bits!r}: only 4-bit weights can be read")
 
 
+def check_gptq(config: Mapping[str, Any]) -> None:
+    """Refuses the settings of a GPTQ checkpoint by which no layer can be read, whatever the bits of its layers are.
+
+    Raises:
+        CheckpointError: The group size of all layers is missing, that of some is no size, or the rules are none.
+    """
+    _group_size(_need(config, "group_size"))
+    rules = config.get("dynamic") or {}
+    if not isinstance(rules, Mapping) or not all(isinstance(changes, Mapping) for changes in rules.values()):
+        raise CheckpointError(f"quantization_config has dynamic={rules!r}; it must be an object of objects")
+    for changes in rules.values():
+        _group_size(changes.get("group_size", -1))
+
+
 def _group_size(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not (value == -1 or value > 0):
         raise CheckpointError(f"group_size={value!r} is neither a positive integer nor -1 (per channel)")

@@ -14,13 +14,14 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from tokenmill import env, platform
-from tokenmill.engine.vllm import compat, compiler, hooks, isa, lifetime
+from tokenmill.engine.vllm import compat, compiler, hooks, isa, lifetime, linear_checkpoint
 from tokenmill.errors import CheckpointError, TokenmillError
 from tokenmill.quant.checkpoint import Checkpoint
 from tokenmill.quant.format import parse_config
@@ -87,24 +88,25 @@ def parse(argv: Sequence[str]) -> tuple[Any, Namespace]:
 
 
 def refuse_incomplete(model: str) -> None:
-    """Ends the start before anything is loaded where an INT4 checkpoint lacks a tensor or a file of it is cut short.
+    """Ends the start before anything is loaded where an INT4 checkpoint is not whole, or of other sizes than it says.
 
     Reads headers only. What the values say is checked as each layer is packed; formats that are not ours are left to
     vLLM, and so are names of models that are no folders.
 
     Raises:
-        CheckpointError: What is missing.
+        CheckpointError: Which file is cut short, which tensor is missing or has a wrong dtype or shape.
     """
     folder = Path(model)
     if not (folder / "config.json").is_file():
         return
     quantization = read_json(folder / "config.json").get("quantization_config")
     try:
-        known = isinstance(quantization, dict) and parse_config(quantization) is not None
+        scheme = parse_config(quantization) if isinstance(quantization, dict) else None
     except CheckpointError:
         return
-    if known:
-        Checkpoint(folder).close()
+    if scheme is not None:
+        with closing(Checkpoint(folder)) as checkpoint:
+            linear_checkpoint.check_files(sorted({info.file for info in checkpoint.tensors.values()}), scheme)
 
 
 def cpu_defaults(arguments: Namespace) -> dict[str, str]:

@@ -36,7 +36,7 @@ from vllm.scalar_type import scalar_types
 from tokenmill.engine.vllm import linear_kernel
 from tokenmill.errors import CheckpointError
 from tokenmill.kernels.int4_gemm.weight import CODES_PER_WORD, Int4Weight
-from tokenmill.quant.format import STOCK_GPTQ_GROUP_SIZES
+from tokenmill.quant.format import STOCK_GPTQ_GROUP_SIZES, check_gptq
 from tokenmill.quant.pack import read_gptq_zeros
 
 NAME = "tokenmill_gptq"
@@ -54,6 +54,7 @@ class WideGPTQConfig(AutoGPTQConfig):  # type: ignore[misc]
     TYPE_MAP: ClassVar = {**AutoGPTQConfig.TYPE_MAP, (4, False): scalar_types.uint4}
 
     def __init__(self, config: Mapping[str, Any]) -> None:
+        check_gptq(config)
         QuantizationConfig.__init__(self)
         self.full_config = dict(config)
         self.checkpoint_format = config.get("checkpoint_format") or "gptq"

@@ -222,6 +222,14 @@ def test_a_missing_scale_is_named_before_anything_is_loaded(copied: Path) -> Non
         launch.refuse_incomplete(str(copied))
 
 
+def test_another_group_size_than_the_scales_have_is_seen_before_anything_is_loaded(copied: Path) -> None:
+    config = json.loads((copied / "config.json").read_text())
+    config["quantization_config"]["group_size"] //= 2
+    (copied / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"_proj: there are \d+ scales a column; K=\d+ with group_size=\d+ needs"):
+        launch.refuse_incomplete(str(copied))
+
+
 def test_a_truncated_file_is_one_line_and_a_status(copied: Path) -> None:
     whole = (copied / "model.safetensors").read_bytes()
     (copied / "model.safetensors").write_bytes(whole[: len(whole) // 2])

@@ -139,6 +139,30 @@ def concatenate(parts: list[Int4Weight]) -> Int4Weight:
     return Int4Weight(join("codes"), join("scales"), first.group_size, first.K, join("zeros"), first.g_idx)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"group_size": None}, "group_size=None is neither a positive integer nor -1"),
+        ({"group_size": 0}, "group_size=0 is neither"),
+        ({"group_size": "128"}, "group_size='128' is neither"),
+        ({"dynamic": ["-:.*down_proj"]}, r"dynamic=\['-:.*down_proj'\]; it must be an object of objects"),
+        ({"dynamic": {"+:.*down_proj": 32}}, "it must be an object of objects"),
+        ({"dynamic": {"+:.*down_proj": {"group_size": 0}}}, "group_size=0 is neither"),
+    ],
+)
+def test_settings_by_which_no_layer_can_be_read_are_one_line(changes: dict[str, Any], message: str) -> None:
+    """The engine ended with a division by zero, or with the name of a missing key alone."""
+    with pytest.raises(CheckpointError, match=message):
+        config(RAGGED, **changes)
+    missing = {key: value for key, value in write_config(RAGGED).items() if key != "group_size"}
+    with pytest.raises(CheckpointError, match="quantization_config has no 'group_size'"):
+        type(config(RAGGED)).from_config(missing)
+
+
+def test_rules_for_more_bits_are_left_to_the_layers() -> None:
+    assert config(RAGGED, dynamic={"+:.*down_proj": {"bits": 8, "group_size": 32}}).dynamic
+
+
 def test_a_shard_that_cuts_a_word_is_refused(ranks: Rank) -> None:
     ranks.size = 2
     with pytest.raises(CheckpointError, match=r"model\.down_proj is 4-bit GPTQ.*: a shard has 68 features.*smaller"):
