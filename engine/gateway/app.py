@@ -53,6 +53,8 @@ BARE_PATHS = frozenset({"/rerank", "/v2/rerank", "/score", "/pooling", "/classif
 _SHORT_DIGITS = 5
 #: What may stand in a path that is passed on: nothing that another server could read as another path.
 _PASSED_PATH = re.compile(r"/v1(/[A-Za-z0-9_~:@-][A-Za-z0-9_.~:@-]*)+")
+#: Paths by which whoever runs an engine changes it; they are none for its clients.
+_OPERATORS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 _MODEL_PREFIX = "/v1/models/"
 _REQUEST_ID = frozenset({b"x-request-id"})
 #: What the known inference paths answer to another method than POST.
@@ -356,7 +358,8 @@ class _Hangup:
 
 
 def _is_passed(path: str) -> bool:
-    return _PASSED_PATH.fullmatch(path) is not None and not path.startswith("/v1/models")
+    passed = _PASSED_PATH.fullmatch(path) is not None and not path.startswith("/v1/models")
+    return passed and path not in _OPERATORS
 
 
 def _shown(path: str) -> str:

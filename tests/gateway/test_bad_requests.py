@@ -98,6 +98,14 @@ def test_the_dry_run_asks_no_model_where_nothing_is_routed_either(
     assert len(upstream.books.requests) == before
 
 
+@pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"])
+def test_no_client_changes_an_engine(gateway: RunningGateway, upstream: FakeUpstream, path: str) -> None:
+    before = len(upstream.books.requests)
+    status, _, body = gateway.post(path, {"model": "tiny", "lora_name": "a", "lora_path": "/b"})
+    assert (status, error_of(body)["code"]) == (404, "not_found")
+    assert len(upstream.books.requests) == before
+
+
 @pytest.mark.parametrize("model", ["nobody", "", "x" * 100_000, "a\r\nb", "\u0000", "../../etc"])
 def test_unknown_model_is_404(gateway: RunningGateway, model: str) -> None:
     status, _, body = gateway.post(CHAT, {"model": model})
