@@ -148,8 +148,9 @@ class Forwarder:
         try:
             counting = counting_options(exchange)
             reply = await ask(exchange, lease, route, counting)
-        except (ConnectFailedError, NoAnswerError):
+        except (ConnectFailedError, NoAnswerError) as error:
             call.taken = False
+            call.sent = not isinstance(error, ConnectFailedError)
             lease.failed()
             lease.close()
             raise
@@ -192,7 +193,7 @@ class Forwarder:
         if target.backend.api_key is not None:
             headers = [header for header in headers if header[0] not in anthropic.CREDENTIALS]
             headers.append((b"authorization", b"Bearer " + target.backend.api_key.encode()))
-        lease.call.taken = True
+        lease.call.taken = lease.call.sent = True
         answer = await self._upstream().send(b"POST", target.origin, exchange.target_path, headers, payload)
         lease.holds(answer)
         if 300 <= answer.status < 400:
@@ -225,7 +226,7 @@ class Forwarder:
         payload = anthropic.request(exchange.payload, name)
         options = exchange.body.get("stream_options", dict[str, Any]) or {}
         headers = anthropic.headers(exchange.forward, backend.api_key)
-        lease.call.taken = True
+        lease.call.taken = lease.call.sent = True
         answer = await self._upstream().send(b"POST", lease.target.origin, anthropic.PATH, headers, payload)
         lease.holds(answer)
         if 300 <= answer.status < 400:

@@ -74,6 +74,7 @@ class Call:
         usage: Its tokens; filled in while the answer passes.
         status: Status of the answer; 0: there was none.
         taken: The backend may have worked on it.
+        sent: It went out: there was a connection, and the backend's protocol has words for it.
     """
 
     target: "Target"
@@ -81,6 +82,7 @@ class Call:
     usage: Usage = field(default_factory=Usage)
     status: int = 0
     taken: bool = False
+    sent: bool = False
 
 
 @dataclass

@@ -53,7 +53,7 @@ class Consumption:
         for call in exchange.calls:
             backend, usage = call.target.backend, call.usage
             line = self._line((team, app, backend.tier, backend.name))
-            line.calls += 1
+            line.calls += call.sent
             if charged is None:
                 prompt, cached, completion = usage.prompt, usage.cached, usage.completion
                 line.add(prompt, cached, completion, backend.prices.cost(prompt, cached, completion))

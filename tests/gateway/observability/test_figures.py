@@ -297,8 +297,10 @@ def test_calls_are_counted_once_and_summed_either_way() -> None:
         Target(Backend(name, "http://127.0.0.1:9", "small", prices=prices), Settings()) for name in ("one", "two")
     )
     seen = Consumption()
-    seen.count("a", "", exchange(Call(one, None, Usage(10, 4, 3)), Call(two, None, Usage(1, 0, 2))))
-    seen.count("b", "x", exchange(Call(one, None, Usage(5, 0, 0))))
+    seen.count(
+        "a", "", exchange(Call(one, None, Usage(10, 4, 3), sent=True), Call(two, None, Usage(1, 0, 2), sent=True))
+    )
+    seen.count("b", "x", exchange(Call(one, None, Usage(5, 0, 0), sent=True)))
     sums = {family.name: {values: value for values, (value,) in family.series} for family in seen.families()}
     assert sums["tokenmill_tokens"] == {
         ("small", "one", "prompt"): 15,

@@ -73,6 +73,24 @@ def test_tokens_and_cost_are_those_of_the_ledger(tmp_path: Path) -> None:
     large.stop()
 
 
+def test_what_never_went_out_is_no_request_to_a_backend(tmp_path: Path) -> None:
+    upstream = FakeUpstream(("plain",)).start()
+    backends = (
+        Backend("words", upstream.url, "t", ("words",), api_key="k", protocol="anthropic"),
+        Backend("gone", "http://127.0.0.1:9", "u", ("gone",), health_path=None),
+        Backend("plain", upstream.url, "v", ("plain",)),
+    )
+    with Workers(tmp_path, *backends, wait_for=("t", "v")) as workers:
+        key = key_of(workers, "search")
+        assert workers.send("POST", "/v1/embeddings", {"model": "words", "input": "x"}, key)[0] == 400
+        assert workers.chat(key, "gone")[0] == 503
+        assert workers.chat(key, "plain", act={"cut_after": 0})[0] == 503
+        wait_until(lambda: sum(series(workers, "tokenmill_account_requests_total", "team").values()) == 3)
+        asked = series(workers, "tokenmill_upstream_requests_total", "backend")
+        assert asked == {("plain",): len(upstream.books.requests)} == {("plain",): 1}
+    upstream.stop()
+
+
 def test_every_worker_names_the_same_teams(tmp_path: Path) -> None:
     upstream = FakeUpstream().start()
     backend = Backend("a", upstream.url, "utility", models=("tiny",))
