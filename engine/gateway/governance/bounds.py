@@ -32,7 +32,7 @@ _STATED: Mapping[str, tuple[str, ...]] = {
     "/v1/responses": ("max_output_tokens",),
 }
 #: What may bound it at some server (llama.cpp goes by `n_predict` first): it does not make a bound smaller.
-_LENGTHS = frozenset({*(name for names in _STATED.values() for name in names), "n_predict", "max_new_tokens"})
+LENGTHS = frozenset({*(name for names in _STATED.values() for name in names), "n_predict", "max_new_tokens"})
 _ANSWERS = ("n", "best_of", "n_cmpl")
 #: Members of a request to the Responses API that name what is read before it: an earlier answer and all before that,
 #: a conversation, a prompt that is kept there.
@@ -40,7 +40,7 @@ _EARLIER = ("previous_response_id", "conversation", "prompt")
 #: Begins a list of texts or of lists.
 _SEVERAL = re.compile(rb"\[\s*[\"\[]")
 #: Fields that say something about a request's size.
-_TELLING = frozenset({*_LENGTHS, *_ANSWERS, "tools", "functions", "chat_template"})
+_TELLING = frozenset({*LENGTHS, *_ANSWERS, "tools", "functions", "chat_template"})
 #: Lists of what is scored, each with all else in the request.
 _SCORED = ("documents", "texts", "text_1", "text_2", "queries", "items", "data_1", "data_2")
 _SCORING = frozenset({"/v1/rerank", "/rerank", "/v2/rerank", "/v1/score", "/score"})
@@ -120,17 +120,26 @@ def asked(exchange: Exchange) -> Asked:
         prompt += UNSEEN_TOKENS * sum(body.raw_field(name) not in (None, b"null") for name in _EARLIER)
     answers = max([_count(body, name) for name in _ANSWERS if name in named], default=1)
     prompts = _prompts(body, "prompt") if endpoint == "/v1/completions" else 1
-    return Asked(prompt, prompts, answers, _longest(endpoint, body, named))
+    return Asked(prompt, prompts, answers, stated_length(endpoint, body, named))
 
 
-def _longest(endpoint: str, body: Body, named: frozenset[str]) -> int | None:
-    """The stated bound of each answer; None: there is none that every server keeps."""
+def stated_length(endpoint: str, body: Body, named: frozenset[str]) -> int | None:
+    """The stated bound of each answer's tokens; None: there is none that every server keeps.
+
+    Args:
+        endpoint: The path.
+        body: The request's.
+        named: Of its fields at least those of `LENGTHS`.
+
+    Raises:
+        ApiError: 400 for a field of a wrong type.
+    """
     own = _STATED.get(endpoint, ())
     stated = [value for name in own if name in named and (value := body.get(name, int)) is not None]
     if not stated:
         return None
     if len(named) > len(stated):
-        for name in named.intersection(_LENGTHS).difference(own):
+        for name in named.intersection(LENGTHS).difference(own):
             value = msgspec.json.decode(body.raw_field(name) or b"null")
             if value is not None:
                 stated.append(value if isinstance(value, int) else 0)

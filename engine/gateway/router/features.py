@@ -12,6 +12,7 @@ import msgspec
 import re2
 
 from tokenmill.engine.gateway.body import MOST_COMMAS, Body, too_deep
+from tokenmill.engine.gateway.governance import bounds
 from tokenmill.engine.gateway.pipeline import Exchange
 from tokenmill.engine.gateway.router.question import text_of, text_of_parts
 
@@ -46,14 +47,13 @@ MEDIA_TOKENS = 1700
 #: Where the question may stand, and what else of a body a model reads.
 _PROMPTS = ("messages", "input", "prompt", "documents")
 _READ = frozenset({*_PROMPTS, "instructions", "system", "query", "queries", "suffix", "text_1", "text_2"})
-_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 #: Ask for an answer of a certain form where they hold a schema or the word; by vLLM where they hold anything.
 _FORMATS = frozenset({"response_format", "text", "output_format", "output_config"})
 _CONSTRAINTS = frozenset({"structured_outputs", *(f"guided_{kind}" for kind in ("json", "regex", "choice", "grammar"))})
 _LOGPROBS = frozenset({"logprobs", "top_logprobs", "prompt_logprobs"})
 #: Fields that make a capability necessary, beside tools.
 _ASKING = _FORMATS | _CONSTRAINTS | _LOGPROBS | {"modalities", "include"}
-_FIELDS = _READ | _ASKING | {"tools", "functions", "n", *_LIMITS}
+_FIELDS = _READ | _ASKING | {"tools", "functions", "n"} | bounds.LENGTHS
 _NOTHING, _LONGEST_NOTHING = frozenset({b"null", b"false", b"0", b"{}", b"[]", b'""'}), 8
 
 #: Types of the parts of a message that are no text, by the capability that they need.
@@ -118,7 +118,7 @@ class Features(msgspec.Struct, frozen=True):
         endpoint: Its path.
         question: Its last message, or the two ends of it.
         prompt_tokens: Estimated tokens of its prompt.
-        completion_limit: Most tokens that it lets the answer have; None: it does not say.
+        completion_limit: Most tokens that it lets the answer have; None: it does not say so that every server minds.
         needs: Capabilities without which it cannot be answered.
         values: The classifier's features but for those that are 0.
         several: It asks for more than one answer.
@@ -195,13 +195,10 @@ def features_of(exchange: Exchange) -> Features:
         for name in ("tools", "json", "vision"):
             if name in needs:
                 values[name] = 1.0
-    limit = None
-    for name in _LIMITS:
-        if not limit and name in stated:
-            limit = body.get(name, int)
     several = "n" in stated and (body.get("n", int) or 1) != 1
     tokens = size // BYTES_PER_TOKEN
     at_once = _at_once(tokens, body.view(_EACH[endpoint])) if endpoint in _EACH else tokens
+    limit = bounds.stated_length(endpoint, body, stated)
     return Features(endpoint, question, tokens, limit, needs, values, several, at_once)
 
 

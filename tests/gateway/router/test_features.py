@@ -236,6 +236,11 @@ def test_the_limit_of_the_answer() -> None:
     assert features(messages=user("hi"), max_tokens=7).completion_limit == 7
     assert features(messages=user("hi"), max_completion_tokens=9, max_tokens=7).completion_limit == 9
     assert features("/v1/responses", input="hi", max_output_tokens=8).completion_limit == 8
+    # What a server ignores, or minds in another way, is no limit.
+    for said in ({"max_output_tokens": 1}, {"max_tokens": -1}, {"max_tokens": 0}):
+        assert features(messages=user("hi"), **said).completion_limit is None
+    assert features(messages=user("hi"), max_completion_tokens=1, max_tokens=5).completion_limit == 5
+    assert features(messages=user("hi"), max_tokens=5, n_predict=500).completion_limit == 500
     assert features(messages=user("hi"), n=3).several
 
 
