@@ -28,6 +28,8 @@ DECISIVE = frozenset(
     {
         *("model", "messages", "prompt", "suffix", "input", "instructions", "system", "tools", "functions", "metadata"),
         *("stream", "stream_options", "n", "best_of", "max_tokens", "max_completion_tokens", "max_output_tokens"),
+        *("n_predict", "max_new_tokens", "n_cmpl", "chat_template", "response_format", "logprobs", "top_logprobs"),
+        *("previous_response_id", "conversation", "query", "queries", "documents", "texts", "text_1", "text_2"),
     }
 )
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
