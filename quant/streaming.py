@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Protocol
 
 import torch
@@ -32,6 +33,8 @@ from tokenmill.quant.stand_in import (
 #: Hidden states [batch, tokens, hidden] to hidden states.
 BlockForward = Callable[[torch.Tensor], torch.Tensor]
 
+#: Of what transformers says when it refuses something: it goes on with all that it would have taken.
+_REASON_CHARACTERS = 300
 #: Tokens with which a model's structure is checked.
 _PROBE_TOKENS = 4
 
@@ -86,7 +89,7 @@ class StreamedModel:
         except TokenmillError:
             raise
         except Exception as error:  # noqa: BLE001 (an architecture that is not as expected may raise anything)
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = shorten(str(error), _REASON_CHARACTERS, placeholder=" ...") or type(error).__name__
             raise CheckpointError(f"{checkpoint.path} cannot be run block by block: {reason}") from None
 
     @property
@@ -343,7 +346,7 @@ def load_tokenizer(path: Path) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # noqa: BLE001 (tokenizers raises bare Exception for damaged files)
-        reason = str(error).splitlines()[0]
+        reason = shorten(str(error), _REASON_CHARACTERS, placeholder=" ...") or type(error).__name__
         raise CheckpointError(f"{path} has no tokenizer that can be loaded: {reason}") from None
 
 

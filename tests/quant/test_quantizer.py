@@ -241,6 +241,14 @@ def test_of_a_long_text_no_more_becomes_tokens_than_are_used(dense_model: Path, 
     assert torch.cat(calibration_batches(model, spaces, 2, 128)).shape == (2, 128)
 
 
+def test_a_model_without_a_tokenizer_is_refused(dense_model: Path, text: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(dense_model, source, ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(CheckpointError, match=r"source has no tokenizer that can be loaded: .*\w.*[^:]$") as caught:
+        quantize_checkpoint(source, tmp_path / "out", request(text, settings(), evaluate=False))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_tokenizer_of_another_model_is_refused(dense_model: Path, text: str, tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(dense_model, source)
@@ -269,8 +277,9 @@ def test_requests_that_cannot_be_met(dense_model: Path, text: str, tmp_path: Pat
     with pytest.raises(UnsupportedError, match="input scaling knows llama, mistral"):
         quantize_checkpoint(tmp_path / "gemma", tmp_path / "g", request(text, settings("awq")))
     (tmp_path / "gemma" / "config.json").write_text(json.dumps(config | {"model_type": "nonsense"}))
-    with pytest.raises(CheckpointError, match="cannot be run block by block"):
+    with pytest.raises(CheckpointError, match=r"cannot be run block by block: .*nonsense") as caught:
         quantize_checkpoint(tmp_path / "gemma", tmp_path / "g", request(text, settings()))
+    assert len(str(caught.value).removeprefix(str(tmp_path))) < 400, "not the names of all models there are"
     (tmp_path / "gemma" / "config.json").write_text(json.dumps(config | {"intermediate_size": 512}))
     with pytest.raises(CheckpointError, match=r"has shape \[256, 128\]; config.json makes it \[512, 128\]"):
         quantize_checkpoint(tmp_path / "gemma", tmp_path / "h", request(text, settings("rtn"), evaluate=False))
