@@ -150,6 +150,8 @@ class _Translator:
         return b"data: " + body + b"\n\n"
 
     def _chunk(self, delta: dict[str, Any], finish: str | None = None) -> bytes:
+        if not self._common:
+            raise ValueError("an answer without a beginning")
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
         return _event({**self._common, "choices": [choice]})
 

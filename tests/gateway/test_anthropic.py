@@ -195,6 +195,13 @@ def test_an_error_in_the_midst_is_told_and_cuts_the_stream() -> None:
         streamed(START, {"type": "error", "error": {"type": "api_error", "message": "Internal"}})
 
 
+def test_an_answer_without_a_beginning_is_none() -> None:
+    delta = {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "hi"}}
+    for then in (STOP, {"type": "error", "error": {"type": "overloaded_error", "message": "later"}}):
+        with pytest.raises(NoAnswerError):
+            streamed(delta, then)
+
+
 def test_marks_for_the_cache_are_kept() -> None:
     mark = {"cache_control": {"type": "ephemeral"}}
     part = {"type": "text", "text": "long", **mark}
