@@ -138,13 +138,13 @@ class Metrics:
         target = exchange.target
         tier, backend = where = (target.backend.tier, target.backend.name) if target else ("", "")
         self._requests.add((_shown(exchange.endpoint), tier, backend, str(exchange.status), exchange.outcome))
-        if target is None:
-            return
-        self._duration.observe(where, time.perf_counter() - exchange.started)
         principal = exchange.principal
         team = self._teams.name(principal.team) if principal else ""
         app = self._apps.name(principal.app) if principal else ""
         self._owned_requests.add(whose := (team, app, tier))
+        if target is None:
+            return
+        self._duration.observe(where, time.perf_counter() - exchange.started)
         self._consumption.count(team, app, exchange)
         if exchange.first_chunk_at:
             waited = exchange.first_chunk_at - exchange.started

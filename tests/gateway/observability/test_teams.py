@@ -88,6 +88,9 @@ def test_what_never_went_out_is_no_request_to_a_backend(tmp_path: Path) -> None:
         wait_until(lambda: sum(series(workers, "tokenmill_account_requests_total", "team").values()) == 3)
         asked = series(workers, "tokenmill_upstream_requests_total", "backend")
         assert asked == {("plain",): len(upstream.books.requests)} == {("plain",): 1}
+        # Who is refused has asked, too.
+        assert workers.chat(key, "nobody")[0] == 404
+        wait_until(lambda: series(workers, "tokenmill_account_requests_total", "team", "tier").get(("search", "")) == 1)
     upstream.stop()
 
 
