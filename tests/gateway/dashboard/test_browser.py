@@ -35,7 +35,7 @@ def channel(colour: str) -> float:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("size", [(1280, 900), (390, 844)], ids=["desktop", "phone"])
+@pytest.mark.parametrize("size", [(1280, 900), (390, 844), (320, 640)], ids=["desktop", "phone", "narrow"])
 def test_log_in_look_and_log_out(
     workers: Workers, chromium: Any, scheme: str, size: tuple[int, int], tmp_path: Path
 ) -> None:
