@@ -245,8 +245,12 @@ KINDS: tuple[Kind, ...] = (
         number(lambda bare: bare[:2].upper() not in ("BG", "GB", "KN", "NK", "NT", "TN", "ZZ"), ALNUM),
     ),
     Kind(
-        # With dashes it is a telephone number of North America, but where something says what it is.
-        "uk_nhs", "government", _NUMBER, (_START + rb"[0-9]{3} [0-9]{3} [0-9]{4}",),
+        # With dashes it is a telephone number of North America where it may be one and nothing says what it is.
+        "uk_nhs", "government", _NUMBER,
+        (
+            _START + rb"[0-9]{3} [0-9]{3} [0-9]{4}",
+            _START + rb"(?:[01][0-9]{2}-[0-9]{3}|[2-9][0-9]{2}-[01][0-9]{2})-[0-9]{4}",
+        ),
         at_home(number(checksums.uk_nhs, apart=True)), swift=True,
     ),
     Kind(
@@ -254,12 +258,14 @@ KINDS: tuple[Kind, ...] = (
         (_announced(rb"(?:\b|_)nhs", rb"[0-9]{3}[ -]?[0-9]{3}[ -]?[0-9]{4}"),), last_digits(10, checksums.uk_nhs),
     ),
     Kind(
-        "fr_nir", "government", _NUMBER,
-        (
-            _START + rb"[1-478][0-9]{4}[0-9][0-9ABab][0-9]{6} ?[0-9]{2}" + _END,
-            _START + rb"[1-478][ .][0-9]{2}[ .][0-9]{2}[ .][0-9][0-9ABab][ .][0-9]{3}[ .][0-9]{3}[ .][0-9]{2}" + _END,
-        ),
+        # An A or B beside it is that of a hexadecimal number.
+        "fr_nir", "government", _NUMBER, (_START + rb"[1-478][0-9]{4}[0-9][0-9ABab][0-9]{6} ?[0-9]{2}" + _END,),
         number(checksums.fr_nir, checks.DIGITS + b"ABab"),
+    ),
+    Kind(
+        "fr_nir", "government", _NUMBER,
+        (_START + rb"[1-478][ .][0-9]{2}[ .][0-9]{2}[ .][0-9][0-9ABab][ .][0-9]{3}[ .][0-9]{3}[ .][0-9]{2}" + _END,),
+        number(checksums.fr_nir, even=False),
     ),
     Kind(
         "es_nif", "government", _NUMBER,

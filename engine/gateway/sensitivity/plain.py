@@ -12,15 +12,17 @@ from html.entities import html5
 #: How often escapes inside escapes are taken off.
 _DEPTH = 3
 #: Of strings in programs and JSON, of addresses (`%`) and of HTML, which takes any number of zeros and no semicolon,
-#: too. A backslash before punctuation is one of Markdown, of regular expressions and of TeX.
+#: too. A backslash before punctuation is one of Markdown, of regular expressions, of TeX or of a shell; one before what
+#: begins an escape itself is left until that is taken off: a number behind it does not join what stands before it.
 _ESCAPE = re.compile(
     r"(?:\\u|%u)([0-9A-Fa-f]{4})|\\[ux]\{0{0,8}([0-9A-Fa-f]{1,6})\}|\\U([0-9A-Fa-f]{8})|\\x([0-9A-Fa-f]{2})"
     r"|%([0-9A-Fa-f]{2})|&#[xX]0{0,32}([0-9A-Fa-f]{1,6})(?![0-9A-Fa-f]);?"
-    r"|\\([0-7]{3})|&#0{0,32}([0-9]{1,7})(?![0-9]);?|\\([nrt]|[!-/:-@\[-`{-~])|&([A-Za-z]{2,24};)"
+    r"|\\([01][0-7]{2})|&#0{0,32}([0-9]{1,7})(?![0-9]);?|\\([nrt]|[ -$'-/:-@\[-`{-~])|&([A-Za-z]{2,24};)"
 )
 _NAMED_ESCAPES = {"n": "\n", "r": "\r", "t": "\t"}
 #: What a form sends, where a plus is a blank; in front of it and behind it stands what may be a group of a number.
-_FORM = re.compile(r"(?:[?&=]|\btel:)[^\s+]*\+\S*")
+#: Each beginning looks no farther than the next one: many of them would take the square of their number.
+_FORM = re.compile(r"(?:[?&=][^\s+?&=]*|\btel:[^\s+:]*)\+\S*")
 _BLANK = re.compile(r"(?<=[0-9A-Z]{2})\+(?=[0-9A-Z]{2})")
 
 #: Dots in the middle of a line, and the full stops that domain names may have (RFC 3490).

@@ -9,6 +9,7 @@ import pytest
 
 from tests.gateway.sensitivity.generator import MAKERS, prose, text_with
 from tokenmill.engine.gateway.sensitivity.kinds import CLASS_OF, KINDS
+from tokenmill.engine.gateway.sensitivity.plain import _FORM
 from tokenmill.engine.gateway.sensitivity.scanner import OVERLAP, STRIDE, Scanner, undisguised
 
 #: Generated values of each kind.
@@ -145,6 +146,8 @@ WRITTEN = [
     ("date_of_birth", "born on ~2nd January 1990~"),
     ("date_of_birth", "born on the ~2nd of January 1990~"),
     ("date_of_birth", "DOB=~02-JAN-1990~"),
+    ("fr_nir", "~1 84 12 76 451 089 46~bis"),
+    ("fr_nir", "~1 84 12 2A 451 089 33~A"),
     ("uk_nhs", "patient_nhs_number: ~943-476-5919~"),
     ("uk_nhs", "_NHS number ~9434765919~_"),
     ("nl_bsn", "user_bsn: ~111222333~"),
@@ -183,6 +186,8 @@ def test_an_address_that_is_not_seen_whole_has_no_place(text: str, scanner: Scan
 
 def test_numbers_with_dashes_are_telephone_numbers(scanner: Scanner) -> None:
     assert [one.kind for one in scanner.find("415-555-2671")] == ["phone"]
+    # Codes of places and exchanges begin with no 0 or 1 there.
+    assert [one.kind for one in scanner.find("999-123-1234, 010-112-1237")] == ["uk_nhs", "uk_nhs"]
     # The last ten digits of each are a number of the NHS by their check digit.
     for number in ("+1 415 555 2671", "+49 943 476 5919"):
         assert {one.kind for one in scanner.find(number)} == {"phone"}
@@ -247,6 +252,8 @@ def test_where_very_much_is_found_the_rest_has_no_place(scanner: Scanner) -> Non
         "4111\u28001111\u28001111\u28001111",
         "see https://shop.example/pay?card=4111+1111+1111+1111&x=1",
         r"4111\-1111\-1111\-1111",
+        r"4111\%201111\%201111\%201111",
+        r"678\%34111%201111%201111%201111",
         r"{\"a\": \"{\\\"b\\\": \\\"\\u0034111 1111 1111 1111\\\"}\"}",
     ],
 )
@@ -284,8 +291,18 @@ def test_a_seen_text_is_not_searched_again() -> None:
 def test_undisguised_ends() -> None:
     assert undisguised("nothing here") is None
     assert undisguised(r"C:\temp") == "C:\temp"
-    assert undisguised("100% of \\ &# it") is None
+    assert undisguised("100% of \\q &# it") is None
     assert undisguised("%ud800 \\ud800") == "? ?"
+    assert undisguised(r"john\%40example.com or\&#32;\_x\_") == "john@example.com or _x_"
+
+
+@pytest.mark.parametrize("begin", ["=", "?", "&", "tel:"])
+def test_of_many_beginnings_of_a_form_only_the_nearest_looks_for_a_plus(begin: str) -> None:
+    """All of them together would take as long as the square of their number."""
+    found = _FORM.search(begin * 50 + "11+22")
+    assert found is not None
+    assert found.start() == 49 * len(begin)
+    assert undisguised(begin * 50 + "11+22") == begin * 50 + "11 22"
 
 
 def test_only_what_is_wanted_is_looked_for() -> None:
