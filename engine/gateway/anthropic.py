@@ -12,6 +12,10 @@ import orjson
 from tokenmill.engine.gateway.api_error import ApiError, Headers, invalid_json, quote
 
 PATH = b"/v1/messages"
+#: Paths of that API itself: their requests and answers pass as they are.
+OWN_PATHS = frozenset({PATH.decode(), "/v1/messages/count_tokens"})
+#: All that can be asked of such a backend.
+PATHS = OWN_PATHS | {"/v1/chat/completions"}
 VERSION = b"2023-06-01"
 #: Headers that hold a client's credentials for the gateway.
 CREDENTIALS = frozenset({b"authorization", b"x-api-key", b"api-key", b"x-litellm-api-key"})
@@ -72,11 +76,11 @@ class UntranslatableError(ApiError):
     """400: this API cannot do what is asked for; a backend with another might."""
 
 
-def headers(forward: Headers, api_key: str | None) -> Headers:
-    """A client's headers as this API wants them."""
+def headers(forward: Headers, api_key: str | None, *, own: bool = False) -> Headers:
+    """A client's headers as this API wants them; `own`: it speaks this API itself, of the version that it names."""
     kept = [header for header in forward if header[0] not in CREDENTIALS and header[0] != b"anthropic-version"]
-    kept.append((b"anthropic-version", VERSION))
     said = dict(reversed(forward))
+    kept.append((b"anthropic-version", said.get(b"anthropic-version", VERSION) if own else VERSION))
     given = said.get(b"authorization", b"").removeprefix(b"Bearer ") or said.get(b"x-api-key", b"")
     kept.append((b"x-api-key", given if api_key is None else api_key.encode()))
     return kept

@@ -28,7 +28,7 @@ class Backend:
             rewritten on the way in, every other byte of each field stays.
         prefix: What the public names of the models that it lists itself begin with.
         api_key: Sent instead of the client's credentials. None: the client's `Authorization` passes through.
-        protocol: What it speaks; `anthropic` is translated from and to chat completions.
+        protocol: What it speaks; `anthropic` is translated from and to chat completions, but for its own paths.
         health_path: Path of the health probe, from the server's root. None: health by outcome only.
         weight: Share of its tier's load relative to the tier's other backends, above 0.
         max_concurrency: Requests it may have open at once; more go elsewhere, or are refused with 429. Of this and the

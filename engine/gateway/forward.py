@@ -143,7 +143,8 @@ class Forwarder:
         exchange.calls.append(call)
         if target.backend.tokens_per_minute is not None:
             exchange.on_end(lambda _: target.pace.used(call.usage.prompt + call.usage.completion))
-        ask = self._ask_anthropic if target.backend.protocol == "anthropic" else self._ask
+        translated = target.backend.protocol == "anthropic" and exchange.endpoint not in anthropic.OWN_PATHS
+        ask = self._ask_anthropic if translated else self._ask
         name = target.backend.name
         try:
             counting = counting_options(exchange)
@@ -190,7 +191,9 @@ class Forwarder:
         elif changes and exchange.form is not None and name is not None:
             payload = await exchange.form.with_model(name)
         headers = exchange.forward
-        if target.backend.api_key is not None:
+        if target.backend.protocol == "anthropic":
+            headers = anthropic.headers(headers, target.backend.api_key, own=True)
+        elif target.backend.api_key is not None:
             headers = [header for header in headers if header[0] not in anthropic.CREDENTIALS]
             headers.append((b"authorization", b"Bearer " + target.backend.api_key.encode()))
         lease.call.taken = lease.call.sent = True
@@ -221,7 +224,7 @@ class Forwarder:
         backend = lease.target.backend
         name = _upstream_model(exchange, lease.target, route)
         if exchange.endpoint != "/v1/chat/completions" or exchange.body is None or name is None:
-            what = f"The backend of this model ({backend.name}) offers chat completions only."
+            what = f"The backend of this model ({backend.name}) offers chat completions and messages only."
             raise anthropic.UntranslatableError(400, what)
         payload = anthropic.request(exchange.payload, name)
         options = exchange.body.get("stream_options", dict[str, Any]) or {}

@@ -9,7 +9,13 @@ from tests.gateway.upstream import FakeUpstream
 
 
 class FakeAnthropic(FakeUpstream):
-    """Answers with the last user text, or calls the first tool offered; streams where asked to."""
+    """Answers with the last user text, or calls the first tool offered; streams where asked to.
+
+    Attributes:
+        version: Of the API, which every request must name.
+    """
+
+    version = "2023-06-01"
 
     async def _answer(self, request: web.Request, raw: bytes) -> web.StreamResponse:
         asked = json.loads(raw)
@@ -63,7 +69,7 @@ class FakeAnthropic(FakeUpstream):
             return error(404, "not_found_error", "no such path")
         if request.headers.get("x-api-key") != "sk-ant-key" or "authorization" in request.headers:
             return error(401, "authentication_error", "invalid x-api-key")
-        if request.headers.get("anthropic-version") != "2023-06-01":
+        if request.headers.get("anthropic-version") != self.version:
             return error(400, "invalid_request_error", "anthropic-version: header is required")
         unknown = set(asked) - {
             *("model", "max_tokens", "messages", "system", "stop_sequences", "temperature", "top_p", "top_k"),

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from tokenmill.engine.gateway import anthropic
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.portfolio import Portfolio, Route, Target
 from tokenmill.engine.gateway.principal import Principal
@@ -99,8 +100,8 @@ def _unfit(backend: Backend, features: Features) -> str | None:
             return f"capability: needs {', '.join(sorted(lacking))}"
     if capabilities and needs.isdisjoint(_NO_TEXT) and not _NO_TEXT.isdisjoint(capabilities):
         return "capability: makes no text"
-    if backend.protocol == "anthropic" and features.endpoint != "/v1/chat/completions":
-        return "capability: offers chat completions only"
+    if backend.protocol == "anthropic" and features.endpoint not in anthropic.PATHS:
+        return "capability: offers chat completions and messages only"
     window = backend.context_window
     if window is not None:
         limit = features.completion_limit or 0

@@ -1,0 +1,82 @@
+"""Anthropic's own client through the gateway to a backend with its protocol: nothing is translated."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import pytest
+
+from tests.gateway.anthropic_upstream import FakeAnthropic
+from tests.gateway.governance.governed import MASTER_KEY, options
+from tests.gateway.running import RunningGateway
+from tests.gateway.upstream import FakeUpstream
+from tokenmill.engine.gateway.backends import Backend
+
+HELLO: Any = [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[FakeAnthropic]:
+    started = FakeAnthropic().start()
+    started.version = anthropic.Anthropic(api_key="any").default_headers["anthropic-version"]
+    yield started
+    started.stop()
+
+
+def backend(server: FakeUpstream) -> Backend:
+    names = {"claude": "claude-real"}
+    return Backend(
+        "frontier", server.url, "cloud", ("claude",), names, "sk-ant-key", protocol="anthropic", health_path=None
+    )
+
+
+@pytest.fixture(scope="module")
+def gateway(server: FakeAnthropic, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
+    folder: Path = tmp_path_factory.mktemp("books")
+    with RunningGateway(backend(server), governance=options(str(folder / "books.db")), key=MASTER_KEY) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(gateway: RunningGateway) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=gateway.url, api_key=MASTER_KEY, max_retries=0, timeout=20) as made:
+        yield made
+
+
+def test_a_message(client: anthropic.Anthropic, server: FakeAnthropic) -> None:
+    answer = client.messages.create(model="claude", max_tokens=20, messages=HELLO)
+    assert (answer.model, answer.content[0].type, answer.stop_reason) == ("claude-real", "text", "end_turn")
+    assert answer.usage.cache_read_input_tokens == 3
+    sent = json.loads(server.books.requests[-1][2])
+    assert sent == {"model": "claude-real", "max_tokens": 20, "messages": HELLO}
+
+
+def test_a_stream(client: anthropic.Anthropic) -> None:
+    with client.messages.stream(model="claude", max_tokens=20, messages=HELLO) as stream:
+        assert "".join(stream.text_stream) == "You said hello"
+        assert stream.get_final_message().usage.output_tokens == 5
+
+
+def test_what_it_uses_is_charged(gateway: RunningGateway, client: anthropic.Anthropic) -> None:
+    headers = {"authorization": f"Bearer {MASTER_KEY}"}
+
+    def sums() -> tuple[int, int, int]:
+        (row,) = json.loads(gateway.send("GET", "/admin/ledger", headers=headers)[2])["rows"]
+        return row["prompt_tokens"], row["cached_tokens"], row["completion_tokens"]
+
+    client.messages.create(model="claude", max_tokens=20, messages=HELLO)
+    before = sums()
+    client.messages.create(model="claude", max_tokens=20, messages=HELLO)
+    with client.messages.stream(model="claude", max_tokens=20, messages=HELLO) as stream:
+        stream.get_final_message()
+    assert tuple(after - was for after, was in zip(sums(), before, strict=True)) == (24, 6, 10)
+
+
+def test_errors_keep_their_form(client: anthropic.Anthropic) -> None:
+    overload: Any = [{"role": "user", "content": [{"type": "text", "text": "overload"}]}]
+    with pytest.raises(anthropic.APIStatusError) as caught:
+        client.messages.create(model="claude", max_tokens=20, messages=overload)
+    assert caught.value.status_code == 529
+    assert caught.value.body["error"]["type"] == "overloaded_error"  # type: ignore[index]
