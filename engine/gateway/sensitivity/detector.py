@@ -132,10 +132,10 @@ class Detector:
         if action == "allow":
             return Clearance(kinds) if kinds else ANYWHERE
         values = {text: kind for kind, text in found.data if text is not None and len(text) >= _SHORTEST_VALUE}
+        values |= found.together
         body = exchange.body
         small = len(body.raw) <= MOST_REDACTED_BYTES and len(values) <= MOST_VALUES
         if small and not NOT_REDACTABLE & set(kinds):
-            values |= found.together
             redaction = Redaction(values, await unescaped(body.raw, turns))
             try:
                 hidden = await redaction.body(body, turns)

@@ -10,7 +10,7 @@ from ahocorasick_rs import AhoCorasick
 _HEAD = 32
 #: Characters that are looked through at one go: with beginnings inside of beginnings less than three milliseconds.
 _SLICE = 1024
-#: Occurrences after which others may run, and how many in so little text are nobody's data.
+#: Comparisons after which others may run, and how many occurrences in so little text are nobody's data.
 _BREATH, _MOST = 256, 10_000
 #: Half of a character, which UTF-8 does not have; what stands for it.
 _SURROGATE, _ANY = re.compile("[\ud800-\udfff]"), "\ufffd"
@@ -62,17 +62,21 @@ class Needles:
         if self._heads is None:
             return
         found: list[tuple[int, Place]] = []
+        compared = 0
         for begin in range(0, len(text), _SLICE):
             first = max(begin - self._longest + 1, 0)
             piece = _encodable(text[first : begin + _SLICE])
             for which, start, end in self._heads.find_matches_as_indexes(piece, overlapping=True):
                 if first + end <= begin:
                     continue  # the piece before held it
-                for rank, needle in self._behind[which]:
+                behind = self._behind[which]
+                for rank, needle in behind:
                     if text.startswith(needle, first + start):
                         found.append((rank, Place(first + start, first + start + len(needle), needle)))
-                        if len(found) % _BREATH == 0:
-                            yield []
+                compared += len(behind)
+                if compared >= _BREATH:
+                    compared = 0
+                    yield []
                 if len(found) > _MOST:
                     raise TangleError
             # What is found from here on begins no earlier than this.

@@ -75,8 +75,8 @@ class Texts:
 
     def add(self, key: str, text: str, *, part: bool = False) -> None:
         """One string, the name it stands under, and whether it is a part of a message itself."""
-        if "\0" in text:
-            text = text.replace("\0", _UNSEEN)
+        if "\0" in text or "\0" in key:
+            key, text = key.replace("\0", _UNSEEN), text.replace("\0", _UNSEEN)
         if part or key in _PART_TEXTS:
             self._join(text)
         if len(text) <= SHORT:
@@ -150,7 +150,7 @@ class Texts:
         elif isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) >= _LONG_NUMBER:
             self.add(key, str(value))
         elif key:
-            self._short.append(key + _WALL)
+            self.add("", key)
 
 
 def _after(before: _Ends, then: _Ends) -> _Ends:
@@ -178,7 +178,13 @@ async def texts_of(body: Body, address: str, turns: Turns) -> Texts:
         texts.add("", address)
         for name, value in members.items():
             if name != "model":
-                texts.walk(value, name, content=_field(texts, body, name), listed=name in unreadable.ASKED)
+                content = _field(texts, body, name)
+                try:
+                    texts.walk(value, name, content=content, listed=name in unreadable.ASKED)
+                except RecursionError:  # a decoder in C may go deeper
+                    raise UnreadableError(f"the field {name} cannot be decoded") from None
+            if turns.due():
+                await turns.give()
         await texts.finish(turns)
         return texts
     views = {name: body.view(name) or memoryview(b"") for name in body.names()}

@@ -60,6 +60,13 @@ def test_what_only_begins_alike_is_told_apart() -> None:
     ]  # fmt: skip
 
 
+def test_others_may_run_where_many_begin_alike_and_none_is_there() -> None:
+    wanted = ["x" * needles._HEAD + f"a{number}" for number in range(needles._BREATH)]
+    turns = list(Needles(wanted).places("x" * 2000))
+    assert not any(turns)
+    assert len(turns) > 1900
+
+
 def test_a_tangle_without_end_is_given_up() -> None:
     wanted = ["1" * length for length in range(4, 500)]
     with pytest.raises(TangleError):

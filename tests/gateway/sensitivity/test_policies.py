@@ -409,6 +409,14 @@ def test_of_data_that_overlap_no_piece_is_left(text: str, hidden: str) -> None:
     assert json.loads(clearance.hidden.raw) == {"prompt": hidden}
 
 
+def test_data_that_overlap_count_as_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand cards and addresses may overlap in a quarter of a million ways."""
+    body = json.dumps({"prompt": "card 3491 492316 67739@pay.example.com ok"}).encode()
+    for most, action in ((2, "stay"), (3, "redact")):
+        monkeypatch.setattr(detector, "MOST_VALUES", most)
+        assert clear(SensitivitySettings(default="redact"), body).action == action
+
+
 SPLIT = [
     ("Authorization: Bearer 83KNEiFH7Z8kRILjc8Nj", "qfGxl4n2Cus4WyQjJAxf"),
     ("john@example.co", "mpany.example"),

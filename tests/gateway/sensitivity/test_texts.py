@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from tests.gateway.sensitivity.searching import clear
+from tokenmill.engine.gateway.sensitivity import texts
 from tokenmill.engine.gateway.sensitivity.settings import SensitivitySettings
 
 POLICY = SensitivitySettings()
@@ -67,3 +68,23 @@ def test_strings_in_a_list_of_contents_are_parts(filler: str) -> None:
 def test_names_are_read_beside_values_of_any_length(length: int) -> None:
     assert found({"metadata": {"ssn": "078051120" + " " * length}}) == {"us_ssn"}
     assert found({"metadata": {"note": "078051120" + " " * length}}) == set()
+
+
+@pytest.mark.parametrize("value", ["x", 1, None, ["x"], {"x": 1}])
+def test_zeros_in_names_part_nothing(value: Any) -> None:
+    assert found({"metadata": {"4111 1111\0 1111 1111": value}}) == {"credit_card"}
+
+
+def test_what_python_cannot_walk_through_cannot_be_searched(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From Python 3.12 on its decoder goes deeper than its functions."""
+
+    def walk(*_: Any, **__: Any) -> None:
+        raise RecursionError
+
+    monkeypatch.setattr(texts.Texts, "walk", walk)
+    clearance = clear(POLICY, b'{"metadata": {"a": []}}')
+    assert (clearance.action, clearance.kinds) == ("stay", {})
+    assert "the field metadata cannot be decoded" in clearance.why
+    assert not caplog.records
