@@ -5,7 +5,9 @@ answer's connection goes back to the pool.
 """
 
 import asyncio
+import errno
 import os
+import re
 import socket
 import ssl
 from collections.abc import AsyncGenerator, Mapping
@@ -95,6 +97,9 @@ class Origin:
         return cls(parts.hostname or "", port, tls, authority, parts.path.encode(), has_version)
 
 
+_NUMBERS = re.compile(r"\[Errno (\d+)\]")
+
+
 def _why(error: Exception, limit_s: float) -> str:
     """Why there is no connection, in a few words."""
     if isinstance(error, TimeoutError):
@@ -105,7 +110,12 @@ def _why(error: Exception, limit_s: float) -> str:
         return "it speaks no TLS that is understood"
     if isinstance(error, socket.gaierror | UnicodeError):
         return "its name cannot be resolved"
-    return os.strerror(error.errno).lower() if isinstance(error, OSError) and error.errno else "connection refused"
+    number = error.errno if isinstance(error, OSError) else None
+    if not number:
+        # Of a name with several addresses asyncio says of each why not; the last one was the last hope.
+        told = _NUMBERS.findall(str(error))
+        number = int(told[-1]) if told else errno.ECONNREFUSED
+    return os.strerror(number).lower()
 
 
 class Answer:

@@ -2,7 +2,10 @@
 
 import asyncio
 import contextlib
+import errno
+import socket
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 
@@ -217,6 +220,25 @@ def test_no_connection_is_told_with_its_reason() -> None:
             with pytest.raises(ConnectFailedError, match=reason):
                 await fetch(upstream, Origin.of(root))
         plain.close()
+
+    talk(Server(b""), use)
+
+
+def test_of_several_addresses_the_last_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def use(upstream: Upstream, _origin: Origin) -> None:
+        loop = asyncio.get_running_loop()
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"203.0.113.{last}", 9)) for last in (1, 2)]
+
+        async def resolve(*_: Any, **__: Any) -> Any:
+            return found
+
+        async def connect(_: socket.socket, address: tuple[str, int]) -> None:
+            raise OSError(errno.ENETUNREACH, f"Connect call failed {address}")
+
+        monkeypatch.setattr(loop, "getaddrinfo", resolve)
+        monkeypatch.setattr(loop, "sock_connect", connect)
+        with pytest.raises(ConnectFailedError, match="network is unreachable"):
+            await fetch(upstream, Origin.of("http://two.example"))
 
     talk(Server(b""), use)
 

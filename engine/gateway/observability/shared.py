@@ -83,17 +83,20 @@ class Board:
         self._task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
-        await asyncio.to_thread(self._write, self._folder)
+        await self._try_to_write(self._folder)
         os.close(self._lock)
 
     async def _keep_writing(self, folder: Path) -> None:
         while True:
-            try:
-                await asyncio.to_thread(self._write, folder)
-            except OSError as error:
-                if count := self._unwritten.due():
-                    log.warning("figures for the other workers could not be written %d times: %s", count, error)
+            await self._try_to_write(folder)
             await asyncio.sleep(INTERVAL_S)
+
+    async def _try_to_write(self, folder: Path) -> None:
+        try:
+            await asyncio.to_thread(self._write, folder)
+        except OSError as error:
+            if count := self._unwritten.due():
+                log.warning("figures for the other workers could not be written %d times: %s", count, error)
 
     def _write(self, folder: Path) -> None:
         made = folder / f"{self._name}.new"

@@ -80,6 +80,8 @@ _EACH = {
     "/v1/completions": "prompt",
 }
 
+#: As many tokens fit into any model: of fewer nobody asks for the longest input.
+_FITS_ANYWHERE = 512
 _NONE = msgspec.Raw(b"null")
 
 
@@ -197,7 +199,8 @@ def features_of(exchange: Exchange) -> Features:
                 values[name] = 1.0
     several = "n" in stated and (body.get("n", int) or 1) != 1
     tokens = size // BYTES_PER_TOKEN
-    at_once = _at_once(tokens, body.view(_EACH[endpoint])) if endpoint in _EACH else tokens
+    several_inputs = endpoint in _EACH and tokens > _FITS_ANYWHERE
+    at_once = _at_once(tokens, body.view(_EACH[endpoint])) if several_inputs else tokens
     limit = bounds.stated_length(endpoint, body, stated)
     return Features(endpoint, question, tokens, limit, needs, values, several, at_once)
 

@@ -131,6 +131,17 @@ def test_figures_that_cannot_be_written_are_one_line_and_are_tried_again(
     assert len(list(tmp_path.glob("*.report"))) == 1
 
 
+def test_a_folder_that_is_gone_stops_no_worker(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def live() -> None:
+        board = Board(tmp_path / "figures", lambda: Report(1, []))
+        await board.start()
+        shutil.rmtree(tmp_path / "figures")
+        await board.stop()
+
+    asyncio.run(live())
+    assert [record.exc_info for record in caplog.records if "could not be written" in record.message] == [None]
+
+
 def test_quantiles_agree_with_the_observations() -> None:
     times = tuple(0.01 * step for step in range(1, 101))
     both = snapshot.total([figures(0, 0, times), figures(0, 0, (3.0,) * 100)], [True, True])
