@@ -40,6 +40,8 @@ _JSON = b"application/json"
 _IDENTITY = b"identity"
 _FLAGS = (None, b"false", b"true", b"null")
 _CONTENT_TYPE = frozenset({b"content-type"})
+#: Headers that say how a body is to be read.
+_READ_BY = (b"content-type", b"content-encoding")
 
 
 class ClientGoneError(Exception):
@@ -124,6 +126,14 @@ async def with_model(payload: bytes, model: str) -> bytes:
     return (await parsed(payload)).with_fields({"model": model})
 
 
+def _check_single(headers: Headers) -> None:
+    """Refuses what says twice how the body is to be read: a backend might go by the other one."""
+    names = [name for name, _ in headers]
+    for name in _READ_BY:
+        if names.count(name) > 1:
+            raise ApiError(400, f"The request has two headers `{name.decode()}`; send one.", code="invalid_header")
+
+
 async def exchange_of(scope: Scope, fields: Fields, payload: bytes, identity: str, started: float) -> Exchange:
     """The exchange of a request to a model.
 
@@ -142,8 +152,8 @@ async def exchange_of(scope: Scope, fields: Fields, payload: bytes, identity: st
     body: Body | None = None
     form: Form | None = None
     kind = fields.get(b"content-type", b"")
-    if len(fields) < len(headers) and [name for name, _ in headers].count(b"content-type") > 1:
-        raise ApiError(400, "The request has two headers `content-type`; send one.", code="invalid_header")
+    if len(fields) < len(headers):
+        _check_single(headers)
     if is_form(kind):
         form = await form_of(payload, fields)
         model = form.model

@@ -98,6 +98,15 @@ def test_the_dry_run_asks_no_model_where_nothing_is_routed_either(
     assert len(upstream.books.requests) == before
 
 
+@pytest.mark.parametrize("name", ["content-type", "content-encoding"])
+def test_a_body_is_said_to_be_read_in_one_way_only(gateway: RunningGateway, upstream: FakeUpstream, name: str) -> None:
+    before = len(upstream.books.requests)
+    body = b'{"model": "tiny", "messages": []}'
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n{name}: identity\r\n{name}: deflate\r\ncontent-length: {len(body)}\r\n\r\n"
+    assert f"two headers `{name}`".encode() in gateway.raw(head.encode() + body)
+    assert len(upstream.books.requests) == before
+
+
 @pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"])
 def test_no_client_changes_an_engine(gateway: RunningGateway, upstream: FakeUpstream, path: str) -> None:
     before = len(upstream.books.requests)
