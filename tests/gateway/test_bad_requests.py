@@ -102,7 +102,8 @@ def test_the_dry_run_asks_no_model_where_nothing_is_routed_either(
 def test_a_body_is_said_to_be_read_in_one_way_only(gateway: RunningGateway, upstream: FakeUpstream, name: str) -> None:
     before = len(upstream.books.requests)
     body = b'{"model": "tiny", "messages": []}'
-    head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n{name}: identity\r\n{name}: deflate\r\ncontent-length: {len(body)}\r\n\r\n"
+    twice = f"{name}: identity\r\n{name}: deflate\r\ncontent-length: {len(body)}\r\n\r\n"
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n{twice}"
     assert f"two headers `{name}`".encode() in gateway.raw(head.encode() + body)
     assert len(upstream.books.requests) == before
 
