@@ -393,8 +393,10 @@ _KEPT = re.compile(
 )
 
 
-#: What stands for a password in an example.
-_EXAMPLE = re.compile(rb"(?i)(?:[${%*x.\[(].*|(?:my|your)?[ _-]?(?:password|passwd|pass|pwd|pw|secret))")
+#: What stands for a password in an example, or in a text with variables; not the escape that one begins with.
+_EXAMPLE = re.compile(
+    rb"(?i)(?:[*x.]+|[${\[(].*|%(?![0-9A-F]{2}).*|(?:my|your)?[ _-]?(?:password|passwd|pass|pwd|pw|secret))"
+)
 
 
 def in_address(text: bytes, start: int, end: int) -> tuple[int, int] | int:

@@ -343,7 +343,7 @@ KINDS: tuple[Kind, ...] = (
         (
             rb"(?i)" + _SECRET + rb"[\"'`]?[ \t]{0,2}" + _SAID + rb"[0-9A-Za-z!#$%&*+./:=?@^_~-]{6,}",
         ),
-        checks.secret(_SAID, rb"(?i)[/&;,|?]" + _SECRET + rb"[:=]"), rest="0-9A-Za-z!#$%&*+./:=?@^_~-",
+        checks.secret(_SAID, rb"(?i)(?:[/&;,|?]|%[0-9A-F]{2})" + _SECRET + rb"[:=]"), rest="0-9A-Za-z!#$%&*+./:=?@^_~-",
     ),
     Kind(
         "credential", "secret", _AT, (rb"://[^/ \t\r\n:@\"'`<>]{0,64}:[^/ \t\r\n@\"'`<>]{3,128}@",), checks.in_address,

@@ -401,6 +401,7 @@ def test_decisions_are_in_the_chained_trail(tmp_path: Path, cloud: FakeUpstream)
         ("card 3491 492316 67739@pay.example.com ok", "card [CREDIT_CARD_2] ok"),
         ("a bob@example.com and bob@example.com.", "a [EMAIL_1] and [EMAIL_1]."),
         ("password: abc123xyz/secret: def456uvw", "password: [CREDENTIAL_1]/secret: [CREDENTIAL_2]"),
+        ("password: abc123xyz%20secret: def456uvw", "password: [CREDENTIAL_1]%20secret: [CREDENTIAL_2]"),
     ],
 )
 def test_of_data_that_overlap_no_piece_is_left(text: str, hidden: str) -> None:

@@ -79,6 +79,7 @@ ORDINARY = [
     "id 4caa4148-3476-3878-3645-c1f3a0b2d4e5, 0895fa61-fa6d-2674-1014-7300f9edf8da",
     "Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 Chrome/98.0.217.162 Safari/537.36",
     "postgres://user:password@localhost/x, redis://:$REDIS_PASSWORD@cache, mysql://root:<password>@db, a://b:c",
+    "amqp://bob:xxxx@h, a://bob:***@h, a://bob:...@h, a://bob:%s@h, a://bob:%(pass)s@h, a://bob:{pw}@h",
     r"matches \d{3}-\d{2}-\d{4} and C:\100\200\300 and x = [1\.0, 2\.0]; see t=00:00+01:00&n=12+34",
 ]
 
@@ -142,6 +143,10 @@ WRITTEN = [
     ("credential", "Password:    ~hunter22~"),
     ("credential", "Password:\n~hunter22~"),
     ("credential", "postgres://bob:~hunter22~@localhost/x"),
+    ("credential", "postgres://bob:~x7kQ-9mLp2~@localhost/x"),
+    ("credential", "postgres://bob:~%40hunter22~@localhost/x"),
+    ("credential", "postgres://bob:~.hunter22~@localhost/x"),
+    ("credential", "password: abc123xyz%20secret: ~def456uvw~"),
     ("credential", "https://bob:~hunter:22~@db.example.com/x"),
     ("date_of_birth", "born on ~2nd January 1990~"),
     ("date_of_birth", "born on the ~2nd of January 1990~"),
