@@ -56,17 +56,26 @@ def dequantize(name: str, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """
     try:
         state = json.loads(bytes(stored[name + _STATE].tolist()))
-        shape, block, dtype = state["shape"], int(state["blocksize"]), _DTYPES[state["dtype"]]
+        shape, block, dtype = torch.Size(state["shape"]), int(state["blocksize"]), _DTYPES[state["dtype"]]
         absmax = stored[name + ".absmax"]
+        _check_blocks("weights", shape.numel(), block, "absmax", absmax)
         if "nested_absmax" in state or name + ".nested_absmax" in stored:
-            nested = stored[name + ".nested_absmax"].repeat_interleave(int(state["nested_blocksize"]))
+            nested_block, nested = int(state["nested_blocksize"]), stored[name + ".nested_absmax"]
+            _check_blocks("absmax", absmax.numel(), nested_block, "nested_absmax", nested)
+            nested = nested.repeat_interleave(nested_block)
             absmax = stored[name + ".nested_quant_map"][absmax.long()] * nested[: absmax.numel()]
             absmax = absmax + float(state["nested_offset"])
         packed = stored[name].flatten()
         codes = torch.stack((packed >> 4, packed & 15), dim=1).flatten().long()
         scales = absmax.float().repeat_interleave(block)[: codes.numel()]
         values = stored[name + ".quant_map"].float()[codes] * scales
-        return values[: torch.Size(shape).numel()].view(shape).to(dtype)
+        return values[: shape.numel()].view(shape).to(dtype)
     except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
         message = str(error).splitlines()[0]
         raise CheckpointError(f"{name} is damaged NF4: {type(error).__name__}: {message}") from None
+
+
+def _check_blocks(what: str, count: int, block: int, name: str, scales: torch.Tensor) -> None:
+    """Refuses scales of blocks of another size: they would be given to the wrong elements."""
+    if block < 1 or scales.numel() != -(-count // block):
+        raise ValueError(f"{count} {what} in blocks of {block} do not fit {scales.numel()} {name}")

@@ -240,6 +240,28 @@ def test_damaged_nf4_is_refused(tmp_path: Path) -> None:
         Checkpoint(path).parameter(name, torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("folder", "key", "size", "scales"),
+    [
+        ("bitsandbytes-nf4", "blocksize", 128, "absmax"),
+        ("bitsandbytes-odd-nf4-double", "blocksize", 128, "absmax"),
+        ("bitsandbytes-odd-nf4-double", "nested_blocksize", 64, "nested_absmax"),
+    ],
+)
+def test_nf4_blocks_of_another_size_are_refused(tmp_path: Path, folder: str, key: str, size: int, scales: str) -> None:
+    """Scales of smaller blocks are more than those of larger ones need; the first of them would be taken."""
+    name = f"{LAYER}.weight"
+    state_name = f"{name}.quant_state.bitsandbytes__nf4"
+    stored = Checkpoint(FOLDER / folder)
+    state = json.loads(bytes(stored.tensor(state_name).tolist()))
+    stored.close()
+    assert state[key] != size
+    other = torch.tensor(list(json.dumps(state | {key: size}).encode()), dtype=torch.uint8)
+    path = damaged(tmp_path, folder, replace(state_name, other))
+    with pytest.raises(CheckpointError, match=rf"{name} is damaged NF4: ValueError: .* do not fit \d+ {scales}"):
+        Checkpoint(path).parameter(name, torch.float32)
+
+
 def test_a_parameter_that_is_not_finite_in_the_dtype_asked_for_is_refused(dense_model: Path, tmp_path: Path) -> None:
     shutil.copytree(dense_model, tmp_path / "large")
     tensors = load_file(tmp_path / "large" / "model.safetensors")
