@@ -4,6 +4,7 @@ Every value gets a placeholder `[KIND_N]` that occurs nowhere else in the reques
 exact: an answer that repeats the request word for word is the unredacted request word for word.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -19,6 +20,8 @@ from tokenmill.engine.gateway.sensitivity.turns import DetectorError, Turns
 _MARK = re.compile(r"\[[A-Z0-9_]+\]")
 #: The rest of a string in a JSON text; of one with very many escapes the beginning of the rest.
 _REST = re.compile(r'[^"\\]*(?:\\.[^"\\]*){0,4096}')
+#: An escape that may hide a character of a placeholder, how long it is, and how much is looked at in one go.
+_ESCAPE, _ESCAPE_BYTES, _SLICE = re.compile(rb"\\u00([0-9A-Fa-f]{2})"), 6, 16 * 1024
 #: What follows the name of a member.
 _COLON = re.compile(r"\s*:")
 #: Members with a text that is JSON itself: arguments of tools.
@@ -186,13 +189,15 @@ class Redaction:
 
 async def unescaped(raw: bytes, turns: Turns) -> bytes:
     """A JSON text with `\\u00..` escapes taken off, also where they are none: to see what could be read in it."""
-    parts = raw.split(b"\\u00")
-    for place in range(1, len(parts)):
-        part = parts[place]
-        try:
-            parts[place] = bytes((int(part[:2], 16),)) + part[2:]
-        except ValueError:
-            continue
+    if b"\\u00" not in raw:
+        return raw
+    parts, start = [], 0
+    while start < len(raw):
+        stop = start + _SLICE
+        cut = raw.rfind(b"\\", stop - _ESCAPE_BYTES + 1, stop)
+        stop = stop if cut < 0 else cut
+        parts.append(_ESCAPE.sub(lambda match: bytes((int(match[1], 16),)), raw[start:stop]))
+        start = stop
         if turns.due():
             await turns.give()
     return b"".join(parts)
@@ -224,9 +229,8 @@ def _end(raw: str, place: int) -> int:
 def _label(kind: str, taken: bytes) -> str:
     """The kind in capitals, with a number where the request itself holds something that looks like a placeholder."""
     label = re.sub(r"[^A-Z]", "_", kind.upper())
-    if f"[{label}".encode() not in taken:
-        return label
-    used = {match[1] for match in re.finditer(rb"\[%s([0-9]*)_" % label.encode(), taken)}
-    if b"" not in used:
-        return label
-    return label + next(str(number) for number in range(1, len(used) + 2) if str(number).encode() not in used)
+    for number in ("", "1", "2", "3"):
+        if f"[{label}{number}_".encode() not in taken:
+            return label + number
+    # A request may hold any of the short ones, but not the hash of itself.
+    return f"{label}{int.from_bytes(hashlib.blake2b(taken, digest_size=8).digest())}"

@@ -277,6 +277,25 @@ def test_what_looks_like_a_placeholder_is_seen_through_escapes() -> None:
     assert Redaction({"bob@example.com": "email"}, taken).placeholders == {"bob@example.com": "[EMAIL2_1]"}
 
 
+def test_where_all_short_placeholders_are_taken_there_is_another() -> None:
+    """A request full of them is not searched for one that is left, which took 30 ms for 2 MiB at one go."""
+    for count in (4, 10_000):
+        taken = b" ".join(b"[EMAIL%b_1]" % (b"%d" % number if number else b"") for number in range(count))
+        (placeholder,) = Redaction({"bob@example.com": "email"}, taken).placeholders.values()
+        assert placeholder.startswith("[EMAIL")
+        assert placeholder[:-2].encode() not in taken
+        assert len(placeholder) > len("[EMAIL10000_1]")
+
+
+@pytest.mark.parametrize("before", range(8))
+def test_escapes_are_taken_off_wherever_slices_meet(before: int) -> None:
+    text = "x" * before + "[NOTE_1]" * 20_000
+    turns = Turns(60)
+    raw = "".join(f"\\u00{ord(character):02x}" for character in text).encode()
+    assert asyncio.run(unescaped(raw, turns)) == text.encode()
+    assert asyncio.run(unescaped(raw[:-1] + b"\\u00zz", turns)) == text[:-1].encode() + raw[-6:-1] + b"\\u00zz"
+
+
 def test_kinds_that_differ_in_a_digit_alone_do_not_share_placeholders() -> None:
     redaction = Redaction({"E-1234": "badge1", "F-1234": "badge2"}, b"")
     assert redaction.restore(" ".join(redaction.placeholders.values())) == "E-1234 F-1234"
