@@ -3,7 +3,6 @@
 `docs/configuration.md` is made from the descriptions below by `tokenmill.engine.gateway.config_reference`.
 """
 
-import math
 import os
 import re
 from collections.abc import Iterator
@@ -12,10 +11,10 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails
 
 from tokenmill.engine.gateway import yaml_file
 from tokenmill.engine.gateway.backends import Capability
+from tokenmill.engine.gateway.config_problems import explain, shown
 from tokenmill.engine.gateway.governance.section import Governance
 from tokenmill.engine.gateway.observability.section import Observability
 from tokenmill.engine.gateway.router.section import Routing
@@ -198,7 +197,7 @@ class LocalBackend(Backend):
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
                 raise ValueError(f"{name!r} is no name of an environment variable")
             if isinstance(setting, bool) or not isinstance(setting, (str, int, float)) or "\0" in str(setting):
-                raise ValueError(f"{name} is {_shown(setting)}, not text or a number; put it in quotes")
+                raise ValueError(f"{name} is {shown(setting)}, not text or a number; put it in quotes")
         return {name: str(setting) for name, setting in value.items()}
 
     @model_validator(mode="after")
@@ -414,7 +413,7 @@ def check(file: yaml_file.YamlFile) -> Config:
     try:
         return Config.model_validate(file.value)
     except ValidationError as error:
-        problems = [problem for details in error.errors() for problem in _explain(details, file)]
+        problems = [problem for details in error.errors() for problem in explain(details, file)]
         raise ConfigurationError("\n".join(dict.fromkeys(problems))) from None
 
 
@@ -424,80 +423,3 @@ def _plain_name(value: str) -> str:
             f"{value[:80]!r} is no name; use letters, digits, '.', '_' and '-', at most 63, a letter or digit first"
         )
     return value
-
-
-#: What a value should have been, by pydantic's type of error.
-_EXPECTED = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "string_type": "text",
-    "bool_type": "true or false",
-    "list_type": "a list",
-    "dict_type": "a mapping of fields",
-    "model_type": "a mapping of fields",
-}
-
-
-def _explain(details: ErrorDetails, file: yaml_file.YamlFile) -> Iterator[str]:
-    """One line per problem that pydantic reports."""
-    kind, found = details["type"], details.get("input")
-    place = _place(details["loc"], file)
-    if kind == "missing":
-        place = (*place, details["loc"][-1])
-    if kind == "unknown_fields":
-        for key, hint in details["ctx"]["hints"].items():
-            yield f"{file.where((*place, key))}: {_dotted((*place, key))}: unknown field; {hint}"
-        return
-    at = f"{file.where(place)}: {_dotted(place)}: "
-    if kind == "missing":
-        yield f"{at}is missing; add it (docs/configuration.md describes it)"
-    elif kind in _EXPECTED:
-        yield f"{at}{_shown(found)} is not {_EXPECTED[kind]}{_quoting_hint(kind, found)}"
-    elif kind == "value_error":
-        yield at + str(details["ctx"]["error"])
-    elif isinstance(found, (dict, list)):
-        yield at + details["msg"].lower()
-    else:
-        yield f"{at}{_shown(found)}: {details['msg'][:1].lower()}{details['msg'][1:]}"
-
-
-def _place(loc: tuple[int | str, ...], file: yaml_file.YamlFile) -> yaml_file.Place:
-    """pydantic's location without the steps that do not stand in the file (tags of unions)."""
-    place: yaml_file.Place = ()
-    value = file.value
-    for step in loc:
-        inside = (isinstance(value, dict) and step in value) or (
-            isinstance(value, list) and isinstance(step, int) and step < len(value)
-        )
-        if inside:
-            value = value[step]
-            place = (*place, step)
-    return place
-
-
-def _dotted(place: yaml_file.Place) -> str:
-    text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place)
-    return text.lstrip(".") or "the file"
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "nothing (null)"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (dict, list)):
-        return "a mapping" if isinstance(value, dict) else "a list"
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _quoting_hint(kind: str, found: Any) -> str:
-    if kind == "string_type" and isinstance(found, (bool, int, float)):
-        return f'; put it in quotes: "{_shown(found)}"'
-    if kind in ("int_type", "float_type") and isinstance(found, str) and re.fullmatch(r"[-+0-9.]+", found):
-        return "; remove the quotes"
-    return ""
