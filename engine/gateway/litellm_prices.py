@@ -17,6 +17,7 @@ from typing import Any
 import orjson
 
 from tokenmill import env
+from tokenmill.engine.gateway.config_problems import shown
 from tokenmill.errors import ConfigurationError
 
 #: What the package calls its copy of the map.
@@ -101,7 +102,7 @@ class CostMap:
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            self._problem(entry.name, f"{name} is {_shown(value)}, not a number")
+            self._problem(entry.name, f"{name} is {shown(value)}, not a number")
         elif not limits[0] <= value <= limits[1]:
             self._problem(entry.name, f"{name} is {value:g}, outside {limits[0]:g} to {limits[1]:g}")
         else:
@@ -120,14 +121,14 @@ class CostMap:
         """True or false; false where nothing stands."""
         value = entry.fields.get(name)
         if value is not None and not isinstance(value, bool):
-            self._problem(entry.name, f"{name} is {_shown(value)}, not true or false")
+            self._problem(entry.name, f"{name} is {shown(value)}, not true or false")
         return value is True
 
     def text(self, entry: Entry, name: str) -> str | None:
         """A text; None where nothing stands."""
         value = entry.fields.get(name)
         if value is not None and not isinstance(value, str):
-            self._problem(entry.name, f"{name} is {_shown(value)}, not text")
+            self._problem(entry.name, f"{name} is {shown(value)}, not text")
             return None
         return value
 
@@ -139,7 +140,7 @@ class CostMap:
                 continue
             fields = self.models[known]
             if not isinstance(fields, dict):
-                self._problem(known, f"{_shown(fields)} is not a mapping of fields")
+                self._problem(known, f"{shown(fields)} is not a mapping of fields")
             elif _of_provider(fields.get("litellm_provider"), provider):
                 yield Entry(known, fields)
 
@@ -196,7 +197,7 @@ def _read(path: Path) -> dict[str, Any]:
     except orjson.JSONDecodeError as error:
         raise ValueError(f"it is no JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"it holds {_shown(value)}, not a mapping of models")
+        raise ValueError(f"it holds {shown(value)}, not a mapping of models")
     return value
 
 
@@ -210,10 +211,3 @@ def _of_provider(stated: Any, provider: str | None) -> bool:
     if stated is None or provider in (None, "litellm_proxy"):
         return True
     return stated == provider or (provider == "fireworks_ai" and str(stated).startswith(provider))
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, (dict, list)):
-        return "a mapping" if isinstance(value, dict) else "a list"
-    text = str(value).lower() if isinstance(value, bool) else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
