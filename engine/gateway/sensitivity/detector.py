@@ -1,6 +1,7 @@
 """From a request to its clearance: searches its texts, applies the policy, and fails towards safety."""
 
 import asyncio
+import bisect
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,8 @@ MOST_REDACTED_BYTES = 2 * 1024 * 1024
 MOST_VALUES = 1000
 #: Less than this of a found text cannot be told from chance and is not replaced everywhere.
 _SHORTEST_VALUE = 4
+#: Names that are taken in at one go, and how long one may be.
+_TOGETHER, _LONGEST_NAME = 256, 512
 
 
 class _Found:
@@ -64,6 +67,18 @@ class _Found:
 def _by_place(finding: Finding) -> tuple[int, int]:
     """Longer ones before those that begin at the same place."""
     return finding.start, -finding.end
+
+
+def _beside(named: Sequence[Finding], findings: Sequence[Finding]) -> Sequence[Finding]:
+    """The names, which are in order, that may overlap what was found in a window."""
+    first = min((one.start for one in findings if one.start >= 0), default=0)
+    last = max(one.end for one in findings)
+    begin = bisect.bisect_left(named, first - _LONGEST_NAME, key=_start)
+    return named[begin : bisect.bisect_left(named, last, key=_start)]
+
+
+def _start(finding: Finding) -> int:
+    return finding.start
 
 
 class Detector:
@@ -157,10 +172,14 @@ class Detector:
             if self._presidio is not None:
                 async with asyncio.timeout(self.settings.timeout_s):
                     named = await turns.wait_for(self._presidio.find(text))
+            for start in range(0, len(named), _TOGETHER):
+                # One more: it may overlap the one before.
+                found.add(text, named[start : start + _TOGETHER + 1])
+                if turns.due():
+                    await turns.give()
             for findings in self._scanner.windows(text):
-                if findings or named:
-                    # A name that overlaps what has a form is looked for in each window.
-                    found.add(text, (*findings, *named) if named else findings)
+                if findings:
+                    found.add(text, (*findings, *_beside(named, findings)) if named else findings)
                 if turns.due():
                     await turns.give()
         return found

@@ -54,7 +54,7 @@ class Presidio:
         self._seen: dict[bytes, tuple[Finding, ...]] = {}
 
     async def find(self, text: str) -> tuple[Finding, ...]:
-        """What it finds in a text."""
+        """What it finds in a text, in the order in which it begins."""
         digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         known = self._seen.pop(digest, None)
         if known is None:
@@ -70,7 +70,8 @@ class Presidio:
             text=text, language=settings.language, entities=list(settings.entities), score_threshold=settings.min_score
         )
         return tuple(
-            Finding(_KINDS.get(one.entity_type, one.entity_type.lower()), one.start, one.end) for one in results
+            Finding(_KINDS.get(one.entity_type, one.entity_type.lower()), one.start, one.end)
+            for one in sorted(results, key=lambda one: int(one.start))
         )
 
 

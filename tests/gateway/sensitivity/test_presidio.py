@@ -2,14 +2,20 @@
 
 import asyncio
 import json
+import re
 import sys
+from collections.abc import Sequence
 
 import pytest
 
+from tests.gateway.sensitivity.searching import exchange_of
 from tokenmill.engine.gateway.body import Body
 from tokenmill.engine.gateway.pipeline import Exchange
+from tokenmill.engine.gateway.sensitivity import detector
+from tokenmill.engine.gateway.sensitivity.clearance import Clearance
 from tokenmill.engine.gateway.sensitivity.detector import Detector
 from tokenmill.engine.gateway.sensitivity.presidio import Presidio, kind_of
+from tokenmill.engine.gateway.sensitivity.scanner import Finding
 from tokenmill.engine.gateway.sensitivity.settings import PresidioSettings, SensitivitySettings
 from tokenmill.errors import ConfigurationError, MissingDependencyError
 
@@ -63,3 +69,47 @@ def test_a_missing_model_is_named() -> None:
 
 def test_names_of_kinds() -> None:
     assert (kind_of("PERSON"), kind_of("CRYPTO")) == ("name", "crypto")
+
+
+class Names:
+    """Knows Anna, and what stands behind her."""
+
+    def __init__(self, _: PresidioSettings) -> None: ...
+
+    async def find(self, text: str) -> tuple[Finding, ...]:
+        return tuple(Finding("name", *one.span()) for one in re.finditer("Anna( [0-9]{4})?", text))
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detector, "Presidio", Names)
+
+
+def told(text: str) -> Clearance:
+    settings = SensitivitySettings(default="redact", presidio=PresidioSettings())
+    return asyncio.run(Detector(settings).clear(exchange_of(json.dumps({"prompt": text}).encode())))
+
+
+@pytest.mark.usefixtures("names")
+@pytest.mark.parametrize("before", ["", "Anna, " * 300, "word " * 2000, "word " * 815])
+def test_names_that_overlap_numbers_are_one_with_them(before: str) -> None:
+    clearance = told(before + "pays Anna 4111 1111 1111 1111 today")
+    assert clearance.hidden is not None
+    assert re.search(r"pays \[NAME_[0-9]\] today$", json.loads(clearance.hidden.raw)["prompt"])
+
+
+@pytest.mark.usefixtures("names")
+def test_each_name_is_looked_at_where_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in every window: of a long text that would be the square of its length."""
+    looked = 0
+    original = detector._Found.add
+
+    def add(self: detector._Found, text: str, findings: Sequence[Finding]) -> None:
+        nonlocal looked
+        looked += len(findings)
+        original(self, text, findings)
+
+    monkeypatch.setattr(detector._Found, "add", add)
+    text = "Anna and bob@example.com. " * 5000
+    assert told(text).action == "redact"
+    assert looked < 4 * 5000
