@@ -24,8 +24,8 @@ from tokenmill.engine.gateway.sensitivity.plain import CONTROLS, plain, prepare,
 STRIDE = 4096
 #: How far a window reaches into the next one: more than any number with the words that announce it.
 OVERLAP = 512
-#: Windows remembered; about 200 bytes each.
-MAX_ENTRIES = 16_384
+#: Windows remembered, of about 200 bytes each, and findings in all of them, of about 130: a page may be full of them.
+MAX_ENTRIES, MAX_FINDINGS = 16_384, 131_072
 #: The place of control characters among the hints.
 _CONTROLS = 0
 #: How far a token is followed that a window cuts off; a longer one has no end that a placeholder could stand for.
@@ -115,6 +115,7 @@ class Scanner:
         kinds = KINDS if wanted is None else tuple(kind for kind in KINDS if kind.name in set(wanted))
         self._max_entries = max_entries
         self._seen: dict[bytes, tuple[Finding, ...]] = {}
+        self._remembered = 0
         self._hints = re2.Set.SearchSet(_options())
         self._behind: list[tuple[Any, list[_Searcher]]] = []
         forms = {
@@ -162,8 +163,10 @@ class Scanner:
             for _ in self._search(text, before, after, findings):
                 yield ()
             known = tuple(findings)
-            if len(self._seen) >= self._max_entries:
-                del self._seen[next(iter(self._seen))]
+            # Another request may have searched the same in between.
+            self._remembered += len(known) - len(self._seen.pop(digest, ()))
+            while self._seen and (len(self._seen) >= self._max_entries or self._remembered > MAX_FINDINGS):
+                self._remembered -= len(self._seen.pop(next(iter(self._seen))))
         self._seen[digest] = known
         yield known
 

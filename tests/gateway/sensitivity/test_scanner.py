@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.gateway.sensitivity.generator import MAKERS, prose, text_with
+from tokenmill.engine.gateway.sensitivity import scanner as scanners
 from tokenmill.engine.gateway.sensitivity.kinds import CLASS_OF, KINDS
 from tokenmill.engine.gateway.sensitivity.plain import _FORM
 from tokenmill.engine.gateway.sensitivity.scanner import OVERLAP, STRIDE, Scanner, undisguised
@@ -291,6 +292,22 @@ def test_a_seen_text_is_not_searched_again() -> None:
     for number in range(50):
         scanner.find(str(number) * 20)
     assert len(scanner._seen) == 8
+
+
+def test_pages_full_of_findings_take_the_place_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scanners, "MAX_FINDINGS", 200)
+    scanner = Scanner()
+    page = " ".join(f"10.20.30.{number}" for number in range(90))
+    # Two requests at a time with the same page, which takes so long that both search it.
+    one, other = scanner.windows(page), scanner.windows(page)
+    assert sum(map(len, (findings for pair in zip(one, other, strict=True) for findings in pair))) == 2 * 90
+    assert scanner._remembered == 90
+    for number in range(10):
+        assert len(scanner.find(f"{page} {number}")) == 90
+        assert sum(map(len, scanner._seen.values())) == scanner._remembered <= 200
+    assert len(scanner._seen) == 2
+    scanner.find("nothing")
+    assert len(scanner._seen) == 3
 
 
 def test_undisguised_ends() -> None:
