@@ -23,6 +23,10 @@ _EXPECTED = {
 }
 
 
+#: Fields whose values are shown to nobody.
+_SECRETS = frozenset({"api_key", "master_key"})
+
+
 def explain(details: ErrorDetails, file: yaml_file.YamlFile) -> Iterator[str]:
     """One line per problem that pydantic reports."""
     kind, found = details["type"], details.get("input")
@@ -34,6 +38,9 @@ def explain(details: ErrorDetails, file: yaml_file.YamlFile) -> Iterator[str]:
             yield f"{file.where((*place, key))}: {_dotted((*place, key))}: unknown field; {hint}"
         return
     at = f"{file.where(place)}: {_dotted(place)}: "
+    if place and place[-1] in _SECRETS and kind != "missing":
+        yield f"{at}is no key; it has printable characters and no blanks"
+        return
     if kind == "missing":
         yield f"{at}is missing; add it (docs/configuration.md describes it)"
     elif kind in _EXPECTED:

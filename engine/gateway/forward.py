@@ -135,6 +135,9 @@ class Forwarder:
 
     async def _attempt(self, exchange: Exchange, target: Target, route: Route) -> Reply:
         """One request to one backend; its outcome is told to the circuit breaker."""
+        translated = target.backend.protocol == "anthropic" and exchange.endpoint not in anthropic.OWN_PATHS
+        # Before the backend is taken: what its protocol has no words for uses up neither its pace nor a trial.
+        said = _in_messages(exchange, target, route) if translated else None
         call = Call(target, route.model)
         lease = Lease(call)
         exchange.on_end(lease.close)
@@ -143,19 +146,20 @@ class Forwarder:
         exchange.calls.append(call)
         if target.backend.tokens_per_minute is not None:
             exchange.on_end(lambda _: target.pace.used(call.usage.prompt + call.usage.completion))
-        translated = target.backend.protocol == "anthropic" and exchange.endpoint not in anthropic.OWN_PATHS
-        ask = self._ask_anthropic if translated else self._ask
         name = target.backend.name
         try:
             counting = counting_options(exchange)
-            reply = await ask(exchange, lease, route, counting)
+            if said is None:
+                reply = await self._ask(exchange, lease, route, counting)
+            else:
+                reply = await self._ask_anthropic(exchange, lease, said, counting)
         except (ConnectFailedError, NoAnswerError) as error:
             call.taken = False
             call.sent = not isinstance(error, ConnectFailedError)
             lease.failed()
             lease.close()
             raise
-        except (asyncio.CancelledError, anthropic.UntranslatableError):
+        except asyncio.CancelledError:
             # Given up before its answer: the request may go on with another.
             lease.close()
             raise
@@ -219,18 +223,14 @@ class Forwarder:
         return self._with_retry_after(reply)
 
     async def _ask_anthropic(
-        self, exchange: Exchange, lease: Lease, route: Route, counting: dict[str, Any] | None
+        self, exchange: Exchange, lease: Lease, said: bytes, counting: dict[str, Any] | None
     ) -> Reply:
         backend = lease.target.backend
-        name = _upstream_model(exchange, lease.target, route)
-        if exchange.endpoint != "/v1/chat/completions" or exchange.body is None or name is None:
-            what = f"The backend of this model ({backend.name}) offers chat completions and messages only."
-            raise anthropic.UntranslatableError(400, what)
-        payload = anthropic.request(exchange.payload, name)
+        assert exchange.body is not None, "it was translated"
         options = exchange.body.get("stream_options", dict[str, Any]) or {}
         headers = anthropic.headers(exchange.forward, backend.api_key)
         lease.call.taken = lease.call.sent = True
-        answer = await self._upstream().send(b"POST", lease.target.origin, anthropic.PATH, headers, payload)
+        answer = await self._upstream().send(b"POST", lease.target.origin, anthropic.PATH, headers, said)
         lease.holds(answer)
         if 300 <= answer.status < 400:
             return _redirected(lease, answer.status)
@@ -264,6 +264,20 @@ def _upstream_model(exchange: Exchange, target: Target, route: Route) -> str | N
     if exchange.model is None and route.model is None and target.backend.protocol == "openai":
         return None
     return target.own_model(route.model) or exchange.model
+
+
+def _in_messages(exchange: Exchange, target: Target, route: Route) -> bytes:
+    """A request in the words of Anthropic's Messages API.
+
+    Raises:
+        UntranslatableError: It has none for it.
+        ApiError: 400 for what is malformed.
+    """
+    name = _upstream_model(exchange, target, route)
+    if exchange.endpoint != "/v1/chat/completions" or exchange.body is None or name is None:
+        what = f"The backend of this model ({target.backend.name}) offers chat completions and messages only."
+        raise anthropic.UntranslatableError(400, what)
+    return anthropic.request(exchange.payload, name)
 
 
 def _redirected(lease: Lease, status: int) -> Reply:

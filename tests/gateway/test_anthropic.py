@@ -143,6 +143,21 @@ def test_what_cannot_be_translated_goes_to_another_backend_of_the_tier() -> None
         server.stop()
 
 
+def test_what_cannot_be_said_uses_up_nothing() -> None:
+    server = FakeAnthropic().start()
+    backend = Backend(
+        "claude", server.url, "cloud", ("claude",), {}, "sk-ant-key", protocol="anthropic", health_path=None,
+        requests_per_minute=3,
+    )  # fmt: skip
+    body = {"model": "claude", "messages": HELLO}
+    with RunningGateway(backend) as gateway:
+        for _ in range(3):
+            assert gateway.post("/v1/chat/completions", {**body, "n": 2})[0] == 400
+        assert gateway.post("/v1/chat/completions", body)[0] == 200
+    assert len(server.books.requests) == 1
+    server.stop()
+
+
 def streamed(*events: bytes | dict[str, Any]) -> bytes:
     """A stream of these events, translated."""
 

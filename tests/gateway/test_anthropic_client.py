@@ -10,7 +10,7 @@ import pytest
 
 from tests.gateway.anthropic_upstream import FakeAnthropic
 from tests.gateway.governance.governed import MASTER_KEY, options
-from tests.gateway.running import RunningGateway
+from tests.gateway.running import RunningGateway, wait_until
 from tests.gateway.upstream import FakeUpstream
 from tokenmill.engine.gateway.backends import Backend
 
@@ -59,19 +59,23 @@ def test_a_stream(client: anthropic.Anthropic) -> None:
         assert stream.get_final_message().usage.output_tokens == 5
 
 
-def test_what_it_uses_is_charged(gateway: RunningGateway, client: anthropic.Anthropic) -> None:
-    headers = {"authorization": f"Bearer {MASTER_KEY}"}
+def test_what_it_uses_is_charged(server: FakeAnthropic, tmp_path: Path) -> None:
+    governance = options(str(tmp_path / "books.db"))
+    with (
+        RunningGateway(backend(server), governance=governance, key=MASTER_KEY) as gateway,
+        anthropic.Anthropic(base_url=gateway.url, api_key=MASTER_KEY, max_retries=0, timeout=20) as client,
+    ):
+        client.messages.create(model="claude", max_tokens=20, messages=HELLO)
+        with client.messages.stream(model="claude", max_tokens=20, messages=HELLO) as stream:
+            stream.get_final_message()
 
-    def sums() -> tuple[int, int, int]:
-        (row,) = json.loads(gateway.send("GET", "/admin/ledger", headers=headers)[2])["rows"]
-        return row["prompt_tokens"], row["cached_tokens"], row["completion_tokens"]
+        def sums() -> tuple[int, ...]:
+            head = {"authorization": f"Bearer {MASTER_KEY}"}
+            rows = json.loads(gateway.send("GET", "/admin/ledger", headers=head)[2])["rows"]
+            names = ("prompt_tokens", "cached_tokens", "completion_tokens")
+            return tuple(sum(row[name] for row in rows) for name in names)
 
-    client.messages.create(model="claude", max_tokens=20, messages=HELLO)
-    before = sums()
-    client.messages.create(model="claude", max_tokens=20, messages=HELLO)
-    with client.messages.stream(model="claude", max_tokens=20, messages=HELLO) as stream:
-        stream.get_final_message()
-    assert tuple(after - was for after, was in zip(sums(), before, strict=True)) == (24, 6, 10)
+        wait_until(lambda: sums() == (24, 6, 10))
 
 
 def test_errors_keep_their_form(client: anthropic.Anthropic) -> None:

@@ -75,6 +75,7 @@ MISTAKES = [
     (f"tiers: {{u: {{backends: [{{url: 'http://me:{'secret' * 20}@x/?y'}}]}}}}\n", 1, "api_key_env"),
     ("tiers: {u: {backends: [{url: 'http://x', api_key_env: sk-123}]}}\n", 1, "match pattern"),
     ("tiers: {u: {backends: [{url: 'http://x', api_key: k, api_key_env: K}]}}\n", 1, "keep one"),
+    ("tiers: {u: {backends: [{url: 'http://x', api_key: 'my secret'}]}}\n", 1, "api_key: is no key"),
     ("tiers: {u: {fallbacks: [v], backends: [{model: m}]}}\n", 1, "falls back to 'v'"),
     ("tiers: {u: {backends: [{model: m, flags: {port: 1}}]}}\n", 1, "set 'server.port'"),
     ("tiers: {u: {backends: [{model: m, flags: {served_model_name: x}}]}}\n", 1, "served_as"),

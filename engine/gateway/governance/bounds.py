@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from tokenmill.engine.gateway.body import MOST_COMMAS, Body
+from tokenmill.engine.gateway.body import MOST_ITEMS, Body, most_items
 from tokenmill.engine.gateway.governance.media import ENOUGH_TOKENS, UNSEEN_TOKENS, media_tokens
 from tokenmill.engine.gateway.pipeline import Exchange
 from tokenmill.engine.gateway.portfolio import Target
@@ -37,8 +37,8 @@ _ANSWERS = ("n", "best_of", "n_cmpl")
 #: Members of a request to the Responses API that name what is read before it: an earlier answer and all before that,
 #: a conversation, a prompt that is kept there.
 _EARLIER = ("previous_response_id", "conversation", "prompt")
-#: Begins a list of texts or of lists.
-_SEVERAL = re.compile(rb"\[\s*[\"\[]")
+#: Begins a list of texts, of lists or of objects.
+_SEVERAL = re.compile(rb"\[\s*[\"\[{]")
 #: Fields that say something about a request's size.
 _TELLING = frozenset({*LENGTHS, *_ANSWERS, "tools", "functions", "chat_template"})
 #: Lists of what is scored, each with all else in the request.
@@ -179,6 +179,6 @@ def _prompts(body: Body, field: str) -> int:
 
 
 def _count_items(body: Body, field: str, raw: bytes) -> int:
-    """How many items a list has; of one with very many commas as many as these may part: decoding it takes seconds."""
-    commas = raw.count(b",")
-    return commas + 1 if commas > MOST_COMMAS else len(body.get(field, list[msgspec.Raw]) or ())
+    """How many items a list has; where they may be very many, as many as they may be: decoding them takes seconds."""
+    most = most_items(raw)
+    return most if most > MOST_ITEMS else len(body.get(field, list[msgspec.Raw]) or ())

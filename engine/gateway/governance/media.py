@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import re2
 
-from tokenmill.engine.gateway.body import MOST_COMMAS
+from tokenmill.engine.gateway.body import MOST_ITEMS
 
 #: Tokens of an image; an inlined one counts, too, for a compressed one may have more tokens than bytes.
 IMAGE_TOKENS = 4096
@@ -46,7 +46,7 @@ def media_tokens(payload: bytes) -> int:
     """The most tokens that the media of a JSON body stand for, beside its bytes."""
     if _ANY_NAME.search(payload) is None:
         return 0
-    if _count(_ANY_NAME, payload, _MOST_NAMES + 1) <= _MOST_NAMES and payload.count(b",") <= MOST_COMMAS:
+    if _count(_ANY_NAME, payload, _MOST_NAMES + 1) <= _MOST_NAMES and payload.count(b",") <= MOST_ITEMS:
         try:
             return _tokens_of(msgspec.json.decode(payload))
         except (msgspec.MsgspecError, RecursionError):

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import re2
 
-from tokenmill.engine.gateway.body import MOST_COMMAS, Body, too_deep
+from tokenmill.engine.gateway.body import MOST_ITEMS, Body, most_items, too_deep
 from tokenmill.engine.gateway.governance import bounds
 from tokenmill.engine.gateway.pipeline import Exchange
 from tokenmill.engine.gateway.router.question import text_of, text_of_parts
@@ -81,7 +81,7 @@ _EACH = {
 }
 
 #: As many tokens fit into any model: of fewer nobody asks for the longest input.
-_FITS_ANYWHERE = 512
+_FITS_ANYWHERE = 64
 _NONE = msgspec.Raw(b"null")
 
 
@@ -143,10 +143,9 @@ def _at_once(prompt_tokens: int, inputs: memoryview | None) -> int:
         return prompt_tokens
     raw = bytes(inputs)
     rest = max(prompt_tokens - len(raw) // BYTES_PER_TOKEN, 0)
-    commas = raw.count(b",")
     if raw[1:64].lstrip()[:1].isdigit():
-        return rest + commas + 1  # one input, in tokens
-    if commas > MOST_COMMAS:
+        return rest + raw.count(b",") + 1  # one input, in tokens
+    if most_items(raw) > MOST_ITEMS:
         return rest  # to look for the longest would take seconds: its backend says what is too long
     try:
         items = [bytes(item) for item in _ITEMS.decode(raw)] or [b"0"]

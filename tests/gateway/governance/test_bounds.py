@@ -152,6 +152,7 @@ def test_however_much_is_named_no_bound_is_negative() -> None:
         ("/v1/embeddings", {"input": ["a"] * 50_000}, 50_000),
         ("/v1/embeddings", {"input": [["a"]] * 50_000}, 50_000),
         ("/v1/embeddings", {"input": list(range(50_000))}, 1),
+        ("/v1/embeddings", {"input": [{}] * 50_000}, 50_000),
         ("/v1/completions", {"prompt": ["a"] * 50_000}, 50_000),
         ("/v1/rerank", {"query": "b", "documents": ["a"] * 50_000}, 50_000),
     ],
@@ -162,11 +163,17 @@ def test_long_lists_are_counted_without_decoding_them(
     def refuse(*_: object) -> None:
         raise AssertionError("decoded")
 
-    monkeypatch.setattr(bounds, "MOST_COMMAS", 100)
+    monkeypatch.setattr(bounds, "MOST_ITEMS", 100)
     asked = exchange(path, body)
     original = Body.get
     monkeypatch.setattr(Body, "get", lambda self, name, kind: refuse() if name in body else original(self, name, kind))
     assert bounds.asked(asked).prompts == count
+
+
+def test_commas_in_a_text_part_no_prompts() -> None:
+    text = "a, b" * 40_000
+    for body in ({"prompt": [text]}, {"prompt": [text, text]}):
+        assert bounds.asked(exchange("/v1/completions", body)).prompts == len(body["prompt"])
 
 
 def test_documents_that_are_paired_are_read_once() -> None:

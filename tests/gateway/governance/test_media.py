@@ -84,7 +84,7 @@ def test_what_is_not_parsed_counts_by_its_names(monkeypatch: pytest.MonkeyPatch)
     deep = "[" * 5000 + "]" * 5000
     for other in ("1e999", "9" * 5000, deep):
         assert media_tokens(body(f'{json.dumps(parts)},{{"x":{other}}}')) == expected
-    for limit in ("_MOST_NAMES", "MOST_COMMAS"):
+    for limit in ("_MOST_NAMES", "MOST_ITEMS"):
         with monkeypatch.context() as patched:
             patched.setattr(media, limit, 1)
             assert media_tokens(body(parts)) == expected

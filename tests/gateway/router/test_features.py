@@ -85,6 +85,10 @@ def test_of_many_inputs_the_longest_must_fit() -> None:
     assert features("/v1/embeddings", input=[tokens, tokens[:7]]).at_once == 300
     many = features("/v1/embeddings", input=["a, b"] * 40_000)
     assert many.at_once < 10 < many.prompt_tokens  # not taken apart: the backend says what is too long
+    one = features("/v1/completions", prompt=["a, b" * 40_000])
+    assert one.at_once > 30_000
+    small = features("/v1/embeddings", input=["about twenty letters"] * 80)
+    assert small.at_once < 20 < small.prompt_tokens
     chat = features(messages=[*user("word " * 40)] * 100)
     assert chat.at_once == chat.prompt_tokens > 5000
 
