@@ -150,7 +150,9 @@ class Detector:
         values |= found.together
         body = exchange.body
         small = len(body.raw) <= MOST_REDACTED_BYTES and len(values) <= MOST_VALUES
-        if small and not NOT_REDACTABLE & set(kinds):
+        # What announces a kind that shows only without escapes may go with the placeholder of something else: it would
+        # not be found again.
+        if small and kinds.keys() <= {kind for kind, text in found.data if text is not None} - NOT_REDACTABLE:
             redaction = Redaction(values, await unescaped(body.raw, turns))
             try:
                 hidden = await redaction.body(body, turns)

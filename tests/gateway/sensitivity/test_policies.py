@@ -418,6 +418,14 @@ def test_data_that_overlap_count_as_values(monkeypatch: pytest.MonkeyPatch) -> N
         assert clear(SensitivitySettings(default="redact"), body).action == action
 
 
+@pytest.mark.parametrize(
+    "text", ["ask bob@example.comborn%20on%2017.04.1974", "sk-abcdefghijklmnop1234-EIN%2097\\-2472325 is it"]
+)
+def test_what_only_shows_without_escapes_stays_although_its_word_went(text: str) -> None:
+    clearance = clear(SensitivitySettings(default="redact"), json.dumps({"prompt": text}).encode())
+    assert (clearance.action, len(clearance.kinds)) == ("stay", 2)
+
+
 SPLIT = [
     ("Authorization: Bearer 83KNEiFH7Z8kRILjc8Nj", "qfGxl4n2Cus4WyQjJAxf"),
     ("john@example.co", "mpany.example"),
