@@ -143,8 +143,11 @@ class Texts:
         elif isinstance(value, list):
             before = self.begin_list()
             for item in value:
-                if content and isinstance(item, (int, float)) and not isinstance(item, bool):
-                    self.unreadable = unreadable.TOKENS
+                if isinstance(item, (int, float)) and not isinstance(item, bool):
+                    if content:
+                        self.unreadable = unreadable.TOKENS
+                    if abs(item) < _LONG_NUMBER:
+                        continue  # the list's name was taken in once
                 self.walk(item, key, content=content, listed=True)
             self.end_list(before)
         elif isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) >= _LONG_NUMBER:

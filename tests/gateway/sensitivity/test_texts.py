@@ -88,3 +88,9 @@ def test_what_python_cannot_walk_through_cannot_be_searched(
     assert (clearance.action, clearance.kinds) == ("stay", {})
     assert "the field metadata cannot be decoded" in clearance.why
     assert not caplog.records
+
+
+def test_of_a_list_of_numbers_the_name_and_the_long_ones_are_searched() -> None:
+    assert found({"metadata": {"4111 1111 1111 1111": [1, 2]}}) == {"credit_card"}
+    assert found({"metadata": {"a": [[1, 4111111111111111], -4.5]}}) == {"credit_card"}
+    assert found({"metadata": {"a": [4111, 1111, 1111, 1111]}}) == set()
