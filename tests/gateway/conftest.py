@@ -1,5 +1,6 @@
 """A fake backend and a gateway process in front of it, shared by the tests of a module."""
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -23,6 +24,15 @@ def gateway(shared_upstream: FakeUpstream) -> Iterator[RunningGateway]:
     backend = Backend("a", shared_upstream.url, "utility", model_names={"renamed": "tiny"})
     with RunningGateway(backend, settings=settings) as running:
         yield running
+
+
+@pytest.fixture
+def usual_depth() -> Iterator[None]:
+    """As many calls inside each other as Python allows where nobody asks for more; torch's compiler does, for good."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(1000)
+    yield
+    sys.setrecursionlimit(before)
 
 
 @pytest.fixture

@@ -76,6 +76,7 @@ def at_depth(calls: int, what: Callable[[], Any]) -> Any:
     return at_depth(calls - 1, what) if calls else what()
 
 
+@pytest.mark.usefixtures("usual_depth")
 def test_what_is_nested_too_deeply_is_refused_wherever_it_is_found_out() -> None:
     """A depth that can just be parsed may be too much further down the stack."""
     refused = set()

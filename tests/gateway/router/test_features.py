@@ -43,6 +43,7 @@ def test_signs_of_the_last_user_message() -> None:
     assert set(found.values) <= set(FEATURES)
 
 
+@pytest.mark.usefixtures("usual_depth")
 def test_what_is_nested_too_deeply_is_the_clients_fault() -> None:
     def at_depth(calls: int, exchange: Exchange) -> Features:
         return at_depth(calls - 1, exchange) if calls else features_of(exchange)
