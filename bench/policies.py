@@ -30,8 +30,8 @@ from tokenmill.engine.gateway.settings import Settings
 
 #: Characters of a prompt.
 LENGTH = 32_768
-#: Prompts of each sort.
-COUNT = 60
+#: Prompts of each sort: of pages full of data the search remembers some forty (`scanner.MAX_FINDINGS`).
+COUNT = 40
 _WORDS = "please read this letter for the meeting at 12:30 in room 204 and list 3 open points about 40 chairs".split()  # noqa: SIM905
 
 

@@ -33,6 +33,10 @@ class Place(NamedTuple):
     needle: str
 
 
+#: (start, end, rank among the needles, needle)
+_Match = tuple[int, int, int, str]
+
+
 class Needles:
     """Finds the occurrences of many strings.
 
@@ -61,7 +65,7 @@ class Needles:
         """
         if self._heads is None:
             return
-        found: list[tuple[int, Place]] = []
+        found: list[_Match] = []
         compared = 0
         for begin in range(0, len(text), _SLICE):
             first = max(begin - self._longest + 1, 0)
@@ -69,10 +73,10 @@ class Needles:
             for which, start, end in self._heads.find_matches_as_indexes(piece, overlapping=True):
                 if first + end <= begin:
                     continue  # the piece before held it
-                behind = self._behind[which]
+                behind, at = self._behind[which], first + start
                 for rank, needle in behind:
-                    if text.startswith(needle, first + start):
-                        found.append((rank, Place(first + start, first + start + len(needle), needle)))
+                    if text.startswith(needle, at):
+                        found.append((at, at + len(needle), rank, needle))
                 compared += len(behind)
                 if compared >= _BREATH:
                     compared = 0
@@ -89,34 +93,37 @@ def _encodable(text: str) -> str:
     return text if text.isascii() else _SURROGATE.sub(_ANY, text)
 
 
-def _apart(found: list[tuple[int, Place]], until: int) -> tuple[list[Place], list[tuple[int, Place]]]:
+def _apart(found: list[_Match], until: int) -> tuple[list[Place], list[_Match]]:
     """Those that count of the places that overlap none that reach beyond a place, in order; and the others."""
-    found.sort(key=lambda one: one[1].start)
+    found.sort()
     settled: list[Place] = []
-    begun = reach = 0
-    for number, (_, place) in enumerate(found):
-        if place.start >= reach:
-            settled += _longest(found[begun:number])
-            begun = number
-        reach = max(reach, place.end)
-        if reach > until:
-            return settled, found[begun:]
-    return settled + _longest(found[begun:]), []
+    tangle: list[_Match] = []
+    reach = 0
+    for number, match in enumerate(found):
+        start, end, _, _ = match
+        if start < reach:
+            tangle.append(match)
+        else:
+            if len(tangle) == 1:  # as mostly
+                settled.append(Place(tangle[0][0], tangle[0][1], tangle[0][3]))
+            elif tangle:
+                settled += _longest(tangle)
+            tangle = [match]
+        if end > reach:
+            reach = end
+            if reach > until:
+                return settled, found[number + 1 - len(tangle) :]
+    return settled + _longest(tangle), []
 
 
-def _longest(tangle: list[tuple[int, Place]]) -> list[Place]:
+def _longest(tangle: list[_Match]) -> list[Place]:
     """Of places that overlap each other those that count, in order."""
-    if len(tangle) < 2:
-        return [place for _, place in tangle]
-    tangle.sort()
-    first = min(place.start for _, place in tangle)
-    taken = bytearray(max(place.end for _, place in tangle) - first)
+    first = min((start for start, _, _, _ in tangle), default=0)
+    taken = bytearray(max((end for _, end, _, _ in tangle), default=0) - first)
     kept = []
-    for _, place in tangle:
-        start, end = place.start - first, place.end - first
+    for start, end, _, needle in sorted(tangle, key=lambda match: (match[2], match[0])):
         # Those before are as long at least: none lies inside.
-        if not taken[start] and not taken[end - 1]:
-            taken[start:end] = b"\1" * (end - start)
-            kept.append(place)
-    kept.sort()
-    return kept
+        if not taken[start - first] and not taken[end - 1 - first]:
+            taken[start - first : end - first] = b"\1" * (end - start)
+            kept.append(Place(start, end, needle))
+    return sorted(kept)
