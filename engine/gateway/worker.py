@@ -70,6 +70,13 @@ def log_to_stderr() -> None:
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
 
 
+def spare_the_collector() -> None:
+    """What is loaded by now lives as long as the process: keeps the collector from walking it again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+
+
 def serve(document: Document, listener: socket.socket) -> None:
     """Serves on a listening socket until SIGTERM or SIGINT, then drains and returns."""
     settings = document.settings
@@ -88,10 +95,7 @@ def serve(document: Document, listener: socket.socket) -> None:
         timeout_graceful_shutdown=int(settings.drain_s),
     )
     server = Server(config)
-    # What is loaded by now lives as long as the process: keep the collector from walking it again and again.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 50)
+    spare_the_collector()
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
 
