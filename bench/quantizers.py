@@ -103,7 +103,8 @@ def run_one(python: str, producer: str, job: dict[str, Any]) -> dict[str, Any]:
         json.dump(job, file)
         file.flush()
         rival = str(Path(__file__).with_name("quantizer_rival.py"))
-        what = ["-c", _OURS, file.name] if producer == "tokenmill" else [rival, producer, file.name]
+        # Without its folder in the path: transformers would take our `kernels` for the package of that name.
+        what = ["-c", _OURS, file.name] if producer == "tokenmill" else ["-P", rival, producer, file.name]
         answer = subprocess.run([python, "-W", "ignore", *what], capture_output=True, text=True, check=False)
     lines = [line for line in answer.stdout.splitlines() if line.startswith("RESULT ")]
     if answer.returncode or not lines:
