@@ -9,6 +9,7 @@ error of the output), and its perplexity is measured on held-out text.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -105,7 +106,11 @@ def run_one(python: str, producer: str, job: dict[str, Any]) -> dict[str, Any]:
         rival = str(Path(__file__).with_name("quantizer_rival.py"))
         # Without its folder in the path: transformers would take our `kernels` for the package of that name.
         what = ["-c", _OURS, file.name] if producer == "tokenmill" else ["-P", rival, producer, file.name]
-        answer = subprocess.run([python, "-W", "ignore", *what], capture_output=True, text=True, check=False)
+        # GPTQModel 7.7 takes half of the cores for its workers, and does not start with one.
+        environment = {"GPTQMODEL_CPU_WORKERS": str(max(2, os.cpu_count() or 2)), **os.environ}
+        answer = subprocess.run(
+            [python, "-W", "ignore", *what], capture_output=True, text=True, check=False, env=environment
+        )
     lines = [line for line in answer.stdout.splitlines() if line.startswith("RESULT ")]
     if answer.returncode or not lines:
         raise ConfigurationError(f"{producer} failed with status {answer.returncode}: {answer.stderr[-1000:]}")
