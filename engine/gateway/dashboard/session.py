@@ -6,6 +6,7 @@ It is void when the master key changes, and so is a key's when that is revoked o
 import hashlib
 import hmac
 import re
+import secrets
 
 from tokenmill.engine.gateway.admin import keyring, roles
 from tokenmill.engine.gateway.admin.roles import Actor
@@ -18,7 +19,8 @@ from tokenmill.errors import InputError
 COOKIE = "tokenmill_session"
 #: How long one may stay logged in, in seconds.
 LIFETIME_S = 8 * 3600
-_SHAPE = re.compile(r"([A-Za-z0-9._-]{1,63}):([0-9]{1,15}):([0-9a-f]{64})")
+#: Name, end in milliseconds and a random number (two sessions may begin together, and only one of them end), signed.
+_SHAPE = re.compile(r"([A-Za-z0-9._-]{1,63}):([0-9]{1,15}):([0-9a-f]{16}):([0-9a-f]{64})")
 
 
 def _mac(connection: Connection, options: Options, text: str) -> str:
@@ -27,16 +29,16 @@ def _mac(connection: Connection, options: Options, text: str) -> str:
     return hmac.new(secret, text.encode(), hashlib.sha256).hexdigest()
 
 
-def _signature(connection: Connection, options: Options, name: str, until: str) -> str:
+def _signature(connection: Connection, options: Options, name: str, until: str, number: str) -> str:
     """What ends a cookie; the secret that its owner has now is a part of it."""
     secret = "" if name == MASTER else keyring.secret_hash(connection, name)
-    return _mac(connection, options, f"{name}:{until}:{secret}")
+    return _mac(connection, options, f"{name}:{until}:{number}:{secret}")
 
 
 def cookie(connection: Connection, options: Options, actor: Actor) -> str:
     """The cookie's value for somebody who has just shown his key."""
-    until = str(now_ms() + LIFETIME_S * 1000)
-    return f"{actor.name}:{until}:{_signature(connection, options, actor.name, until)}"
+    until, number = str(now_ms() + LIFETIME_S * 1000), secrets.token_hex(8)
+    return f"{actor.name}:{until}:{number}:{_signature(connection, options, actor.name, until, number)}"
 
 
 def actor_of(connection: Connection, options: Options, value: str) -> Actor | None:
@@ -47,8 +49,8 @@ def actor_of(connection: Connection, options: Options, value: str) -> Actor | No
     found = _SHAPE.fullmatch(value)
     if found is None:
         return None
-    name, until, mac = found.groups()
-    if now_ms() >= int(until) or not hmac.compare_digest(mac, _signature(connection, options, name, until)):
+    name, until, number, mac = found.groups()
+    if now_ms() >= int(until) or not hmac.compare_digest(mac, _signature(connection, options, name, until, number)):
         return None
     if connection.execute("SELECT 1 FROM ended_sessions WHERE mac = ?", (mac,)).fetchone() is not None:
         return None
@@ -66,7 +68,7 @@ def end(connection: Connection, value: str) -> None:
     """Ends the session of a cookie of ours, in every worker, whoever else has a copy of it."""
     found = _SHAPE.fullmatch(value)
     if found is not None:
-        _, until, mac = found.groups()
+        _, until, _, mac = found.groups()
         connection.execute("DELETE FROM ended_sessions WHERE until <= ?", (now_ms(),))
         connection.execute(
             "INSERT INTO ended_sessions (mac, until) VALUES (?, ?) ON CONFLICT (mac) DO NOTHING", (mac, int(until))

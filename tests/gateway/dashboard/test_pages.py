@@ -64,7 +64,11 @@ def test_strangers_see_the_login_and_nothing_else(browser: Browser) -> None:
     for path in ("/dashboard", "/dashboard/"):
         status, headers, _ = browser.get(path)
         assert (status, headers["location"]) == (303, "/dashboard/login")
-    for cookie in ("x=y", "tokenmill_session=master:9999999999999:" + "0" * 64, "tokenmill_session=\xff"):
+    for cookie in (
+        "x=y",
+        "tokenmill_session=master:9999999999999:" + "0" * 16 + ":" + "0" * 64,
+        "tokenmill_session=\xff",
+    ):
         browser.cookie = cookie
         assert browser.get()[0] == 303
     assert browser.post("/dashboard/login", {"key": "sk-guess"})[0] == 403
@@ -180,6 +184,7 @@ def test_a_session_is_over_after_eight_hours(tmp_path: Path, monkeypatch: pytest
     until = begun + 8 * 3600 * 1000
     monkeypatch.setattr(session, "now_ms", lambda: begun)
     cookie = session.cookie(store.reader, governed, Actor("master", "admin"))
+    assert session.cookie(store.reader, governed, Actor("master", "admin")) != cookie
     longer = cookie.replace(str(until), str(until + 1))
     assert longer != cookie
     for now, value, valid in ((until - 1, cookie, True), (until, cookie, False), (until - 1, longer, False)):
