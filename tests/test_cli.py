@@ -60,6 +60,15 @@ def test_output_that_nobody_reads_to_its_end_is_no_failure(lines: int) -> None:
         assert (process.stderr.read(), process.wait(60)) == ("", 141)
 
 
+def test_another_broken_pipe_is_not_taken_for_a_reader_that_has_gone() -> None:
+    program = (
+        "import os, sys; from tokenmill import cli; reader, writer = os.pipe(); os.close(reader);"
+        "cli.Command.load = lambda command: lambda argv: os.write(writer, b'line'); sys.exit(cli.main(['admin']))"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (ended.returncode, "BrokenPipeError" in ended.stderr) == (1, True)
+
+
 @pytest.mark.parametrize("command", cli.COMMANDS, ids=lambda command: command.name)
 def test_every_command_explains_itself(command: cli.Command, capsys: pytest.CaptureFixture[str]) -> None:
     main = command.load()

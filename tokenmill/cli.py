@@ -4,6 +4,7 @@ A subcommand is a function `main(argv: list[str]) -> int` that owns its argument
 """
 
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -86,7 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sys.stdout.flush()
                 return status
             except BrokenPipeError:
-                # Whoever reads has seen enough, as `head` has. Python would try to write the rest once more at the end.
+                if not _nobody_reads():
+                    raise
+                # Whoever read has seen enough, as `head` has. Python would try to write the rest once more at the end.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 return 141
             except TokenmillError as error:
@@ -97,3 +100,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = ", ".join(command.name for command in COMMANDS)
     print(f"tokenmill: unknown command {name!r}; known: {known}", file=sys.stderr)
     return 2
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe whose reader has gone; a broken pipe may also be another one."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
