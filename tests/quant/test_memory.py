@@ -23,6 +23,14 @@ LLAMA_8B = LLAMA_70B | {
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
 }
+QWEN_7B = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+}
 MIXTRAL = LLAMA_8B | {"vocab_size": 32000, "num_local_experts": 8, "num_experts_per_tok": 2}
 
 
@@ -47,16 +55,7 @@ def test_counts_match_the_model_cards() -> None:
 
 def test_qwen_has_biases_on_query_key_and_value() -> None:
     """Qwen2.5-7B, 7,615,616,512 parameters."""
-    qwen = {
-        "model_type": "qwen2",
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-    }
-    assert parameters(plan(qwen)) == 7_615_616_512
+    assert parameters(plan({"model_type": "qwen2", **QWEN_7B})) == 7_615_616_512
 
 
 def test_the_kv_cache_grows_with_layers_heads_context_and_requests() -> None:
@@ -149,12 +148,7 @@ def test_the_language_model_is_the_same_with_pictures(kind: str) -> None:
         (  # Qwen2.5-VL-7B, whose text alone no class of transformers builds
             {
                 "model_type": "qwen2_5_vl",
-                "hidden_size": 3584,
-                "intermediate_size": 18944,
-                "num_hidden_layers": 28,
-                "num_attention_heads": 28,
-                "num_key_value_heads": 4,
-                "vocab_size": 152064,
+                **QWEN_7B,
                 "tie_word_embeddings": False,
                 "vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584},
             },
