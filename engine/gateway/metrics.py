@@ -17,7 +17,7 @@ from tokenmill.engine.gateway.observability.bounded import Bounded
 from tokenmill.engine.gateway.observability.consumption import Consumption
 from tokenmill.engine.gateway.observability.decisions import Decisions, was_escalated
 from tokenmill.engine.gateway.observability.options import Options
-from tokenmill.engine.gateway.observability.shared import Board, Report
+from tokenmill.engine.gateway.observability.shared import Board, Report, Scrape
 from tokenmill.engine.gateway.observability.tally import Histogram, Tally
 from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply
 from tokenmill.engine.gateway.portfolio import Portfolio, Target
@@ -124,8 +124,6 @@ class Metrics:
             self._up,
             self._open,
         )
-        self._rendered = b""
-        self._rendered_at = 0.0
         self._rendering: asyncio.Task[bytes] | None = None
 
     def refuse(self, endpoint: str, status: int) -> None:
@@ -181,8 +179,19 @@ class Metrics:
         return Report(os.getpid(), families, self._decisions.latest(), [_state(target) for target in targets])
 
     async def _render(self) -> bytes:
-        servers = await self._servers.now() if self._servers is not None else []
-        return await asyncio.to_thread(self._text, servers)
+        async with self.board.turn():
+            last = await asyncio.to_thread(self.board.published)
+            if last is not None and time.monotonic() - last.at < RENDERING_KEPT_S:
+                return last.text
+            asked = engines.Answers() if last is None else last.engines
+            if self._servers is not None:
+                asked = await self._servers.now(asked)
+            return await asyncio.to_thread(self._tell, asked)
+
+    def _tell(self, asked: engines.Answers) -> bytes:
+        text = self._text(asked.engines)
+        self.board.publish(Scrape(time.monotonic(), text, asked))
+        return text
 
     def _text(self, servers: list[engines.Engine]) -> bytes:
         """The sums of all workers, then what each of them would say the same of: vLLM and this machine's GPUs."""
@@ -192,18 +201,13 @@ class Metrics:
 
     async def render(self) -> bytes:
         """The text for a scrape, made in a thread; scrapes at the same time share one rendering."""
-        if time.monotonic() - self._rendered_at < RENDERING_KEPT_S:
-            return self._rendered
         if self._rendering is None:
             self._rendering = asyncio.create_task(self._render())
-            self._rendering.add_done_callback(self._keep)
+            self._rendering.add_done_callback(self._done)
         return await asyncio.shield(self._rendering)
 
-    def _keep(self, rendering: asyncio.Task[bytes]) -> None:
+    def _done(self, _rendering: asyncio.Task[bytes]) -> None:
         self._rendering = None
-        if not rendering.cancelled() and rendering.exception() is None:
-            self._rendered = rendering.result()
-            self._rendered_at = time.monotonic()
 
 
 def _shown(endpoint: str) -> str:

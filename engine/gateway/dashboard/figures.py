@@ -84,7 +84,7 @@ async def collect(sources: Sources, span: str) -> Figures:
         finally:
             connection.close()
 
-    (found, seen), engines, cards = await asyncio.gather(
+    (found, seen), asked, cards = await asyncio.gather(
         asyncio.to_thread(read), sources.engines.now(), asyncio.to_thread(gpus)
     )
     families = total([one.report.families for one in seen], [one.lives for one in seen])
@@ -99,7 +99,7 @@ async def collect(sources: Sources, span: str) -> Figures:
         open_requests=int(_sum(families, "tokenmill_open_requests")),
         workers=sum(one.lives for one in seen),
         escalations=int(_sum(families, "tokenmill_escalations")),
-        engines=engines,
+        engines=asked.engines,
         gpus=cards,
     )
 

@@ -4,7 +4,7 @@ import asyncio
 import re
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from tokenmill.engine.gateway.connection import ConnectFailedError, CutError, NoAnswerError, SilenceError
@@ -65,6 +65,14 @@ class Engine:
         return self.taken / self.drafted if self.drafted and self.taken is not None else None
 
 
+@dataclass(frozen=True)
+class Answers:
+    """What all of them said, and when, by the machine's monotonic clock."""
+
+    engines: list[Engine] = field(default_factory=list)
+    at: float = -KEPT_S
+
+
 _KINDS: tuple[tuple[str, str, str, Literal["counter", "gauge"]], ...] = (
     ("running", "running_requests", "Requests that a vLLM server works on.", "gauge"),
     ("waiting", "waiting_requests", "Requests that queue in a vLLM server.", "gauge"),
@@ -106,23 +114,28 @@ class Engines:
     def __init__(self, portfolio: Portfolio, upstream: Callable[[], Upstream]) -> None:
         self.portfolio = portfolio
         self._upstream = upstream
-        self._found: list[Engine] = []
-        self._found_at = -KEPT_S
+        self._answers = Answers()
         self._asking = asyncio.Lock()
 
-    async def now(self) -> list[Engine]:
-        """Every vLLM server that answers."""
+    async def now(self, known: Answers | None = None) -> Answers:
+        """Every vLLM server that answers.
+
+        Args:
+            known: What another worker was answered; given again where it is younger.
+        """
         async with self._asking:
-            if time.monotonic() - self._found_at >= KEPT_S:
+            if known is not None and known.at > self._answers.at:
+                self._answers = known
+            if time.monotonic() - self._answers.at >= KEPT_S:
                 targets = [
                     target
                     for target in self.portfolio.targets
                     if target.ready and target.backend.zone != "cloud" and target.backend.protocol == "openai"
                 ]
                 answers = await asyncio.gather(*(self._ask(target) for target in targets))
-                self._found = [engine for engine in answers if engine is not None]
-                self._found_at = time.monotonic()
-            return self._found
+                found = [engine for engine in answers if engine is not None]
+                self._answers = Answers(found, time.monotonic())
+            return self._answers
 
     async def _ask(self, target: Target) -> Engine | None:
         try:

@@ -1,7 +1,10 @@
 """What the workers of one gateway tell each other: each leaves its figures in a file, once a second.
 
-Prometheus scrapes one worker, whichever the kernel chooses; the answer has the sums of all. Files of workers that have
-ended stay until the gateway starts anew: counters must not go down because a process was restarted.
+Prometheus scrapes one worker, whichever the kernel chooses; the answer has the sums of all. It takes a counter that is
+lower than before for one that began anew, and adds all of it once more. So counters never go down, whoever answers:
+files of workers that have ended stay until the gateway starts anew; what a worker tells of itself is in its file
+before; the figures of all are added in one order, for the last digit of a sum depends on it; and one worker answers
+after the other (`Board.turn`).
 """
 
 import asyncio
@@ -10,19 +13,22 @@ import fcntl
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from tokenmill.engine.gateway.observability.engines import Answers
 from tokenmill.engine.gateway.observability.snapshot import Family
 from tokenmill.engine.gateway.seldom import Seldom
 
 log = logging.getLogger("tokenmill.gateway")
 
 INTERVAL_S = 1.0
+#: Seconds to wait for one's turn; somebody who has stopped in his is not waited for.
+TURN_S = 3.0
 
 
 class Report(msgspec.Struct):
@@ -39,6 +45,20 @@ class Report(msgspec.Struct):
     families: list[Family]
     decisions: list[dict[str, Any]] = []
     backends: list[dict[str, Any]] = []
+
+
+class Scrape(msgspec.Struct):
+    """What somebody was told who asked for the metrics.
+
+    Attributes:
+        at: When, by the machine's monotonic clock.
+        text: The answer.
+        engines: What vLLM's servers said, which is in it.
+    """
+
+    at: float
+    text: bytes
+    engines: Answers
 
 
 @dataclass(frozen=True)
@@ -64,6 +84,7 @@ class Board:
         self._lock = -1
         self._writing = threading.Lock()
         self._unwritten = Seldom()
+        self._told: Scrape | None = None
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -95,28 +116,80 @@ class Board:
         try:
             await asyncio.to_thread(self._write, folder)
         except OSError as error:
-            if count := self._unwritten.due():
-                log.warning("figures for the other workers could not be written %d times: %s", count, error)
+            self._not_written(error)
 
-    def _write(self, folder: Path) -> None:
+    def _not_written(self, error: OSError) -> None:
+        if count := self._unwritten.due():
+            log.warning("figures for the other workers could not be written %d times: %s", count, error)
+
+    def _write(self, folder: Path) -> Report:
         made = folder / f"{self._name}.new"
         with self._writing:  # the last report is not to meet, nor be followed by, one that a thread is still at
-            made.write_bytes(msgspec.msgpack.encode(self._report()))
+            report = self._report()
+            made.write_bytes(msgspec.msgpack.encode(report))
             made.replace(folder / f"{self._name}.report")
+            return report
 
     def everybody(self) -> list[Seen]:
-        """This worker's report, fresh, and the others' last ones. Reads files: call it in a thread."""
-        seen = [Seen(self._report(), True)]
+        """This worker's report, fresh, and the others' last ones, in an order that all have. Call it in a thread."""
         if self._folder is None:
-            return seen
-        for path in sorted(self._folder.glob("*.report")):
+            return [Seen(self._report(), True)]
+        try:
+            own = self._write(self._folder)
+        except OSError as error:
+            self._not_written(error)
+            own = self._report()
+        seen = {self._name: Seen(own, True)}
+        for path in self._folder.glob("*.report"):
             if path.stem != self._name:
                 with contextlib.suppress(OSError, msgspec.MsgspecError):
-                    seen.append(Seen(_DECODER.decode(path.read_bytes()), _is_locked(path.with_suffix(".lock"))))
-        return seen
+                    seen[path.stem] = Seen(_DECODER.decode(path.read_bytes()), _is_locked(path.with_suffix(".lock")))
+        return [seen[name] for name in sorted(seen)]
+
+    @contextlib.asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """What is done in it, one worker does after the other."""
+        if self._folder is None:
+            yield
+            return
+        try:
+            descriptor = os.open(self._folder / "turn", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            self._not_written(error)
+            yield
+            return
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TURN_S):
+                    while not _takes(descriptor):
+                        await asyncio.sleep(0.005)
+            yield
+        finally:
+            os.close(descriptor)  # frees it
+
+    def published(self) -> Scrape | None:
+        """What was told last, by whichever worker. Call it in a `turn`."""
+        if self._folder is None:
+            return self._told
+        with contextlib.suppress(OSError, msgspec.MsgspecError):
+            return _SCRAPES.decode((self._folder / "scrape").read_bytes())
+        return None
+
+    def publish(self, scrape: Scrape) -> None:
+        """Leaves what is about to be told. Call it in a `turn`, in a thread."""
+        if self._folder is None:
+            self._told = scrape
+            return
+        try:
+            made = self._folder / "scrape.new"
+            made.write_bytes(msgspec.msgpack.encode(scrape))
+            made.replace(self._folder / "scrape")
+        except OSError as error:
+            self._not_written(error)
 
 
 _DECODER = msgspec.msgpack.Decoder(Report)
+_SCRAPES = msgspec.msgpack.Decoder(Scrape)
 
 
 def _is_locked(path: Path) -> bool:
@@ -126,9 +199,15 @@ def _is_locked(path: Path) -> bool:
     except OSError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return not _takes(descriptor)
     finally:
         os.close(descriptor)
-    return False
+
+
+def _takes(descriptor: int) -> bool:
+    """Takes a lock that is freed with its descriptor; False while somebody else has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
