@@ -61,6 +61,7 @@ class Keeper:
         self._health = health
         self._notify = notify
         self._backoff = backoff or Backoff()
+        self._ready_at = 0.0
 
     async def run(self) -> None:
         """Runs until it is cancelled, which ends the process.
@@ -89,10 +90,9 @@ class Keeper:
             self.child = child = await self._launch()
         except OSError as error:
             return 0.0, f"cannot be started: {error}"
-        ready_at = time.monotonic()
         try:
             reason = await self._watch(child)
-            return (time.monotonic() - ready_at if self.ready.is_set() else 0.0), reason
+            return (time.monotonic() - self._ready_at if self.ready.is_set() else 0.0), reason
         finally:
             self.ready.clear()
             await child.end(self.grace)
@@ -120,6 +120,7 @@ class Keeper:
                     errors = errors + 1 if status >= 500 else 0
                     if status < 400 and not self.ready.is_set():
                         self.was_ready = True
+                        self._ready_at = time.monotonic()  # a large model may load longer than a calm run is
                         self.ready.set()
                         self._notify(self, "ready", "ready")
                 if self.ready.is_set() and errors >= ERRORS_IN_A_ROW:

@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -150,6 +151,37 @@ def test_an_end_is_seen_although_nobody_answers(tmp_path: Path) -> None:
     keeper = Keeper("one", launch, health, lambda *_: None, 1.0)
     with pytest.raises(StartError, match="it is wrong"):
         asyncio.run(asyncio.wait_for(keeper.run(), 20))
+
+
+def test_the_time_that_a_process_took_to_be_ready_forgives_no_death(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that loads for minutes and dies at its first request is no calm run."""
+    now = [0.0]
+    monkeypatch.setattr("tokenmill.engine.supervisor.keeper.time", SimpleNamespace(monotonic=lambda: now[0]))
+    runs: list[float] = []
+
+    class Pauses(Backoff):
+        def after(self, seconds_ready: float) -> float:
+            runs.append(seconds_ready)
+            raise asyncio.CancelledError  # one run is enough
+
+    async def launch() -> Child:
+        child = Child([sys.executable, "-c", "import time; time.sleep(60)"], {}, tmp_path / "log", lambda _line: None)
+        await child.start()
+        return child
+
+    async def health() -> int | None:
+        now[0] += 100
+        return 200 if now[0] > 150 else None
+
+    def on_change(keeper: Keeper, change: str, text: str) -> None:
+        now[0] += 7
+        keeper.kill()
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(Keeper("one", launch, health, on_change, 1.0, Pauses()).run())
+    assert runs == [7.0]
 
 
 def test_probes_survive_servers_that_speak_nonsense() -> None:
