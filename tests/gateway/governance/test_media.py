@@ -24,12 +24,11 @@ def body(part: Any, *, long: bool = False) -> bytes:
     [
         ({"type": "image_url", "image_url": {"url": "https://x/a.png"}}, 1, 0),
         ({"type": "image_url", "image_url": {"detail": "low", "url": "https://x/a.png"}}, 1, 0),
-        ({"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}, 1, 0),
         ({"image_url": "https://x/a.png"}, 1, 0),
         ({"type": "input_image", "image_url": "https://x/a.png"}, 1, 0),
         ({"type": "input_image", "file_id": "file-1"}, 1, 0),
         ({"type": "image", "source": {"type": "url", "url": "https://x/a.png"}}, 1, 0),
-        ({"type": "image", "source": {"type": "base64", "data": "AAAA"}}, 1, 0),
+        ({"type": "picture", "image_url": {"url": "data:image/png;base64,AAAA"}}, 1, 0),
         ({"type": "image", "image": ["https://x/a.png", "https://x/b.png"]}, 2, 0),
         (r'{"type":"image\u005furl","image\u005Furl":{"\u0075rl":"https://x/a.png"}}', 1, 0),
         ({"type": "video_url", "video_url": {"url": "https://x/v.mp4"}}, 0, 1),
@@ -84,12 +83,16 @@ def test_what_is_not_parsed_counts_by_its_names(monkeypatch: pytest.MonkeyPatch)
     deep = "[" * 5000 + "]" * 5000
     for other in ("1e999", "9" * 5000, deep):
         assert media_tokens(body(f'{json.dumps(parts)},{{"x":{other}}}')) == expected
+    listed = {"type": "image", "image": ["https://x/a.png", "https://x/b.png"]}
     for limit in ("_MOST_NAMES", "MOST_ITEMS"):
         with monkeypatch.context() as patched:
             patched.setattr(media, limit, 1)
             assert media_tokens(body(parts)) == expected
             inlined = {"type": "document", "source": {"type": "text", "data": "AAAA"}}
             assert media_tokens(body([parts[0], inlined])) == expected, "not looked into"
+    monkeypatch.setattr(media, "MOST_ITEMS", 1)
+    assert media_tokens(body(listed)) == ENOUGH_TOKENS, "nor how many"
+    assert media_tokens(body({"image": [1, 2]})) == IMAGE_TOKENS
 
 
 @pytest.mark.parametrize("part", [{"file_id": "f"}, {"image": "https://x"}])
