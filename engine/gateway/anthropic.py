@@ -60,7 +60,7 @@ _NO_COUNTERPART: dict[str, Any] = {
     "function_call": "auto",
 }
 #: What an error in the midst of an answer would have been as a status.
-_STATUS = {
+STATUS = {
     "invalid_request_error": 400,
     "authentication_error": 401,
     "permission_error": 403,
@@ -297,7 +297,7 @@ def error(status: int | None, raw: bytes) -> tuple[int, bytes]:
     except (orjson.JSONDecodeError, KeyError, TypeError):
         kind, message = "", raw.decode("utf-8", "replace")[:500] or f"The backend answered with status {status}."
     if status is None:
-        status = _STATUS.get(kind, 500)
+        status = STATUS.get(kind, 500)
     if status == 529:
         status = 503
     return status, ApiError(status, message, kind=kind or None).body()

@@ -122,10 +122,28 @@ class Connection(asyncio.Protocol):
         Raises:
             NoAnswerError, SilenceError
         """
-        while not self._parts and not self._complete:
+        if not self._parts:
+            await self.more()
+
+    def arrived(self) -> bytes:
+        """What has arrived of the answer's body and was not read yet; it stays to be read."""
+        parts = self._parts
+        if len(parts) > 1:
+            parts[:] = [b"".join(parts)]
+        return parts[0] if parts else b""
+
+    async def more(self) -> bool:
+        """Returns when more has arrived than before, or False at the answer's end; for less than `HIGH_WATER`.
+
+        Raises:
+            NoAnswerError, SilenceError
+        """
+        before = self._buffered
+        while self._buffered == before and not self._complete:
             if self._problem is not None:
                 raise NoAnswerError if self._problem is CutError else self._problem
             await self._news()
+        return self._buffered > before
 
     async def read(self) -> bytes:
         """The next bytes of the answer, all that have arrived; empty at its end.

@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 
-from tokenmill.engine.gateway import anthropic, anthropic_stream
+from tokenmill.engine.gateway import anthropic, anthropic_stream, first_event
 from tokenmill.engine.gateway.api_error import (
     EVENT_STREAM,
     JSON,
@@ -32,6 +32,7 @@ from tokenmill.engine.gateway.settings import Settings
 from tokenmill.engine.gateway.upstream import Answer, Upstream
 from tokenmill.engine.gateway.usage import HiddenUsage, StreamUsage, counting_options, read_usage
 
+EVENT_STREAM_TYPE = b"text/event-stream"
 #: The backend says that it did not take the request.
 _NOT_TAKEN = (429, 503)
 #: The backend is at fault: counted by the circuit breaker.
@@ -98,12 +99,13 @@ class Forwarder:
         """The answer of the first backend that gives one, or the first tier's error; raises `ApiError` as such."""
         self._retries.earn()
         way = Way(exchange.routes, self._settings.most_retries, self._retries)
+        held: list[Lease] = []
         while (choice := way.next(exchange, self._balancer)) is not None:
             route, target = choice
             answer: Reply | ApiError
             trouble: Trouble
             try:
-                answer = await self._attempt(exchange, target, route)
+                answer, lease = await self._attempt(exchange, target, route)
             except ConnectFailedError as error:
                 # Nothing was sent: trying the next backend repeats nothing.
                 target.mark_down(str(error))
@@ -115,11 +117,16 @@ class Forwarder:
             except ApiError as error:
                 answer, trouble = error, "lost" if error.status in _LOST else "final"
             else:
-                if answer.status < 400:
+                trouble = "final"
+                if answer.status >= 400 or answer.error is not None:
+                    trouble = trouble_of(answer.error or answer, exchange, target)
+                if answer.status < 400 and trouble == "final":
                     if route.why == FALLBACK:
                         answer.headers = [*answer.headers, (b"x-tokenmill-fallback", target.backend.tier.encode())]
+                    for failed in held:
+                        failed.close()
                     return answer
-                trouble = trouble_of(answer, exchange, target)
+                held.append(lease)  # of a stream that begins with an error: it goes back if nobody does better
             if not way.failed(Failure(target, answer), trouble):
                 break
         failure = way.failure
@@ -133,7 +140,7 @@ class Forwarder:
     def _unavailable(self, target: Target, what: str) -> ApiError:
         return unavailable(f"The backend {target.backend.name} {what}.", self._settings.retry_after_s)
 
-    async def _attempt(self, exchange: Exchange, target: Target, route: Route) -> Reply:
+    async def _attempt(self, exchange: Exchange, target: Target, route: Route) -> tuple[Reply, Lease]:
         """One request to one backend; its outcome is told to the circuit breaker."""
         translated = target.backend.protocol == "anthropic" and exchange.endpoint not in anthropic.OWN_PATHS
         # Before the backend is taken: what its protocol has no words for uses up neither its pace nor a trial.
@@ -174,14 +181,14 @@ class Forwarder:
             raise ApiError(
                 502, f"The backend {name} broke off in the middle of its answer.", code="upstream_cut"
             ) from None
-        call.status = reply.status
+        call.status = reply.status if reply.error is None else reply.error.status
         if reply.chunks is not None:
             hidden = HiddenUsage() if counting is not None and _is_event_stream(reply) else None
             counted = StreamUsage(call.usage, target.event_tokens(route.model))
             reply.chunks = _relay(reply.chunks, lease, counted, hidden)
         elif reply.status < 400 and reply.body is not None:
             read_usage(reply.body, call.usage)
-        return reply
+        return reply, lease
 
     async def _ask(self, exchange: Exchange, lease: Lease, route: Route, counting: dict[str, Any] | None) -> Reply:
         target = lease.target
@@ -207,8 +214,9 @@ class Forwarder:
             return _redirected(lease, answer.status)
         if answer.status < 400 and answer.content_type != b"application/json":
             await answer.begun()
-            lease.heard(answer.status)
-            return Reply(answer.status, answer.headers, None, answer.chunks())
+            error = await first_event.error_in(answer) if answer.content_type == EVENT_STREAM_TYPE else None
+            lease.heard(answer.status if error is None else error.status)
+            return Reply(answer.status, answer.headers, None, answer.chunks(), error)
         body = await answer.read()
         lease.heard(answer.status)
         lease.close()
@@ -235,7 +243,7 @@ class Forwarder:
         if 300 <= answer.status < 400:
             return _redirected(lease, answer.status)
         kept = [header for header in answer.headers if header[0] != b"content-type"]
-        if answer.status < 400 and answer.content_type == b"text/event-stream":
+        if answer.status < 400 and answer.content_type == EVENT_STREAM_TYPE:
             counts = counting is not None or bool(options.get("include_usage"))
             try:
                 chunks = await anthropic_stream.begun(answer.chunks(), counts)
@@ -290,7 +298,7 @@ def _redirected(lease: Lease, status: int) -> Reply:
 
 
 def _is_event_stream(reply: Reply) -> bool:
-    return any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in reply.headers)
+    return any(name == b"content-type" and value.startswith(EVENT_STREAM_TYPE) for name, value in reply.headers)
 
 
 async def _relay(

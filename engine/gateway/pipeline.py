@@ -94,12 +94,14 @@ class Reply:
         headers: Response headers, names in lower case, without framing (`content-length`, `transfer-encoding`).
         body: The whole body, or None for a stream.
         chunks: The stream's bytes; used when `body` is None.
+        error: What the stream says first, where that is an error, as the answer that it would have been.
     """
 
     status: int
     headers: Headers = field(default_factory=list)
     body: bytes | None = b""
     chunks: AsyncGenerator[bytes, None] | None = None
+    error: "Reply | None" = None
 
 
 class Exchange:

@@ -38,15 +38,22 @@ HOP_BY_HOP = frozenset(
         b"upgrade",
     }
 )
+#: What a browser tells a server of a page of another origin: it is the gateway that this page asks.
+_BROWSERS = frozenset({b"origin", b"access-control-request-method", b"access-control-request-headers"})
 #: Not passed to a backend: it is another host, and answers that are read for accounting must come uncompressed.
-_NOT_FORWARDED = HOP_BY_HOP | {b"host", b"accept-encoding", b"expect", b"x-request-id"}
+_NOT_FORWARDED = HOP_BY_HOP | _BROWSERS | {b"host", b"accept-encoding", b"expect", b"x-request-id"}
 #: What a gateway says of an answer. A backend that is one says it of its own tiers and keys, and any may pretend to.
 _GATEWAYS = frozenset(
     f"x-tokenmill-{name}".encode()
     for name in ("tier", "backend", "version", "reason", "confidence", "escalated", "fallback", "cost", "key-spend")
 )
+#: What a server tells a browser: whose pages may read an answer is the gateway's to say.
+_OPENINGS = frozenset(
+    f"access-control-{name}".encode()
+    for name in ("allow-origin", "allow-credentials", "allow-headers", "allow-methods", "expose-headers", "max-age")
+)
 #: Not passed to the client: the server writes its own.
-_NOT_RETURNED = HOP_BY_HOP | _GATEWAYS | {b"date"}
+_NOT_RETURNED = HOP_BY_HOP | _GATEWAYS | _OPENINGS | {b"date"}
 
 
 def forwarded_headers(headers: Headers, fields: Mapping[bytes, bytes], request_id: str) -> Headers:
@@ -142,6 +149,14 @@ class Answer:
         self.headers = without(connection.headers, _NOT_RETURNED)
         content_type = first_values(self.headers).get(b"content-type", b"")
         self.content_type = content_type.partition(b";")[0].strip().lower()
+
+    def arrived(self) -> bytes:
+        """What has come of the body and was not read yet; it stays to be read."""
+        return b"" if self._connection is None else self._connection.arrived()
+
+    async def more(self) -> bool:
+        """Returns when more of it has come, or False at its end; raises `NoAnswerError` or `SilenceError`."""
+        return self._connection is not None and await self._connection.more()
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
         """The body as it arrives; raises `CutError` or `SilenceError`."""
