@@ -20,6 +20,7 @@ import orjson
 from tokenmill.engine.gateway import metrics, openapi, paths
 from tokenmill.engine.gateway.api_error import JSON, ApiError, Headers, model_not_found
 from tokenmill.engine.gateway.connection import CutError, SilenceError
+from tokenmill.engine.gateway.cors import Cors
 from tokenmill.engine.gateway.forward import Forwarder, error_event
 from tokenmill.engine.gateway.heads import first_values, without
 from tokenmill.engine.gateway.health import Prober
@@ -113,6 +114,9 @@ class Gateway:
             "/openapi.json": self._openapi,
             "/docs": self._docs,
         }
+        origins = self.settings.allowed_origins
+        #: Answers what a page of another origin may ask for too.
+        self._open: Application = Cors(origins, self._http) if origins else self._http
 
     def upstream(self) -> Upstream:
         """The HTTP client; it lives from the lifespan's start to its end."""
@@ -138,8 +142,13 @@ class Gateway:
         if scope["type"] == "lifespan":
             return self._lifespan(receive, send)
         path = scope["path"]
-        site = None if path in _POST_ONLY or not self._sites else self._site(path)
-        return (self._http if site is None else site)(scope, receive, send)
+        if path in _POST_ONLY:
+            return self._open(scope, receive, send)
+        site = self._site(path) if self._sites else None
+        if site is None:
+            # The metrics name teams and what they cost.
+            site = self._http if path == "/metrics" else self._open
+        return site(scope, receive, send)
 
     def _site(self, path: str) -> Application | None:
         """The application under whose prefix a path lies."""

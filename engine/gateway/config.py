@@ -23,6 +23,8 @@ from tokenmill.engine.gateway.sensitivity.section import Sensitivity
 from tokenmill.errors import ConfigurationError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+#: What a browser's `Origin` header says of a page: no default port, no path.
+_ORIGIN = re.compile(r"(?!http://[^/]*:80$|https://[^/]*:443$)[a-z][a-z0-9+.-]*://[a-z0-9.:\[\]_-]+")
 #: What may stand in a header as a key.
 _KEY = r"^[\x21-\x7e]+$"
 #: vLLM flags that `tokenmill serve` sets itself, and what to use instead.
@@ -45,6 +47,11 @@ class Server(Section):
     host: str = Field("127.0.0.1", description="Address to listen on; `0.0.0.0` for every interface.", min_length=1)
     port: int = Field(8000, description="TCP port; 0 takes a free one.", ge=0, le=65535)
     workers: int = Field(1, description="Gateway processes that share the port.", ge=1, le=256)
+    allowed_origins: list[str] = Field(
+        default_factory=list,
+        description="Origins of web pages that may use the API from a browser, `https://chat.example.org` or `*` for "
+        "all; default: none. `/admin`, `/key`, `/dashboard` and `/metrics` are open to none.",
+    )
     drain_seconds: float = Field(
         30.0, description="After SIGTERM or Ctrl-C, open requests may go on for this long.", ge=0, le=86_400
     )
@@ -70,6 +77,17 @@ class Server(Section):
     breaker_cooldown_seconds: float = Field(
         2.0, description="How long that is the first time; it doubles with each failure after it.", gt=0, le=86_400
     )
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _origins_are_such(cls, value: list[str]) -> list[str]:
+        for origin in value:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"{origin[:200]!r} is no origin as browsers write it; give scheme://host[:port] in lower case, "
+                    "nothing behind, or '*'"
+                )
+        return value
 
 
 class Speculation(Section):

@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 from tokenmill import env
 from tokenmill.engine.gateway import litellm_include, litellm_prices
 from tokenmill.engine.gateway.admin.duration import milliseconds
-from tokenmill.engine.gateway.config import Config, RemoteBackend
+from tokenmill.engine.gateway.config import Config, RemoteBackend, Server
 from tokenmill.engine.gateway.foreign_file import ForeignFile, dotted
 from tokenmill.engine.gateway.governance.options import MAKE_A_KEY, SHORTEST_MASTER_KEY
 from tokenmill.engine.gateway.governance.section import Governance
@@ -36,6 +36,7 @@ _WEIGHTS = ("weight", "rpm", "tpm")
 _SPARE = 1e-9
 _MASTER_KEY: Place = ("general_settings", "master_key")
 _MASTER_VARIABLE = "LITELLM_MASTER_KEY"
+_ORIGINS_VARIABLE = "LITELLM_CORS_ORIGINS"
 
 #: Why some fields are not used.
 _REASONS: Mapping[str, str] = {
@@ -351,6 +352,7 @@ class _Importer:
         default = source.text(("general_settings", "completion_model"))
         if default is not None and self._names.tier(("general_settings", "completion_model"), default) is None:
             default = None
+        found |= self._origins()
         found |= {} if size is None else {"max_body_mb": size}
         found |= {} if default is None else {"default_model": default}
         strategy = source.text(("router_settings", "routing_strategy"))
@@ -360,6 +362,17 @@ class _Importer:
                 "shares follow the weights, and open requests; of equal ones the backend with the fewest is taken",
             )
         return found
+
+    def _origins(self) -> dict[str, Any]:
+        """LiteLLM has no field for web pages that may use it, but a variable, and without it lets all of them."""
+        said = self._source.lookup(_ORIGINS_VARIABLE) or ""
+        origins = [origin for part in said.split(",") if (origin := part.strip())]
+        try:
+            Server(allowed_origins=origins)
+        except ValidationError as error:
+            self._source.problem(("model_list",), f"{_ORIGINS_VARIABLE}: {_said(error.errors()[0])}")
+            return {}
+        return {"allowed_origins": origins} if origins else {}
 
     def _governance(self) -> dict[str, Any]:
         """A master key means keys and budgets."""

@@ -41,6 +41,7 @@ class Settings:
         content_policy_fallbacks: Tier to those that take over when its backends refuse a request's content.
         workers: Gateway processes that share what a backend may be sent, at once and in a minute.
         default_model: What a request without `model` means. None: the sole tier's model, if there is one tier.
+        allowed_origins: Origins of web pages that may use the API from a browser; `*`: all.
     """
 
     max_body_bytes: int = 64 * 1024 * 1024
@@ -65,6 +66,7 @@ class Settings:
     content_policy_fallbacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     workers: int = 1
     default_model: str | None = None
+    allowed_origins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

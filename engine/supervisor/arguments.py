@@ -1,6 +1,7 @@
 """The command line of `tokenmill serve`: a few flags of our own; every other flag is vLLM's and stays as it is."""
 
 import argparse
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -79,6 +80,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--drain-seconds", type=float, metavar="S", help="time for open requests after SIGTERM (default 30)"
     )
+    made.add_argument(
+        "--allowed-origins",
+        "--allowed_origins",
+        type=_origins,
+        metavar="JSON",
+        help="list of web pages' origins that may use the API from a browser, or '[\"*\"]' (default none)",
+    )
     made.add_argument("--model", help="the model, if it is not the first argument")
     made.add_argument("--served-model-name", nargs="+", metavar="NAME", help="names that clients use")
     # vLLM takes underscores, too; the gateway must know the names however they are spelt.
@@ -95,6 +103,17 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--check", action="store_true", help="check the arguments and the file, start nothing")
     made.add_argument("--verbose", action="store_true", help="show what the engines print")
     return made
+
+
+def _origins(text: str) -> list[str]:
+    """`--allowed-origins` as vLLM takes it."""
+    try:
+        origins = json.loads(text)
+    except json.JSONDecodeError:
+        origins = None
+    if not isinstance(origins, list) or not all(isinstance(origin, str) for origin in origins):
+        raise argparse.ArgumentTypeError(f"{text[:200]!r} is no list in JSON, like '[\"https://chat.example.org\"]'")
+    return origins
 
 
 def parse(argv: Sequence[str]) -> Request:
@@ -147,7 +166,7 @@ def _from_file(path: Path, own: argparse.Namespace, engine_arguments: list[str])
 
 def _server(own: argparse.Namespace, base: Server) -> Server:
     """The server's part with what the command line says about it."""
-    chosen = {name: getattr(own, name) for name in ("host", "port", "workers", "drain_seconds")}
+    chosen = {name: getattr(own, name) for name in ("host", "port", "workers", "drain_seconds", "allowed_origins")}
     return Server.model_validate(
         base.model_dump() | {name: value for name, value in chosen.items() if value is not None}
     )

@@ -97,6 +97,7 @@ class Plan:
             content_policy_fallbacks=self.content_policy_fallbacks,
             workers=self.server.workers,
             default_model=self.server.default_model,
+            allowed_origins=tuple(self.server.allowed_origins),
         )
 
 
