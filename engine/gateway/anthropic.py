@@ -161,6 +161,9 @@ def _messages(asked: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
             ]
         else:
             blocks = _blocks(message.get("content"))
+            if role == "assistant":
+                # Where it thinks and calls tools, that API wants its thoughts back as they were, and before all else.
+                blocks[:0] = [thought for block in message.get("thinking_blocks") or () if (thought := thoughts(block))]
             for call in message.get("tool_calls") or ():
                 function = call["function"]
                 given = orjson.loads(function["arguments"] or "{}")
@@ -171,6 +174,18 @@ def _messages(asked: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         else:
             messages.append({"role": speaker, "content": blocks})
     return system, messages
+
+
+def thoughts(block: dict[str, Any]) -> dict[str, Any] | None:
+    """A block of thoughts as it goes to and fro, in LiteLLM's `thinking_blocks`; None: it is none that counts.
+
+    Without the signature, as other models' are, it is refused there.
+    """
+    if block["type"] == "thinking" and block.get("signature"):
+        return {"type": "thinking", "thinking": block["thinking"], "signature": block["signature"]}
+    if block["type"] == "redacted_thinking":
+        return {"type": "redacted_thinking", "data": block["data"]}
+    return None
 
 
 def _system(content: Any) -> list[dict[str, Any]]:
@@ -254,6 +269,7 @@ def answer(raw: bytes) -> bytes:
 def _completion(given: dict[str, Any]) -> bytes:
     text: list[str] = []
     thinking: list[str] = []
+    signed: list[dict[str, Any]] = []
     calls: list[dict[str, Any]] = []
     for block in given.get("content") or ():
         if block["type"] == "text":
@@ -263,9 +279,13 @@ def _completion(given: dict[str, Any]) -> bytes:
         elif block["type"] == "tool_use":
             function = {"name": block["name"], "arguments": orjson.dumps(block["input"]).decode()}
             calls.append({"id": block["id"], "type": "function", "function": function})
+        if (thought := thoughts(block)) is not None:
+            signed.append(thought)
     message: dict[str, Any] = {"role": "assistant", "content": "".join(text) if text or not calls else None}
     if thinking:
         message["reasoning_content"] = "".join(thinking)
+    if signed:
+        message["thinking_blocks"] = signed
     if calls:
         message["tool_calls"] = calls
     finish = FINISH.get(given.get("stop_reason") or "", "stop")

@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-from tokenmill.engine.gateway.anthropic import FINISH, error, usage_of
+from tokenmill.engine.gateway.anthropic import FINISH, error, thoughts, usage_of
 from tokenmill.engine.gateway.connection import CutError, NoAnswerError
 from tokenmill.engine.gateway.sse import LONGEST
 
@@ -85,6 +85,9 @@ class _Translator:
         self._common: dict[str, Any] = {}
         self._counted: dict[str, Any] = {}
         self._calls: dict[int, int] = {}
+        #: The block of thoughts that is coming, and the parts of its text.
+        self._thoughts: dict[str, Any] = {}
+        self._thinking: list[str] = []
 
     def event(self, text: bytes) -> bytes:
         """The chunks that one event becomes."""
@@ -112,6 +115,7 @@ class _Translator:
 
     def _on_content_block_start(self, event: dict[str, Any]) -> bytes:
         block = event["content_block"]
+        self._thoughts = block if block["type"] in ("thinking", "redacted_thinking") else {}
         if block["type"] != "tool_use":
             return b""
         index = self._calls[event["index"]] = len(self._calls)
@@ -124,12 +128,22 @@ class _Translator:
         delta = event["delta"]
         if delta["type"] == "text_delta":
             return self._chunk({"content": delta["text"]})
+        if delta["type"] == "signature_delta":
+            self._thoughts["signature"] = delta["signature"]
         if delta["type"] == "thinking_delta":
+            self._thinking.append(delta["thinking"])
             return self._chunk({"reasoning_content": delta["thinking"]})
         if delta["type"] == "input_json_delta":
             call = {"index": self._calls[event["index"]], "function": {"arguments": delta["partial_json"]}}
             return self._chunk({"tool_calls": [call]})
         return b""
+
+    def _on_content_block_stop(self, _: dict[str, Any]) -> bytes:
+        """Thoughts have come as they came; for the next turn's sake the whole block follows, with its signature."""
+        block = {**self._thoughts, "thinking": "".join(self._thinking)} if self._thoughts else None
+        self._thoughts, self._thinking = {}, []
+        thought = None if block is None else thoughts(block)
+        return b"" if thought is None else self._chunk({"thinking_blocks": [thought]})
 
     def _on_message_delta(self, event: dict[str, Any]) -> bytes:
         self._count(event.get("usage"))

@@ -7,9 +7,15 @@ from aiohttp import web
 
 from tests.gateway.upstream import FakeUpstream
 
+#: What it thinks where it is asked to.
+THOUGHTS: list[dict[str, Any]] = [
+    {"type": "thinking", "thinking": "The city is Bern.", "signature": "EqoBCkgIARABGAI="},
+    {"type": "redacted_thinking", "data": "EmwKAhgBEgy3va3p"},
+]
+
 
 class FakeAnthropic(FakeUpstream):
-    """Answers with the last user text, or calls the first tool offered; streams where asked to.
+    """Answers with the last user text, or calls the first tool offered; thinks and streams where asked to.
 
     Attributes:
         version: Of the API, which every request must name.
@@ -28,6 +34,8 @@ class FakeAnthropic(FakeUpstream):
         content: list[dict[str, Any]] = [{"type": "text", "text": text}]
         if tool is not None:
             content.append({"type": "tool_use", "id": "toolu_1", "name": tool["name"], "input": {"city": "Bern"}})
+        if asked.get("thinking"):
+            content[:0] = THOUGHTS
         reason = "tool_use" if tool else "max_tokens" if asked["max_tokens"] < 5 else "end_turn"
         usage = {"input_tokens": 7, "cache_read_input_tokens": 3, "cache_creation_input_tokens": 2, "output_tokens": 5}
         message = {
@@ -77,6 +85,10 @@ class FakeAnthropic(FakeUpstream):
         }
         if unknown or not isinstance(asked.get("max_tokens"), int):
             return error(400, "invalid_request_error", f"extra inputs: {sorted(unknown)}")
+        for message in asked["messages"] if asked.get("thinking") else ():
+            called = any(block["type"] == "tool_use" for block in message["content"])
+            if called and message["content"][: len(THOUGHTS)] != THOUGHTS:
+                return error(400, "invalid_request_error", "Expected `thinking` or `redacted_thinking`")
         if asked["messages"] and asked["messages"][-1]["content"][0].get("text") == "overload":
             return error(529, "overloaded_error", "Overloaded")
         return None
@@ -87,12 +99,20 @@ class FakeAnthropic(FakeUpstream):
         for index, block in enumerate(message["content"]):
             if block["type"] == "text":
                 opened, kind, name, whole = {"type": "text", "text": ""}, "text_delta", "text", block["text"]
+            elif block["type"] == "thinking":
+                opened, kind, name = {**block, "thinking": "", "signature": ""}, "thinking_delta", "thinking"
+                whole = block["thinking"]
+            elif block["type"] == "redacted_thinking":
+                opened, kind, name, whole = block, "", "", ""
             else:
                 opened, kind, name = {**block, "input": {}}, "input_json_delta", "partial_json"
                 whole = json.dumps(block["input"])
             events.append({"type": "content_block_start", "index": index, "content_block": opened})
-            for part in (whole[:5], whole[5:]):
+            for part in (whole[:5], whole[5:]) if kind else ():
                 events.append({"type": "content_block_delta", "index": index, "delta": {"type": kind, name: part}})
+            if block["type"] == "thinking":
+                signed = {"type": "signature_delta", "signature": block["signature"]}
+                events.append({"type": "content_block_delta", "index": index, "delta": signed})
             events.append({"type": "content_block_stop", "index": index})
         delta = {"stop_reason": message["stop_reason"], "stop_sequence": None}
         events.append({"type": "message_delta", "delta": delta, "usage": {"output_tokens": 5}})
