@@ -40,11 +40,18 @@ def read_rows(paths: Iterable[Path]) -> list[Row]:
 
 
 def _rows_of(path: Path) -> Iterator[Row]:
+    return _parsed(path, _text_of(path))
+
+
+def _text_of(path: Path) -> str:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error}); give a file of JSON lines") from None
-    for number, line in enumerate(lines, 1):
+
+
+def _parsed(path: Path, text: str) -> Iterator[Row]:
+    for number, line in enumerate(text.splitlines(), 1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
@@ -180,18 +187,31 @@ class RowFile:
     """A file of rows that is open for appending.
 
     Args:
-        path: Created with its folders; a last line without its newline is cut off first.
+        path: Created with its folders; what a kill left of a last line is cut off. A file of anything else is left as
+            it is.
 
     Attributes:
         rows: What was in the file and what was appended since.
+
+    Raises:
+        InputError: The file cannot be written, or holds something else than rows.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            _cut_half_line(path)
-        self.rows: list[Row] = list(_rows_of(path)) if path.exists() else []
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("ab").close()  # before hours are spent on what cannot be kept
+        except OSError as error:
+            raise InputError(f"{path} cannot be written: {error.strerror}; name another file") from None
+        whole, end, rest = _text_of(path).rpartition("\n")
+        self.rows: list[Row] = list(_parsed(path, whole))
+        if rest:
+            if not _is_cut_row(rest):
+                raise InputError(
+                    f"{path} ends with {rest[-20:]!r} and no line's end; end the line or name another file"
+                )
+            os.truncate(path, len((whole + end).encode()))
 
     def append(self, rows: Sequence[Row]) -> None:
         """Writes the rows by one call of the operating system, so that a kill leaves all of them or none."""
@@ -205,7 +225,10 @@ class RowFile:
         self.rows.extend(rows)
 
 
-def _cut_half_line(path: Path) -> None:
-    data = path.read_bytes()
-    if data and not data.endswith(b"\n"):
-        os.truncate(path, data.rfind(b"\n") + 1)
+def _is_cut_row(text: str) -> bool:
+    """Whether a kill may have left this of a row."""
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        return text.startswith("{")
+    return False

@@ -55,6 +55,24 @@ def test_a_killed_write_is_cut_off_and_continued(tmp_path: Path) -> None:
     assert read_rows([path]) == ROWS
 
 
+@pytest.mark.parametrize(
+    "content", [b"notes\nof mine", b'{\n "a": 1\n}', b"\xff\xfe\x00", b"[1, 2]\n", b'{"a": 1}', b'"a text"'], ids=repr
+)
+def test_a_file_of_something_else_is_refused_and_left_as_it_is(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "notes"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="notes"):
+        RowFile(path)
+    assert path.read_bytes() == content
+
+
+def test_where_rows_cannot_be_written_is_known_before_anything_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "rows.jsonl", Path("/proc/rows.jsonl")):
+        with pytest.raises(InputError, match=r"cannot be written: .*; name another file"):
+            RowFile(path)
+
+
 def test_the_least_disturbed_measurement_counts() -> None:
     """Also where the disturbed one would flatter: torch lost more time than we did."""
     disturbed = [{**one, "time": 2, "p50": 9 * one["p50"]} if "p50" in one else {**one, "time": 2} for one in ROWS]  # type: ignore[operator]
