@@ -125,6 +125,11 @@ class PostgresConnection:
         """See `store.Connection`."""
         return contextlib.nullcontext()
 
+    def interrupt(self) -> None:
+        """See `store.Connection`."""
+        with contextlib.suppress(psycopg.Error):  # a server that cannot be reached does no work for us
+            self._raw.cancel_safe(timeout=RECONNECT_TIMEOUT_S)
+
     def close(self) -> None:
         """See `store.Connection`."""
         self._raw.close()

@@ -110,6 +110,10 @@ class Connection(Protocol):
         """What this connection writes meanwhile does not change its `version`: it concerns nobody who asks for that."""
         ...
 
+    def interrupt(self) -> None:
+        """Has the statement under way fail; for another thread."""
+        ...
+
     def close(self) -> None:
         """Closes it."""
         ...
@@ -422,9 +426,7 @@ class Store:
         for _ in range(0, len(self._backlog), MOST_IN_A_BATCH):
             self._commit(self._backlog.take_anyway())
         if self._backlog:
-            log.error(
-                "%d writes are lost: %s could not be reached to the end", len(self._backlog), self._database.shown
-            )
+            log.error("%d writes are lost: %s was not reached to the end", len(self._backlog), self._database.shown)
 
     def _commit(self, batch: Sequence[Job], again: bool = True) -> None:
         """Runs a batch in one transaction; where one operation fails, each runs in a transaction of its own.

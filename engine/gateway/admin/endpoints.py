@@ -16,6 +16,7 @@ from tokenmill.engine.gateway.api_error import ApiError, quote
 from tokenmill.engine.gateway.governance import accounts, audit, keys
 from tokenmill.engine.gateway.money import dollars
 from tokenmill.engine.gateway.portfolio import Portfolio
+from tokenmill.engine.gateway.request import ON_HANGUP, ClientGoneError
 from tokenmill.engine.gateway.store import Connection
 from tokenmill.errors import CheckpointError
 
@@ -54,7 +55,7 @@ def checked_metadata(metadata: dict[str, Any] | None) -> dict[str, Any]:
 
 
 async def in_thread(call: Call, read: Callable[[Connection], T]) -> T:
-    """A long query, on a connection and in a thread of its own: requests to models go on."""
+    """A query, on a connection and in a thread of its own: requests to models go on."""
 
     def run() -> T:
         connection = call.governance.store.connect_reader()
@@ -64,6 +65,19 @@ async def in_thread(call: Call, read: Callable[[Connection], T]) -> T:
             connection.close()
 
     return await asyncio.to_thread(run)
+
+
+async def long_read(call: Call, read: Callable[[Connection], T]) -> T:
+    """A query over all of the books: see `LongReads`. It ends when the client hangs up."""
+    reading = asyncio.ensure_future(call.governance.long_reads.run(read))
+    call.request.scope[ON_HANGUP](reading.cancel)
+    try:
+        return await reading
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise ClientGoneError from None
 
 
 async def list_accounts(call: Call) -> Any:
@@ -194,7 +208,7 @@ async def ledger(call: Call) -> Any:
     def read(connection: Connection) -> list[dict[str, Any]]:
         return books.sums(connection, by, span, scope.conditions(connection, call, conditions), limit)
 
-    rows = await in_thread(call, read)
+    rows = await long_read(call, read)
     if shape == "csv":
         shown = [{**row, "cost_dollars": f"{dollars(row['cost']):.8f}"} for row in rows]
         text = books.as_csv(shown, (*by, *books.SUM_NAMES[:-1], "cost_dollars"))
@@ -231,7 +245,7 @@ async def audit_verify(call: Call) -> Any:
     """Checks the whole trail."""
     expected = call.query("expected")
     try:
-        head = await in_thread(call, lambda connection: audit.verify(connection, expected))
+        head = await long_read(call, lambda connection: audit.verify(connection, expected))
     except CheckpointError as error:
         return {"intact": False, "problem": str(error), "rows": None, "head": None}
     return {"intact": True, "problem": None, "rows": head.sequence, "head": head.hash}

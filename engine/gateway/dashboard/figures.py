@@ -75,17 +75,12 @@ class Sources:
 
 async def collect(sources: Sources, span: str) -> Figures:
     """The figures of now; reading happens in threads, requests to models go on."""
-    store = sources.governance.store
 
-    def read() -> tuple[dict[str, Any], list[Seen]]:
-        connection = store.connect_reader()
-        try:
-            return _from_books(connection, span), sources.metrics.board.everybody()
-        finally:
-            connection.close()
+    def read(connection: Connection) -> tuple[dict[str, Any], list[Seen]]:
+        return _from_books(connection, span), sources.metrics.board.everybody()
 
     (found, seen), asked, cards = await asyncio.gather(
-        asyncio.to_thread(read), sources.engines.now(), asyncio.to_thread(gpus)
+        sources.governance.long_reads.run(read), sources.engines.now(), asyncio.to_thread(gpus)
     )
     families = total([one.report.families for one in seen], [one.lives for one in seen])
     whole: dict[str, list[int]] = found.pop("whole")

@@ -215,7 +215,8 @@ class DashboardSite:
     async def _figures(self, span: str) -> Figures:
         """The figures, collected at most every few seconds, however many look."""
         made_at, task = self._kept.get(span, (0.0, None))
-        if task is None or time.monotonic() - made_at >= KEPT_S:
+        # Of a large ledger that takes longer than pages wait: those who come meanwhile get what is under way.
+        if task is None or (task.done() and time.monotonic() - made_at >= KEPT_S):
             task = asyncio.create_task(collect(self._sources, span))
             self._kept[span] = (time.monotonic(), task)
         return await asyncio.shield(task)

@@ -13,6 +13,7 @@ from tokenmill.engine.gateway.governance.options import Options
 from tokenmill.engine.gateway.governance.pages import Kept
 from tokenmill.engine.gateway.governance.schema import SCHEMA
 from tokenmill.engine.gateway.governance.workers import WorkerLock
+from tokenmill.engine.gateway.long_reads import LongReads
 from tokenmill.engine.gateway.seldom import Seldom
 from tokenmill.engine.gateway.store import Connection, Store, StoreUnavailableError, now_ms
 
@@ -45,6 +46,7 @@ class Governance:
         self.apply = partial(books.apply, kept=Kept())
         self._store: Store | None = None
         self._worker: WorkerLock | None = None
+        self._long_reads: LongReads | None = None
         self._housekeeping: asyncio.Task[None] | None = None
         self._stopping = asyncio.Event()
         self._refused, self._unkept = Seldom(), Seldom()
@@ -61,6 +63,12 @@ class Governance:
         assert self._worker is not None, "governance has not been started"
         return self._worker
 
+    @property
+    def long_reads(self) -> LongReads:
+        """For queries that may take seconds."""
+        assert self._long_reads is not None, "governance has not been started"
+        return self._long_reads
+
     async def start(self) -> None:
         """Opens the store, settles what dead processes left, and begins to look after it.
 
@@ -68,6 +76,7 @@ class Governance:
             ConfigurationError: The store cannot be used.
         """
         self._store = Store(self.options.store, SCHEMA)
+        self._long_reads = LongReads(self._store)
         with self._store.usable():
             self._worker = WorkerLock(self._store)
             await self._store.write(_ensure_master)
@@ -80,6 +89,8 @@ class Governance:
         self._stopping.set()
         if self._housekeeping is not None:
             await self._housekeeping
+        if self._long_reads is not None:
+            await asyncio.to_thread(self._long_reads.close)
         if self._store is not None:
             self._store.hand_over()
             if self._worker is not None:
