@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
 from tokenmill.errors import InputError
@@ -320,5 +321,12 @@ def _module_of_file(path: Path) -> Any:
     if spec is None or spec.loader is None:
         raise InputError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # somebody else's file may raise anything
+        line = next(
+            (f":{frame.lineno}" for frame in reversed(extract_tb(error.__traceback__)) if frame.filename == str(path)),
+            "",
+        )
+        raise InputError(f"{path}{line} does not load: {type(error).__name__}: {error}") from error
     return module

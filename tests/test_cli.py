@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from tokenmill import __version__, cli
 from tokenmill.errors import ConfigurationError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,6 +45,15 @@ def test_error_becomes_one_line_and_status_two(
     monkeypatch.setattr(cli.Command, "load", failing)
     assert cli.main(["serve"]) == 2
     assert capsys.readouterr().err == "tokenmill serve: port=70000 is above 65535; pass --port 8000\n"
+
+
+def test_a_place_that_cannot_be_written_to_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows, readme = str(next((ROOT / "bench" / "results").rglob("*.jsonl"))), str(tmp_path / "missing" / "README.md")
+    for flag, place, reason in (("--html", str(tmp_path), "is a directory"), ("--readme", readme, "no such file")):
+        assert cli.main(["report", rows, flag, place]) == 2
+        message = capsys.readouterr().err
+        assert message.startswith(f"tokenmill report: {place} cannot be used: {reason}")
+        assert message.count("\n") == 1
 
 
 @pytest.mark.parametrize("lines", [1, 100_000])

@@ -95,6 +95,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             except TokenmillError as error:
                 print(f"tokenmill {name}: {error}", file=sys.stderr)
                 return 2
+            except OSError as error:
+                if error.filename is None:
+                    raise
+                reason = (error.strerror or type(error).__name__).lower()
+                print(f"tokenmill {name}: {error.filename} cannot be used: {reason}; name another", file=sys.stderr)
+                return 2
             except KeyboardInterrupt:
                 return 130
     known = ", ".join(command.name for command in COMMANDS)

@@ -99,6 +99,16 @@ def test_a_mutant_that_nothing_notices_fails(description: Path, capsys: pytest.C
 def test_bad_names_are_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["kernels", "prove", "no_such_kernel"]) == 2
     assert "'no_such_kernel' is no kernel of this repository (int4_gemm_sm90," in capsys.readouterr().err
+    broken = tmp_path / "broken.py"
+    for text, line, said in (
+        ("def check(:\n", "", "SyntaxError: invalid syntax"),
+        ("\nimport no_such_module\n", ":2", "ModuleNotFoundError: No module named 'no_such_module'"),
+    ):
+        broken.write_text(text, encoding="utf-8")
+        assert main(["kernels", "prove", str(broken)]) == 2
+        message = capsys.readouterr().err
+        assert f"{broken}{line} does not load: {said}" in message
+        assert message.count("\n") == 1
     empty = tmp_path / "empty.py"
     empty.write_text("", encoding="utf-8")
     with pytest.raises(InputError, match="defines neither PROOF nor a tuple PROOFS"):
