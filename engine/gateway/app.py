@@ -24,6 +24,7 @@ from tokenmill.engine.gateway.cors import Cors
 from tokenmill.engine.gateway.forward import Forwarder, error_event
 from tokenmill.engine.gateway.heads import first_values, without
 from tokenmill.engine.gateway.health import Prober
+from tokenmill.engine.gateway.kept import Kept
 from tokenmill.engine.gateway.pipeline import Exchange, Outcome, Reply, Stage, compose
 from tokenmill.engine.gateway.portfolio import Portfolio
 from tokenmill.engine.gateway.principal import Principal
@@ -84,6 +85,7 @@ class Gateway:
         sites: Applications of their own under a path prefix, e.g. `/admin`; paths of the gateway itself go first.
         identify: Whose request it is, from its headers; None: nobody must say who he is.
         counted: The metrics; None: with the default bounds, and of this process alone.
+        kept: Which backend keeps which response; None: as far as this process knows.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class Gateway:
         sites: Mapping[str, Application] | None = None,
         identify: Callable[[Fields], Principal] | None = None,
         counted: metrics.Metrics | None = None,
+        kept: Kept | None = None,
     ) -> None:
         self.settings = portfolio.settings
         self.portfolio = portfolio
@@ -105,7 +108,7 @@ class Gateway:
         self.prober = Prober(self.portfolio, self.upstream, self.settings)
         self._handle = compose(
             [metrics.MetricsStage(self.metrics), *stages],
-            Forwarder(self.upstream, self.settings).handle,
+            Forwarder(self.upstream, self.settings, kept or Kept()).handle,
         )
         self._endpoints: dict[str, Endpoint] = {
             "/health": self._health,

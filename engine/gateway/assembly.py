@@ -15,6 +15,7 @@ from tokenmill.engine.gateway.governance import audit
 from tokenmill.engine.gateway.governance.identify import Identify, Identities
 from tokenmill.engine.gateway.governance.reserve import Reserve
 from tokenmill.engine.gateway.governance.service import Governance
+from tokenmill.engine.gateway.kept import Kept
 from tokenmill.engine.gateway.metrics import Metrics
 from tokenmill.engine.gateway.observability.engines import Engines
 from tokenmill.engine.gateway.observability.request_log import RequestLog
@@ -88,7 +89,8 @@ def create_app(document: Document) -> Gateway:
     if sensitivity is not None:
         stages.append(Guard(tell))
     identify = None if identities is None else identities.of
-    gateway = Gateway(portfolio, stages, services, sites, identify, counted)
+    kept = Kept(Path(observed.shared) / "responses.kept" if observed.shared else None)
+    gateway = Gateway(portfolio, stages, services, sites, identify, counted, kept)
     return gateway
 
 

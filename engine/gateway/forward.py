@@ -26,6 +26,8 @@ from tokenmill.engine.gateway.balance import Balancer, refusal
 from tokenmill.engine.gateway.breaker import RetryBudget
 from tokenmill.engine.gateway.connection import ConnectFailedError, CutError, NoAnswerError, SilenceError
 from tokenmill.engine.gateway.fallback import Failure, Trouble, Way, trouble_of
+from tokenmill.engine.gateway.kept import PATH as RESPONSES
+from tokenmill.engine.gateway.kept import Kept
 from tokenmill.engine.gateway.pipeline import Call, Exchange, Reply
 from tokenmill.engine.gateway.portfolio import FALLBACK, Route, Target
 from tokenmill.engine.gateway.settings import Settings
@@ -87,10 +89,12 @@ class Forwarder:
     Args:
         upstream: The HTTP client.
         settings: For limits and messages.
+        kept: Which backend keeps which response.
     """
 
-    def __init__(self, upstream: Callable[[], Upstream], settings: Settings) -> None:
+    def __init__(self, upstream: Callable[[], Upstream], settings: Settings, kept: Kept) -> None:
         self._upstream = upstream
+        self._kept = kept
         self._settings = settings
         self._balancer = Balancer()
         self._retries = RetryBudget(settings.retry_ratio)
@@ -98,7 +102,8 @@ class Forwarder:
     async def handle(self, exchange: Exchange) -> Reply:
         """The answer of the first backend that gives one, or the first tier's error; raises `ApiError` as such."""
         self._retries.earn()
-        way = Way(exchange.routes, self._settings.most_retries, self._retries)
+        routes = self._kept.narrowed(exchange) if exchange.endpoint == RESPONSES else exchange.routes
+        way = Way(routes, self._settings.most_retries, self._retries)
         held: list[Lease] = []
         while (choice := way.next(exchange, self._balancer)) is not None:
             route, target = choice
@@ -216,11 +221,15 @@ class Forwarder:
             await answer.begun()
             error = await first_event.error_in(answer) if answer.content_type == EVENT_STREAM_TYPE else None
             lease.heard(answer.status if error is None else error.status)
+            if exchange.endpoint == RESPONSES:
+                self._kept.learn(answer.arrived(), target, streamed=True)
             return Reply(answer.status, answer.headers, None, answer.chunks(), error)
         body = await answer.read()
         lease.heard(answer.status)
         lease.close()
         reply = Reply(answer.status, answer.headers, body)
+        if answer.status < 400 and exchange.endpoint == RESPONSES:
+            self._kept.learn(body, target, streamed=False)
         if (
             answer.status >= 400
             and all(name != b"content-encoding" for name, _ in answer.headers)
