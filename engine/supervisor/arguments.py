@@ -173,7 +173,7 @@ def _server(own: argparse.Namespace, base: Server) -> Server:
 
 
 def _backend(named: str | None, own: argparse.Namespace) -> LocalBackend:
-    model = named or own.model
+    model = own.model if named is None else named  # an empty one is a variable that was not set, not the bundled pair
     if own.no_speculation and (own.draft_model is not None or own.draft_tokens is not None):
         raise ConfigurationError("--no-speculation and a draft model exclude each other; keep one")
     if model is None:

@@ -107,6 +107,7 @@ def test_the_command_line_wins_over_the_file() -> None:
         (["m", "--no-speculation", "--draft-model", "d"], "keep one"),
         (["m", "--model", "n"], "keep one"),
         (["m", "n"], "'n' is no flag"),
+        ([""], "--model=''"),
         (["m", "--ssl-keyfile", "k"], "reverse proxy"),
         (["m", "--uds=/tmp/x"], "--uds cannot"),
         (["m", "--headless", "--port", "80"], "--headless"),
