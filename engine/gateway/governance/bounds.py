@@ -61,11 +61,6 @@ class Bound(NamedTuple):
     prompt: int
     completion: int
 
-    @property
-    def total(self) -> int:
-        """Prompt and completion."""
-        return self.prompt + self.completion
-
 
 class Asked(NamedTuple):
     """What a request says about its own size.

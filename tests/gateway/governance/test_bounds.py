@@ -10,7 +10,7 @@ from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.body import Body
 from tokenmill.engine.gateway.governance import bounds, charges
 from tokenmill.engine.gateway.governance.bounds import TEMPLATE_TOKENS, TOOL_TOKENS, Bound
-from tokenmill.engine.gateway.governance.media import IMAGE_TOKENS, UNSEEN_TOKENS
+from tokenmill.engine.gateway.governance.media import ENOUGH_TOKENS, IMAGE_TOKENS, UNSEEN_TOKENS
 from tokenmill.engine.gateway.money import Prices
 from tokenmill.engine.gateway.pipeline import Call, Exchange, Usage
 from tokenmill.engine.gateway.portfolio import Target
@@ -40,6 +40,12 @@ def target(window: int | None = None, catalog: dict[str, dict[str, Any]] | None 
         ("chat/completions", {"max_completion_tokens": 6, "max_tokens": 5}, None, 6),
         ("chat/completions", {"max_tokens": 5, "n": 3}, None, 15),
         ("chat/completions", {"max_tokens": 5, "n_cmpl": 3}, None, 15),
+        ("chat/completions", {"max_tokens": 5, "n": 1}, None, 5),
+        ("chat/completions", {"max_tokens": 5, "n": 0}, None, 5),
+        ("chat/completions", {"max_tokens": 5, "n": None}, None, 5),
+        # However much is asked for, what it costs is no more than a 64-bit column holds.
+        ("chat/completions", {"max_tokens": 10**12}, None, ENOUGH_TOKENS),
+        ("chat/completions", {"max_tokens": 10**6, "n": 10**6}, None, ENOUGH_TOKENS),
         ("chat/completions", {}, None, CONFIGURED),
         ("chat/completions", {}, WINDOW, WINDOW),
         ("chat/completions", {"max_tokens": None}, WINDOW, WINDOW),
@@ -85,6 +91,34 @@ def test_completion_bound(endpoint: str, body: dict[str, Any], window: int | Non
 def test_a_backends_longest_answer_bounds_each(body: dict[str, Any], window: int | None, completion: int) -> None:
     asked = bounds.asked(exchange("/v1/chat/completions", body | {"n": 2}))
     assert asked.at(target(window, max_output_tokens=300), CONFIGURED).completion == 2 * completion
+
+
+def test_a_backends_longest_answer_may_be_above_the_configured_bound() -> None:
+    asked = bounds.asked(exchange("/v1/chat/completions", {}))
+    assert asked.at(target(max_output_tokens=CONFIGURED + 1), CONFIGURED).completion == CONFIGURED + 1
+    form = Exchange("/v1/audio/transcriptions", [], b"--a", body=None, model="m", request_id="r", forward=[])
+    assert bounds.asked(form).at(target(), CONFIGURED) == Bound(3 + TEMPLATE_TOKENS, CONFIGURED)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "body", "beyond"),
+    [
+        ("chat/completions", {"messages": []}, 0),
+        ("chat/completions", {"messages": [], "functions": []}, TOOL_TOKENS),
+        # Another path's names for what was said before are nothing here.
+        ("completions", {"prompt": "a"}, 0),
+        ("chat/completions", {"messages": [], "conversation": "c"}, 0),
+        ("responses", {"input": "a", "conversation": None}, 0),
+        ("responses", {"input": "a", "conversation": "c", "previous_response_id": "r"}, 2 * UNSEEN_TOKENS),
+        ("embeddings", {"input": "a"}, 0),
+        ("embeddings", {"input": ["a", "b", "c"]}, 2 * TEMPLATE_TOKENS),
+    ],
+)
+def test_a_prompt_is_bounded_by_its_bytes_and_what_is_added_to_them(
+    endpoint: str, body: dict[str, Any], beyond: int
+) -> None:
+    asked = bounds.asked(exchange(f"/v1/{endpoint}", body))
+    assert asked.prompt == len(json.dumps(body)) + TEMPLATE_TOKENS + beyond
 
 
 def test_prompt_bound_is_above_every_byte_level_count() -> None:
