@@ -203,7 +203,7 @@ def set_limits(connection: Connection, account: str, limits: Limits, actor: str)
         # Nobody has asked for anything since: what is kept is of a period that is over.
         start, spent = start + (now - start) // before.period_ms * before.period_ms, 0
     length = limits.period_ms
-    if length is not None and length != before.period_ms and now >= start + length:
+    if length is not None and now >= start + length:
         start = now
     connection.execute(
         "UPDATE accounts SET hard_limit = ?, soft_limit = ?, period_ms = ?, requests_per_minute = ?, "

@@ -60,6 +60,9 @@ def test_accounts_form_a_tree(store: Store) -> None:
 
     key = store.write_now(grow)
     assert [account.id for account in accounts.chain(store.reader, key)] == [key, "search", "acme"]
+    assert [account.id for account in accounts.several(store.reader, ["acme", key])] == ["acme", key]
+    with pytest.raises(InputError, match="no account 'gone'"):
+        accounts.several(store.reader, ["acme", "gone", key])
 
 
 @pytest.mark.parametrize(
@@ -78,6 +81,21 @@ def test_wrong_input_is_one_line_and_leaves_no_trace(store: Store, wrong: Callab
     assert "\n" not in str(raised.value)
     assert store.reader.execute("SELECT count(*) FROM accounts").fetchone() == (0,)
     assert store.write_now(lambda connection: keys.create(connection, "test"))[1].startswith("sk-")
+
+
+def test_the_least_and_the_most_of_each_limit(store: Store) -> None:
+    most = 2**53
+    for limits in (Limits(0, 0, 1, 0, 0), Limits(most, most, most, most, most)):
+        store.write_now(
+            lambda connection, limits=limits: accounts.create(connection, "team", "x" * 200, None, limits, "test")  # type: ignore[misc]
+        )
+    assert [account.limits.hard_limit for account in accounts.every(store.reader)] in ([0, most], [most, 0])
+    for name in ("hard_limit", "soft_limit", "period_ms", "requests_per_minute", "tokens_per_minute"):
+        for value in (0 if name == "period_ms" else -1, most + 1):
+            with pytest.raises(InputError, match=f"{name}={value} is outside"):
+                Limits(**{name: value})
+    with pytest.raises(InputError, match="201 characters is longer than 200"):
+        store.write_now(lambda connection: accounts.create(connection, "team", "x" * 201, None, Limits(), "test"))
 
 
 def test_file_that_is_no_database_is_one_line(tmp_path: Path) -> None:
