@@ -3,6 +3,7 @@
 All functions take the bare characters (no separators) and say whether their check digits fit.
 """
 
+import itertools
 import operator
 from collections.abc import Sequence
 
@@ -59,8 +60,11 @@ def _verhoeff(place: int) -> bytes:
 _OUTER, _INNER = _verhoeff(0), _verhoeff(4)
 #: A to Z as 10 to 35.
 _LETTERS_AS_NUMBERS = {ord("A") + place: str(10 + place) for place in range(26)}
-#: Twice a digit, its own digits added.
-_DOUBLED = str.maketrans("0123456789", "0246813579")
+#: What four digits add to Luhn's sum, by their value: every other one counts twice, its own digits added.
+_LUHN = bytes(
+    sum(digit if place % 2 else (0, 2, 4, 6, 8, 1, 3, 5, 7, 9)[digit] for place, digit in enumerate(four))
+    for four in itertools.product(range(10), repeat=4)
+)
 _NIF_LETTERS = "TRWAGMYFPDXBNJZSQVHLCKE"
 #: Values of the characters in odd places of an Italian tax code, digits first; letters A.. have the same ten and more.
 _CODICE_ODD = (1, 0, 5, 7, 9, 13, 15, 17, 19, 21, 2, 4, 18, 20, 11, 3, 6, 8, 12, 14, 16, 10, 22, 25, 24, 23)
@@ -68,8 +72,17 @@ _CODICE_ODD = (1, 0, 5, 7, 9, 13, 15, 17, 19, 21, 2, 4, 18, 20, 11, 3, 6, 8, 12,
 
 def luhn(digits: str) -> bool:
     """Payment cards (ISO/IEC 7812-1, annex B)."""
-    total = sum((digits[-1::-2] + digits[-2::-2].translate(_DOUBLED)).encode())
-    return (total - len(digits) * ord("0")) % 10 == 0
+    rest, total = int(digits), 0
+    while rest:
+        total += _LUHN[rest % 10_000]
+        rest //= 10_000
+    return total % 10 == 0
+
+
+def luhn_in_fours(groups: list[int], place: int) -> bool:
+    """The same for four groups of four digits from a place, by their values."""
+    first, second, third, last = groups[place : place + 4]
+    return (_LUHN[first] + _LUHN[second] + _LUHN[third] + _LUHN[last]) % 10 == 0
 
 
 def iban(text: str) -> bool:
@@ -152,8 +165,13 @@ def aadhaar(digits: str) -> bool:
     """Indian Aadhaar numbers: Verhoeff's check digit; they start with 2 to 9."""
     if digits[0] in "01":
         return False
-    last, inner, first = _OUTER[int(digits[8:])], _INNER[int(digits[4:8])], _OUTER[int(digits[:4])]
-    return _VERHOEFF_PRODUCT[_VERHOEFF_PRODUCT[last][inner]][first] == 0
+    return aadhaar_in_fours([int(digits[:4]), int(digits[4:8]), int(digits[8:])], 0)
+
+
+def aadhaar_in_fours(groups: list[int], place: int) -> bool:
+    """The same for three groups of four digits from a place, by their values."""
+    first, inner, last = groups[place : place + 3]
+    return first >= 2000 and _VERHOEFF_PRODUCT[_VERHOEFF_PRODUCT[_OUTER[last]][_INNER[inner]]][_OUTER[first]] == 0
 
 
 def mrz_field(field: str, check: str) -> bool:

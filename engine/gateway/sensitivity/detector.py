@@ -12,7 +12,7 @@ from tokenmill.engine.gateway.sensitivity.clearance import ANYWHERE, Clearance
 from tokenmill.engine.gateway.sensitivity.kinds import CLASS_OF, NOT_REDACTABLE
 from tokenmill.engine.gateway.sensitivity.presidio import Presidio, kind_of
 from tokenmill.engine.gateway.sensitivity.redaction import BrokenJsonError, Redaction, unescaped
-from tokenmill.engine.gateway.sensitivity.scanner import Finding, Scanner
+from tokenmill.engine.gateway.sensitivity.scanner import REACH, Finding, Scanner
 from tokenmill.engine.gateway.sensitivity.settings import ACTIONS, Action, SensitivitySettings
 from tokenmill.engine.gateway.sensitivity.texts import Texts, UnreadableError, texts_of
 from tokenmill.engine.gateway.sensitivity.turns import DetectorError, Turns
@@ -41,15 +41,16 @@ class _Found:
         self.data: dict[tuple[str, str | None], None] = {}
         self.together: dict[str, str] = {}
 
-    def add(self, text: str, findings: Sequence[Finding]) -> None:
-        """What was found in a window of a text, with places counted from the text's beginning."""
-        reach, ordered = 0, True
+    def add(self, text: str, findings: Sequence[Finding], begin: int = 0) -> None:
+        """What was found in a window of a text that begins there, with places counted from there."""
+        data, reach, ordered = self.data, 0, True
+        window = text[begin : begin + REACH] if begin else text
         for kind, start, end in findings:
-            self.data[kind, text[start:end] if start >= 0 else None] = None
+            data[kind, window[start:end] if start >= 0 else None] = None
             ordered = ordered and start >= reach
             reach = end
         if not ordered:
-            self._join(text, sorted(findings, key=_by_place))
+            self._join(window, sorted(findings, key=_by_place))
 
     def _join(self, text: str, findings: Sequence[Finding]) -> None:
         first, reach, overlap = Finding("", 0, 0), 0, False
@@ -179,9 +180,12 @@ class Detector:
                 found.add(text, named[start : start + _TOGETHER + 1])
                 if turns.due():
                     await turns.give()
-            for findings in self._scanner.windows(text):
-                if findings:
-                    found.add(text, (*findings, *_beside(named, findings)) if named else findings)
+            for begin, findings in self._scanner.windows(text):
+                if findings and named:
+                    placed = [one.moved(begin) for one in findings]
+                    found.add(text, (*placed, *_beside(named, placed)))
+                elif findings:
+                    found.add(text, findings, begin)
                 if turns.due():
                     await turns.give()
         return found

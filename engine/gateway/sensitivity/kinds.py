@@ -6,6 +6,7 @@ fancy digits, dashes and spaces already made plain.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -80,6 +81,15 @@ class Kind:
     redactable: bool = True
     rest: str = ""
     swift: bool = False
+    not_behind: bytes = b""
+
+    def swift_form(self, pattern: bytes) -> re.Pattern[bytes] | None:
+        """A pattern of its for Python's own engine, which has another name for the end of a text; None: not swift."""
+        if not self.swift:
+            return None
+        if self.not_behind:
+            pattern = pattern.replace(_START, _START + self.not_behind, 1)
+        return re.compile(pattern.replace(rb"\z", rb"\Z"))
 
 
 def _in_groups(first: bytes, *others: bytes) -> tuple[bytes, ...]:
@@ -96,17 +106,22 @@ def _in_groups(first: bytes, *others: bytes) -> tuple[bytes, ...]:
 
 
 #: Lengths of card numbers by how they begin.
-_CARD_LENGTHS = {
-    "30": range(14, 20), "34": (15,), "35": range(16, 20), "36": range(14, 20), "37": (15,),
-    "38": range(14, 20), "39": range(14, 20), "4": (13, 16, 19), "5": (16,), "6": range(13, 20),
+_CARD_LENGTHS: dict[str, Sequence[int]] = {
+    **{f"4{second}": (13, 16, 19) for second in range(10)}, **{f"5{second}": (16,) for second in range(10)},
+    **{f"6{second}": range(13, 20) for second in range(10)}, **dict.fromkeys(("34", "37"), (15,)),
+    **dict.fromkeys(("30", "36", "38", "39"), range(14, 20)), "35": range(16, 20),
+    **dict.fromkeys(("22", "23", "24", "25", "26", "27"), (16,)),
 }  # fmt: skip
 
 
+#: How those of 16 digits begin, Mastercard's newer ones aside.
+_SIXTEEN = frozenset(int(begin) for begin, lengths in _CARD_LENGTHS.items() if 16 in lengths and begin >= "3")
+
+
 def _card(digits: str) -> bool:
-    lengths = _CARD_LENGTHS.get(digits[:1]) or _CARD_LENGTHS.get(digits[:2], ())
-    if "2221" <= digits[:4] <= "2720":
-        lengths = (16,)
-    return len(digits) in lengths and checksums.luhn(digits)
+    if len(digits) not in _CARD_LENGTHS.get(digits[:2], ()):
+        return False
+    return (digits[0] != "2" or "2221" <= digits[:4] <= "2720") and checksums.luhn(digits)
 
 
 #: Hints; see `scanner.HINTS`.
@@ -127,10 +142,21 @@ def _passport_number(value: bytes) -> bool:
     return 6 <= len(value) <= 9 and sum(character in checks.DIGITS for character in value) >= 4
 
 
+def _card_in_fours(groups: list[int], place: int) -> bool:
+    first = groups[place]
+    known = first // 100 in _SIXTEEN or 2221 <= first <= 2720
+    return known and checksums.luhn_in_fours(groups, place)
+
+
 def _aadhaar(digits: str) -> bool:
-    if digits[:2] == "20" and {digits[4:6], digits[8:10]} <= {"19", "20"}:
-        return False  # years
-    return len(digits) == 12 and checksums.aadhaar(digits)
+    return len(digits) == 12 and _aadhaar_in_fours([int(digits[:4]), int(digits[4:8]), int(digits[8:])], 0)
+
+
+def _aadhaar_in_fours(groups: list[int], place: int) -> bool:
+    if not checksums.aadhaar_in_fours(groups, place):
+        return False
+    # Years are none.
+    return groups[place] // 100 != 20 or not {groups[place + 1] // 100, groups[place + 2] // 100} <= {19, 20}
 
 
 KINDS: tuple[Kind, ...] = (
@@ -151,7 +177,17 @@ KINDS: tuple[Kind, ...] = (
             rb"(?:\A|[^0-9A-Fa-fx.-]|[^0-9A-Fa-f][.-])00[1-9](?:[ \t().\n/-]{0,3}[0-9]){7,14}",
             # What ends one line and what begins the next are two numbers, but behind a dash.
             _START + rb"\([2-9][0-9]{2}\)[ .\n-]{0,2}[2-9][0-9]{2}[ .\n-]{1,2}[0-9]{4}",
-            _START + rb"[2-9][0-9]{2}(?:[ .-]{1,2}|-\n)[2-9][0-9]{2}(?:[ .-]{1,2}|-\n)[0-9]{4}",
+        ),
+        checks.phone, swift=True,
+    ),
+    Kind(
+        "phone", "contact", _NUMBER,
+        (_START + rb"[2-9][0-9]{2}(?:[ .-]{1,2}|-\n)[2-9][0-9]{2}(?:[ .-]{1,2}|-\n)[0-9]{4}",),
+        checks.phone, swift=True, not_behind=rb"(?<!(?<![0-9+])\+1[ .-])",
+    ),
+    Kind(
+        "phone", "contact", _NUMBER,
+        (
             # Mobile numbers of Germany and of the United Kingdom as they are written at home.
             _START + rb"\(?01[567][0-9]{1,2}\)?[ ./-]{1,3}[0-9](?:[ -]?[0-9]){5,7}" + _END,
             _START + rb"\(?07[1-9][0-9]{2}\)?[ -](?:[0-9]{6}|[0-9]{3}[ -][0-9]{3})" + _END,
@@ -198,7 +234,7 @@ KINDS: tuple[Kind, ...] = (
             *_in_groups(rb"(?:[3-6][0-9]{3}|2[2-7][0-9]{2})", _4, _4, _4),
             *_in_groups(rb"3[0-9]{3}", rb"[0-9]{6}", rb"[0-9]{4,5}"),
         ),
-        in_fours(4, _card), swift=True,
+        in_fours(4, _card, _card_in_fours), swift=True,
     ),
     Kind(
         "iban", "financial", _NUMBER,
@@ -252,6 +288,7 @@ KINDS: tuple[Kind, ...] = (
             _START + rb"(?:[01][0-9]{2}-[0-9]{3}|[2-9][0-9]{2}-[01][0-9]{2})-[0-9]{4}",
         ),
         at_home(number(checksums.uk_nhs, apart=True)), swift=True,
+        not_behind=rb"(?<!\+[1-9][ .-])(?<!\+[1-9][0-9][ .-])(?<!\+[1-9][0-9]{2}[ .-])",
     ),
     Kind(
         "uk_nhs", "government", _ANNOUNCED,
@@ -295,7 +332,8 @@ KINDS: tuple[Kind, ...] = (
         last_digits(9, checksums.nl_bsn),
     ),
     Kind(
-        "in_aadhaar", "government", _GROUPS, _in_groups(rb"[2-9][0-9]{3}", _4, _4), in_fours(3, _aadhaar), swift=True,
+        "in_aadhaar", "government", _GROUPS, _in_groups(rb"[2-9][0-9]{3}", _4, _4),
+        in_fours(3, _aadhaar, _aadhaar_in_fours), swift=True,
     ),
     Kind(
         "in_aadhaar", "government", _ANNOUNCED, (_announced(rb"aadhaar|aadhar|uidai", rb"[2-9][0-9]{11}", 40),),

@@ -2,9 +2,8 @@
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
-from ahocorasick_rs import AhoCorasick
+from ahocorasick_rs import AhoCorasick, Implementation
 
 #: A longer string is found by its beginning: memory and the time to begin with grow with what is looked for.
 _HEAD = 32
@@ -20,19 +19,8 @@ class TangleError(Exception):
     """More occurrences overlap than can be told apart in reasonable time."""
 
 
-class Place(NamedTuple):
-    """Where a needle stands.
-
-    Attributes:
-        start, end: In characters.
-        needle: Which.
-    """
-
-    start: int
-    end: int
-    needle: str
-
-
+#: Where a needle stands, in characters, and which: (start, end, needle).
+Place = tuple[int, int, str]
 #: (start, end, rank among the needles, needle)
 _Match = tuple[int, int, int, str]
 
@@ -51,7 +39,8 @@ class Needles:
         for rank, needle in enumerate(sorted(needles, key=len, reverse=True)):
             heads.setdefault(_encodable(needle[:_HEAD]), []).append((rank, needle))
         self._behind = list(heads.values())
-        self._heads = AhoCorasick(list(heads)) if heads else None
+        # Of the kinds of automata the one that is made soonest: most texts are looked through once.
+        self._heads = AhoCorasick(list(heads), implementation=Implementation.NoncontiguousNFA) if heads else None
         self._longest = max(map(len, heads), default=0)
 
     def places(self, text: str) -> Iterator[list[Place]]:
@@ -105,7 +94,7 @@ def _apart(found: list[_Match], until: int) -> tuple[list[Place], list[_Match]]:
             tangle.append(match)
         else:
             if len(tangle) == 1:  # as mostly
-                settled.append(Place(tangle[0][0], tangle[0][1], tangle[0][3]))
+                settled.append((tangle[0][0], tangle[0][1], tangle[0][3]))
             elif tangle:
                 settled += _longest(tangle)
             tangle = [match]
@@ -125,5 +114,5 @@ def _longest(tangle: list[_Match]) -> list[Place]:
         # Those before are as long at least: none lies inside.
         if not taken[start - first] and not taken[end - 1 - first]:
             taken[start - first : end - first] = b"\1" * (end - start)
-            kept.append(Place(start, end, needle))
+            kept.append((start, end, needle))
     return sorted(kept)

@@ -10,6 +10,7 @@ import bisect
 import functools
 import hashlib
 import itertools
+import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -30,6 +31,8 @@ MAX_ENTRIES, MAX_FINDINGS = 16_384, 131_072
 _CONTROLS = 0
 #: How far a token is followed that a window cuts off; a longer one has no end that a placeholder could stand for.
 _LONGEST_TOKEN = 16_384
+#: From a window's beginning no finding reaches farther.
+REACH = STRIDE + OVERLAP + 1 + _LONGEST_TOKEN
 _RESTS = {
     kind.name: re.compile(rf"[{kind.rest}]{{0,{_LONGEST_TOKEN}}}(?![{kind.rest}])(?=[\t\n\r -~]|\Z)")
     for kind in KINDS
@@ -64,8 +67,6 @@ HINTS: dict[str, bytes] = {
 }
 
 
-#: (kind, start, end), in bytes of what the patterns see.
-_Candidate = tuple[str, int, int]
 #: (kind, pattern, the same for Python's own engine where it may, check).
 _Searcher = tuple[str, Any, re.Pattern[bytes] | None, Check]
 
@@ -81,6 +82,11 @@ class Finding(NamedTuple):
     kind: str
     start: int
     end: int
+
+    def moved(self, by: int) -> "Finding":
+        """The same with its place counted from so many characters before."""
+        kind, start, end = self
+        return Finding(kind, start + by, end + by) if start >= 0 else self
 
 
 @functools.cache
@@ -119,14 +125,19 @@ class Scanner:
         self._hints = re2.Set.SearchSet(_options())
         self._behind: list[tuple[Any, list[_Searcher]]] = []
         forms = {
-            hint: [(one.name, form, one.check, one.swift) for one in kinds if one.hint == hint for form in one.patterns]
+            hint: [
+                (one.name, form, one.swift_form(form), one.check)
+                for one in kinds
+                if one.hint == hint
+                for form in one.patterns
+            ]
             for hint in HINTS
         }
         own = {name: text.encode("latin-1", "replace") for name, text in (patterns or {}).items()}
         self._hints.Add(CONTROLS)
         self._behind.append(_searchers([]))
         for hint, pattern in (*HINTS.items(), *own.items()):
-            behind = forms.get(hint, [(hint, pattern, _whole, False)])
+            behind = forms.get(hint, [(hint, pattern, None, _whole)])
             if behind:
                 self._hints.Add(pattern)
                 self._behind.append(_searchers(behind))
@@ -135,21 +146,24 @@ class Scanner:
             self._hints.Compile()
         prepare()
 
-    def windows(self, text: str) -> Iterator[tuple[Finding, ...]]:
-        """The findings of one window of the text after the other, places counted from the text's beginning.
+    def windows(self, text: str) -> Iterator[tuple[int, tuple[Finding, ...]]]:
+        """One window of the text after the other: where it begins, and its findings, their places counted from there.
 
-        Nothing comes in between where a window takes long: whoever asks may let others run then.
+        Nothing is found in between where a window takes long: whoever asks may let others run then.
         """
         for begin in range(0, max(len(text) - OVERLAP, 1), STRIDE):
             # One character before tells whether what stands at the beginning really begins there.
             start = max(begin - 1, 0)
             stop = begin + STRIDE + OVERLAP
             for found in self._window(text[start:stop], start > 0, stop < len(text)):
-                yield tuple(_moved(finding, start, text, stop) for finding in found) if found else ()
+                if found and stop < len(text) and max(map(_end_of, found)) == stop - start:
+                    yield start, tuple(_whole_of(finding, text, start, stop) for finding in found)
+                else:
+                    yield start, found
 
     def find(self, text: str) -> list[Finding]:
         """Everything found in a text, in the order of windows; what lies in two of them stands twice."""
-        return [finding for found in self.windows(text) for finding in found]
+        return [finding.moved(begin) for begin, found in self.windows(text) for finding in found]
 
     def _window(self, text: str, before: bool, after: bool) -> Iterator[tuple[Finding, ...]]:
         """The findings of one window, last; while they are looked for, nothing from time to time."""
@@ -173,12 +187,17 @@ class Scanner:
     def _search(self, text: str, before: bool, after: bool, findings: list[Finding]) -> Iterator[None]:
         """Adds the findings of one window that nobody remembers; stops from time to time."""
         seen, places, hints = self._seen_as(text)
-        candidates: list[_Candidate] = []
+        candidates: list[Finding] = []
         yield from self._candidates(seen, hints, candidates)
-        for kind, start, end in _without_look_alikes(candidates):
-            cut = after and end == len(seen)
+        size = len(seen)
+        for candidate in _without_look_alikes(candidates):
+            kind, start, end = candidate
+            if places is None and start > 0 and end < size:
+                findings.append(candidate)
+                continue
+            cut = after and end == size
             # Cut off by the window's edge: the next window, or the one before, sees it whole. But not the word that
-            # announces a token, which the token's own characters continue (`_moved`).
+            # announces a token, which the token's own characters continue (`_whole_of`).
             if (before and start == 0) or (cut and start > STRIDE and kind not in _RESTS):
                 continue
             if start < 0:
@@ -204,7 +223,7 @@ class Scanner:
             hints = self._hints.Match(seen) or []
         return seen, places, hints
 
-    def _candidates(self, seen: bytes, hints: Iterable[int], passed: list[_Candidate]) -> Iterator[None]:
+    def _candidates(self, seen: bytes, hints: Iterable[int], passed: list[Finding]) -> Iterator[None]:
         """Adds what its check let pass; stops after every `_BREATH` that were looked at."""
         looked = 0
         for hint in hints:
@@ -212,34 +231,38 @@ class Scanner:
             for number in which.Match(seen) or ():
                 name, pattern, swift, check = searchers[number]
                 count = tried = 0
-                matches = pattern.finditer(seen)
-                while (match := next(matches, None)) is not None:
-                    start, end = match.span()
-                    found = check(seen, start, end)
-                    if isinstance(found, tuple):
-                        passed.append((name, *found))
-                        place = max(found[1], start + 1) if found[0] >= 0 else end
-                        count += 1
-                        if count == _MOST:
-                            passed.append((name, -1, -1))
+                place: int | None = 0
+                while place is not None:
+                    matches, place = pattern.finditer(seen, place), None
+                    for match in matches:
+                        start, end = match.span()
+                        found = check(seen, start, end)
+                        if isinstance(found, tuple):
+                            first, last = found
+                            passed.append(Finding(name, first, last))
+                            goes_on = end if first < 0 else last if last > start else start + 1
+                            count += 1
+                            if count == _MOST:
+                                passed.append(Finding(name, -1, -1))
+                                break
+                        else:
+                            if found is None:
+                                group = _GROUP.match(seen, start)
+                                found = group.end() if group else start
+                            goes_on = found if found > start else start + 1
+                        tried += 1
+                        looked += 1
+                        if looked % _BREATH == 0:
+                            yield
+                        if tried == _DENSE and swift is not None:
+                            pattern, place = swift, goes_on
                             break
-                    else:
-                        if found is None:
-                            group = _GROUP.match(seen, start)
-                            found = group.end() if group else start
-                        place = found if found > start else start + 1
-                    tried += 1
-                    if tried == _DENSE and swift is not None:
-                        pattern = swift
-                        matches = pattern.finditer(seen, place)
-                    elif place != end:
-                        matches = pattern.finditer(seen, place)
-                    looked += 1
-                    if looked % _BREATH == 0:
-                        yield
+                        if goes_on != end:
+                            place = goes_on
+                            break
 
 
-def _without_look_alikes(found: list[_Candidate]) -> list[_Candidate]:
+def _without_look_alikes(found: list[Finding]) -> list[Finding]:
     """Without telephone numbers that are part of something else: the digits of a bank account are none."""
     phones = any(one[0] == "phone" for one in found)
     others = sorted((start, end) for kind, start, end in found if kind != "phone") if phones else []
@@ -255,39 +278,29 @@ def _without_look_alikes(found: list[_Candidate]) -> list[_Candidate]:
     return [one for one in dict.fromkeys(found) if one[0] != "phone" or not inside(one[1], one[2])]
 
 
-def _searchers(forms: list[tuple[str, bytes, Check, bool]]) -> tuple[Any, list[_Searcher]]:
+def _searchers(forms: list[tuple[str, bytes, re.Pattern[bytes] | None, Check]]) -> tuple[Any, list[_Searcher]]:
     """A set that tells which of the patterns match, and the patterns."""
     which = re2.Set.SearchSet(_options())
     for _, pattern, _, _ in forms:
         which.Add(pattern)
     which.Compile()
-    return which, [
-        (name, compile_pattern(pattern), python_pattern(pattern) if swift else None, check)
-        for name, pattern, check, swift in forms
-    ]
-
-
-def python_pattern(pattern: bytes) -> re.Pattern[bytes]:
-    """The same pattern for Python's own engine, which has another name for the end of a text."""
-    return re.compile(pattern.replace(rb"\z", rb"\Z"))
+    return which, [(name, compile_pattern(pattern), swift, check) for name, pattern, swift, check in forms]
 
 
 def _whole(_text: bytes, start: int, end: int) -> tuple[int, int] | int:
     return (start, end) if end > start else start + 1
 
 
-def _moved(finding: Finding, by: int, text: str, stop: int) -> Finding:
-    """A window's finding with places of the whole text; one that the window cut off goes on to its token's end.
+_end_of = operator.itemgetter(2)
+
+
+def _whole_of(finding: Finding, text: str, start: int, stop: int) -> Finding:
+    """A finding of the window from `start` to `stop`; one that the window cut off goes on to its token's end.
 
     Where that cannot be told, no placeholder can stand for it: none of a token may be left.
     """
-    kind, start, end = finding
-    if start < 0:
+    kind, first, last = finding
+    if last != stop - start:
         return finding
-    start, end = start + by, end + by
-    if end == stop < len(text):
-        rest = _RESTS[kind].match(text, end) if kind in _RESTS else None
-        if rest is None:
-            return Finding(kind, -1, -1)
-        end = rest.end()
-    return Finding(kind, start, end)
+    rest = _RESTS[kind].match(text, stop) if kind in _RESTS else None
+    return Finding(kind, -1, -1) if rest is None else Finding(kind, first, rest.end() - start)

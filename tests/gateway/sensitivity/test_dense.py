@@ -2,13 +2,14 @@
 
 import random
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from tokenmill.engine.gateway.sensitivity import scanner
-from tokenmill.engine.gateway.sensitivity.kinds import KINDS, Kind
-from tokenmill.engine.gateway.sensitivity.scanner import Scanner, compile_pattern, python_pattern
+from tokenmill.engine.gateway.sensitivity.kinds import KINDS, Kind, _aadhaar, _aadhaar_in_fours, _card, _card_in_fours
+from tokenmill.engine.gateway.sensitivity.scanner import Scanner, compile_pattern
 
 SWIFT = [kind for kind in KINDS if kind.swift]
 #: Numbers that the patterns of several kinds match, and pieces of others.
@@ -29,7 +30,8 @@ def text(dice: random.Random) -> bytes:
 def test_both_engines_find_the_same_candidates(kind: Kind) -> None:
     dice, met = random.Random(kind.name), 0
     for pattern in kind.patterns:
-        one, other = compile_pattern(pattern), python_pattern(pattern)
+        one, other = compile_pattern(pattern), replace(kind, not_behind=b"").swift_form(pattern)
+        assert other is not None
         for _ in range(300):
             searched, place = text(dice), dice.choice((0, dice.randrange(60)))
             spans = [match.span() for match in one.finditer(searched, place)]
@@ -41,7 +43,7 @@ def test_both_engines_find_the_same_candidates(kind: Kind) -> None:
 @pytest.mark.parametrize("kind", SWIFT, ids=lambda kind: f"{kind.name}-{kind.hint}")
 def test_no_finding_begins_inside_of_what_is_passed_over(kind: Kind) -> None:
     dice, met = random.Random(kind.name), 0
-    for pattern in map(python_pattern, kind.patterns):
+    for pattern in filter(None, map(kind.swift_form, kind.patterns)):
         for _ in range(300):
             searched = text(dice)
             found = findings(kind, pattern, searched, lambda refused: refused)
@@ -50,6 +52,36 @@ def test_no_finding_begins_inside_of_what_is_passed_over(kind: Kind) -> None:
             every = findings(kind, pattern, searched, lambda _: None)
             assert found == (every if kind.name != "phone" else [one for one in every if not known(searched, one)])
     assert met > 20
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SWIFT if kind.not_behind], ids=lambda kind: kind.name)
+def test_what_the_engine_passes_over_would_be_refused(kind: Kind) -> None:
+    dice, fewer = random.Random(kind.name), 0
+    all_of_them = replace(kind, not_behind=b"")
+    for pattern in kind.patterns:
+        some, every = kind.swift_form(pattern), all_of_them.swift_form(pattern)
+        assert some is not None
+        assert every is not None
+        for _ in range(1000):
+            searched = text(dice).replace(b" 212", b" +1 212").replace(b" 943", dice.choice((b" +44 943", b" +1-943")))
+            found, candidates = [], []
+            for form in (some, every):
+                found.append(findings(kind, form, searched, lambda refused: refused))
+                candidates.append(len(form.findall(searched)))
+            assert found[0] == found[1]
+            fewer += candidates[1] - candidates[0]
+    assert fewer > 100
+
+
+@pytest.mark.parametrize(("fits", "fit", "count"), [(_card, _card_in_fours, 4), (_aadhaar, _aadhaar_in_fours, 3)])
+def test_groups_of_four_are_what_their_digits_are(fits: Any, fit: Any, count: int) -> None:
+    dice, fitting = random.Random(count), 0
+    for _ in range(20_000):
+        groups = [dice.choice((2000 + dice.randrange(800), dice.randrange(10_000))) for _ in range(count + 1)]
+        digits = "".join(f"{group:04d}" for group in groups[1:])
+        assert fit(groups, 1) == fits(digits)
+        fitting += fits(digits)
+    assert fitting > 300
 
 
 def known(searched: bytes, finding: tuple[int, int]) -> bool:

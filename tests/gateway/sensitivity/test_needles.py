@@ -25,7 +25,7 @@ def one_by_one(wanted: list[str], text: str) -> list[Place]:
         for begin, piece in left:
             place = 0
             while (at := piece.find(needle, place)) >= 0:
-                found.append(Place(begin + at, begin + at + len(needle), needle))
+                found.append((begin + at, begin + at + len(needle), needle))
                 pieces.append((begin + place, piece[place:at]))
                 place = at + len(needle)
             pieces.append((begin + place, piece[place:]))
@@ -56,7 +56,7 @@ def test_long_texts_are_as_if_looked_through_at_once(seed: int) -> None:
 def test_what_only_begins_alike_is_told_apart() -> None:
     head = "x" * needles._HEAD
     assert places([head + "a", head + "bb"], f"{head}a {head}b {head}bb") == [
-        Place(0, 33, head + "a"), Place(68, 102, head + "bb"),
+        (0, 33, head + "a"), (68, 102, head + "bb"),
     ]  # fmt: skip
 
 

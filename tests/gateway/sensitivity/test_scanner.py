@@ -300,7 +300,7 @@ def test_pages_full_of_findings_take_the_place_of_others(monkeypatch: pytest.Mon
     page = " ".join(f"10.20.30.{number}" for number in range(90))
     # Two requests at a time with the same page, which takes so long that both search it.
     one, other = scanner.windows(page), scanner.windows(page)
-    assert sum(map(len, (findings for pair in zip(one, other, strict=True) for findings in pair))) == 2 * 90
+    assert sum(len(found) for pair in zip(one, other, strict=True) for _, found in pair) == 2 * 90
     assert scanner._remembered == 90
     for number in range(10):
         assert len(scanner.find(f"{page} {number}")) == 90
