@@ -27,7 +27,7 @@ _PACKAGES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("triton",), "Triton kernels"),
     (("transformers",), "tokenizers and model code"),
     (("flashinfer-python",), "a rival in benchmarks"),
-    (("bitsandbytes",), "reads NF4 checkpoints"),
+    (("bitsandbytes",), "vLLM serves NF4 checkpoints with it"),
     (("gptqmodel",), "another quantizer"),
 )
 #: Loading the plug-in imports vLLM, which takes seconds; a machine that needs longer has another problem.

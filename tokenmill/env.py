@@ -103,7 +103,7 @@ CACHE = Variable(
     "TOKENMILL_CACHE",
     Path("~/.cache/tokenmill").expanduser(),
     _directory,
-    "Where things made at run time are kept (emulated kernels, tuned configurations, logs of the servers).",
+    "Where things made at run time are kept (emulated kernels, objects of the native build, logs of the servers).",
 )
 BUILD = Variable(
     "TOKENMILL_BUILD",

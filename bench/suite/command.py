@@ -19,7 +19,7 @@ from tokenmill.errors import ConfigurationError
 _VERDICTS = ("proven", "measured", "failed", "skipped")
 #: Characters of a reason in the summary; the rows have it whole.
 _WIDEST = 160
-#: Rows that are committed, beside this file's folder; absent from an installed wheel.
+#: Rows that are committed, beside this file's folder; an installed wheel has them, too.
 COMMITTED = Path(__file__).resolve().parent.parent / "results"
 
 
