@@ -30,16 +30,18 @@ def key_with(store: Store, limits: Limits) -> str:
 def ask(
     store: Store, key: str, call: str, amount: int = 1, tokens: int = 1, at: int | None = None, worker: str = "w"
 ) -> Refusal | None:
-    """Reserves."""
+    """Reserves; a third of the tokens are the answer's."""
     chain = tuple(account.id for account in accounts.chain(store.reader, key))
-    wanted = Reservation(call, worker, chain, "r", "m", "t", amount, tokens, 0, now_ms() if at is None else at)
+    prompt, completion = tokens - tokens // 3, tokens // 3
+    at = now_ms() if at is None else at
+    wanted = Reservation(call, worker, chain, "r", "m", "t", amount, prompt, completion, at)
     answer = store.write_now(lambda connection: books.reserve(connection, wanted))
     return None if isinstance(answer, Granted) else answer
 
 
 def end(store: Store, call: str, cost: int, tokens: int = 0) -> bool:
-    """Settles."""
-    spending = Spending("b", "t", tokens, 0, 0, True, cost, "ok", 200, 1)
+    """Settles; a third of the tokens are the answer's."""
+    spending = Spending("b", "t", tokens - tokens // 3, 0, tokens // 3, True, cost, "ok", 200, 1)
     return store.write_now(lambda connection: books.settle(connection, call, spending))
 
 
@@ -76,16 +78,16 @@ def test_every_call_is_a_row_of_its_own_and_no_more_is_charged_than_was_reserved
     for first in (True, False):
         assert store.write_now(lambda connection: books.settle(connection, "a", spending)) is first
     rows = store.reader.execute(
-        "SELECT kind, backend, tier, prompt_tokens, completion_tokens, cost, excess, request_id, outcome FROM ledger "
-        "ORDER BY backend"
+        "SELECT kind, backend, tier, prompt_tokens, completion_tokens, attempts, cost, excess, request_id, outcome "
+        "FROM ledger ORDER BY backend"
     ).fetchall()
-    assert [row[:5] for row in rows] == [
-        ("escalated-from", "b1", "utility", 20, 10),
-        ("failed", "b2", "reasoning", 7, 0),
-        ("answer", "b3", "reasoning", 40, 10),
+    assert [row[:6] for row in rows] == [
+        ("escalated-from", "b1", "utility", 20, 10, 0),
+        ("failed", "b2", "reasoning", 7, 0, 0),
+        ("answer", "b3", "reasoning", 40, 10, 4),
     ]
-    assert (tuple(row[5] for row in rows), tuple(row[6] for row in rows)) == (charged, excess)
-    assert {row[7:] for row in rows} == {("r", "ok")}
+    assert (tuple(row[6] for row in rows), tuple(row[7] for row in rows)) == (charged, excess)
+    assert {row[8:] for row in rows} == {("r", "ok")}
     for account in accounts.chain(store.reader, key):
         assert (account.spent, account.reserved) == (sum(charged), 0)
     # The window of tokens holds what all calls used.
@@ -187,6 +189,19 @@ def test_rates_slide_and_count_what_was_used(store: Store) -> None:
     too_much = ask(store, key, "e", tokens=101, at=now + 200_000)
     assert too_much is not None
     assert too_much.retry_ms is None
+
+
+def test_what_was_counted_in_a_minute_that_is_over_is_kept_nowhere(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = key_with(store, Limits(requests_per_minute=9))
+    for at in (NOW, NOW + 60_000, NOW + 61_000, NOW + 180_000):
+        monkeypatch.setattr(books, "now_ms", lambda at=at: at)
+        assert ask(store, key, str(at), at=at) is None
+        if at == NOW + 61_000:
+            seconds = store.reader.execute("SELECT second FROM windows ORDER BY second").fetchall()
+            assert seconds == [(NOW // 1000 + 60,), (NOW // 1000 + 61,)]
+    assert store.reader.execute("SELECT second FROM windows").fetchall() == [(NOW // 1000 + 180,)]
 
 
 def test_a_clock_that_was_ahead_and_is_set_back_blocks_nobody(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
