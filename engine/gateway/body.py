@@ -23,6 +23,9 @@ SLICE_BYTES = 256 * 1024
 #: What may have more items is not decoded to count or measure them: that would take milliseconds.
 MOST_ITEMS = 1 << 15
 
+#: No API has nearly as many; what walks through all of them holds up other requests.
+MOST_FIELDS = 1024
+
 #: Fields by which it is decided where a request goes, what it costs and what may be seen of it.
 DECISIVE = frozenset(
     {
@@ -95,7 +98,8 @@ class Body:
         raw: The body's bytes, already known to be UTF-8 (`check_utf8`).
 
     Raises:
-        ApiError: 400 when the bytes are not one JSON object, or hold a field that some servers take for another.
+        ApiError: 400 when the bytes are not one JSON object, or one with more than `MOST_FIELDS`, or hold a field that
+            some servers take for another.
     """
 
     __slots__ = ("_fields", "raw")
@@ -111,6 +115,9 @@ class Body:
             raise invalid_json(str(error).removeprefix("JSON is malformed: ")) from None
         except RecursionError:
             raise too_deep() from None
+        if len(self._fields) > MOST_FIELDS:
+            found = f"{len(self._fields)} fields at its top; send at most {MOST_FIELDS}"
+            raise ApiError(400, f"The request body has {found}.", code="too_many_fields")
         names = "".join(self._fields)
         if not (names.isascii() and names.islower()):
             _check_case(self._fields)

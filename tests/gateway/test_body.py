@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenmill.engine.gateway.api_error import ApiError
-from tokenmill.engine.gateway.body import DECISIVE, SLICE_BYTES, Body, check_utf8
+from tokenmill.engine.gateway.body import DECISIVE, MOST_FIELDS, SLICE_BYTES, Body, check_utf8
 
 values = st.recursive(
     st.none()
@@ -104,3 +104,11 @@ def test_utf8_is_checked_across_slices(offset: int) -> None:
     for broken in (b"\xe2\x82", b"\xff", b"\xe2\x82x"):
         with pytest.raises(ApiError):
             asyncio.run(check_utf8(prefix + broken))
+
+
+def test_more_fields_than_any_api_has_are_refused() -> None:
+    raw = json.dumps({f"field_{number}": number for number in range(MOST_FIELDS)}).encode()
+    assert len(Body(raw).names()) == MOST_FIELDS
+    with pytest.raises(ApiError, match=f"{MOST_FIELDS + 1} fields at its top; send at most {MOST_FIELDS}") as refused:
+        Body(raw[:-1] + b', "one_more": 1}')
+    assert refused.value.status == 400
