@@ -1,7 +1,9 @@
 """`import tokenmill` costs nothing: no torch, no CUDA, under a tenth of a second of the processor."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 PROBE = """
 import sys, time
@@ -27,3 +29,21 @@ def test_import_touches_nothing_heavy() -> None:
 def test_import_is_fast() -> None:
     """The best of three: the limit is the product's promise, the machine's noise is not ours."""
     assert min(probe()[0] for _ in range(3)) < 0.1
+
+
+def test_import_needs_no_home(tmp_path: Path) -> None:
+    """A container may run as a number that no user has; vLLM would not start with a plug-in that fails there."""
+    program = (
+        "import os, pwd; os.environ.pop('HOME', None)\n"
+        "def unknown(number): raise KeyError(number)\n"
+        "pwd.getpwuid = unknown\n"
+        "from tokenmill import env; print(env.CACHE.get())\n"
+        "os.environ['TOKENMILL_CACHE'] = '~/here'\n"
+        "try: env.CACHE.get()\n"
+        "except env.ConfigurationError as error: print(error)"
+    )
+    place = {**os.environ, "TMPDIR": str(tmp_path)}
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=place).stdout
+    default, refused = said.splitlines()
+    assert default == f"{tmp_path}/tokenmill-{os.getuid()}"
+    assert refused.endswith("this user has no home directory; give the whole path")

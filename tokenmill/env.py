@@ -74,7 +74,20 @@ def _texts(text: str) -> dict[str, str]:
 
 
 def _directory(text: str) -> Path:
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError("this user has no home directory; give the whole path") from None
+
+
+def _cache() -> Path:
+    """Below the user's home; a container's user of any number may have none, and vLLM loads us all the same."""
+    try:
+        return _directory("~/.cache/tokenmill")
+    except ValueError:
+        import tempfile
+
+        return Path(tempfile.gettempdir(), f"tokenmill-{os.getuid()}")
 
 
 #: Instruction sets that CPU kernels dispatch on, from narrow to wide; each contains the ones before it
@@ -101,7 +114,7 @@ INT4_ACTIVATION_BITS = Variable(
 )
 CACHE = Variable(
     "TOKENMILL_CACHE",
-    Path("~/.cache/tokenmill").expanduser(),
+    _cache(),
     _directory,
     "Where things made at run time are kept (emulated kernels, objects of the native build, logs of the servers).",
 )
