@@ -14,12 +14,13 @@ class Line:
         store: The store.
 
     Attributes:
-        cut: `before`: nothing arrives, as long as it says so; `after`: the answer to the next commit is lost.
+        cut: `before`: nothing arrives, as long as it says so; `within`: the next commit does not arrive; `after`: the
+            answer to the next commit is lost.
         tried: Transactions that were begun.
     """
 
     def __init__(self, store: Store) -> None:
-        self.cut: Literal["before", "after"] | None = None
+        self.cut: Literal["before", "within", "after"] | None = None
         self.tried = 0
         self._transaction = store._database.transaction
         store._database.transaction = self._cut  # type: ignore[method-assign]
@@ -33,6 +34,9 @@ class Line:
             raise StoreUnavailableError("cut")
         with self._transaction(connection, waits):
             yield
+            if self.cut == "within":
+                self.cut = None
+                raise StoreUnavailableError("cut before the commit", perhaps_done=True)
         if self.cut == "after":
             self.cut = None
             raise StoreUnavailableError("cut before the answer", perhaps_done=True)

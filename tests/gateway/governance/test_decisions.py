@@ -53,7 +53,7 @@ def other(store: Store) -> Iterator[Store]:
         yield opened
 
 
-@pytest.mark.parametrize("cut", ["before", "after"])
+@pytest.mark.parametrize("cut", ["before", "within", "after"])
 def test_one_decision_is_one_row_however_often_it_is_tried(store: Store, other: Store, cut: Any) -> None:
     """Also where the answer to its commit was lost, others appended in between, and it is tried with new ones."""
     line = Line(store)
@@ -66,7 +66,7 @@ def test_one_decision_is_one_row_however_often_it_is_tried(store: Store, other: 
         store.hand_over()
 
     asyncio.run(main())
-    wait_until(lambda: line.cut is None if cut == "after" else line.tried >= 3)
+    wait_until(lambda: line.tried >= 3 if cut == "before" else line.cut is None)
     other.write_now(lambda connection: accounts.create(connection, "team", "T", None, Limits(), "t"))
     line.cut = None
     decide(store, "e")
