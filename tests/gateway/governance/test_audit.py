@@ -31,8 +31,10 @@ def trail(rows: int = ROWS) -> SqliteConnection:
 
 def test_untouched_trail_is_good_and_continues() -> None:
     connection = trail(0)
-    assert audit.verify(connection).sequence == 0
+    empty = audit.verify(connection)
+    assert empty.sequence == 0
     audit.append(connection, "test", "a", "b", {})
+    assert audit.verify(connection, empty.hash).sequence == 1
     noted = audit.verify(connection)
     audit.append(connection, "test", "a", "b", {})
     assert audit.verify(connection, noted.hash).sequence == 2
@@ -70,20 +72,27 @@ def test_every_change_is_found(change: tuple[str, int, object, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "edit",
+    ("edit", "says"),
     [
-        "UPDATE audit SET details = x'00ff' WHERE sequence = 3",
-        "INSERT INTO audit SELECT 0, at, actor, action, subject, details, hash FROM audit WHERE sequence = 1",
-        "INSERT INTO audit SELECT 9, at, actor, action, subject, details, hash FROM audit WHERE sequence = 8",
-        "DELETE FROM audit WHERE sequence = 8",
-        "DELETE FROM audit_head",
-        "DELETE FROM audit",
+        ("UPDATE audit SET details = x'00ff' WHERE sequence = 3", "row 3 was changed"),
+        (
+            "INSERT INTO audit SELECT 0, at, actor, action, subject, details, hash FROM audit WHERE sequence = 1",
+            "row 1 is missing",
+        ),
+        (
+            "INSERT INTO audit SELECT 9, at, actor, action, subject, details, hash FROM audit WHERE sequence = 8",
+            "row 9 was changed",
+        ),
+        ("DELETE FROM audit WHERE sequence = 4", "row 4 is missing"),
+        ("DELETE FROM audit WHERE sequence = 8", "ends at row 7, its head says 8"),
+        ("DELETE FROM audit_head", "ends at row 8, its head says 0"),
+        ("DELETE FROM audit", "ends at row 0, its head says 8"),
     ],
 )
-def test_odd_changes_are_found(edit: str) -> None:
+def test_odd_changes_are_found(edit: str, says: str) -> None:
     connection = trail()
     connection.execute(edit)
-    with pytest.raises(CheckpointError, match="audit trail"):
+    with pytest.raises(CheckpointError, match=f"audit trail: .*{says}"):
         audit.verify(connection)
     connection.close()
 

@@ -269,6 +269,10 @@ def test_each_call_is_charged_at_its_own_backends_prices() -> None:
     assert (spent.exact, spent.attempts, spent.total) == (True, 3, 30 + 6 * 5 + 4 + 20 * 9)
     (other,) = spent.others
     assert (other.kind, other.cost, other.prompt, other.completion) == ("failed", 30, 10, 20)
+    # A call that cost nothing has no row.
+    two = exchange("/v1/completions", {})
+    two.calls += [ended.calls[0], ended.calls[2]]
+    assert charges.spending(two, lambda _: BOUND) == spent._replace(attempts=2)
     # The answer may be an earlier call's: that of the backend that the exchange names.
     ended.target, ended.notes["escalation"] = cheap, {"escalated": True}
     spent = charges.spending(ended, lambda _: BOUND)
