@@ -147,7 +147,10 @@ def in_fours(count: int, fits: Callable[[str], bool], fit: Callable[[list[int], 
         if row is None or len(row[0]) < count:
             return whole(text, start, end)
         groups, between, end, goes_on = row
-        last, step = len(groups) - count, 4 + len(between)
+        last = len(groups) - count
+        if not goes_on and not last and not fit(groups, 0):
+            return end  # as mostly
+        step = 4 + len(between)
         more = _more(text, end, between) if goes_on else ""
         for place in range(last + 1 if last + count < _ROW else 1):
             stop = first + (place + count) * step - len(between)
