@@ -88,6 +88,7 @@ class _Translator:
         #: The block of thoughts that is coming, and the parts of its text.
         self._thoughts: dict[str, Any] = {}
         self._thinking: list[str] = []
+        self._thought = 0
 
     def event(self, text: bytes) -> bytes:
         """The chunks that one event becomes."""
@@ -143,7 +144,12 @@ class _Translator:
         block = {**self._thoughts, "thinking": "".join(self._thinking)} if self._thoughts else None
         self._thoughts, self._thinking = {}, []
         thought = None if block is None else thoughts(block)
-        return b"" if thought is None else self._chunk({"thinking_blocks": [thought]})
+        if thought is None:
+            return b""
+        # OpenAI's client puts a stream's lists together by the indices in them, and takes none without.
+        thought["index"] = self._thought
+        self._thought += 1
+        return self._chunk({"thinking_blocks": [thought]})
 
     def _on_message_delta(self, event: dict[str, Any]) -> bytes:
         self._count(event.get("usage"))

@@ -92,27 +92,18 @@ def test_tools(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_thoughts_go_back_with_what_tools_said(client: openai.OpenAI, streamed: bool) -> None:
-    asked: Any = {
-        "model": "claude",
-        "tools": TOOLS,
-        "stream": streamed,
-        "extra_body": {"thinking": {"type": "enabled"}},
-    }
-    answer: Any = client.chat.completions.create(messages=HELLO, **asked)
+    asked: Any = {"model": "claude", "tools": TOOLS, "extra_body": {"thinking": {"type": "enabled"}}}
     if streamed:
-        events = [event.choices[0].delta.to_dict() for event in answer]
-        said: dict[str, Any] = {"role": "assistant", "content": ""}
-        said["reasoning_content"] = "".join(event.get("reasoning_content") or "" for event in events)
-        said["thinking_blocks"] = [block for event in events for block in event.get("thinking_blocks") or ()]
-        function = {"name": "weather", "arguments": "{}"}
-        said["tool_calls"] = [{"id": "toolu_1", "type": "function", "function": function}]
+        with client.chat.completions.stream(messages=HELLO, **asked) as events:
+            said = events.get_final_completion().choices[0].message.to_dict()
+        for number, block in enumerate(said["thinking_blocks"]):
+            assert block.pop("index") == number
     else:
-        said = answer.choices[0].message.to_dict()
+        said = client.chat.completions.create(messages=HELLO, **asked).choices[0].message.to_dict()
     assert (said["reasoning_content"], said["thinking_blocks"]) == ("The city is Bern.", THOUGHTS)
     told: Any = {"role": "tool", "tool_call_id": "toolu_1", "content": "sunny"}
-    following: Any = client.chat.completions.create(messages=[*HELLO, said, told], **asked)
-    reasons = [one.choices[0].finish_reason for one in (following if streamed else [following])]
-    assert reasons[-1] == "tool_calls"
+    following = client.chat.completions.create(messages=[*HELLO, said, told], **asked)
+    assert following.choices[0].finish_reason == "tool_calls"
     # Another model's thoughts have no signature, and what is malformed is the client's.
     said["thinking_blocks"] = [{"type": "thinking", "thinking": "x"}, {"type": "odd"}]
     with pytest.raises(openai.BadRequestError, match="Expected `thinking`"):
