@@ -291,7 +291,8 @@ def test_where_all_short_placeholders_are_taken_there_is_another() -> None:
 def test_escapes_are_taken_off_wherever_slices_meet(before: int) -> None:
     text = "x" * before + "[NOTE_1]" * 20_000
     turns = Turns(60)
-    raw = "".join(f"\\u00{ord(character):02x}" for character in text).encode()
+    escaped = "".join(f"\\u00{ord(character):02x}" for character in text[before:])
+    raw = f"{text[:before]}{escaped}".encode()
     assert asyncio.run(unescaped(raw, turns)) == text.encode()
     assert asyncio.run(unescaped(raw[:-1] + b"\\u00zz", turns)) == text[:-1].encode() + raw[-6:-1] + b"\\u00zz"
 
@@ -320,6 +321,14 @@ def test_arguments_that_would_be_no_json_any_more_are_not_hidden(name: str) -> N
             hidden(value, json.dumps(arguments))
     assert hidden("anna", json.dumps({"a": "x\nanna"}))[name] == '{"a": "x\\n[NOTE_1]"}'
     assert hidden("nanna", "x\\nanna")[name] == "x\\[NOTE_1]"
+
+
+def test_a_text_of_a_message_may_be_json_and_need_not_stay_it() -> None:
+    for content in ("4111111111111111", '{"card": 4111111111111111}'):
+        body = Body(json.dumps({"messages": [{"role": "user", "content": content}]}).encode())
+        hidden = asyncio.run(Redaction({"4111111111111111": "note"}, body.raw).body(body, Turns(60)))
+        shown = json.loads(hidden.raw)["messages"][0]["content"]
+        assert shown == content.replace("4111111111111111", "[NOTE_1]")
 
 
 def test_a_request_with_arguments_that_would_be_no_json_stays() -> None:

@@ -167,6 +167,10 @@ def test_contents_that_are_lists_are_restored(cut: int) -> None:
         for inner in outer.get("thinking", [])
     )
     assert thought == f"see {VALUE}, [NO"
+    thoughts = [chunk({"content": [{"type": "thinking", "thinking": text}]}) for text in (first, second)]
+    out = asyncio.run(run_through([*thoughts, chunk({}, "stop")], redacted()))
+    assert said_in_parts(out, "thinking") == f"see {VALUE}, [NO"
+    assert out.endswith(chunk({}, "stop"))
 
 
 @pytest.mark.parametrize(
@@ -212,6 +216,44 @@ def test_the_last_event_needs_no_empty_line() -> None:
     events = [chunk({"content": "[NO"}), chunk({"content": "TE_1], [NO"}).rstrip()]
     out = said(asyncio.run(run_through(events, redacted())))
     assert [one["choices"][0]["delta"]["content"] for one in out] == ["", f"{VALUE}, ", "[NO"]
+    out = said(asyncio.run(run_through([chunk({"content": "[NO"}), b'data: {"model": "m"}'], redacted())))
+    assert [one.get("model") or one["choices"][0]["delta"]["content"] for one in out] == ["", "m", "[NO"]
+
+
+def test_a_comment_does_not_part_the_two_halves_of_a_placeholder() -> None:
+    events = [chunk({"content": "a [NO"}), b": ping\n\n", chunk({"content": "TE_1]"})]
+    out = asyncio.run(run_through(events, redacted()))
+    assert b": ping\n\n" in out
+    assert texts(out, "content") == f"a {VALUE}"
+
+
+@pytest.mark.parametrize("kind", [b"text/event-stream", b"text/plain"])
+def test_whoever_leaves_an_answer_leaves_the_backends(kind: bytes) -> None:
+    closed = []
+
+    async def source() -> AsyncGenerator[bytes, None]:
+        try:
+            while True:
+                yield chunk({"content": "a"})
+        finally:
+            closed.append(True)
+
+    async def leave() -> None:
+        reply = Reply(200, [(b"content-type", kind)], None, source())
+        restore(reply, redacted(), asked({}))
+        assert reply.chunks is not None
+        await anext(reply.chunks)
+        await reply.chunks.aclose()
+        assert closed == [True]
+
+    asyncio.run(leave())
+
+
+def test_an_answer_in_one_piece_need_not_be_json() -> None:
+    for answer, shown in ((b"so [NOTE_1] \xff", f"so {VALUE} ".encode() + b"\xff"), (b"", b"")):
+        reply = Reply(200, [(b"content-type", b"text/plain")], answer)
+        restore(reply, redacted(), asked({}))
+        assert reply.body == shown
 
 
 @pytest.mark.parametrize(
@@ -259,10 +301,11 @@ def test_bytes_that_are_no_text_pass_as_they_are() -> None:
         async def source() -> AsyncGenerator[bytes, None]:
             for code in range(256):
                 yield bytes((code, 255 - code))
+            yield "あ".encode()[:2]
 
         reply = Reply(200, [(b"content-type", b"audio/mpeg")], None, source())
         restore(reply, redacted(), asked({}))
         assert reply.chunks is not None
         return b"".join([part async for part in reply.chunks])
 
-    assert asyncio.run(run()) == b"".join(bytes((code, 255 - code)) for code in range(256))
+    assert asyncio.run(run()) == b"".join(bytes((code, 255 - code)) for code in range(256)) + "あ".encode()[:2]
