@@ -85,6 +85,11 @@ class Connection(asyncio.Protocol):
         """Whether it is the backend's turn to say something."""
         return not self._complete and not self._paused
 
+    @property
+    def unheard(self) -> bool:
+        """Whether nothing has come since the request."""
+        return not self._head_bytes
+
     async def request(self, head: bytes, body: bytes | bytearray | None) -> None:
         """Writes a request and returns when the head of the answer has arrived.
 

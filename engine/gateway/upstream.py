@@ -15,13 +15,16 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from tokenmill.engine.gateway.api_error import Headers
-from tokenmill.engine.gateway.connection import ConnectFailedError, Connection, SilenceError
+from tokenmill.engine.gateway.connection import ConnectFailedError, Connection, NoAnswerError, SilenceError
 from tokenmill.engine.gateway.heads import first_values, lines, without
 from tokenmill.engine.gateway.settings import Settings
 
 #: Idle connections to a backend are dropped before its own keep-alive ends (uvicorn, so vLLM: 5 s): a connection
 #: that the backend closes just as a request is written to it would lose that request.
 POOL_KEEP_ALIVE_S = 4.0
+#: A backend may close one sooner. Where a connection that was idle for so long ends without a byte, it had been closed
+#: before the request came, and that goes out again. (Of busy ones no backend tires: there it is the request.)
+_MAY_BE_CLOSED_S = 0.5
 
 #: Headers that belong to one connection or to the framing, never passed on in either direction.
 HOP_BY_HOP = frozenset(
@@ -191,6 +194,8 @@ class Upstream:
     ) -> Answer:
         """Sends one request and returns when the head of its answer has arrived; follows no redirect.
 
+        A connection from the pool that the backend was just closing is replaced by a new one, once.
+
         Args:
             method: HTTP method.
             origin: Where to.
@@ -206,7 +211,20 @@ class Upstream:
         end = b"\r\n" if body is None else b"content-length: %d\r\n\r\n" % len(body)
         begin = (method, b" ", origin.prefix, path, b" HTTP/1.1\r\nhost: ", origin.authority, b"\r\n")
         head = b"".join((*begin, lines(headers), end))
-        connection = self._pooled(origin) or await self._connect(origin)
+        connection = self._pooled(origin)
+        if connection is not None:
+            idle_s = self._loop.time() - connection.idle_since
+            try:
+                return await self._answer(connection, origin, head, body)
+            except NoAnswerError:
+                if idle_s < _MAY_BE_CLOSED_S or not connection.unheard:
+                    raise
+        return await self._answer(await self._connect(origin), origin, head, body)
+
+    async def _answer(
+        self, connection: Connection, origin: Origin, head: bytes, body: bytes | bytearray | None
+    ) -> Answer:
+        """The head of the answer to one request on one connection."""
         self._active.add(connection)
         try:
             await connection.request(head, body)

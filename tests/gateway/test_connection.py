@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tokenmill.engine.gateway import upstream as upstream_module
 from tokenmill.engine.gateway.connection import (
     HIGH_WATER,
     ConnectFailedError,
@@ -107,6 +108,44 @@ def test_every_framing_is_understood(raw: bytes, closes: bool, reused: bool) -> 
     assert server.connections == (1 if reused else 3)
     assert server.requests[0].startswith(b"POST /prefix/v1/x?a=b HTTP/1.1\r\nhost: 127.0.0.1:")
     assert server.requests[0].endswith(b"\r\nx-one: 1\r\ncontent-length: 2\r\n\r\n{}")
+
+
+class Tiring(Server):
+    """Closes each connection at its second request, with as much of an answer as it is told to give to that."""
+
+    last = b""
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection."""
+        self.connections += 1
+        for answer in (self.answer, self.last):
+            with contextlib.suppress(asyncio.IncompleteReadError):
+                self.requests.append(await reader.readuntil(b"\r\n\r\n") + await reader.readexactly(2))
+                writer.write(answer)
+        writer.close()
+
+
+@pytest.mark.parametrize("last", [b"", b"HTTP/1.1 200"])
+@pytest.mark.parametrize("idle", [False, True])
+def test_a_request_that_meets_a_closing_connection_goes_out_on_a_new_one(
+    monkeypatch: pytest.MonkeyPatch, last: bytes, idle: bool
+) -> None:
+    if idle:
+        monkeypatch.setattr(upstream_module, "_MAY_BE_CLOSED_S", 0.0)
+    server = Tiring(LENGTH)
+    server.last = last
+
+    async def use(upstream: Upstream, origin: Origin) -> None:
+        assert (await fetch(upstream, origin))[1] == b"hello"
+        if idle and not last:
+            assert (await fetch(upstream, origin))[1] == b"hello"
+            return
+        # The backend was at work a moment ago, or had begun to answer: it is the request that ended it.
+        with pytest.raises(NoAnswerError):
+            await fetch(upstream, origin)
+
+    talk(server, use)
+    assert len(server.requests) == (3 if idle and not last else 2)
 
 
 @pytest.mark.parametrize("status", [b"204 No Content", b"304 Not Modified"])
