@@ -15,6 +15,8 @@ from typing import Any, cast
 
 import uvicorn
 
+from tokenmill.engine.gateway.protocol import GatewayProtocol
+
 log = logging.getLogger("tokenmill.gateway")
 
 #: One connection is taken in a round, and one more for so many that are open.
@@ -53,6 +55,11 @@ class Acceptor:
             self._pause.cancel()
         self._loop.remove_reader(self._listener)
 
+    @property
+    def opening(self) -> bool:
+        """Whether something that was accepted is not yet in the hands of its protocol."""
+        return bool(self._opening)
+
     async def wait_closed(self) -> None:
         """Returns when what was accepted is in the hands of its protocol."""
         if self._opening:
@@ -85,7 +92,16 @@ class Acceptor:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server with acceptors in the place of the event loop's own."""
+    """uvicorn's server with acceptors in the place of the event loop's own.
+
+    Args:
+        config: Its configuration.
+    """
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._acceptors: list[Acceptor] = []
+        self._retires = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Starts the application, then accepts on the sockets."""
@@ -96,6 +112,24 @@ class Server(uvicorn.Server):
             made: Any = config.http_protocol_class
             return cast("asyncio.Protocol", made(config=config, server_state=state, app_state=shared))
 
-        acceptors = [Acceptor(listener, protocol, state.connections) for listener in sockets or []]
+        self._acceptors = [Acceptor(listener, protocol, state.connections) for listener in sockets or []]
         # uvicorn closes its servers, waits for them, and does nothing else with them.
-        self.servers = cast("list[asyncio.base_events.Server]", acceptors)
+        self.servers = cast("list[asyncio.base_events.Server]", self._acceptors)
+
+    def retire(self) -> None:
+        """Accepts no more, and ends after the last connection: each has one more answer, which says so.
+
+        So no client loses a request, not even one that it sends on a connection that was idle: others accept.
+        """
+        self._retires = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: whether to end."""
+        if self._retires:
+            for acceptor in self._acceptors:
+                acceptor.close()
+            for connection in list(self.server_state.connections):
+                cast("GatewayProtocol", connection).retire()
+            if not self.server_state.connections and not any(one.opening for one in self._acceptors):
+                return True
+        return await super().on_tick(counter)

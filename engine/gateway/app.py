@@ -132,6 +132,7 @@ class Gateway:
         self.prober.start()
         for service in self._services:
             await service.start()
+        await self.prober.first_look()
 
     async def stop(self) -> None:
         """Ends the services and probing, and closes the HTTP client."""

@@ -19,6 +19,8 @@ log = logging.getLogger("tokenmill.gateway")
 
 #: The model list of a backend is asked for again after this many probes.
 CATALOG_EVERY = 30
+#: Seconds that a start waits for the models of backends that are up.
+FIRST_LOOK_S = 1.0
 
 
 class Prober:
@@ -43,6 +45,13 @@ class Prober:
             self._tasks.pop(target).cancel()
         for target in targets - set(self._tasks):
             self._tasks[target] = asyncio.get_running_loop().create_task(self._watch(target))
+
+    async def first_look(self) -> None:
+        """Waits, not long, for the models of backends that list them: requests would be refused that others serve."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FIRST_LOOK_S):
+                while any(_is_awaited(target) for target in self._portfolio.targets):
+                    await asyncio.sleep(0.005)
 
     async def stop(self) -> None:
         """Ends all loops."""
@@ -116,6 +125,12 @@ def _wants_catalog(target: Target, count: int) -> bool:
     backend = target.backend
     waits = target.catalog is None and not backend.models
     return waits or count % CATALOG_EVERY == 0 or (backend.health_path is not None and not target.up)
+
+
+def _is_awaited(target: Target) -> bool:
+    """Whether its models are not known yet, and may be at any moment."""
+    backend = target.backend
+    return target.catalog is None and not backend.models and backend.protocol == "openai" and target.up is not False
 
 
 class _UnreadableError(Exception):

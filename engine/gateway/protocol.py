@@ -96,6 +96,8 @@ class GatewayProtocol(asyncio.Protocol):
         self._deadline_is_heads = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
+        #: No request is taken after the next one.
+        self._retires = False
         #: Looks whether a client that takes nothing more for now has taken something.
         self._stall: asyncio.TimerHandle | None = None
 
@@ -144,7 +146,11 @@ class GatewayProtocol(asyncio.Protocol):
         if self._running is None and not self._in_head:
             self._expect(self.settings.keep_alive_s)
 
-    # What uvicorn's server calls.
+    # What the server calls.
+
+    def retire(self) -> None:
+        """Has the next answer say that it is the last; who asks for nothing is not hurried."""
+        self._retires = True
 
     def shutdown(self) -> None:
         """Closes as soon as nothing is being answered."""
@@ -282,7 +288,8 @@ class GatewayProtocol(asyncio.Protocol):
             "client": client,
             "state": self._app_state.copy(),
         }
-        cycle = Cycle(self, scope, version != "1.0" and parser.should_keep_alive(), _expects(headers))
+        keep_alive = version != "1.0" and parser.should_keep_alive() and not self._retires
+        cycle = Cycle(self, scope, keep_alive, _expects(headers))
         scope[ON_HANGUP] = cycle.on_hangup
         scope[ANSWER] = cycle.answer
         self._arriving = cycle

@@ -6,6 +6,8 @@ The worker
 
 * answers requests as soon as it accepts; it probes the backends itself and needs no further word from its parent,
 * ends within `drain_s` after SIGTERM or SIGINT: stops accepting at once, lets open requests end, then exits with 0,
+* accepts no more after SIGHUP, and exits with 0 after the last answer on its last connection, however long that takes:
+  others on the socket take its place,
 * is killed by the kernel when the thread that started it ends (Linux: PR_SET_PDEATHSIG), so `kill -9` of the
   parent leaves no orphan. Start workers from the parent's main thread.
 
@@ -95,6 +97,7 @@ def serve(document: Document, listener: socket.socket) -> None:
         timeout_graceful_shutdown=int(settings.drain_s),
     )
     server = Server(config)
+    signal.signal(signal.SIGHUP, lambda *_: server.retire())
     spare_the_collector()
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listener])

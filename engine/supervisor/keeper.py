@@ -62,15 +62,18 @@ class Keeper:
         self._notify = notify
         self._backoff = backoff or Backoff()
         self._ready_at = 0.0
+        self._retires = False
 
     async def run(self) -> None:
-        """Runs until it is cancelled, which ends the process.
+        """Runs until it is cancelled, which ends the process, or the process ends that was to retire.
 
         Raises:
             StartError: The process ended before it was ready for the first time.
         """
         while True:
             ready_seconds, reason = await self._one_run()
+            if self._retires:
+                return
             if not self.was_ready:
                 raise StartError(reason)
             pause = self._backoff.after(ready_seconds)
@@ -79,6 +82,12 @@ class Keeper:
             self.restarts += 1
             self._notify(self, "starting", "starting again")
 
+    def retire(self) -> None:
+        """Has the process end when all that it was asked for is done (SIGHUP); nothing takes its place here."""
+        self._retires = True
+        if self.child is not None:
+            self.child.signal_group(signal.SIGHUP)
+
     def kill(self) -> None:
         """Kills the process and all of its group now."""
         if self.child is not None:
@@ -86,6 +95,8 @@ class Keeper:
 
     async def _one_run(self) -> tuple[float, str]:
         """One life of the process: (seconds it was ready, why it ended)."""
+        if self._retires:
+            return 0.0, "it was to retire"
         try:
             self.child = child = await self._launch()
         except OSError as error:

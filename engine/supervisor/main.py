@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -31,10 +32,8 @@ def main(argv: list[str]) -> int:
     if any(argument.startswith("--help=") for argument in argv):
         return subprocess.run([*ENGINE_COMMAND, *argv], check=False).returncode
     request = arguments.parse(argv)
-    plan = make_plan(request.config, request.engine_arguments)
+    plan = _planned(request)
     console = Console()
-    for line in request.left_out:
-        Console(stderr=True).out(line, highlight=False)
     if request.check_only:
         console.out(_summary(plan, request.source), highlight=False)
         return 0
@@ -49,7 +48,8 @@ def main(argv: list[str]) -> int:
     logs = _log_folder(port)
     display.done("logs", "written to", str(logs))
     try:
-        return asyncio.run(_run(plan, listener, logs, display))
+        replan = None if request.source is None else lambda: _planned(arguments.parse(argv))
+        return asyncio.run(_run(plan, listener, logs, display, replan))
     except StartError as error:
         Console(stderr=True).out(f"tokenmill serve: {error}", highlight=False)
         return 1
@@ -57,8 +57,18 @@ def main(argv: list[str]) -> int:
         display.end()
 
 
-async def _run(plan: Plan, listener: socket.socket | None, logs: Path, display: Display) -> int:
-    return await Supervisor(plan, listener, logs, display).run()
+async def _run(
+    plan: Plan, listener: socket.socket | None, logs: Path, display: Display, replan: Callable[[], Plan] | None
+) -> int:
+    return await Supervisor(plan, listener, logs, display, replan).run()
+
+
+def _planned(request: arguments.Request) -> Plan:
+    """The plan of what was asked for; tells what was left out of it."""
+    plan = make_plan(request.config, request.engine_arguments)
+    for line in request.left_out:
+        Console(stderr=True).out(line, highlight=False)
+    return plan
 
 
 def _log_folder(port: int) -> Path:

@@ -1,24 +1,27 @@
 """Runs the gateway and the engines of a plan together, from the bound port to the last process gone."""
 
 import asyncio
+import itertools
 import os
 import shutil
 import signal
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from tokenmill import env
 from tokenmill.engine.gateway.settings import Document
-from tokenmill.engine.supervisor import facts, probe
+from tokenmill.engine.supervisor import facts, probe, reload
 from tokenmill.engine.supervisor.child import Child
 from tokenmill.engine.supervisor.display import Display
 from tokenmill.engine.supervisor.keeper import Change, Keeper, StartError
 from tokenmill.engine.supervisor.listener import ReservedPort
 from tokenmill.engine.supervisor.plan import Engine, Plan, gateway_command
+from tokenmill.errors import TokenmillError
 
 #: Seconds an engine has to end after SIGTERM; its requests are over, the gateway drained before.
 ENGINE_GRACE = 10.0
@@ -42,9 +45,17 @@ class Supervisor:
         listener: The listening socket for clients; None for a headless engine, which has no gateway.
         logs: Folder for log files; it exists.
         display: Where progress is shown.
+        replan: Reads the configuration file again; None: there is none.
     """
 
-    def __init__(self, plan: Plan, listener: socket.socket | None, logs: Path, display: Display) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        listener: socket.socket | None,
+        logs: Path,
+        display: Display,
+        replan: Callable[[], Plan] | None = None,
+    ) -> None:
         self._plan = plan
         self._listener = listener
         self._logs = logs
@@ -55,14 +66,22 @@ class Supervisor:
         self._workers: list[Keeper] = []
         self._engines: list[Keeper] = []
         self._tasks: dict[asyncio.Task[None], Keeper] = {}
+        #: Workers of configurations before this one, with requests that have not ended.
+        self._retiring: dict[asyncio.Task[None], Keeper] = {}
         self._stop = asyncio.Event()
+        #: A signal to stop, or the end of what should run.
+        self._over = asyncio.Event()
+        self._replan = replan
+        self._changed = asyncio.Event()
         self._stages: dict[str, int] = {}
         # Where the workers leave their figures for each other; those of an earlier run are not ours.
         self._figures = logs / "figures"
         shutil.rmtree(self._figures, ignore_errors=True)
 
     async def run(self) -> int:
-        """Serves until SIGTERM, SIGINT or SIGHUP; returns the exit status.
+        """Serves until SIGTERM or SIGINT; returns the exit status.
+
+        SIGHUP has it read the configuration file again; where there is none, or the terminal is gone, it ends, too.
 
         Raises:
             StartError: A process ended before it was ever ready; all others have been ended.
@@ -70,16 +89,15 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` has it ignored, and means it
-                loop.add_signal_handler(number, self._on_signal)
+                reads = number == signal.SIGHUP and self._replan is not None and not reload.has_terminal()
+                loop.add_signal_handler(number, self._changed.set if reads else self._on_signal)
         try:
             self._start_keepers()
-            ready = asyncio.create_task(self._announce())
-            stop = asyncio.create_task(self._stop.wait())
+            beside = asyncio.create_task(self._announce_and_follow())
             try:
-                await asyncio.wait([stop, *self._tasks], return_when=asyncio.FIRST_COMPLETED)
+                await self._over.wait()
             finally:
-                ready.cancel()
-                stop.cancel()
+                await self._cancel([beside])
             self._display.end()
             failed = next((task for task in self._tasks if task.done()), None)
             if failed is not None and not self._stop.is_set():
@@ -92,19 +110,70 @@ class Supervisor:
 
     def _start_keepers(self) -> None:
         if self._listener is not None:
-            for index in range(self._plan.server.workers):
-                self._workers.append(self._worker_keeper(f"gateway-{index + 1}"))
+            self._workers = self._new_workers(self._plan)
         self._engines = [self._engine_keeper(engine) for engine in self._plan.engines]
         if self._workers:
             self._display.stage("gateway", "starting workers")
         for keeper in (*self._workers, *self._engines):
-            self._tasks[asyncio.create_task(keeper.run())] = keeper
+            self._keep(asyncio.create_task(keeper.run()), keeper)
+
+    def _keep(self, task: asyncio.Task[None], keeper: Keeper) -> None:
+        """Runs it until the end; should it end before, so does everything."""
+        self._tasks[task] = keeper
+        task.add_done_callback(lambda _: self._over.set() if task in self._tasks else None)
+
+    def _new_workers(self, plan: Plan) -> list[Keeper]:
+        """Workers for a plan, under names that nobody has."""
+        taken = {keeper.name for keeper in (*self._tasks.values(), *self._retiring.values())}
+        names = (name for number in itertools.count(1) if (name := f"gateway-{number}") not in taken)
+        return [self._worker_keeper(name, plan) for name in itertools.islice(names, plan.server.workers)]
 
     def _on_signal(self) -> None:
         if self._stop.is_set():  # a second signal: no more patience
-            for keeper in (*self._workers, *self._engines):
+            for keeper in (*self._tasks.values(), *self._retiring.values()):
                 keeper.kill()
         self._stop.set()
+        self._over.set()
+
+    async def _announce_and_follow(self) -> None:
+        await self._announce()
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            problem = await self._take_changes()
+            if problem is not None:
+                self._display.event("configuration", f"not taken, all goes on as before: {problem}", bad=True)
+
+    async def _take_changes(self) -> str | None:
+        """Has workers of the configuration file as it is now take over; returns why not."""
+        assert self._replan is not None
+        try:
+            plan = await asyncio.to_thread(self._replan)
+        except TokenmillError as error:
+            return str(error)
+        if (reason := reload.refusal(self._plan, plan)) is not None:
+            return reason
+        fresh = self._new_workers(plan)
+        tasks = {asyncio.create_task(keeper.run()): keeper for keeper in fresh}
+        try:
+            reason = await reload.failure(fresh, partial(probe.get_json, *self._address(), "/ready"))
+        except BaseException:
+            await self._cancel(tasks)
+            raise
+        if reason is not None:
+            await self._cancel(tasks)
+            return reason
+        before = {task: keeper for task, keeper in self._tasks.items() if keeper in self._workers}
+        self._plan, self._workers = plan, fresh
+        for task, keeper in tasks.items():
+            self._keep(task, keeper)
+        for task, keeper in before.items():
+            del self._tasks[task]
+            self._retiring[task] = keeper
+            task.add_done_callback(self._retiring.pop)
+            keeper.retire()
+        self._display.event("configuration", "taken; the workers before end with their last request")
+        return None
 
     async def _announce(self) -> None:
         """Waits until everything is ready, then shows the panel."""
@@ -191,7 +260,7 @@ class Supervisor:
         keeper = Keeper(engine.name, launch, health, self._on_change, ENGINE_GRACE)
         return keeper
 
-    def _worker_keeper(self, name: str) -> Keeper:
+    def _worker_keeper(self, name: str, plan: Plan) -> Keeper:
         assert self._listener is not None
         listener = self._listener
 
@@ -202,26 +271,25 @@ class Supervisor:
                 self._logs / f"{name}.log",
                 lambda line: self._display.output(name, line),
             )
-            await child.start(self._document().to_json(), pass_fds=[listener.fileno()])
+            await child.start(self._document(plan).to_json(), pass_fds=[listener.fileno()])
             return child
 
         async def health() -> int | None:
             answer = await probe.get(*self._address(), "/health")
             return answer[0] if answer is not None else None
 
-        return Keeper(name, launch, health, self._on_change, self._plan.server.drain_seconds + WORKER_GRACE)
+        return Keeper(name, launch, health, self._on_change, plan.server.drain_seconds + WORKER_GRACE)
 
-    def _document(self) -> Document:
-        local = [engine.gateway_backend(self._ports[engine.name].number) for engine in self._plan.engines]
-        observability = replace(self._plan.observability, shared=str(self._figures))
+    def _document(self, plan: Plan) -> Document:
+        local = [engine.gateway_backend(self._ports[engine.name].number) for engine in plan.engines]
         return Document(
-            (*local, *self._plan.remotes),
-            self._plan.settings(),
+            (*local, *plan.remotes),
+            plan.settings(),
             os.getpid(),
-            self._plan.governance,
-            observability,
-            self._plan.routing,
-            self._plan.sensitivity,
+            plan.governance,
+            replace(plan.observability, shared=str(self._figures)),
+            plan.routing,
+            plan.sensitivity,
         )
 
     def _status_file(self, engine: Engine) -> Path:
@@ -238,6 +306,8 @@ class Supervisor:
                 self._display.stage(keeper.name, stage)
 
     def _on_change(self, keeper: Keeper, change: Change, text: str) -> None:
+        if keeper not in self._workers and keeper not in self._engines:
+            return  # one that is to take over: it is heard when it does
         if change != "ready" or keeper.restarts:
             self._display.event(keeper.name, text, bad=change == "down")
         elif keeper in self._engines:
@@ -255,7 +325,7 @@ class Supervisor:
         if any(keeper.ready.is_set() for keeper in self._workers):
             self._display.event("gateway", f"draining, at most {self._plan.server.drain_seconds:g} s")
         started = time.monotonic()
-        await self._cancel(task for task, keeper in self._tasks.items() if keeper in self._workers)
+        await self._cancel([*self._retiring, *(task for task, one in self._tasks.items() if one in self._workers)])
         await self._cancel(self._tasks)
         for port in self._ports.values():
             port.release()
