@@ -27,8 +27,9 @@ INFERENCE_PATHS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "/v1/score": ("Similarity of texts.", {"text_1": {"type": "string"}, "text_2": {"type": "string"}}),
     DRY_RUN: (
-        "Explains where a request with this body would go, without asking a model.",
-        {"messages": {"type": "array", "items": {"type": "object"}}},
+        "Explains where a request would go, without asking any model: the body is that of the request in question. "
+        "Where the configuration has a `routing` section; otherwise 404.",
+        {},
     ),
     "/v1/responses": ("A response in OpenAI's newer API.", {"input": {"type": "string"}}),
 }
@@ -102,11 +103,7 @@ def _content() -> dict[str, Any]:
         },
     }
     paths = {path: _inference(summary, fields) for path, (summary, fields) in INFERENCE_PATHS.items()}
-    route = _inference(
-        "Explains where a request would go, without asking any model: the body is that of the request in question. "
-        "Where the configuration has a `routing` section; otherwise 404.",
-        {},
-    )
+    route = paths[DRY_RUN]
     route["post"]["responses"]["200"] = _answer("The decision with its reasons, and the backends in their order.")
     route["post"]["parameters"] = [
         {
@@ -116,7 +113,6 @@ def _content() -> dict[str, Any]:
             "schema": {"type": "string"},
         }
     ]
-    paths[DRY_RUN] = route
     paths["/v1/models"] = _get(
         "Every model that a backend serves.", {"200": _answer("Those that the key may ask for."), **_errors(401)}
     )
