@@ -56,8 +56,8 @@ def read(path: Path) -> dict[str, Fact]:
     facts: dict[str, Fact] = {}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     for number, line in enumerate(lines, 1):
         fields = line.split("\t")
         if len(fields) not in (3, 4) or len(fields[1]) != 16:
@@ -94,11 +94,16 @@ def _how(expected: Fact, found: Fact) -> str:
 
 
 def run_emulated(output: Path, seed: int = 1, mode: str = "random") -> None:
-    """Runs the micro-tests on the emulator and writes their facts."""
+    """Runs the micro-tests on the emulator and writes their facts.
+
+    Raises:
+        InputError: The file cannot be written.
+    """
     library = emulator.load(SOURCE)
     library.reset()
     library.configure(seed=seed, mode=mode)
-    library.call("tokenmill_micro", ctypes.c_char_p(str(output).encode()), None)
+    if library.call("tokenmill_micro", ctypes.c_char_p(str(output).encode()), None) < 0:
+        raise InputError(f"{output} cannot be written; name another file")
     library.reset()
 
 
@@ -113,6 +118,7 @@ def run_on_gpu(output: Path, architecture: str) -> None:
     if nvcc is None or not platform.has_nvidia_driver():
         missing = "no nvcc on PATH or in CUDA_HOME" if nvcc is None else "no NVIDIA driver is loaded"
         raise UnsupportedError("running the micro-tests on a GPU", {"cuda": missing})
+    output.write_bytes(b"")  # what an earlier run left there must not be taken for what this one says
     with tempfile.TemporaryDirectory() as work:
         binary = Path(work) / "micro"
         gencode = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
@@ -121,7 +127,7 @@ def run_on_gpu(output: Path, architecture: str) -> None:
             [str(binary), str(output)],
         ):
             answer = subprocess.run(command, capture_output=True, text=True, check=False)
-            if answer.returncode and not output.exists():
+            if answer.returncode and not output.stat().st_size:  # else it counts the facts that failed
                 raise InputError(f"{command[0]} failed: {(answer.stderr or answer.stdout).strip()[-500:]}")
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tokenmill import platform
 from tokenmill.errors import InputError
 from tokenmill.kernels import micro
 from tokenmill.kernels.emulator import ASYNC_MODES
@@ -46,7 +47,29 @@ def test_comparison_names_the_primitive(tmp_path: Path, capsys: pytest.CaptureFi
     assert "DIFFERS  atomics: missing" in said
 
 
+@pytest.mark.parametrize("fails", ["compiler", "program"])
+def test_a_run_that_failed_is_not_judged_by_what_an_earlier_one_left(
+    fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = 'printf "#!/bin/sh\\necho no GPU; exit 255" > "$target"; chmod +x "$target"'
+    nvcc = tmp_path / "nvcc"
+    does = "echo no such architecture; exit 1" if fails == "compiler" else program
+    nvcc.write_text(f"#!/bin/sh\nfor target; do :; done\n{does}\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(platform, "nvcc", lambda: str(nvcc))
+    monkeypatch.setattr(platform, "has_nvidia_driver", lambda: True)
+    earlier = tmp_path / "facts.txt"
+    earlier.write_bytes(micro.GOLDEN.read_bytes())
+    with pytest.raises(InputError, match="no such architecture" if fails == "compiler" else "no GPU"):
+        micro.main(["--gpu", "--output", str(earlier)])
+
+
 def test_bad_files_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be written; name another"):
+        micro.main(["--output", str(tmp_path)])
+    (tmp_path / "bytes.txt").write_bytes(b"\xff")
+    with pytest.raises(InputError, match=r"bytes\.txt cannot be read: 'utf-8' codec"):
+        micro.main(["--compare", str(tmp_path / "bytes.txt")])
     with pytest.raises(InputError, match="cannot be read"):
         micro.main(["--compare", str(tmp_path / "absent.txt")])
     (tmp_path / "other.txt").write_text("hello\n")
