@@ -112,13 +112,25 @@ class Redaction:
         """The text with the values back."""
         return _MARK.sub(lambda match: self._values.get(match[0], match[0]), text) if "[" in text else text
 
-    def restore_json(self, text: str) -> str:
-        """The same inside a text that is JSON itself (arguments of a tool): values are escaped as JSON wants it."""
-        return _MARK.sub(self._in_json, text) if "[" in text else text
+    def restore_json(self, text: str, *, twice: bool = False) -> str:
+        """The same inside a text that is JSON itself (arguments of a tool): values are escaped as JSON wants it.
+
+        Args:
+            text: The text.
+            twice: It is JSON in a string of JSON.
+        """
+        return _MARK.sub(self._in_json_twice if twice else self._in_json, text) if "[" in text else text
 
     def _in_json(self, match: re.Match[str]) -> str:
         value = self._values.get(match[0])
         return match[0] if value is None else json.dumps(value, ensure_ascii=False)[1:-1]
+
+    def _in_json_twice(self, match: re.Match[str]) -> str:
+        return json.dumps(self._in_json(match), ensure_ascii=False)[1:-1]
+
+    def may_be_in(self, raw: bytes) -> bool:
+        """Whether a placeholder may stand in a text, which may be JSON that escapes any of its characters."""
+        return b"\\u00" in raw or any(label.encode() in raw for label in self._labels)
 
     def held_back(self, text: str) -> int:
         """How many characters at the text's end may be the beginning of a placeholder."""

@@ -2,10 +2,13 @@
 
 A stream's text arrives in pieces: a piece that ends with what may be the beginning of a placeholder keeps that end back
 until the next piece decides, or the event that ends the text. Events without text or placeholders pass byte for byte,
-and so do events of a form that no API has. Where the client asked for JSON, the answer stays JSON.
+and so do events of a form that no API has; of others everything but the strings that change. Where the client asked
+for JSON, the answer stays JSON.
 """
 
 import codecs
+import copy
+import json
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any, NamedTuple
 
@@ -15,6 +18,7 @@ import orjson
 from tokenmill.engine.gateway.body import Body
 from tokenmill.engine.gateway.pipeline import Reply
 from tokenmill.engine.gateway.sensitivity.redaction import JSON_TEXTS, Redaction
+from tokenmill.engine.gateway.sensitivity.respelling import respelled
 from tokenmill.engine.gateway.sse import Events, data_of, event
 
 _EVENTS = b"text/event-stream"
@@ -63,17 +67,29 @@ def restore(reply: Reply, redaction: Redaction, asked: Body) -> None:
             reply.chunks = _stream(reply.chunks, redaction, json_texts)
         else:
             reply.chunks = _running(reply.chunks, redaction, is_json=b"json" in kind)
-    elif reply.body and b"[" in reply.body:
+    elif reply.body and redaction.may_be_in(reply.body):
         try:
-            content = orjson.loads(reply.body)
-        except orjson.JSONDecodeError:
+            content = _decoded(reply.body)
+            restored = _whole(content, redaction, json_texts)
+            if restored != content:
+                reply.body = respelled(reply.body, restored, redaction)
+        except (ValueError, RecursionError):
             reply.body = redaction.restore(reply.body.decode("utf-8", "surrogateescape")).encode(
                 "utf-8", "surrogateescape"
             )
-        else:
-            restored = _whole(content, redaction, json_texts)
-            if restored != content:
-                reply.body = orjson.dumps(restored)
+
+
+def _decoded(raw: bytes) -> Any:
+    """What a JSON text says; Python's servers also write NaN, and halves of characters.
+
+    Raises:
+        ValueError: It is none.
+        RecursionError: It is nested too deeply.
+    """
+    try:
+        return orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        return json.loads(raw)
 
 
 def _wants_json(asked: Body) -> bool:
@@ -169,8 +185,8 @@ class _Restorer:
         if data is None:
             return raw
         try:
-            content = orjson.loads(data)
-        except orjson.JSONDecodeError:  # `[DONE]`, or nothing of ours
+            content = _decoded(data)
+        except (ValueError, RecursionError):  # `[DONE]`, or nothing of ours
             return self.flush() + raw
         if not isinstance(content, dict):
             return raw
@@ -196,7 +212,7 @@ class _Restorer:
             content, {(id(piece.holder), piece.name) for piece in pieces}, self._json_texts
         ):
             changed = True
-        return before + (event(orjson.dumps(content), raw) if changed else raw)
+        return before + (event(respelled(data, content, self._redaction), raw) if changed else raw)
 
     def flush(self) -> bytes:
         """What is still kept back, each in an event like the last one of its text."""
@@ -205,13 +221,13 @@ class _Restorer:
     def _ending(self, key: _Key) -> bytes:
         text = self._kept.pop(key)
         content, raw = self._last[key]
-        like = orjson.loads(orjson.dumps(content))
+        like = copy.deepcopy(content)
         for other, holder, name, _ in _pieces(like, self._json_texts):
             holder[name], text = (text, "") if other == key else ("", text)
         for choice in _items(like.get("choices")):
             if isinstance(choice, dict):
                 choice["finish_reason"] = None
-        return event(orjson.dumps(like), raw)
+        return event(respelled(data_of(raw) or b"", like, self._redaction), raw)
 
     def _others(self, content: dict[str, Any], streamed: set[tuple[int, str]], json_texts: frozenset[str]) -> bool:
         """Restores, in place, the strings that stand whole in one event: all but pieces of texts."""
