@@ -199,8 +199,6 @@ async def texts_of(body: Body, address: str, turns: Turns) -> Texts:
         try:
             content = _field(texts, body, name)
             await _collect(texts, raw, name, turns, content=content, listed=name in unreadable.ASKED)
-        except RepeatedError:
-            raise
         except (msgspec.MsgspecError, ValueError, RecursionError):
             raise UnreadableError(f"the field {name} cannot be decoded") from None
         if turns.due():
@@ -219,8 +217,6 @@ def _whole(raw: bytes) -> dict[str, Any] | None:
         return None
     try:
         members: dict[str, Any] = _DECODER.decode(raw.decode())
-    except RepeatedError:
-        raise
     except (ValueError, RecursionError):
         return None  # field by field it shows which
     return members

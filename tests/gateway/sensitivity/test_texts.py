@@ -94,3 +94,9 @@ def test_of_a_list_of_numbers_the_name_and_the_long_ones_are_searched() -> None:
     assert found({"metadata": {"4111 1111 1111 1111": [1, 2]}}) == {"credit_card"}
     assert found({"metadata": {"a": [[1, 4111111111111111], -4.5]}}) == {"credit_card"}
     assert found({"metadata": {"a": [4111, 1111, 1111, 1111]}}) == set()
+
+
+@pytest.mark.parametrize("filler", ["", LONG])
+def test_a_models_name_is_not_searched_whatever_it_looks_like(filler: str) -> None:
+    assert found({"model": "john.doe@example.com", "prompt": filler}) == set()
+    assert found({"prompt": filler, "user": "john.doe@example.com"}) == {"email"}

@@ -89,6 +89,7 @@ def test_parts_that_are_not_known_to_be_text(part: dict[str, Any], filler: str) 
         {"messages": [{"role": "user", "content": {"type": "image", "source": {}}}]},
         {"messages": [{"role": "assistant", "audio": {"id": "audio_1"}}]},
         {"audio": {"data": "AAAA", "format": "wav"}},
+        {"video": {"format": "mp4"}},
         {"prompt": "x", "multi_modal_data": "AAAA"},
         {"prompt": "x", "mm_payload": "AAAA"},
         {"prompt": "x", "imageData": "AAAA"},
@@ -161,7 +162,11 @@ def test_text_and_settings_go_anywhere(filler: str) -> None:
                 {"role": "tool", "tool_call_id": "c", "content": [{"text": "done"}]},
                 {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
             ],
-            "tools": [{"type": "function", "function": {"name": "f", "parameters": SCHEMA, "description": filler}}],
+            "tools": [
+                {"type": "function", "function": {"name": "f", "parameters": SCHEMA, "description": filler}},
+                {"type": "function", "function": {"name": "g", "parameters": {
+                    "properties": {"image": {"type": "string"}, "x": {"type": "string", "description": filler}}}}},
+            ],
             "response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}},
             "stop_token_ids": [1, 2],
             "modalities": ["text", "audio"],
@@ -169,7 +174,8 @@ def test_text_and_settings_go_anywhere(filler: str) -> None:
             "stream_options": {"include_usage": True},
             "metadata": {"image": "a name"},
             "images": [],
-            "extra": {"file": "", "x": filler, "images": [], "use_audio": True, "video": None},
+            "extra": {"file": "", "x": filler, "images": [], "use_audio": True, "video": None,
+                      "flags": [True, False]},
             "logit_bias": {"50256": -100},
             "vllm_xargs": {"a": [1, 2]},
             "search_parameters": {"mode": "on", "sources": [{"type": "web", "url": "https://example.com"}]},
@@ -184,7 +190,7 @@ def test_text_and_settings_go_anywhere(filler: str) -> None:
                 {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm", "signature": "AAAA"}]},
                 {"role": "assistant", "content": [
                     {"type": "tool_use", "id": "t", "name": "f",
-                     "input": {"file": "a.txt", "rows": [1, 2], "x": [{"type": "y"}]}}]},
+                     "input": {"file": "a.txt", "rows": [1, 2], "x": [{"type": "y"}], "text": filler}}]},
                 {"role": "user", "content": [
                     {"type": "tool_result", "tool_use_id": "t", "content": [{"type": "text", "text": "x"}]}]},
             ],
