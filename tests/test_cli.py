@@ -1,5 +1,6 @@
 """The command table: help, unknown commands and one-line errors."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,16 @@ def test_output_that_nobody_reads_to_its_end_is_no_failure(lines: int) -> None:
         process.stdout.close()
         process.stdin.close()
         assert (process.stderr.read(), process.wait(60)) == ("", 141)
+
+
+def test_what_a_terminal_cannot_show_is_replaced() -> None:
+    program = (
+        "import sys; from tokenmill import cli; cli.Command.load = lambda command: lambda argv: print('✓ done') or 0;"
+        "sys.exit(cli.main(['admin']))"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False, env=environment)
+    assert (ended.returncode, ended.stdout) == (0, b"? done\n"), ended.stderr
 
 
 def test_another_broken_pipe_is_not_taken_for_a_reader_that_has_gone() -> None:

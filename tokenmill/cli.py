@@ -3,6 +3,7 @@
 A subcommand is a function `main(argv: list[str]) -> int` that owns its arguments and its help.
 """
 
+import io
 import os
 import select
 import sys
@@ -72,6 +73,8 @@ def usage() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns its exit status (2: bad input, 130: interrupted, 141: nobody reads)."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal of another age has no ✓, and gets ? instead of an end
+        sys.stdout.reconfigure(errors="replace")
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
