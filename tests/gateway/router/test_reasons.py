@@ -6,6 +6,7 @@ from tests.gateway.router.test_decisions import HARD, TWO, backend, routed
 from tokenmill.engine.gateway.api_error import ApiError
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.portfolio import Portfolio
+from tokenmill.engine.gateway.router.observed import Observed
 from tokenmill.engine.gateway.router.settings import RoutingSettings, Rule
 from tokenmill.engine.gateway.sensitivity.clearance import Clearance
 from tokenmill.engine.gateway.settings import Settings
@@ -74,6 +75,42 @@ def test_a_key_that_is_confined_to_regions_is_named() -> None:
     there = (backend("here", "here", 1, 0.9, region="eu"), backend("there", "there", 1, 0.9, region="us"))
     tier, reasons = said(there, clearance=kept)
     assert (tier, reasons["sensitivity"]) == ("here", "its key is confined: stays in region eu and region uk")
+    stays = Clearance(action="stay", zones=frozenset({"on-premises"}), why="it holds iban")
+    assert said(there, clearance=stays)[1]["sensitivity"] == "it holds iban: stays in on-premises"
+    hidden = Clearance(action="redact", why="it holds email")
+    assert said(there, clearance=hidden)[1]["sensitivity"] == "it holds email"
+    assert "sensitivity" not in said(there, clearance=Clearance())[1]
+
+
+def test_a_rule_is_named_by_its_number() -> None:
+    rules = (Rule(matches="prove", tier="reasoning"), Rule(matches="hi", tier="frontier"))
+    tier, reasons = said(THREE, RoutingSettings(rules=rules))
+    assert (tier, reasons["complexity"].split(";")[0]) == ("frontier", "rule 2 names frontier")
+
+
+def test_within_what_it_may_cost_the_best_that_is_needed_is_chosen() -> None:
+    """A stated most cost is no wish for the cheapest."""
+    tier, reasons = said(THREE, text=HARD, quality=0.8, max_cost=1)
+    assert (tier, "within the stated $1.0" in reasons["cost"]) == ("reasoning", True)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "interactive_s", "first", "seen"),
+    [
+        ("interactive", 1.0, "cheap", "500 ms"),
+        ("interactive", 0.2, "quick", "125 ms"),
+        ("fast", 1.0, "quick", "125 ms"),
+    ],
+)
+def test_the_fastest_is_wanted_only_where_that_is_said(
+    wanted: str, interactive_s: float, first: str, seen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = {"cheap": 0.5, "quick": 0.125}
+    monkeypatch.setattr(Observed, "first_token_s", lambda _, target: waits[target.backend.name])
+    two = (backend("cheap", "cheap", 1, 0.9), backend("quick", "quick", 9, 0.9))
+    tier, reasons = said(two, RoutingSettings(interactive_s=interactive_s), latency=wanted)
+    assert tier == first
+    assert reasons["latency"] == f"{wanted}: first token expected of {first}: {seen}"
 
 
 def test_a_refusal_names_zones_that_could_serve_it() -> None:

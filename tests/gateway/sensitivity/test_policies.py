@@ -289,6 +289,8 @@ def test_a_key_may_be_confined() -> None:
     assert confined(free, Principal("k", metadata={"zones": ["edge"]})).zones == frozenset({"edge"})
     assert confined(kept, Principal("k", metadata={"zones": ["edge", "cloud"]})).zones == frozenset()
     assert confined(free, Principal("k", metadata={"regions": "eu"})).regions == frozenset({"eu"})
+    both = confined(kept, Principal("k", metadata={"regions": ["eu"]}))
+    assert (both.zones, both.regions) == (kept.zones, frozenset({"eu"}))
     assert confined(free, Principal("k", metadata={"zones": 7})).zones == frozenset()
 
 
@@ -355,6 +357,29 @@ def test_the_guard_stops_whoever_walks_around(portfolio: Portfolio) -> None:
     ]  # fmt: skip
     assert CARD not in str(told)
     assert told[0][2]["kinds"] == {"credit_card": 1}
+
+
+@pytest.mark.parametrize(("region", "seen"), [("eu", ["there"]), ("uk", None)])
+def test_a_keys_regions_hold_for_what_is_asked_for_by_name(
+    portfolio: Portfolio, region: str, seen: list[str] | None
+) -> None:
+    """Whichever of the two stages looks."""
+    asked: list[list[str]] = []
+
+    async def last(exchange: Exchange) -> Reply:
+        asked.append([target.backend.name for route in exchange.routes for target in route.targets])
+        return Reply(200)
+
+    clearance = confined(Clearance(), Principal("k", metadata={"regions": [region]}))
+    for stage in (Residency(SensitivitySettings()), Guard()):
+        exchange = exchange_of(TEXT)
+        exchange.routes, exchange.notes[NOTE] = portfolio.routes("m"), clearance
+        if seen is None:
+            with pytest.raises(ApiError, match="stays in region uk; it could be served in cloud, on-premises"):
+                asyncio.run(stage.handle(exchange, last))  # type: ignore[arg-type]
+        else:
+            asyncio.run(stage.handle(exchange, last))  # type: ignore[arg-type]
+    assert asked == ([] if seen is None else [seen] * 2)
 
 
 def test_ours_see_the_data_where_only_ours_are_asked(portfolio: Portfolio) -> None:
