@@ -81,6 +81,8 @@ def _log_folder(port: int) -> Path:
     try:
         for number in itertools.count(2):
             folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK | os.X_OK):  # another user's, e.g. of a first start as root
+                raise PermissionError
             if _takes(folder):
                 break
             folder = first.with_name(f"{first.name}-{number}")

@@ -22,6 +22,7 @@ from tokenmill.engine.supervisor.child import Child
 from tokenmill.engine.supervisor.display import Display, Fact
 from tokenmill.engine.supervisor.keeper import Keeper, StartError, why_ended
 from tokenmill.engine.supervisor.listener import ReservedPort, free_port, listen, owner_of
+from tokenmill.engine.supervisor.main import _log_folder as log_folder
 from tokenmill.engine.supervisor.plan import Engine
 from tokenmill.errors import ConfigurationError
 
@@ -106,6 +107,16 @@ def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest
     assert lines == list(child.last_lines) == ["a", "b"]
     (said,) = capsys.readouterr().err.splitlines()
     assert said == f"{tmp_path / 'log'} cannot be written: [Errno 28] No space left on device"
+
+
+def test_logs_go_elsewhere_where_the_folder_is_another_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENMILL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    first = log_folder(8123)
+    assert first == tmp_path / "cache" / "logs" / "8123"
+    monkeypatch.setattr("os.access", lambda path, mode: path != first)  # root may write everywhere
+    assert log_folder(8123).parent == tmp_path / "temporary"
 
 
 def test_a_child_that_ignores_signals_is_killed_with_its_group(tmp_path: Path) -> None:
