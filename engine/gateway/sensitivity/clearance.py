@@ -26,6 +26,7 @@ class Clearance:
         redaction: The placeholders, where the action is `redact`.
         hidden: The request's body with them.
         why: One line for people, without any of the data.
+        headers: Names of headers that hold something: for trusted zones only, which they do not keep the request to.
     """
 
     kinds: Mapping[str, int] = field(default_factory=dict)
@@ -35,6 +36,7 @@ class Clearance:
     redaction: Redaction | None = field(default=None, repr=False)
     hidden: Body | None = field(default=None, repr=False)
     why: str = "nothing sensitive found"
+    headers: frozenset[bytes] = frozenset()
 
     def admits(self, target: Target) -> bool:
         """Whether this backend may see the request."""
@@ -61,6 +63,7 @@ class Clearance:
             "zones": None if self.zones is None else sorted(self.zones),
             "regions": None if self.regions is None else sorted(self.regions),
             "why": self.why,
+            **({"headers": sorted(name.decode("latin-1") for name in self.headers)} if self.headers else {}),
         }
 
 

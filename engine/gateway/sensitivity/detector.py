@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from tokenmill.engine.gateway.hints import hints_of
 from tokenmill.engine.gateway.pipeline import Exchange
 from tokenmill.engine.gateway.sensitivity.clearance import ANYWHERE, Clearance
+from tokenmill.engine.gateway.sensitivity.headers import NONE, Headers
 from tokenmill.engine.gateway.sensitivity.kinds import CLASS_OF, NOT_REDACTABLE
 from tokenmill.engine.gateway.sensitivity.presidio import Presidio, kind_of
 from tokenmill.engine.gateway.sensitivity.redaction import BrokenJsonError, Redaction, unescaped
@@ -102,12 +103,17 @@ class Detector:
         if asked is not None and any(settings.action(kind_of(entity)) != "allow" for entity in asked.entities):
             self._presidio = Presidio(asked)
         self._idle = not wanted and not own and self._presidio is None
+        self._headers = Headers(self._scanner) if wanted or own else None
         #: False: whatever a request holds may go anywhere, `unsearched` says all that there is to say.
         self.searches = not self._idle or settings.unreadable != "allow"
 
     async def clear(self, exchange: Exchange) -> Clearance:
         """The clearance of a request. Never fails: what cannot be searched stays in trusted zones."""
         return self._as_asked(exchange, await self._searched(exchange))
+
+    def headers(self, exchange: Exchange) -> frozenset[bytes]:
+        """Names of the headers that only trusted zones may see."""
+        return NONE if self._headers is None else self._headers.private(exchange)
 
     def unsearched(self, exchange: Exchange) -> Clearance:
         """The clearance of a request whose contents do not matter."""

@@ -16,6 +16,7 @@ import orjson
 
 from tokenmill.engine.gateway.api_error import ApiError
 from tokenmill.engine.gateway.body import Body
+from tokenmill.engine.gateway.heads import without
 from tokenmill.engine.gateway.hints import strip
 from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply
 from tokenmill.engine.gateway.principal import Principal
@@ -60,12 +61,13 @@ class Sensitivity:
         return await self._go_on(exchange, proceed, await self._detector.clear(exchange))
 
     def _go_on(self, exchange: Exchange, proceed: Handler, found: Clearance) -> Awaitable[Reply]:
-        clearance = confined(found, exchange.principal)
-        exchange.notes[NOTE] = clearance
         strip(exchange)
+        headers = self._detector.headers(exchange)
+        clearance = confined(replace(found, headers=headers) if headers else found, exchange.principal)
+        exchange.notes[NOTE] = clearance
         if clearance.action != "allow" or clearance.kinds:
             self._audit(f"sensitivity.{clearance.action}", subject_of(exchange), told(exchange, clearance))
-        elif clearance is not found:
+        elif clearance.zones is not None or clearance.regions is not None:
             self._audit("sensitivity.confine", subject_of(exchange), told(exchange, clearance))
         if clearance.action == "refuse":
             raise ApiError(403, f"Not sent to any model: {clearance.why}.", code="sensitive_data")
@@ -91,7 +93,11 @@ class Residency:
         clearance: Clearance = exchange.notes[NOTE]
         _narrow(exchange, clearance, self._audit)
         redaction, hidden = clearance.redaction, clearance.hidden
-        if redaction is None or hidden is None or self._all_trusted(exchange):
+        nothing_to_hide = redaction is None or hidden is None
+        if (nothing_to_hide and not clearance.headers) or self._all_trusted(exchange):
+            return proceed(exchange)
+        exchange.forward = without(exchange.forward, clearance.headers)
+        if redaction is None or hidden is None:
             return proceed(exchange)
         exchange.body, exchange.payload = hidden, hidden.raw
         return self._hide(exchange, proceed, redaction, hidden)
