@@ -70,6 +70,7 @@ def test_whole_events_are_not_held_back() -> None:
         ({"results": [{"index": 0}], "usage": {"total_tokens": 7}}, (7, 0, 0, True)),
         ({"choices": [{"text": "a"}], "data": [], "usage": {"total_tokens": 7}}, (0, 0, 0, False)),
         ({"usage": {"total_tokens": 7}}, (0, 0, 0, False)),
+        ({"data": [{"url": "https://example.com/a.png"}], "usage": {}}, (0, 0, 0, False)),
         # Some servers count in floats, shape their details as they like, or say more cached tokens than there are.
         ({"usage": {"prompt_tokens": 5.0, "completion_tokens": 6.2}}, (5, 0, 7, True)),
         ({"usage": {"prompt_tokens": 5, "completion_tokens": 7, "prompt_tokens_details": []}}, (5, 0, 7, True)),
@@ -79,6 +80,7 @@ def test_whole_events_are_not_held_back() -> None:
         ({"usage": None}, (0, 0, 0, False)),
         ({"usage": {"prompt_tokens": "5"}}, (0, 0, 0, False)),
         ({"usage": {"prompt_tokens": -5, "completion_tokens": 10**30}}, (0, 0, 100_000_000, True)),
+        ({"usage": {"prompt_tokens": 1e300, "completion_tokens": 1e300}}, (100_000_000, 0, 100_000_000, True)),
         ([], (0, 0, 0, False)),
     ],
 )
@@ -125,6 +127,14 @@ def test_stream_counts_events_until_it_is_told(gap: bytes) -> None:
     assert (usage.prompt, usage.completion, usage.exact) == (3, 2, True)
 
 
+def test_the_last_event_need_not_end() -> None:
+    usage = Usage()
+    tap = StreamUsage(usage, EventTokens())
+    tap.feed(KEPT[0] + b"\n\n" + USAGE)
+    tap.finish()
+    assert (usage.prompt, usage.completion, usage.exact) == (3, 2, True)
+
+
 COMPLETED = {
     "type": "response.completed",
     "response": {"output": "x" * 20_000, "usage": {"input_tokens": 9, "output_tokens": 4}},
@@ -161,6 +171,13 @@ MESSAGE = (
         # The Messages API states the prompt's tokens in the first event, and in the last one only some servers do.
         (MESSAGE, (14, 5, 4, True)),
         (MESSAGE[:1] + MESSAGE[-2:], (14, 5, 4, True)),
+        (
+            (
+                {"type": "message_start", "message": {}},
+                {"type": "message_delta", "usage": {"input_tokens": 9, "output_tokens": 4}},
+            ),
+            (9, 0, 4, True),
+        ),
         # Nobody counts: each event is one, wherever the network cuts it.
         (({"delta": "x"},) * 2000, (0, 0, 2000, False)),
     ],
