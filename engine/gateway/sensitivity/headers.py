@@ -11,8 +11,8 @@ _NOT_SEARCHED = CREDENTIALS | {b"accept", b"accept-encoding", b"content-type"}
 _REQUEST_ID = b"x-request-id"
 #: Headers that are remembered, and how long one may be for that: they are whatever clients send.
 _MOST_KNOWN, _LONGEST_KNOWN = 4096, 512
-#: How long a header may be that is searched, and all of a request's together: a few milliseconds' worth, in one go. What
-#: is longer counts as if it held something.
+#: How long a header that is searched may be, and all of a request's together: a few milliseconds' worth, in one go.
+#: What is longer counts as if it held something.
 _LONGEST_SEARCHED, _MOST_SEARCHED = 2048, 8192
 NONE = frozenset[bytes]()
 
