@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+from tokenmill import platform
 from tokenmill.errors import ConfigurationError
 
 #: Bytes of the default texts: about 128 sequences of 2048 tokens, and enough held-out text for three digits.
@@ -33,7 +34,7 @@ def quantize(argv: list[str]) -> int:
     if of_gptq and not arguments.method.endswith("gptq"):
         flag = f"--{next(iter(of_gptq)).replace('_', '-')}"
         raise ConfigurationError(f"{flag} is for --method gptq or awq-gptq; {arguments.method} does not use it")
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = arguments.device or ("cuda" if platform.gpus() else "cpu")
     _check_device(device)
     config = read_json(arguments.model / "config.json")
     stored = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")

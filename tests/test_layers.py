@@ -131,6 +131,16 @@ def test_heavy_packages_stay_in_their_place(path: Path) -> None:
                 assert package not in packages, f"{relative}:{line} imports {package}, which {folder} must not"
 
 
+def test_what_the_machine_can_do_is_asked_of_platform_alone() -> None:
+    """So that a test, or TOKENMILL_ISA, narrows it in one place; bench measures devices and may ask torch itself."""
+    asked = {"is_available", "get_device_capability", "get_cpu_capability"}
+    for path in source_files():
+        if path.name != "platform.py" and not path.is_relative_to(ROOT / "bench"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                where = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+                assert not (isinstance(node, ast.Attribute) and node.attr in asked), f"{where} asks torch; ask platform"
+
+
 def test_command_line_imports_inside_functions() -> None:
     path = ROOT / "tokenmill" / "cli.py"
     top_level = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ImportFrom)]
