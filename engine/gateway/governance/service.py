@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 from tokenmill.engine.gateway.api_error import ApiError, unavailable
@@ -47,7 +48,7 @@ class Governance:
         self._store: Store | None = None
         self._worker: WorkerLock | None = None
         self._long_reads: LongReads | None = None
-        self._housekeeping: asyncio.Task[None] | None = None
+        self._housekeeping: list[asyncio.Task[None]] = []
         self._stopping = asyncio.Event()
         self._refused, self._unkept = Seldom(), Seldom()
 
@@ -81,14 +82,17 @@ class Governance:
             self._worker = WorkerLock(self._store)
             await self._store.write(_ensure_master)
             await asyncio.to_thread(workers.recover, self._store, self._worker)
-        self._housekeeping = asyncio.create_task(self._keep_house())
+        every_s = RECOVER_EVERY_S if self._store.local else RECOVER_EVERY_WITH_SERVER_S
+        self._look_after(every_s, partial(asyncio.to_thread, workers.recover, self._store, self._worker))
+        if self.options.retention_days is not None:
+            # Beside the other: it may take long.
+            self._look_after(PURGE_EVERY_S, partial(self._purge, self.options.retention_days))
 
     async def stop(self) -> None:
         """Commits everything and closes."""
         # Asked, not cancelled: its thread would go on and wait for a store that is closed.
         self._stopping.set()
-        if self._housekeeping is not None:
-            await self._housekeeping
+        await asyncio.gather(*self._housekeeping)
         if self._long_reads is not None:
             await asyncio.to_thread(self._long_reads.close)
         if self._store is not None:
@@ -111,16 +115,14 @@ class Governance:
             log.warning("%d requests could not be served, the last because %s", count, error, exc_info=trace)
         return unavailable(f"The gateway's books cannot be {what} now.", STORE_RETRY_S)
 
-    async def _keep_house(self) -> None:
-        purge_at = 0.0
-        loop = asyncio.get_running_loop()
-        every_s = RECOVER_EVERY_S if self.store.local else RECOVER_EVERY_WITH_SERVER_S
+    def _look_after(self, every_s: float, do: Callable[[], Awaitable[object]]) -> None:
+        """Has something done now and then until the end."""
+        self._housekeeping.append(asyncio.create_task(self._keep_house(every_s, do)))
+
+    async def _keep_house(self, every_s: float, do: Callable[[], Awaitable[object]]) -> None:
         while not self._stopping.is_set():
             try:
-                await asyncio.to_thread(workers.recover, self.store, self.worker)
-                if self.options.retention_days is not None and loop.time() >= purge_at:
-                    purge_at = loop.time() + PURGE_EVERY_S
-                    await asyncio.to_thread(retention.purge, self.store, self.options.retention_days, now_ms())
+                await do()
             except StoreUnavailableError as error:
                 if self._unkept.due():
                     log.warning("the store cannot be looked after: %s; trying again", error)
@@ -129,6 +131,9 @@ class Governance:
                 log.exception("looking after the store failed; trying again")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), every_s)
+
+    async def _purge(self, days: int) -> None:
+        await retention.purge(self.store, days, now_ms(), self._stopping)
 
 
 def _ensure_master(connection: Connection) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import subprocess
 import sys
 from functools import partial
@@ -131,18 +132,51 @@ def test_tables_of_an_older_version_are_changed(kind: str, tmp_path: Path, reque
     store.close()
 
 
+def purged(store: Store, stopping: asyncio.Event | None = None) -> int:
+    """How many rows left that are older than a day."""
+    return asyncio.run(retention.purge(store, 1, now_ms(), stopping or asyncio.Event()))
+
+
+def test_many_old_rows_leave_one_part_after_the_other(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retention, "ROWS_AT_ONCE", 3)
+    key = key_with(store, Limits())
+    for call in range(10):
+        assert ask(store, key, str(call), 10, at=NOW) is None
+        assert end(store, str(call), 7)
+    store.write_now(lambda connection: connection.execute("UPDATE ledger SET ended_at = ?", (now_ms() - 2 * DAY_MS,)))
+    before = audit.changes(store.reader)
+    stopped = asyncio.Event()
+    stopped.set()
+    assert purged(store, stopped) == 0
+    # It has to end after its first part, while it lets others write.
+    stopping, real = asyncio.Event(), retention._remove
+
+    def remove(*given: Any, **named: Any) -> tuple[int, int]:
+        stopping.set()
+        return real(*given, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(retention, "_remove", remove)
+        assert purged(store, stopping) == 3
+    assert purged(store) == 7
+    rows = store.reader.execute("SELECT action, details FROM audit WHERE sequence > ? ORDER BY sequence", (before,))
+    told = [json.loads(details) for action, details in rows.fetchall() if action == "ledger.purge"]
+    assert [row.get("rows", row.get("begun")) for row in told] == [True, 3, True, 7]
+    assert {row["days"] for row in told} == {1}
+
+
 def test_old_rows_leave_and_budgets_keep_what_was_spent(store: Store) -> None:
     key = key_with(store, Limits(hard_limit=1000))
     for call in range(3):
         assert ask(store, key, str(call), 10, at=NOW) is None
         assert end(store, str(call), 7)
-    assert retention.purge(store, 1, now_ms()) == 0
+    assert purged(store) == 0
     store.write_now(
         lambda connection: connection.execute(
             "UPDATE ledger SET ended_at = ended_at - ? WHERE call < '2'", (2 * DAY_MS,)
         )
     )
-    assert retention.purge(store, 1, now_ms()) == 2
+    assert purged(store) == 2
     assert store.reader.execute("SELECT call FROM ledger").fetchall() == [("2",)]
     assert accounts.find(store.reader, key).spent == 21
     last = store.reader.execute("SELECT action, details FROM audit ORDER BY sequence DESC LIMIT 1").fetchone()
