@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.gateway.governance.conftest import KINDS, new_place
 from tests.gateway.governance.test_budgets import NOW, end, key_with
 from tokenmill.engine.gateway.governance import accounts, books, keys
 from tokenmill.engine.gateway.governance.accounts import Limits
@@ -185,6 +186,37 @@ def test_lonely_write_is_done_before_the_loop_goes_on(store: Store) -> None:
         return store.write_item(where, 0, alone=True).done()
 
     assert asyncio.run(main()) is store.local
+
+
+def test_what_is_posted_is_written_though_nobody_asks_for_anything(store: Store) -> None:
+    written = threading.Event()
+
+    def note(_connection: Connection, items: list[Any]) -> list[None]:
+        written.set()
+        return [None] * len(items)
+
+    async def main() -> None:
+        store.post_item(note, 1)
+        assert await asyncio.to_thread(written.wait, 20)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_posted_last_is_written_before_the_store_is_closed(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Store(new_place(kind, tmp_path, request), SCHEMA)
+    key = key_with(store, Limits())
+
+    async def main() -> None:
+        store.post_item(partial(books.apply, kept=Kept()), reservation(key, "a", 5))
+
+    asyncio.run(main())
+    store.close()
+    assert caplog.records == []
+    with contextlib.closing(Store(store.place, SCHEMA)) as opened:
+        assert accounts.find(opened.reader, key).reserved == 5
 
 
 def test_window_slides_as_if_it_were_counted_anew() -> None:
