@@ -5,18 +5,20 @@ answer's connection goes back to the pool.
 """
 
 import asyncio
+import contextlib
 import errno
 import os
-import re
 import socket
 import ssl
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlsplit
 
 from tokenmill.engine.gateway.api_error import Headers
 from tokenmill.engine.gateway.connection import ConnectFailedError, Connection, NoAnswerError, SilenceError
 from tokenmill.engine.gateway.heads import first_values, lines, without
+from tokenmill.engine.gateway.names import Names
 from tokenmill.engine.gateway.settings import Settings
 
 #: Idle connections to a backend are dropped before its own keep-alive ends (uvicorn, so vLLM: 5 s): a connection
@@ -107,9 +109,6 @@ class Origin:
         return cls(parts.hostname or "", port, tls, authority, parts.path.encode(), has_version)
 
 
-_NUMBERS = re.compile(r"\[Errno (\d+)\]")
-
-
 def _why(error: Exception, limit_s: float) -> str:
     """Why there is no connection, in a few words."""
     if isinstance(error, TimeoutError):
@@ -120,11 +119,7 @@ def _why(error: Exception, limit_s: float) -> str:
         return "it speaks no TLS that is understood"
     if isinstance(error, socket.gaierror | UnicodeError):
         return "its name cannot be resolved"
-    number = error.errno if isinstance(error, OSError) else None
-    if not number:
-        # Of a name with several addresses asyncio says of each why not; the last one was the last hope.
-        told = _NUMBERS.findall(str(error))
-        number = int(told[-1]) if told else errno.ECONNREFUSED
+    number = (error.errno if isinstance(error, OSError) else None) or errno.ECONNREFUSED
     return os.strerror(number).lower()
 
 
@@ -187,6 +182,7 @@ class Upstream:
         self._idle: dict[Origin, list[Connection]] = {}
         self._active: set[Connection] = set()
         self._tls: ssl.SSLContext | None = None
+        self._names = Names()
         self._sweeper = self._loop.create_task(self._sweep())
 
     async def send(
@@ -266,12 +262,20 @@ class Upstream:
             self._tls = ssl.create_default_context()
         try:
             async with asyncio.timeout(self._settings.connect_timeout_s):
-                _, connection = await self._loop.create_connection(
-                    lambda: Connection(self._loop), origin.host, origin.port, ssl=self._tls if origin.tls else None
-                )
+                return await self._connect_to(origin, await self._names.addresses(origin.host))
         except (OSError, UnicodeError) as error:
             raise ConnectFailedError(_why(error, self._settings.connect_timeout_s)) from None
-        return connection
+
+    async def _connect_to(self, origin: Origin, addresses: list[str]) -> Connection:
+        """Tries one after the other; the last one was the last hope."""
+        tls: dict[str, Any] = {"ssl": self._tls, "server_hostname": origin.host} if origin.tls else {}
+        for address in addresses[:-1]:
+            with contextlib.suppress(OSError):
+                return (await self._loop.create_connection(self._new, address, origin.port, **tls))[1]
+        return (await self._loop.create_connection(self._new, addresses[-1], origin.port, **tls))[1]
+
+    def _new(self) -> Connection:
+        return Connection(self._loop)
 
     async def _sweep(self) -> None:
         """Ends answers that have been silent for too long, and idle connections: cheaper than a timer for each."""

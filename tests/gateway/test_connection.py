@@ -18,6 +18,7 @@ from tokenmill.engine.gateway.connection import (
     SilenceError,
 )
 from tokenmill.engine.gateway.heads import first_values
+from tokenmill.engine.gateway.names import Names
 from tokenmill.engine.gateway.settings import Settings
 from tokenmill.engine.gateway.upstream import Answer, Origin, Upstream, forwarded_headers
 
@@ -118,11 +119,14 @@ class Tiring(Server):
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection."""
         self.connections += 1
-        for answer in (self.answer, self.last):
-            with contextlib.suppress(asyncio.IncompleteReadError):
+        try:
+            for answer in (self.answer, self.last):
                 self.requests.append(await reader.readuntil(b"\r\n\r\n") + await reader.readexactly(2))
                 writer.write(answer)
-        writer.close()
+        except (asyncio.IncompleteReadError, ConnectionResetError, asyncio.CancelledError):
+            pass
+        finally:
+            writer.close()
 
 
 @pytest.mark.parametrize("last", [b"", b"HTTP/1.1 200"])
@@ -266,15 +270,15 @@ def test_no_connection_is_told_with_its_reason() -> None:
 def test_of_several_addresses_the_last_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     async def use(upstream: Upstream, _origin: Origin) -> None:
         loop = asyncio.get_running_loop()
-        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"203.0.113.{last}", 9)) for last in (1, 2)]
 
-        async def resolve(*_: Any, **__: Any) -> Any:
-            return found
+        async def resolve(_: Any, host: str) -> list[str]:
+            assert host == "two.example"
+            return ["203.0.113.1", "203.0.113.2"]
 
         async def connect(_: socket.socket, address: tuple[str, int]) -> None:
             raise OSError(errno.ENETUNREACH, f"Connect call failed {address}")
 
-        monkeypatch.setattr(loop, "getaddrinfo", resolve)
+        monkeypatch.setattr(Names, "addresses", resolve)
         monkeypatch.setattr(loop, "sock_connect", connect)
         with pytest.raises(ConnectFailedError, match="network is unreachable"):
             await fetch(upstream, Origin.of("http://two.example"))
