@@ -108,6 +108,7 @@ def run_one(python: str, producer: str, job: dict[str, Any]) -> dict[str, Any]:
         what = ["-c", _OURS, file.name] if producer == "tokenmill" else ["-P", rival, producer, file.name]
         # GPTQModel 7.7 takes half of the cores for its workers, and does not start with one.
         environment = {"GPTQMODEL_CPU_WORKERS": str(max(2, os.cpu_count() or 2)), **os.environ}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # without it transformers compiles for seconds in every run
         answer = subprocess.run(
             [python, "-W", "ignore", *what], capture_output=True, text=True, check=False, env=environment
         )
@@ -144,6 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     about_run = facts(["python", "-m", "tokenmill.bench.quantizers", *words], device)
     out = RowFile(arguments.out)
+    started: set[str] = set()
     for producer, method, act_order, symmetric, group_size in RUNS:
         if pythons[producer] is None:
             continue
@@ -159,6 +161,9 @@ def main(argv: list[str] | None = None) -> int:
                 "group_size": group_size,
                 "device": arguments.device,
             }
+            if producer not in started:  # who starts first also compiles its modules, and may compile kernels
+                started.add(producer)
+                run_one(str(pythons[producer]), producer, job | {"out": f"{folder}/first"})
             about = run_one(str(pythons[producer]), producer, job)
             source, result = Checkpoint(arguments.model), Path(job["out"])
             shared = {"tokenizer.json", "tokenizer_config.json"} - {path.name for path in result.iterdir()}

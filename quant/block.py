@@ -5,6 +5,7 @@ gate and up) and share one Hessian. Sets are quantized in the order in which the
 the already quantized sets before it produce.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -16,6 +17,7 @@ from tokenmill.errors import InputError
 from tokenmill.kernels.int4_gemm.weight import Int4Weight, dequantize
 from tokenmill.quant import awq
 from tokenmill.quant.gptq import GptqOptions, gptq, relative_error
+from tokenmill.quant.recall import Recall
 from tokenmill.quant.rtn import round_to_nearest
 from tokenmill.quant.streaming import BlockForward
 
@@ -79,10 +81,12 @@ class QuantizedBlock:
     Attributes:
         layers: The INT4 weight of each linear, by its name within the block.
         errors: Relative square error of each linear's output, by its name; empty without calibration.
+        recall: What its parts gave for the batches; None without calibration.
     """
 
     layers: dict[str, Int4Weight]
     errors: dict[str, float]
+    recall: Recall | None = None
 
 
 class _SetReachedError(Exception):
@@ -125,13 +129,16 @@ def served_sizes(block: nn.Module) -> list[tuple[int, int]]:
     return list(sizes.values())
 
 
-def groups_by_input(block: nn.Module, run: BlockForward, hidden: torch.Tensor) -> list[tuple[str, ...]]:
+def groups_by_input(
+    block: nn.Module, run: BlockForward, hidden: torch.Tensor, calls: Counter[str] | None = None
+) -> list[tuple[str, ...]]:
     """Names of the linears that read the same tensor, set by set in the order in which they run.
 
     Args:
         block: The decoder block.
         run: Its function.
         hidden: Any input of it, [batch, tokens, hidden]; only the first of the batch is run.
+        calls: Is told how often each child of the block runs.
     """
     sets: list[tuple[torch.Tensor, list[str]]] = []  # keeps the tensors alive, so that identity means sameness
 
@@ -145,6 +152,9 @@ def groups_by_input(block: nn.Module, run: BlockForward, hidden: torch.Tensor) -
         return hook
 
     hooks = [module.register_forward_pre_hook(note(name)) for name, module in linears(block).items()]  # type: ignore[arg-type]
+    if calls is not None:
+        for name, module in block.named_children():
+            hooks.append(module.register_forward_pre_hook(lambda _module, _inputs, name=name: calls.update([name])))
     try:
         run(hidden[:1])
     finally:
@@ -232,6 +242,7 @@ def quantize_block(
     found = linears(block)
     layers: dict[str, Int4Weight] = {}
     errors: dict[str, float] = {}
+    recall: Recall | None = None
     if not settings.needs_calibration:
         for name, module in found.items():
             group_size = module.in_features if settings.group_size == -1 else settings.group_size
@@ -239,10 +250,13 @@ def quantize_block(
             layers[name] = round_to_nearest(weight, group_size, settings.symmetric, settings.scale_dtype)
             module.weight.copy_(dequantize(layers[name], module.weight.dtype).T)
     else:
-        sets = groups_by_input(block, run, batches[0])
+        calls: Counter[str] = Counter()
+        sets = groups_by_input(block, run, batches[0], calls)
         if settings.scales_inputs:
             scale_inputs(block, run, batches, settings)
-        for names in sets:
+        recall = Recall(block, sets, calls)
+        run = recall.run(run)
+        for index, names in enumerate(sets):
             hessian = input_hessian(found[names[0]], run, batches)
             weights = [found[name].weight.T.float() for name in names]
             together = _quantize_linear(torch.cat(weights, dim=1), hessian, settings)
@@ -252,7 +266,8 @@ def quantize_block(
                 errors[name] = relative_error(weight, layers[name], hessian)
                 found[name].weight.copy_(dequantize(layers[name], found[name].weight.dtype).T)
                 column += weight.shape[1]
-    return QuantizedBlock(layers, errors)
+            recall.finish(index)
+    return QuantizedBlock(layers, errors, recall)
 
 
 def _quantize_linear(weight: torch.Tensor, hessian: torch.Tensor, settings: BlockSettings) -> Int4Weight:

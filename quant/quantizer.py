@@ -25,10 +25,13 @@ from tokenmill.quant.evaluate import Perplexity, count, negative_log_likelihood,
 from tokenmill.quant.format import STOCK_VLLM, Scheme, StockRefusal, stock_refusal, write_config
 from tokenmill.quant.output import OutputDirectory, check_apart
 from tokenmill.quant.pack import read_layer, weight_tensor, write_layer
+from tokenmill.quant.recall import Recall
 from tokenmill.quant.streaming import StreamedModel
 
 #: Of text, at first: more than most tokens have.
 _CHARACTERS_PER_TOKEN = 8
+#: Of a batch of calibration: more only take more memory.
+_TOKENS_PER_BATCH = 2048
 
 #: Called after each block with the number of blocks done, of all, and the mean relative error of its layers (or None).
 Progress = Callable[[int, int, float | None], None]
@@ -124,7 +127,7 @@ def calibration_batches(model: StreamedModel, text: str, num_samples: int, lengt
     if available < 1:
         raise InputError(f"the calibration text has {len(tokens)} tokens; one sequence needs {length}: give more text")
     sequences = torch.tensor(tokens[: available * length]).view(available, length)
-    return list(torch.split(sequences, max(1, 8192 // length)))
+    return list(torch.split(sequences, max(1, _TOKENS_PER_BATCH // length)))
 
 
 def quantize_checkpoint(
@@ -211,15 +214,20 @@ def _run(
         if before:
             run = model.forward(index, model.block(index))
             before = [run(hidden) for hidden in before]
+        recall = None
         if not output.is_written(index):
-            _quantize_and_write(model, index, calibration, request, output)
+            recall = _quantize_and_write(model, index, calibration, request, output)
         found = output.notes(index)
         errors.update(found)
         if calibration or after:
-            written = _BlockFile(output.read_part(index), request.scheme)
-            run = model.forward(index, model.block(index, written))
-            calibration = [run(hidden) for hidden in calibration]
+            block = model.block(index, _BlockFile(output.read_part(index), request.scheme))
+            run = model.forward(index, block)
             after = [run(hidden) for hidden in after]
+            if recall is not None:
+                recall.last_pass(block)
+                run = recall.run(run)
+            for hidden in calibration:  # in the same memory, which would otherwise be torn to pieces
+                hidden.copy_(run(hidden))
         model.checkpoint.close()
         if progress is not None:
             progress(index + 1, model.num_blocks, sum(found.values()) / len(found) if found else None)
@@ -275,7 +283,8 @@ def _digest(tokens: list[torch.Tensor]) -> str:
 
 def _quantize_and_write(
     model: StreamedModel, index: int, calibration: list[torch.Tensor], request: Request, output: OutputDirectory
-) -> None:
+) -> Recall | None:
+    """Quantizes one block into its file; returns what is known of its outputs."""
     block = model.block(index)
     quantized = quantize_block(block, model.forward(index, block), calibration, request.block)
     prefix = model.block_name(index)
@@ -288,6 +297,7 @@ def _quantize_and_write(
         if name.removesuffix(".weight") not in quantized.layers:
             tensors[f"{prefix}.{name}"] = parameter.to(_stored_dtype(model, f"{prefix}.{name}"))
     output.write_part(index, tensors, {f"{prefix}.{name}": error for name, error in quantized.errors.items()})
+    return quantized.recall
 
 
 def _stored_dtype(model: StreamedModel, name: str) -> torch.dtype:

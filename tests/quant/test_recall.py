@@ -1,0 +1,59 @@
+"""What is remembered of a block's finished parts changes nothing but how often they run."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tokenmill.quant import recall
+from tokenmill.quant.block import BlockSettings, Method
+from tokenmill.quant.gptq import GptqOptions
+from tokenmill.quant.quantizer import Request, quantize_checkpoint
+
+modeling_llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often the attention of Llama blocks runs on whole sequences."""
+    counted: Counter[str] = Counter()
+    forward = modeling_llama.LlamaAttention.forward
+
+    def counting(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        hidden = keywords["hidden_states"] if "hidden_states" in keywords else arguments[0]
+        counted["LlamaAttention"] += hidden.shape[1] == 64
+        return forward(self, *arguments, **keywords)
+
+    monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", counting)
+    return counted
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
+
+
+# Attention in each of 3 blocks: once to find the sets; for each of 2 batches up to the query, up to the output, once
+# whole, and not again for the second set of the network and the next block. Scaled norms are rounded in the file: the
+# last pass differs.
+@pytest.mark.parametrize(("method", "recalled", "again"), [("gptq", 21, 33), ("awq-gptq", 45, 51)])
+def test_recalled_parts_give_the_same_files(
+    dense_model: Path,
+    text: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    calls: Counter[str],
+    method: Method,
+    recalled: int,
+    again: int,
+) -> None:
+    block = BlockSettings(method, 32, True, torch.bfloat16, GptqOptions())
+    request = Request(block, "gptq", text, None, num_samples=40, length=64)
+    quantize_checkpoint(dense_model, tmp_path / "one", request)
+    assert calls["LlamaAttention"] == recalled
+    calls.clear()
+    monkeypatch.setattr(recall, "MAX_BYTES", 0)
+    quantize_checkpoint(dense_model, tmp_path / "other", request)
+    assert weights(tmp_path / "one") == weights(tmp_path / "other")
+    assert calls["LlamaAttention"] == again
