@@ -11,6 +11,9 @@ namespace {
 
 // Not from a lambda that does nothing else: GCC takes it for one without effects and leaves its calls out.
 TM_INLINE void ask_for(const void* address) { _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0); }
+TM_INLINE void ask_second_level_for(const void* address) {
+  _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T1);
+}
 
 // The share of `group` in the scales and zero points of `kWide` blocks from `first` on: with the last group all of
 // them have been asked for.

@@ -47,7 +47,7 @@ template <class A, int MB, int NB>
       Vector::Int dots[NB * Vector::kParts][MB];
       zero<A, MB, NB>(dots);
       for (int32_t u = first; u < last; ++u) {
-        ask_for_codes<NB>(ahead.of(lines, u), stride);
+        ask_for_codes<NB>(lines, ahead.of(lines, u), stride);
         add_unit<A, Stored<A>, MB, NB>(dots, lines, stride, x);
         lines += kLine;
         x += MB * A::kUnitBytes;

@@ -90,7 +90,7 @@ template <class A, int MB, int NB>
       typename A::Sum sums[NB * Vector::kParts][MB];
       begin_part<A, MB, NB>(w, block, part, row_sums + g * MB, sums);
       for (int32_t u = part.first; u < part.first + part.units; ++u) {
-        ask_for_codes<NB>(ahead.of(lines, u), stride);
+        ask_for_codes<NB>(lines, ahead.of(lines, u), stride);
         add_unit<A, Stored<A>, MB, NB>(sums, lines, stride, x);
         lines += kLine;
         x += MB * A::kUnitBytes;
