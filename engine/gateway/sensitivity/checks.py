@@ -18,7 +18,7 @@ NOWHERE = (-1, -1)
 
 DIGITS = b"0123456789"
 ALNUM = DIGITS + b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-_SEPARATORS = b" \t\r\n._/-"
+SEPARATORS = b" \t\r\n._/-"
 
 
 def is_one_of(text: bytes, place: int, characters: bytes) -> bool:
@@ -65,7 +65,7 @@ def number(fits: Callable[[str], bool], alphabet: bytes = DIGITS, *, even: bool 
                 return refused  # a fraction
         elif even and len(set(between)) > 1 and not _evenly_apart(_runs(alphabet).split(shown)[1:-1]):
             return refused
-        return (start, end) if fits(shown.translate(None, _SEPARATORS).decode("latin-1")) else refused
+        return (start, end) if fits(shown.translate(None, SEPARATORS).decode("latin-1")) else refused
 
     return check
 
@@ -86,125 +86,48 @@ def at_home(check: Check) -> Check:
     return narrowed
 
 
+#: Characters of the shortest hash, in hexadecimal (MD5).
+_HASH = 32
+_HEX = DIGITS + b"ABCDEFabcdef"
+
+
+def not_in_hash(check: Check) -> Check:
+    """The same check for what is not the middle of a long hexadecimal number."""
+
+    def narrowed(text: bytes, start: int, end: int) -> tuple[int, int] | int | None:
+        found = check(text, start, end)
+        if isinstance(found, tuple) and (is_one_of(text, found[0] - 1, _HEX) or is_one_of(text, found[1], _HEX)):
+            before, after = text[max(found[0] - _HASH, 0) : found[0]], text[found[1] : found[1] + _HASH]
+            beside = len(before) - len(before.rstrip(_HEX)) + len(after) - len(after.lstrip(_HEX))
+            if found[1] - found[0] + beside >= _HASH:
+                return found[1]
+        return found
+
+    return narrowed
+
+
+_PAIR = re.compile(rb"[^0-9][0-9]{2}[^0-9]\Z")
+
+
+def in_pairs(text: bytes, start: int, end: int) -> tuple[int, int] | int:
+    """A French telephone number, in pairs of digits: no row of more of them, and none that grow, as in a lottery."""
+    if text[start] not in DIGITS:
+        start += 1
+    stop = start + len(b"01 23 45 67 89")
+    between = text[start + 2 : start + 3]
+    pairs = text[start:stop].split(between)
+    if (pairs == sorted(pairs) and pairs[-1] <= b"50") or (
+        text.startswith(between, stop) and is_one_of(text, stop + 1, DIGITS)
+    ):
+        return stop
+    before = b" " + text[max(start - 4, 0) : start]
+    return stop if _PAIR.search(before) and before[-1:] == between else (start, stop)
+
+
 def _evenly_apart(between: list[bytes]) -> bool:
     counts = Counter(between)
     ends_once = any(count == 1 and b"\n" in one for one, count in counts.items())
     return len(counts) == 1 or (len(counts) == 2 and ends_once)
-
-
-#: Groups of four, the same between all of them; as many as this are a row of a table.
-_FOURS = re.compile(rb"[0-9]{4}([ ._/-]{1,4})[0-9]{4}(?:\1[0-9]{4})*(?![0-9])")
-_ROW = 9
-#: An identifier that has groups of four in its middle (RFC 9562).
-_UUID = re.compile(rb"[0-9A-Fa-f]{8}-(?:[0-9A-Fa-f]{4}-){3}[0-9A-Fa-f]{12}(?![0-9A-Fa-f])")
-
-
-#: The groups' values, what stands between them, where they end, and whether something may go on with the last of them.
-_Row = tuple[list[int], bytes, int, bool]
-
-
-class _Rows:
-    """Rows of groups of four in the text that was looked at last: several kinds are looked for in the same rows."""
-
-    def __init__(self) -> None:
-        self._text = b""
-        self._known: dict[int, _Row | None] = {}
-
-    def at(self, text: bytes, first: int) -> _Row | None:
-        """The row that begins there; None: none does."""
-        if text is not self._text:
-            self._text, self._known = text, {}
-        elif first in self._known:
-            return self._known[first]
-        row = _FOURS.match(text, first)
-        found = None
-        if row is not None:
-            shown, between = row.group(0, 1)
-            end = first + len(shown)
-            found = list(map(int, shown.split(between))), between, end, is_one_of(text, end, b" ._/-")
-        self._known[first] = found
-        return found
-
-
-_ROWS = _Rows()
-
-
-def in_fours(count: int, fits: Callable[[str], bool], fit: Callable[[list[int], int], bool]) -> Check:
-    """A check for a number of this many groups of four, perhaps with three digits behind, among others of four.
-
-    In a row of many, as tables have them, it is one where it begins the row or follows another one.
-
-    Args:
-        count: Groups in the number.
-        fits: Looks at its digits.
-        fit: The same for the values of groups, of which the number's begin at a place.
-    """
-    whole = number(fits)
-
-    def check(text: bytes, start: int, end: int) -> tuple[int, int] | int | None:
-        first = start if text[start] in DIGITS else start + 1
-        row = _ROWS.at(text, first)
-        if row is None or len(row[0]) < count:
-            return whole(text, start, end)
-        groups, between, end, goes_on = row
-        last = len(groups) - count
-        if not goes_on and not last and not fit(groups, 0):
-            return end  # as mostly
-        step = 4 + len(between)
-        more = _more(text, end, between) if goes_on else ""
-        for place in range(last + 1 if last + count < _ROW else 1):
-            stop = first + (place + count) * step - len(between)
-            if more and place == last and fits(_bare(text[first + place * step : stop]) + more):
-                stop += len(between) + len(more)
-            elif not fit(groups, place):
-                continue
-            if _in_table(text, first, between, len(groups), count, fits):
-                break
-            if between == b"-" and (uuid := _around(_UUID, text, first)) is not None:
-                return uuid
-            return first + place * step, stop
-        # Its last group may begin something else.
-        return end - 5 if goes_on else end
-
-    return check
-
-
-def _bare(shown: bytes) -> str:
-    return shown.translate(None, _SEPARATORS).decode("latin-1")
-
-
-def _around(form: re.Pattern[bytes], text: bytes, place: int) -> int | None:
-    """Where something ends that has this form and in which a place lies, not far from its beginning; None: nothing."""
-    for found in form.finditer(text, max(place - 24, 0), place + 48):
-        if found.start() <= place < found.end():
-            return found.end()
-    return None
-
-
-def _more(text: bytes, place: int, between: bytes) -> str:
-    """Three digits behind a row of groups, or nothing."""
-    if not text.startswith(between, place):
-        return ""
-    more = text[place : place + len(between) + 4]
-    three = more[len(between) : len(between) + 3]
-    alone = len(three) == 3 and three.isdigit() and not more[len(between) + 3 :].isdigit()
-    return three.decode("latin-1") if alone else ""
-
-
-def _in_table(text: bytes, first: int, between: bytes, groups: int, count: int, fits: Callable[[str], bool]) -> bool:
-    """Whether so many groups from `first` are in a long row, not at its beginning nor behind a number that fits."""
-    step = 4 + len(between)
-    before = 0
-    while before < _ROW and _is_group(text, first - (before + 1) * step, between):
-        before += 1
-    if not before or before + groups < _ROW:
-        return False
-    former = _bare(text[max(first - count * step, 0) : first])
-    return before < count or not fits(former)
-
-
-def _is_group(text: bytes, start: int, between: bytes) -> bool:
-    return start >= 0 and text[start : start + 4].isdigit() and text.startswith(between, start + 4)
 
 
 def last_token(alphabet: bytes, fits: Callable[[bytes], bool]) -> Check:
@@ -245,7 +168,7 @@ def iban(text: bytes, start: int, end: int) -> tuple[int, int] | None:
         start += 1
     if text[start : start + 4].upper() == b"IBAN":
         start += 4
-    bare = text[start:end].translate(None, _SEPARATORS).decode("latin-1")
+    bare = text[start:end].translate(None, SEPARATORS).decode("latin-1")
     length = checksums.IBAN_LENGTHS.get(bare[:2].upper(), 0)
     bare = bare[:length]
     if not checksums.iban(bare):
@@ -366,10 +289,13 @@ def announced_phone(text: bytes, start: int, end: int) -> tuple[int, int] | None
     return found
 
 
-#: First bytes of addresses of this machine, and of many.
-_NOBODYS = frozenset((127, *range(224, 240)))
+#: First bytes of addresses of this machine, of many, and of nobody: those of masks.
+_NOBODYS = frozenset((127, *range(224, 256)))
 #: What stands before the number of a version.
-_VERSION = re.compile(rb"(?i)(?:(?:\bv|[=<>~]=)[ :]?|(?:chrom(?:e|ium)|safari|firefox|edg[ea]?|opr|version|crios)/)\Z")
+_VERSION = re.compile(
+    rb"(?i)(?:(?:\bv|[=<>~]=)[ :]?|version(?:[\"']? ?[:=] ?[\"']|=)"
+    rb"|(?:chrom(?:e|ium)|safari|firefox|edg[ea]?|opr|version|crios)/)\Z"
+)
 
 
 def ipv4(text: bytes, start: int, end: int) -> tuple[int, int] | None:
@@ -381,8 +307,12 @@ def ipv4(text: bytes, start: int, end: int) -> tuple[int, int] | None:
         return None
     if len(shown) == 7 or shown.endswith(b".0.0.0") or int(shown[: shown.index(b".")]) in _NOBODYS:
         return None
-    version = is_one_of(text, start - 1, b"vV =:/") and _VERSION.search(text[max(start - 9, 0) : start])
+    version = is_one_of(text, start - 1, b"vV =:/\"'") and _VERSION.search(text[max(start - 12, 0) : start])
     return None if version else (start, end)
+
+
+#: How addresses begin that anybody has: with a number of four digits, or that of a translator (RFC 6052).
+_ASSIGNED = re.compile(r"[0-9A-Fa-f]{4}:|64:ff9b:", re.IGNORECASE)
 
 
 def ipv6(text: bytes, start: int, end: int) -> tuple[int, int] | None:
@@ -400,6 +330,8 @@ def ipv6(text: bytes, start: int, end: int) -> tuple[int, int] | None:
         return None  # hours
     if not any(character.isdigit() for character in shown):
         return None  # `fe::ed` is a name in a program
+    if "::" in shown and "." not in shown and not _ASSIGNED.match(shown):
+        return None  # `a[1::2]` is a slice
     try:
         address = ipaddress.ip_address(shown)
     except ValueError:

@@ -85,6 +85,11 @@ def luhn_in_fours(groups: list[int], place: int) -> bool:
     return (_LUHN[first] + _LUHN[second] + _LUHN[third] + _LUHN[last]) % 10 == 0
 
 
+def ean(digits: str) -> bool:
+    """Articles in shops (GS1: EAN-13): weights 1 3 modulo 10."""
+    return weighted(digits, (1, 3) * 6 + (1,), 10) == 0
+
+
 def iban(text: str) -> bool:
     """Bank accounts (ISO 13616: ISO 7064 MOD 97-10, after the country's length)."""
     text = text.upper()

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tokenmill.engine.gateway.sensitivity import checks, checksums
-from tokenmill.engine.gateway.sensitivity.checks import ALNUM, Check, at_home, in_fours, last_digits, last_token, number
+from tokenmill.engine.gateway.sensitivity.checks import ALNUM, Check, at_home, last_digits, last_token, number
+from tokenmill.engine.gateway.sensitivity.fours import in_fours
 
 #: What the data is about; policies may name a class instead of a kind.
 DataClass = Literal["contact", "financial", "government", "person", "secret"]
@@ -27,12 +28,16 @@ _END = rb"(?:\z|[^0-9])"
 _WORD_START = rb"(?:\A|[^0-9A-Za-z])"
 #: Digits in hexadecimal ones are everywhere.
 _HEX_START, _HEX_END = rb"(?:\A|[^0-9A-Fa-f])", rb"(?:\b|[G-Zg-z_])"
-_MONTH = rb"(?:jan|feb|mar|m.r|apr|ma[yi]|jun|jul|aug|sep|o[ck]t|nov|de[cz])[a-z]{0,6}"
+#: In English, German, French, Spanish, Italian, Portuguese, Dutch and Polish.
+_MONTH = (
+    rb"(?:jan|feb|f.v|mar|m.r|mrt|a[pbv]r|ma[yij]|mag|jun|juin|giu|jul|juil|lug|aug|ao.t|ag[o.]|sep|set|o[ckt]t|out|nov"
+    rb"|d.[cz]|di[czc]|ene|gen|sty|lut|kwi|cze|lip|sie|wrz|pa.|lis|gru)[a-z\x80-\xff?]{0,10}"
+)
 #: Letters beyond ASCII in Latin-1; the last one stands for those of other scripts, too (`plain`).
 _LETTER = rb"\xaa\xb5\xba\xc0-\xd6\xd8-\xf6\xf8-\xff"
 _DOMAIN = rb"(?:[0-9A-Za-z\x80-\xff-]+\.){1,16}(?:xn--[0-9A-Za-z-]{2,59}|[A-Za-z" + _LETTER + rb"]{2,24})"
 #: The day of a date in words, and what stands between its month and its year.
-_DAY, _OF_YEAR = rb"[0-9]{1,2}(?:st|nd|rd|th)?(?: of)?[. -]{0,2}", rb"[ .,-]{1,2}"
+_DAY, _OF_YEAR = rb"[0-9]{1,2}(?:st|nd|rd|th|er)?(?: (?:of|de))?[. -]{0,2}", rb"(?:[ .,-]{1,2}| del? )"
 _DATE = re.compile(
     rb"(?:[0-9]{1,4}[./-][0-9]{1,2}[./-][0-9]{1,4}|"
     + _DAY
@@ -46,13 +51,19 @@ _DATE = re.compile(
 _3, _4 = rb"[0-9]{3}", rb"[0-9]{4}"
 _OCTET = rb"(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
 _COUNTRY = ("(?:" + "|".join(checksums.IBAN_LENGTHS) + ")").encode()
+#: What announces a date of birth.
+_BORN = (
+    rb"born|birth|dob\b|d\.o\.b|geboren|geburtsdatum|geb\.|geboorte|\bn.e? le\b|naissance|nacid[oa]|nacimiento"
+    rb"|nascid[oa]|nascimento|nascita|\bnat[oa] (?:il|a)\b|urodz|\bur\."
+)
 #: The digits of a telephone number, and what may stand between the word that announces it and them.
 _TELEPHONE, _NEAR = rb"[0-9(](?:[ ()./\n-]{0,2}[0-9]){6,14}", rb"[^0-9+(\n]{0,20}"
 
 
 #: What announces a secret, and what stands between that and the secret.
 _SECRET = (
-    rb"(?:password|passwd|pwd|passphrase|passwort|secret|(?:api|access|secret)[_ -]?key|(?:access|auth)[_ -]?token)"
+    rb"(?:password|passwd|pwd|passphrase|passwort|kennwort|wachtwoord|mot de passe|contrase.a|senha|has.o|secret"
+    rb"|(?:api|access|account|secret)[_ -]?key|(?:access|auth)[_ -]?token)"
 )
 _SAID = rb"(?:is[ \t]{0,2}:?|:=|=>|[:=])[ \t]{0,8}\n?[ \t]{0,8}[\"'`]{0,3}"
 
@@ -145,6 +156,11 @@ def _passport_number(value: bytes) -> bool:
     return 6 <= len(value) <= 9 and sum(character in checks.DIGITS for character in value) >= 4
 
 
+def _card_in_one(digits: str) -> bool:
+    # Of 13 digits are articles (EAN, whose check digit is another one); the cards were given out until about 2000.
+    return _card(digits) and not (len(digits) == 13 and checksums.ean(digits))
+
+
 def _card_in_fours(groups: list[int], place: int) -> bool:
     return _BEGINS[groups[place]] > 0 and checksums.luhn_in_fours(groups, place)
 
@@ -192,14 +208,27 @@ KINDS: tuple[Kind, ...] = (
             # Mobile numbers of Germany and of the United Kingdom as they are written at home.
             _START + rb"\(?01[567][0-9]{1,2}\)?[ ./-]{1,3}[0-9](?:[ -]?[0-9]){5,7}" + _END,
             _START + rb"\(?07[1-9][0-9]{2}\)?[ -](?:[0-9]{6}|[0-9]{3}[ -][0-9]{3})" + _END,
+            # And of Japan, those of its two largest cities, too.
+            _START + rb"0[5789]0-[0-9]{4}-[0-9]{4}" + _END,
+            _START + rb"0[36]-[3-9][0-9]{3}-[0-9]{4}" + _END,
         ),
         checks.phone, swift=True,
+    ),
+    Kind(
+        "phone", "contact", _NUMBER,
+        (
+            # Of France.
+            _START + rb"0[1-9](?: [0-9]{2}){4}" + _END,
+            _START + rb"0[1-9](?:\.[0-9]{2}){4}" + _END,
+            _START + rb"0[1-9](?:-[0-9]{2}){4}" + _END,
+        ),
+        checks.in_pairs, swift=True,
     ),
     Kind(
         "phone", "contact", _PHONES,
         (
             rb"(?i)(?:phone|telefon|mobiltel|handy|whatsapp)" + _NEAR + _TELEPHONE,
-            rb"(?i)(?:(?:\A|[^0-9A-Za-z])(?:tel|telefax|telegram|fax|sms|mobile?)|(?-i:[a-z](?:Tel|Fax|Mobile|Cell)))"
+            rb"(?i)(?:(?:\A|[^0-9A-Za-z])(?:tel|t[\xe9\xc9]l|telefax|telegram|fax|sms|mobile?)|(?-i:[a-z](?:Tel|Fax|Mobile|Cell)))"
             rb"(?:[ _.-]?(?:no|nr|num|number|nummer|funk))?(?:[^0-9A-Za-z+(\n]" + _NEAR + b")?" + _TELEPHONE,
             rb"(?i)\b(?:unter|rufe?n?|rufnummern?|anruf(?:en|e)?|erreich(?:en|bar|t|e)?)\b[^0-9+(\n]{0,25}"
             rb"\(?0[1-9][0-9]{1,4}(?:[ ()./\n-]{0,2}[0-9]){4,10}",
@@ -227,7 +256,8 @@ KINDS: tuple[Kind, ...] = (
         (rb"(?:\A|[^0-9A-Za-z:.])[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,8}(?:\.[0-9]{1,3}){0,3}",), checks.ipv6,
     ),
     Kind(
-        "credit_card", "financial", _NUMBER, (_START + rb"[2-6][0-9]{12,18}",), number(_card, apart=True), swift=True,
+        "credit_card", "financial", _NUMBER, (_START + rb"[2-6][0-9]{12,18}",),
+        checks.not_in_hash(number(_card_in_one, apart=True)), swift=True,
     ),
     Kind(
         "credit_card", "financial", _GROUPS,
@@ -302,13 +332,16 @@ KINDS: tuple[Kind, ...] = (
     ),
     Kind(
         "fr_nir", "government", _NUMBER,
-        (_START + rb"[1-478][ .][0-9]{2}[ .][0-9]{2}[ .][0-9][0-9ABab][ .][0-9]{3}[ .][0-9]{3}[ .][0-9]{2}" + _END,),
+        (
+            _START + rb"[1-478][ .-][0-9]{2}[ .-][0-9]{2}[ .-][0-9][0-9ABab][ .-][0-9]{3}[ .-][0-9]{3}"
+            rb"(?: - |[ .-])[0-9]{2}" + _END,
+        ),
         number(checksums.fr_nir, even=False),
     ),
     Kind(
         "es_nif", "government", _NUMBER,
         (
-            _WORD_START + rb"[0-9XYZxyz][0-9]{7}[ .-]?[A-Za-z]",
+            _WORD_START + rb"(?:[0-9]|[XYZxyz][ .-]?)[0-9]{7}[ .-]?[A-Za-z]",
             _WORD_START + rb"[0-9]{2}\.[0-9]{3}\.[0-9]{3}[ .-]?[A-Za-z]",
         ),
         number(checksums.es_nif, ALNUM, even=False),
@@ -343,8 +376,9 @@ KINDS: tuple[Kind, ...] = (
     Kind(
         "passport", "government", _WORD,
         (
-            rb"(?i)(?:passport|reisepass|passeport|pasaporte|passaporto)[a-z]{0,8}"
-            rb"(?:[^0-9A-Za-z]{1,3}(?:no|nr|number|num|id|is|was|code)){0,3}[^0-9A-Za-z]{1,6}[0-9A-Za-z]{6,9}",
+            rb"(?i)(?:passport|reisepass|passnummer|pass-?nr|passeport|pasaporte|passaporto|passaporte|paspoort|paszport)"
+            rb"[a-z]{0,8}(?:[^0-9A-Za-z]{1,3}(?:n|no|nr|number|nummer|n.m(?:ero)?|num.ro|id|is|was|code)){0,3}"
+            rb"[^0-9A-Za-z]{1,6}[0-9A-Za-z]{6,9}",
         ),
         last_token(ALNUM, _passport_number),
     ),
@@ -356,9 +390,9 @@ KINDS: tuple[Kind, ...] = (
     Kind(
         "date_of_birth", "person", _WORD,
         (
-            rb"(?i)(?:born|birth|dob\b|d\.o\.b|geboren|geburtsdatum|geb\.)[^0-9\n]{0,25}"
+            rb"(?i)(?:" + _BORN + rb")[^0-9\n]{0,25}"
             rb"(?:[0-9]{1,4}[./-][0-9]{1,2}[./-][0-9]{1,4}|" + _DAY + _MONTH + _OF_YEAR + rb"[0-9]{4})",
-            rb"(?i)(?:born|birth|dob\b|d\.o\.b)[^0-9\n]{0,25}" + _MONTH + rb"[ .]{1,2}[0-9]{1,2}(?:st|nd|rd|th)?,? "
+            rb"(?i)(?:" + _BORN + rb")[^0-9\n]{0,25}" + _MONTH + rb"[ .]{1,2}[0-9]{1,2}(?:st|nd|rd|th)?,? "
             rb"[0-9]{4}",
         ),
         _birth,
@@ -370,6 +404,8 @@ KINDS: tuple[Kind, ...] = (
             rb"|github_pat_[0-9A-Za-z_]{20,}|glpat-[0-9A-Za-z_-]{20,}|xox[abeprs]-[0-9A-Za-z-]{10,}"
             rb"|AIza[0-9A-Za-z_-]{35}|hf_[0-9A-Za-z]{20,}|npm_[0-9A-Za-z]{30,}|pypi-[0-9A-Za-z_-]{30,}"
             rb"|SG\.[0-9A-Za-z_-]{16,}\.[0-9A-Za-z_-]{16,}"
+            rb"|(?:gsk_|nvapi-|xai-|do[opr]_v1_|whsec_|hv[sb]\.|glsa_|glc_|dckr_pat_|r8_|lin_api_|ya29\.|tgp_v1_|sq0[a-z]{3}-"
+            rb"|AGE-SECRET-KEY-1)[0-9A-Za-z_-]{20,}|hooks\.slack\.com/services/[0-9A-Z]{6,16}/[0-9A-Z]{6,16}/[0-9A-Za-z]{16,}"
             rb"|eyJ[0-9A-Za-z_-]{16,}(?:\.[0-9A-Za-z_-]*){0,2})",
         ),
         checks.key, rest="0-9A-Za-z_.-",
@@ -383,6 +419,14 @@ KINDS: tuple[Kind, ...] = (
             rb"(?i)" + _SECRET + rb"[\"'`]?[ \t]{0,2}" + _SAID + rb"[0-9A-Za-z!#$%&*+./:=?@^_~-]{6,}",
         ),
         checks.secret(_SAID, rb"(?i)(?:[/&;,|?]|%[0-9A-F]{2})" + _SECRET + rb"[:=]"), rest="0-9A-Za-z!#$%&*+./:=?@^_~-",
+    ),
+    Kind(
+        # As an element of XML, and as an argument of a command.
+        "credential", "secret", _WORD,
+        (
+            rb"(?i)(?:<" + _SECRET + rb">|--" + _SECRET + rb"[ \t][\"']?)[0-9A-Za-z!#$%&*+./:=?@^_~-]{6,}",
+        ),
+        checks.secret(rb">|[ \t][\"']?"), rest="0-9A-Za-z!#$%&*+./:=?@^_~-",
     ),
     Kind(
         "credential", "secret", _AT, (rb"://[^/ \t\r\n:@\"'`<>]{0,64}:[^/ \t\r\n@\"'`<>]{3,128}@",), checks.in_address,

@@ -55,15 +55,21 @@ HINTS: dict[str, bytes] = {
     "announced": rb"(?i)(?:ssn|security|itin|taxpayer|(?:\b|_)ein(?:\b|_)|employer id|tax id|(?:\b|_)nhs"
     rb"|(?:\b|_)bsn|burgerservice|sofinummer|aadha|uidai)[^0-9\n]*[0-9]",
     # Apart from "announced", for the same reason.
-    "phones": rb"(?i)(?:phone|tel|mobil|cell|fax|handy|whatsapp|sms|\bunter|\bruf|\banruf|\berreich)[^0-9\n]*[0-9]",
+    "phones": rb"(?i)(?:phone|t[e\xe9\xc9]l|mobil|cell|fax|handy|whatsapp|sms|\bunter|\bruf|\banruf|\berreich)"
+    rb"[^0-9\n]*[0-9]",
     "calls": rb"(?i)(?:call|dial|cell)[^0-9\n]*[0-9]",
     "dots": rb"[0-9]\.[0-9]{1,3}\.[0-9]",
     # Hours have fewer.
     "colons": rb"::|(?:[0-9A-Fa-f]{1,4}:){6}",
-    "word": rb"(?i)passport|reisepass|passeport|pasaporte|passaporto|born|birth|dob\b|d\.o\.b|geboren|geburt|geb\."
-    rb"|passw|pwd|passphrase|secret|(?:api|access)[_ -]?key|token|bearer|basic[ \t]"
+    "word": rb"(?i)pass(?:port|eport|aport|w|phrase|nummer|-?nr)|reisepass|pasaporte|paspoort|paszport"
+    rb"|born|birth|dob\b|d\.o\.b|gebor|geburt|geb\.|geboorte|\bn.e? le\b|na(?:iss|cid|cim|scid|scim|scit)"
+    rb"|\bnat[oa] |urodz|\bur\."
+    rb"|pwd|secret|(?:api|access|account)[_ -]?key|token|bearer|basic[ \t]"
+    rb"|kennwort|wachtwoord|mot de passe|contrase.a|senha|has.o"
     rb"|[a-z]{6}[0-9]{2}[a-z][0-9]{2}[a-z][0-9]{3}[a-z]",
-    "key": rb"[spr]k[-_]|A[KS]IA|gh[pousr]_|github_pat_|glpat-|xox[abeprs]-|AIza|hf_|npm_|pypi-|SG\.|eyJ|-----BEGIN",
+    "key": rb"[spr]k[-_]|A[KS]IA|gh[pousr]_|github_pat_|glpat-|xox[abeprs]-|AIza|hf_|npm_|pypi-|SG\.|eyJ|-----BEGIN"
+    rb"|gsk_|nvapi-|xai-|do[opr]_v1_|whsec_|hv[sb]\.|glsa_|glc_|dckr_pat_|r8_|lin_api_|ya29\.|tgp_v1_|sq0|AGE-SECRET"
+    rb"|hooks\.slack",
 }
 
 
