@@ -173,6 +173,7 @@ def memory(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
 
+    from tokenmill.quant.format import STOCK_VLLM
     from tokenmill.quant.json_file import read_json
     from tokenmill.quant.memory import plan
 
@@ -206,10 +207,21 @@ def memory(argv: list[str]) -> int:
     table.add_row("KV cache, one token", "", str(arguments.kv_bits), _bytes(planned.kv_bytes_per_token))
     held = f"KV cache, {planned.requests} x {planned.context} tokens"
     table.add_row(held, "", str(arguments.kv_bits), _bytes(planned.kv_bytes))
+    for part in planned.kv_parts:
+        padding = f", {part.padding} of them padding" if part.padding else ""
+        table.add_row(f"  {part.layers} layers{padding}: {part.holds}", "", "", _bytes(part.num_bytes))
     table.add_row(f"activations, {arguments.step_tokens} tokens", "", "16", _bytes(planned.activation_bytes))
     table.add_section()
     table.add_row("in all", "", "", _bytes(planned.total_bytes))
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    if len(planned.kv_parts) > 1 or any("window" in part.holds for part in planned.kv_parts):
+        console.print(
+            f"KV cache as vLLM {STOCK_VLLM} allocates it by default (its hybrid manager): each kind of layer has "
+            f"blocks of its own; a window's hold the window and two steps of {arguments.step_tokens} tokens in flight",
+            highlight=False,
+            soft_wrap=True,
+        )
     return 0
 
 

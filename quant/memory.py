@@ -3,16 +3,18 @@
 weights      every matrix of the architecture, quantized or not, as model_sizes.py counts them; what reads pictures or
              sound stays at 16 bits
 scales       16 bits a group, and 4 bits of zero point if asymmetric
-KV cache     for each token of context 2 (key and value) x layers that attend x KV heads x head size x bytes; with
-             latent attention layers x (rank + rotary key) x bytes
+KV cache     what vLLM's blocks hold at once of all requests (kv_cache.py): in each layer that attends 2 (key and value)
+             x KV heads x head size x bytes a token, or rank + rotary key with latent attention; of a window, no more than
+             it and what is in flight; states of recurrent layers
 activations  the largest tensors alive at once for one step of `step_tokens` tokens, and the logits of its rows
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from tokenmill.errors import InputError
+from tokenmill.quant.kv_cache import CachePart, cache_parts
 from tokenmill.quant.model_sizes import ModelSizes, model_sizes
 
 #: Bits of a weight that is not quantized, of a scale, and of a KV entry.
@@ -48,7 +50,8 @@ class Plan:
     Attributes:
         components: Weights, kind by kind.
         full_bytes: Bytes of all weights at 16 bits.
-        kv_bytes_per_token: Bytes of KV cache for one token of one request.
+        kv_bytes_per_token: Bytes of KV cache for one token of one request in all layers that hold it.
+        kv_parts: What the layers of each kind hold of all requests.
         context: Tokens of context a request has.
         requests: Requests at once.
         activation_bytes: Bytes of activations of one step.
@@ -57,6 +60,7 @@ class Plan:
     components: tuple[Component, ...]
     full_bytes: int
     kv_bytes_per_token: int
+    kv_parts: tuple[CachePart, ...]
     context: int
     requests: int
     activation_bytes: int
@@ -69,7 +73,7 @@ class Plan:
     @property
     def kv_bytes(self) -> int:
         """Bytes of KV cache for all requests at full context."""
-        return self.kv_bytes_per_token * self.context * self.requests
+        return sum(part.num_bytes for part in self.kv_parts)
 
     @property
     def total_bytes(self) -> int:
@@ -89,6 +93,7 @@ class Plan:
             "kv_bytes_per_token": self.kv_bytes_per_token,
             "context": self.context,
             "requests": self.requests,
+            "kv_parts": [asdict(part) for part in self.kv_parts],
             "kv_bytes": self.kv_bytes,
             "activation_bytes": self.activation_bytes,
             "total_bytes": self.total_bytes,
@@ -154,7 +159,8 @@ def plan(
     return Plan(
         components=tuple(components),
         full_bytes=sum(component.parameters for component in components) * _FULL_BITS // 8,
-        kv_bytes_per_token=sizes.kv_numbers * kv_bits // 8,
+        kv_bytes_per_token=sum(cache.numbers * layers for cache, layers in sizes.caches.items()) * kv_bits // 8,
+        kv_parts=cache_parts(sizes.caches, kv_bits, context, requests, step_tokens),
         context=context,
         requests=requests,
         activation_bytes=step_tokens * features * _FULL_BITS // 8 + requests * sizes.vocabulary * 4,

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokenmill.errors import CheckpointError
+from tokenmill.quant.kv_cache import LayerCache
+from tokenmill.quant.layer_caches import layer_caches, widest_attention
 
 #: Linears in the blocks that stay in floating point: they choose experts.
 _ROUTERS = ("gate", "router", "shared_expert_gate")
@@ -28,7 +30,7 @@ class ModelSizes:
         vocabulary: Rows of the embedding.
         widest: Most features that one token has at once inside a block: query, key and value; or gate, up and product,
             of all experts that a token goes to.
-        kv_numbers: Numbers in the KV cache for one token, in all layers.
+        caches: What a layer holds of a request's context, to the number of such layers.
         matrices: (component, K, N) of the linears in the blocks to how often each is there.
         embedding: Parameters of the embeddings.
         head: Parameters of the output head; 0 where it is the embedding.
@@ -39,7 +41,7 @@ class ModelSizes:
     hidden: int
     vocabulary: int
     widest: int
-    kv_numbers: int
+    caches: Mapping[LayerCache, int]
     matrices: Mapping[tuple[str, int, int], int]
     embedding: int
     head: int
@@ -125,8 +127,7 @@ def _from_transformers(config: Mapping[str, Any]) -> ModelSizes:
                 widths[network] += N * (hidden == K) + K * (hidden == N)
         else:
             small += size
-    heads = getattr(text, "num_attention_heads", None)
-    query, kv, kv_numbers = _attention(text, hidden, heads) if heads else (0, 0, 0)
+    query, kv = widest_attention(text)
     chosen = getattr(text, "num_experts_per_tok", None) or 1
     for network in widths:
         if network.endswith(".experts") or ".experts." in network:  # and each has an output of its own
@@ -135,7 +136,7 @@ def _from_transformers(config: Mapping[str, Any]) -> ModelSizes:
         hidden=hidden,
         vocabulary=int(text.vocab_size),
         widest=max(query + 2 * kv, *widths.values(), 0),
-        kv_numbers=kv_numbers,
+        caches=layer_caches(text),
         matrices=dict(matrices),
         embedding=embedding,
         head=head,
@@ -150,26 +151,6 @@ def _component(name: str) -> str:
     if ".experts." in name:
         return "experts"
     return "attention" if re.search(r"attn|attention|mixer|mamba", name) else "feed-forward"
-
-
-def _attention(text: Any, hidden: int, heads: int) -> tuple[int, int, int]:
-    """Features of the query and of the key of one token, and numbers in its KV cache in all layers."""
-    head_size = getattr(text, "head_dim", None) or hidden // heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None) or heads
-    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
-        kv_heads = 1
-    if not isinstance(kv_heads, int):
-        raise CheckpointError(
-            f"config.json: num_key_value_heads={kv_heads!r} is no size; only one number can be planned"
-        )
-    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
-    layers = int(text.num_hidden_layers)
-    if kinds is not None:  # a linear attention or a state space has a state of one size, however long the context
-        layers = sum("linear" not in kind and ("attention" in kind or "hybrid" in kind) for kind in kinds)
-    # Multi-head latent attention (DeepSeek-V2, 2024) keeps one compressed vector and one rotary key for all heads.
-    latent = getattr(text, "kv_lora_rank", None)
-    numbers = latent + text.qk_rope_head_dim if latent else 2 * kv_heads * head_size
-    return heads * head_size, kv_heads * head_size, layers * numbers
 
 
 def _from_keys(config: Mapping[str, Any]) -> ModelSizes:
@@ -214,9 +195,17 @@ def _from_keys(config: Mapping[str, Any]) -> ModelSizes:
         hidden=hidden,
         vocabulary=vocabulary,
         widest=max(query + 2 * kv, chosen * (3 * inner + hidden) if experts else 3 * inner),
-        kv_numbers=2 * layers * kv,
+        caches={_cache_of_keys(config, 2 * kv): layers},
         matrices=dict(matrices),
         embedding=vocabulary * hidden,
         head=0 if config.get("tie_word_embeddings", False) else vocabulary * hidden,
         small=layers * (2 * hidden + biases + experts * hidden) + hidden,
     )
+
+
+def _cache_of_keys(config: Mapping[str, Any], numbers: int) -> LayerCache:
+    """What all layers hold where it is not known which of them have the window that config.json names."""
+    window = config.get("sliding_window")
+    if isinstance(window, int) and window > 0 and config.get("use_sliding_window", True):
+        return LayerCache(f"all tokens (install transformers to plan the window of {window})", numbers)
+    return LayerCache("all tokens", numbers)

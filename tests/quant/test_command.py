@@ -115,7 +115,7 @@ def test_texts_that_are_none(dense_model: Path, tmp_path: Path, capsys: pytest.C
         assert message in capsys.readouterr().err
 
 
-def test_memory_prints_a_table_or_json(dense_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_memory_prints_a_table_or_json(dense_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["memory", str(dense_model)]) == 0
     table = capsys.readouterr().out
     for row in ("attention", "feed-forward", "KV cache", "in all"):
@@ -125,6 +125,13 @@ def test_memory_prints_a_table_or_json(dense_model: Path, capsys: pytest.Capture
     stored = Checkpoint(dense_model)
     assert planned["weight_bytes_16_bit"] == stored.weight_bytes
     assert planned["total_bytes"] > planned["weight_bytes"]
+    gemma = {"model_type": "gemma2", "hidden_size": 512, "num_hidden_layers": 4, "head_dim": 64, "vocab_size": 1000}
+    (tmp_path / "config.json").write_text(json.dumps(gemma))
+    assert main(["memory", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "2 layers: all tokens" in said
+    assert "its hybrid manager" in said
+    assert "hybrid manager" not in table
 
 
 def test_memory_of_something_else_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,7 +61,7 @@ def test_qwen_has_biases_on_query_key_and_value() -> None:
 def test_the_kv_cache_grows_with_layers_heads_context_and_requests() -> None:
     planned = plan(LLAMA_70B, context=1000, requests=3)
     assert planned.kv_bytes_per_token == 2 * 80 * 8 * 128 * 2
-    assert planned.kv_bytes == 3000 * planned.kv_bytes_per_token
+    assert planned.kv_bytes == 3 * 1008 * planned.kv_bytes_per_token  # in blocks of 16 tokens
     assert plan(LLAMA_70B, kv_bits=8).kv_bytes_per_token * 2 == planned.kv_bytes_per_token
     assert planned.total_bytes == planned.weight_bytes + planned.kv_bytes + planned.activation_bytes
 
