@@ -103,7 +103,7 @@ def _without(decision: Decision, exchange: Exchange, refused: Refusal, left: int
     if not gone:
         return decision
     candidates = tuple(costs)
-    shown = f"${dollars(max(left, 0)):.8g} are left of the budget of the {refused.account.kind}"
+    shown = f"${dollars(left):.8g} are left of the budget of the {refused.account.kind}"
     verdict = f"{shown}, too little for {', '.join(gone)}"
     others = decision.reasons
     if candidates[0] != decision.tier:

@@ -112,6 +112,7 @@ def test_canaries_alone_do_not_take_the_others_place() -> None:
     asked = asking(Route((backend("dear", 5, "t", version="2", canary=0.1), cheap), "m"))
     assert narrow(asked, bound_at, refused(20)) is None
     assert names(asked) == ["canary"]
+    assert narrow(asked, bound_at, refused(9)) == refused(9)._replace(asked=10)
 
 
 def test_what_only_follows_a_trouble_is_not_enough() -> None:
