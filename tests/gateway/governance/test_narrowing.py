@@ -104,6 +104,19 @@ def test_a_tier_takes_over_where_both_answers_can_be_paid(left: int, takes_over:
     assert need(asked, bound_at).amount <= left
 
 
+@pytest.mark.parametrize(("prices", "left", "takes_over"), [((1, 5, 9), 60, "then"), ((9, 1, 5), 60, None)])
+def test_whoever_takes_over_does_so_only_from_the_tier_that_was_chosen(
+    prices: tuple[int, ...], left: int, takes_over: str | None
+) -> None:
+    tiers = ("first", "then", "other")
+    routes = [Route((backend(tier, price),), "m") for tier, price in zip(tiers, prices, strict=True)]
+    asked = asking(*routes, escalation="then")
+    assert narrow(asked, bound_at, refused(left)) is None
+    assert asked.decision is not None
+    assert len(names(asked)) == 2
+    assert asked.decision.escalation == takes_over
+
+
 def test_canaries_alone_do_not_take_the_others_place() -> None:
     """Unless nobody else was there."""
     cheap = backend("canary", 1, "t", version="2", canary=0.1)
