@@ -17,6 +17,8 @@ from tokenmill.errors import InputError
 
 #: What stands in a line in the place of something that is not known.
 _ABSENT = (None, "")
+#: How `routing.log` begins its lines.
+_BEGIN = '{"id":'
 
 
 def calibrate(argv: list[str]) -> int:
@@ -56,6 +58,8 @@ def calibrate(argv: list[str]) -> int:
     print(f"  wrong among those given: {chosen.error:.2%}, at most {chosen.error_bound:.2%} (95%)")
     print(f"  escalated: {chosen.escalated:.1%}; right in all: {chosen.quality:.2%}")
     print(f"  cost: {chosen.cost:.3f} of asking the second tier always")
+    if chosen.cost >= 1:
+        print("  so escalation saves nothing here: ask the second tier alone, or raise --max-error")
     print(f"written to {options.out}; name it in routing.escalation.calibration")
     if options.plot is not None:
         from tokenmill.engine.gateway.router.plot import draw
@@ -91,6 +95,8 @@ def router(argv: list[str]) -> int:
         options.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print(f"weights from {found.examples} outcomes, judged by every fifth, which was held out:")
     print(f"  log loss {found.log_loss:.4f} (always the mean: {found.base_log_loss:.4f}), AUC {found.auc:.3f}")
+    if found.log_loss >= found.base_log_loss:
+        print("  no better than the mean, so they say nothing yet: log more outcomes")
     print(f"written to {options.out}; name it in routing.weights")
     return 0
 
@@ -109,16 +115,22 @@ def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
         except csv.Error as error:
             raise InputError(f"{path}:{reader.line_num}: not CSV ({error}); give JSON lines") from None
         return
+    cut = 0
     # Not `splitlines`: a text within a line may hold what Unicode calls a line's end.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
+                if line.startswith(_BEGIN):
+                    cut += 1
+                    continue
                 raise InputError(f"{path}:{number}: not JSON ({error}); each line is one object") from None
             if not isinstance(row, dict):
                 raise InputError(f"{path}:{number}: {str(row)[:40]} is no object; each line is one object")
             yield row, f"{path}:{number}"
+    if cut:
+        print(f"skipped {cut} lines that a full disk or an end of the gateway's cut off")
 
 
 def _sample(row: dict[str, Any], where: str) -> calibration.Sample | None:
@@ -174,9 +186,12 @@ def _example(row: dict[str, Any], where: str) -> training.Example | None:
     else:
         return None
     try:
-        return training.Example([float(features.get(name, 0.0)) for name in FEATURES], hard)
+        values = [float(features.get(name, 0.0)) for name in FEATURES]
     except (TypeError, ValueError, OverflowError):
-        raise InputError(f"{where}: a feature is not a number; take the lines that routing.log writes") from None
+        values = [math.nan]
+    if not all(map(math.isfinite, values)):
+        raise InputError(f"{where}: a feature is not a number; take the lines that routing.log writes")
+    return training.Example(values, hard)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,9 @@ calibrate` read the log.
 
 import asyncio
 import contextlib
+import errno
 import logging
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,6 +39,7 @@ class OutcomeLog:
         self._path = path
         self._lines: list[bytes] = []
         self._task: asyncio.Task[None] | None = None
+        self._cut = False
 
     def add(self, exchange: Exchange, features: Mapping[str, float], complexity: float) -> None:
         """Takes in a request that has ended."""
@@ -82,4 +85,8 @@ class OutcomeLog:
 
     def _append(self, data: bytes) -> None:
         with self._path.open("ab", buffering=0) as file:
-            file.write(data)
+            # A line that was cut, as by a full disk, is ended first: the next one would be spoilt, too.
+            data = b"\n" + data if self._cut else data
+            self._cut = (file.write(data) or 0) < len(data)
+        if self._cut:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -273,6 +273,34 @@ def test_features_beyond_all_measure_are_refused(tmp_path: Path, value: str) -> 
         command.router(["train", str(log), "--out", str(tmp_path / "w.json")])
 
 
+def test_a_value_that_is_none_is_named_with_its_line(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"features": {"bias": 1}, "good": true}\n' * 2 + '{"features": {"bias": NaN}, "good": true}')
+    with pytest.raises(InputError, match=r"log\.jsonl:3: a feature is not a number"):
+        command.router(["train", str(log), "--out", str(tmp_path / "w.json")])
+
+
+def test_lines_that_were_cut_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, out = tmp_path / "log.jsonl", tmp_path / "c.json"
+    whole = '{"id":"a","confidence":0.5,"good":true}\n'
+    data.write_text(whole * 30 + whole[:20] + whole + whole * 30 + whole[:25])
+    assert command.calibrate([str(data), "--out", str(out)]) == 0
+    assert "skipped 2 lines" in capsys.readouterr().out
+    assert calibration.read(out).samples == 60
+
+
+def test_what_saves_nothing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, out = tmp_path / "log.jsonl", tmp_path / "c.json"
+    data.write_text('{"confidence": 0.5, "correct": false}\n' * 30)
+    assert command.calibrate([str(data), "--out", str(out)]) == 0
+    assert "ask the second tier alone" in capsys.readouterr().out
+    dice = random.Random(2)
+    lines = [{"features": {"bias": 1, "code": dice.random()}, "good": dice.random() < 0.5} for _ in range(60)]
+    data.write_text("\n".join(map(json.dumps, lines)))
+    assert command.router(["train", str(data), "--out", str(tmp_path / "w.json")]) == 0
+    assert "no better than the mean" in capsys.readouterr().out
+
+
 def test_training_needs_both_outcomes() -> None:
     with pytest.raises(InputError, match="too few"):
         training.fit([])

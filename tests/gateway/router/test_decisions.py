@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -314,6 +316,37 @@ def test_outcomes_are_logged_without_text(tmp_path: Path) -> None:
     assert lines[0]["features"]["bias"] == 1
     assert (lines[0]["confidence"], lines[0]["escalated"], lines[0]["status"]) == (0.25, True, 200)
     assert "secret" not in path.read_text()
+
+
+FULL = """
+import asyncio, resource, sys
+from pathlib import Path
+from tokenmill.engine.gateway.pipeline import Exchange
+from tokenmill.engine.gateway.router.outcomes import OutcomeLog
+
+log = OutcomeLog(Path(sys.argv[1]))
+
+async def end(count):
+    for _ in range(count):
+        log.add(Exchange("/x", [], b"", body=None, model="auto", request_id="r", forward=[]), {}, 0.5)
+    await log._write()
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+asyncio.run(end(20))
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+asyncio.run(end(3))
+"""
+
+
+def test_a_line_that_a_full_disk_cuts_spoils_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    done = subprocess.run([sys.executable, "-c", FULL, str(path)], capture_output=True, text=True, check=True)
+    assert "cannot be written" in done.stderr
+    *before, cut, first, second, third = path.read_text().splitlines()
+    assert 0 < len(before) < 20
+    assert cut.startswith('{"id":"r"')
+    assert len(cut) < len(before[0])
+    assert [json.loads(line)["id"] for line in (*before, first, second, third)] == ["r"] * (len(before) + 3)
 
 
 def test_a_log_that_cannot_be_written_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
