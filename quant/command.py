@@ -64,7 +64,10 @@ def quantize(argv: list[str]) -> int:
             note = "" if error is None else f"relative error {error:.2e}"
             bar.update(task, completed=done, total=total, note=note)
 
-        report = quantize_checkpoint(arguments.model, arguments.out, request, arguments.overwrite, progress)
+        def notice(line: str) -> None:
+            bar.console.print(f"left out    {line}", soft_wrap=True, highlight=False)
+
+        report = quantize_checkpoint(arguments.model, arguments.out, request, arguments.overwrite, progress, notice)
     ratio = report.bytes_before / report.bytes_after
     console.print(f"size        {_bytes(report.bytes_before)} -> {_bytes(report.bytes_after)} ({ratio:.2f}x smaller)")
     if report.before is not None and report.after is not None:

@@ -4,8 +4,8 @@ weights      every matrix of the architecture, quantized or not, as model_sizes.
              sound stays at 16 bits
 scales       16 bits a group, and 4 bits of zero point if asymmetric
 KV cache     what vLLM's blocks hold at once of all requests (kv_cache.py): in each layer that attends 2 (key and value)
-             x KV heads x head size x bytes a token, or rank + rotary key with latent attention; of a window, no more than
-             it and what is in flight; states of recurrent layers
+             x KV heads x head size x bytes a token, or rank + rotary key with latent attention; of a window no more
+             than it and what is in flight; states of recurrent layers
 activations  the largest tensors alive at once for one step of `step_tokens` tokens, and the logits of its rows
 """
 

@@ -81,6 +81,7 @@ class Report:
         seconds: Duration of this run; a resumed run counts from its start.
         peak_bytes: Most memory held: of the GPU, or of the process on a CPU.
         stock_refusal: Why stock vLLM does not load the result, only vLLM with Tokenmill's plug-in; None if it does.
+        left_out: Lines about tensors of the source that the result does not have.
     """
 
     bytes_before: int
@@ -91,6 +92,7 @@ class Report:
     seconds: float
     peak_bytes: int
     stock_refusal: StockRefusal | None
+    left_out: tuple[str, ...] = ()
 
 
 class _BlockFile:
@@ -131,7 +133,12 @@ def calibration_batches(model: StreamedModel, text: str, num_samples: int, lengt
 
 
 def quantize_checkpoint(
-    source: Path, out: Path, request: Request, overwrite: bool = False, progress: Progress | None = None
+    source: Path,
+    out: Path,
+    request: Request,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    notice: Callable[[str], None] | None = None,
 ) -> Report:
     """Quantizes every linear of every decoder block of a model and writes a checkpoint that vLLM loads.
 
@@ -145,6 +152,7 @@ def quantize_checkpoint(
         request: How.
         overwrite: Whether to delete the quantized checkpoint, finished or not, that `out` holds.
         progress: Told after every block.
+        notice: Told at the beginning, in a line each, what of the source the result will not have.
 
     Raises:
         CheckpointError: The source is damaged, already INT4, or of an unknown architecture, or its tokenizer is missing
@@ -173,6 +181,10 @@ def quantize_checkpoint(
     windows = [] if request.evaluation is None else text_windows(model, request.evaluation, length)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
+    left_out = model.left_out()
+    for line in left_out:
+        if notice is not None:
+            notice(line)
     # What could be refused has been; from here on `out` is written to. The part that is read last comes first, so that
     # damage to it is not found after hours.
     settings = _settings(checkpoint, model, request, batches, windows)
@@ -189,6 +201,7 @@ def quantize_checkpoint(
             seconds=time.perf_counter() - started,
             peak_bytes=peak_bytes(model.device),
             stock_refusal=stock_refusal(request.scheme, sizes),
+            left_out=left_out,
         )
         config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
         config["quantization_config"] = write_config(request.scheme)

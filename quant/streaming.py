@@ -8,6 +8,7 @@ and their like); that is checked with a few tokens before anything is computed.
 """
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 from tokenmill.errors import CheckpointError, MissingDependencyError, TokenmillError
+from tokenmill.quant import nf4
 from tokenmill.quant.checkpoint import Checkpoint
 from tokenmill.quant.stand_in import (
     Call,
@@ -112,6 +114,35 @@ class StreamedModel:
     def other_parameters(self) -> tuple[str, ...]:
         """Full names of the parameters outside the blocks; of tied ones, the one under which they are stored."""
         return tuple(self._places)
+
+    def left_out(self) -> tuple[str, ...]:
+        """A line about each kind of tensor that the checkpoint holds and the model has no place for; may be empty."""
+        own = dict(self._skeleton.named_parameters(remove_duplicate=False)) | dict(self._skeleton.named_buffers())
+        taken = {part for name in own for part in nf4.parts(name, self.checkpoint.tensors)}
+        # Rotary frequencies, which old checkpoints hold, are computed.
+        spare = [n for n in self.checkpoint.tensors if n not in taken and not n.endswith("rotary_emb.inv_freq")]
+        blocks = self._prefixes[id(self._blocks)]
+        index = re.compile(rf"{re.escape(blocks)}\.(\d+)\.")
+        found = {name: int(place[1]) for name in spare if (place := index.match(name))}
+        beyond = [name for name, i in found.items() if i >= self.num_blocks]
+        lines = []
+        if beyond:
+            spare = [name for name in spare if name not in beyond]
+            last = max(found[name] for name in beyond)
+            lines.append(
+                f"{blocks}.{min(found[name] for name in beyond)} to {last} ({self._amount(beyond)}): "
+                f"config.json has num_hidden_layers={self.num_blocks}"
+            )
+        if spare:
+            lines.append(
+                f"{self._amount(spare)} for which model_type={self.config.model_type!r} has no place: "
+                f"{', '.join(spare[:3])}{', ...' if len(spare) > 3 else ''}"
+            )
+        return tuple(lines)
+
+    def _amount(self, names: list[str]) -> str:
+        size = sum(self.checkpoint.tensors[name].num_bytes for name in names)
+        return f"{len(names)} tensor{'s' * (len(names) > 1)} of {size:,} bytes"
 
     def _move_buffers(self) -> None:
         """Rotary frequencies, scales of embeddings and the like, which no checkpoint holds, to the device."""

@@ -1,9 +1,12 @@
 """`tokenmill quantize` and `tokenmill memory` as a user meets them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tokenmill.cli import main
 from tokenmill.quant.checkpoint import Checkpoint
@@ -105,6 +108,28 @@ def test_quantize_says_what_stock_vllm_does_not_load(
     assert message is None or message in lines[0]
     refusal = json.loads((tmp_path / "out" / "quantize-report.json").read_text())["stock_refusal"]
     assert (refusal is None) == (message is None)
+
+
+def test_what_the_model_has_no_place_for_is_named_at_the_beginning(
+    dense_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(dense_model, source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    tensors = load_file(source / "model.safetensors")
+    extra = {"model.layers.0.mlp.extra.weight": torch.zeros(3, 2), "model.rotary_emb.inv_freq": torch.ones(16)}
+    save_file(tensors | extra, source / "model.safetensors", metadata={"format": "pt"})
+    command = ["quantize", str(source), str(tmp_path / "out"), "--method", "rtn", "--no-evaluation", "--device", "cpu"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "left out    model.layers.1 to 2 (18 tensors of " in said
+    assert "bytes): config.json has num_hidden_layers=1" in said
+    place = "for which model_type='llama' has no place: model.layers.0.mlp.extra.weight"
+    assert f"left out    1 tensor of 24 bytes {place}" in said
+    assert said.index("left out") < said.index("size  ")
+    kept = json.loads((tmp_path / "out" / "quantize-report.json").read_text())["left_out"]
+    assert len(kept) == 2
 
 
 def test_texts_that_are_none(dense_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
