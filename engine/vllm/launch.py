@@ -90,6 +90,7 @@ def parse(argv: Sequence[str]) -> tuple[Any, Namespace]:
 def refuse_incomplete(model: str) -> None:
     """Ends the start before anything is loaded where an INT4 checkpoint is not whole, or of other sizes than it says.
 
+    Also where a whole path leads nowhere: vLLM would take it for a model's name on a hub, and say that it is none.
     Reads headers only. What the values say is checked as each layer is packed; formats that are not ours are left to
     vLLM, and so are names of models that are no folders.
 
@@ -97,6 +98,8 @@ def refuse_incomplete(model: str) -> None:
         CheckpointError: Which file is cut short, which tensor is missing or has a wrong dtype or shape.
     """
     folder = Path(model)
+    if folder.is_absolute() and not folder.exists():
+        raise CheckpointError(f"{model} does not exist; name a checkpoint's folder, or a model of a hub")
     if not (folder / "config.json").is_file():
         return
     quantization = read_json(folder / "config.json").get("quantization_config")

@@ -214,6 +214,11 @@ def test_a_whole_checkpoint_a_name_and_other_formats_pass(copied: Path) -> None:
     launch.refuse_incomplete(str(copied))
 
 
+def test_a_folder_that_does_not_exist_is_no_name_on_a_hub(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="mistyped does not exist; name a checkpoint's folder"):
+        launch.refuse_incomplete(str(tmp_path / "mistyped"))
+
+
 def test_a_missing_scale_is_named_before_anything_is_loaded(copied: Path) -> None:
     tensors = load_file(copied / "model.safetensors")
     del tensors["model.layers.1.mlp.down_proj.scales"]
