@@ -175,7 +175,8 @@ class Metrics:
             where = (target.backend.tier, target.backend.name)
             self._outstanding.set(where, target.outstanding)
             self._up.set(where, 1 if target.ready else 0)
-        families = [*(one.family() for one in self._all), *self._consumption.families()]
+        told = [*(one.family() for one in self._all), *self._consumption.families()]
+        families = [snapshot.summable(family) for family in told]
         return Report(os.getpid(), families, self._decisions.latest(), [_state(target) for target in targets])
 
     async def _render(self) -> bytes:
@@ -189,6 +190,7 @@ class Metrics:
             return await asyncio.to_thread(self._tell, asked)
 
     def _tell(self, asked: engines.Answers) -> bytes:
+        self.board.fold()
         text = self._text(asked.engines)
         self.board.publish(Scrape(time.monotonic(), text, asked))
         return text

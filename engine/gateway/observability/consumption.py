@@ -9,6 +9,8 @@ interpreter).
 
 from collections.abc import Callable, Iterable
 
+import msgspec
+
 from tokenmill.engine.gateway.money import MICRO_CENTS_PER_DOLLAR
 from tokenmill.engine.gateway.observability.snapshot import Family, Values
 from tokenmill.engine.gateway.observability.tally import Tally
@@ -74,7 +76,10 @@ class Consumption:
         return [
             self._sums("tokenmill_tokens", "Tokens by kind.", (*where, "kind"), _tokens_by_backend),
             self._sums("tokenmill_account_tokens", "Tokens by who asked.", (*whose, "kind"), _tokens_by_account),
-            self._sums("tokenmill_cost_dollars", "What the tokens cost, by who asked.", whose, _cost),
+            msgspec.structs.replace(
+                self._sums("tokenmill_cost_dollars", "What the tokens cost, by who asked.", whose, _cost),
+                parts=MICRO_CENTS_PER_DOLLAR,
+            ),
             self._sums(
                 "tokenmill_upstream_requests", "Requests sent to backends, repeated ones included.", where, _calls
             ),
@@ -106,7 +111,7 @@ def _tokens_by_account(key: _Key, line: _Line) -> Iterable[tuple[Values, float]]
 
 
 def _cost(key: _Key, line: _Line) -> Iterable[tuple[Values, float]]:
-    yield key[:3], line.cost / MICRO_CENTS_PER_DOLLAR
+    yield key[:3], line.cost
 
 
 def _calls(key: _Key, line: _Line) -> Iterable[tuple[Values, float]]:

@@ -2,9 +2,9 @@
 
 Prometheus scrapes one worker, whichever the kernel chooses; the answer has the sums of all. It takes a counter that is
 lower than before for one that began anew, and adds all of it once more. So counters never go down, whoever answers:
-files of workers that have ended stay until the gateway starts anew; what a worker tells of itself is in its file
-before; the figures of all are added in one order, for the last digit of a sum depends on it; and one worker answers
-after the other (`Board.turn`).
+files of workers that have ended stay until the gateway starts anew, many of them as one; what a worker tells of itself
+is in its file before; sums are exact, for their last digit would depend on the order (`snapshot.summable`); and one
+worker answers after the other (`Board.turn`).
 """
 
 import asyncio
@@ -13,7 +13,7 @@ import fcntl
 import logging
 import os
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 
 from tokenmill.engine.gateway.observability.engines import Answers
-from tokenmill.engine.gateway.observability.snapshot import Family
+from tokenmill.engine.gateway.observability.snapshot import Family, total
 from tokenmill.engine.gateway.seldom import Seldom
 
 log = logging.getLogger("tokenmill.gateway")
@@ -29,6 +29,9 @@ log = logging.getLogger("tokenmill.gateway")
 INTERVAL_S = 1.0
 #: Seconds to wait for one's turn; somebody who has stopped in his is not waited for.
 TURN_S = 3.0
+#: So many reports of workers that have ended are put together: every new configuration ends some.
+MOST_ENDED = 16
+_ENDED = "ended"
 
 
 class Report(msgspec.Struct):
@@ -39,12 +42,14 @@ class Report(msgspec.Struct):
         families: Its metrics.
         decisions: Its last routing decisions, the latest last.
         backends: The backends as it sees them.
+        of: Of several that have ended: their names. Their own files count no more.
     """
 
     pid: int
     families: list[Family]
     decisions: list[dict[str, Any]] = []
     backends: list[dict[str, Any]] = []
+    of: list[str] = []
 
 
 class Scrape(msgspec.Struct):
@@ -131,7 +136,7 @@ class Board:
             return report
 
     def everybody(self) -> list[Seen]:
-        """This worker's report, fresh, and the others' last ones, in an order that all have. Call it in a thread."""
+        """This worker's report, fresh, and the others' last ones, in one order for all. Call it in a thread."""
         if self._folder is None:
             return [Seen(self._report(), True)]
         try:
@@ -139,12 +144,42 @@ class Board:
         except OSError as error:
             self._not_written(error)
             own = self._report()
-        seen = {self._name: Seen(own, True)}
-        for path in self._folder.glob("*.report"):
+        seen = {self._name: Seen(own, True), **self._others(self._folder)}
+        return [seen[name] for name in sorted(seen)]
+
+    def _others(self, folder: Path) -> dict[str, Seen]:
+        seen: dict[str, Seen] = {}
+        for path in folder.glob("*.report"):
             if path.stem != self._name:
                 with contextlib.suppress(OSError, msgspec.MsgspecError):
                     seen[path.stem] = Seen(_DECODER.decode(path.read_bytes()), _is_locked(path.with_suffix(".lock")))
-        return [seen[name] for name in sorted(seen)]
+        gone = seen[_ENDED].report.of if _ENDED in seen else ()
+        return {name: one for name, one in seen.items() if name not in gone}
+
+    def fold(self) -> None:
+        """Puts together what those told that have ended, where they are many. Call it in a `turn`, in a thread."""
+        if self._folder is None:
+            return
+        seen = self._others(self._folder)
+        names = sorted(name for name, one in seen.items() if not one.lives)
+        if len(names) <= MOST_ENDED:
+            return
+        try:
+            self._remove(self._folder, seen[_ENDED].report.of if _ENDED in seen else [])
+            families = total([seen[name].report.families for name in names], [False] * len(names))
+            of = [name for name in names if name != _ENDED]
+            made = self._folder / f"{_ENDED}.new"
+            made.write_bytes(msgspec.msgpack.encode(Report(0, families, of=of)))
+            made.replace(self._folder / f"{_ENDED}.report")
+            self._remove(self._folder, of)
+        except OSError as error:
+            self._not_written(error)
+
+    @staticmethod
+    def _remove(folder: Path, names: Sequence[str]) -> None:
+        for name in names:
+            for kind in ("report", "lock"):
+                (folder / f"{name}.{kind}").unlink(missing_ok=True)
 
     @contextlib.asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
