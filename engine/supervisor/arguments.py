@@ -35,6 +35,7 @@ Serves models over the OpenAI API. Three ways to say which:
                                       a LiteLLM proxy's file is understood, too
 """
 EPILOG = """\
+SIGHUP has CONFIG.yaml read again, without the loss of a request (docs/gateway.md).
 `tokenmill serve --help=all` lists vLLM's flags. Engines write their logs to files that the start names.
 Exit status: 0 after SIGTERM or Ctrl-C, 1 when a server could not start, 2 for bad arguments.
 """
