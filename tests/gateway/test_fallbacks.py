@@ -13,8 +13,9 @@ from tests.gateway.running import RunningGateway, wait_until
 from tests.gateway.upstream import Books, FakeUpstream
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.balance import Balancer
+from tokenmill.engine.gateway.body import Body
 from tokenmill.engine.gateway.breaker import RetryBudget
-from tokenmill.engine.gateway.fallback import Failure, Trouble, Way
+from tokenmill.engine.gateway.fallback import Failure, Trouble, Way, fitting, trouble_of
 from tokenmill.engine.gateway.governance.accounts import Limits
 from tokenmill.engine.gateway.governance.schema import SCHEMA
 from tokenmill.engine.gateway.money import Prices
@@ -248,6 +249,52 @@ def test_refused_content_goes_only_where_that_is_meant(
     status, _, answer = gateway.post(CHAT, {"model": "large", "act": {"large": refused}})
     assert (status, answer) == (400, refused["body"].encode())
     assert asked(servers) == {"small": 1, "lax": 1, "large": 1}
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "trouble"),
+    [
+        (500, b"<html>", "failed"),
+        (408, b"", "failed"),
+        (429, b"", "failed"),
+        (401, b"", "failed"),
+        (404, b"<html>", "failed"),
+        (400, b"<html>", "final"),
+        (400, b"[]", "final"),
+        (400, b'{"error": "no"}', "final"),
+        (400, b'{"error": {"code": null, "message": null}}', "final"),
+        (400, b'{"error": {"code": "context_length_exceeded"}}', "context"),
+        (413, b'{"error": {"message": "Prompt is too long: 5 tokens"}}', "context"),
+        (409, b'{"error": {"message": "Prompt is too long: 5 tokens"}}', "final"),
+        (400, b'{"error": {"code": "content_filter"}}', "policy"),
+        (503, b'{"error": {"code": "content_filter"}}', "failed"),
+    ],
+)
+def test_what_an_error_means(status: int, body: bytes, trouble: Trouble) -> None:
+    target = Target(Backend("small", "http://127.0.0.1:9", "small", ("small",), api_key="sk"), Settings())
+    exchange = Exchange(CHAT, [], b"{}", body=None, model="small", request_id="r", forward=[])
+    assert trouble_of(Reply(status, [], body), exchange, target) == trouble
+
+
+@pytest.mark.parametrize(
+    ("length", "after", "left"),
+    [
+        (10, "context", ["small"]),  # it fits for certain
+        (800, "context", ["small", "long"]),
+        (10_000, "context", ["long"]),  # it cannot fit
+        # Where no other is meant for that, the backend itself says so.
+        (10_000, "error", ["small", "long"]),
+    ],
+)
+def test_where_a_long_prompt_goes_first(length: int, after: Any, left: list[str]) -> None:
+    small, long = (
+        Target(Backend(name, "http://127.0.0.1:9", name, (name,), context_window=window), Settings())
+        for name, window in (("small", 500), ("long", 5000))
+    )
+    body = json.dumps({"messages": [{"role": "user", "content": "w " * (length // 2)}], "max_tokens": 10}).encode()
+    exchange = Exchange(CHAT, [], body, body=Body(body), model="small", request_id="r", forward=[])
+    routes = fitting([Route((small,), "small"), Route((long,), None, FALLBACK, after)], exchange)
+    assert [target.backend.name for route in routes for target in route.targets] == left
 
 
 @pytest.mark.parametrize(("trouble", "then"), [("failed", "large"), ("policy", None)])
