@@ -23,6 +23,9 @@ from tokenmill.errors import ConfigurationError
 #: Pages in the write-ahead log before they are copied into the file, which waits for the disk: 16 MiB. A connection
 #: that may not wait leaves it to `tidy`.
 _CHECKPOINT_PAGES = 4096
+#: Bytes of the log that stay on the disk once it begins anew: whoever reads for long has it grow by all that is written
+#: meanwhile.
+_LOG_BYTES = 64 << 20
 #: How long a connection that may wait does so for a program that holds the file without our lock, in seconds.
 _PATIENCE_S = 30.0
 #: What may pass: somebody holds the file, the disk is full, fails or was made read-only, too many files are open.
@@ -149,7 +152,8 @@ class Sqlite:
         connection.prepare(_open_lock(self._order) if writes else -1)
         checkpoint = f"wal_autocheckpoint={_CHECKPOINT_PAGES if waits else 0}"
         try:
-            for setting in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", checkpoint):
+            limit = f"journal_size_limit={_LOG_BYTES}"
+            for setting in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", checkpoint, limit):
                 connection.execute(f"PRAGMA {setting}")
             if not waits:  # from now on
                 connection.execute("PRAGMA busy_timeout=0")

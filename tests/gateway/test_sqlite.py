@@ -1,5 +1,6 @@
 """Opening the store's SQLite file, by several at once."""
 
+import contextlib
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.gateway.running import wait_until
+from tokenmill.engine.gateway import sqlite
 from tokenmill.engine.gateway.sqlite import Sqlite
 from tokenmill.engine.gateway.store import Connection, Store, StoreUnavailableError
 
@@ -91,3 +93,27 @@ def test_what_came_while_the_file_was_read_only_is_written_afterwards(tmp_path: 
     store._writer.execute("PRAGMA query_only = OFF")
     wait_until(lambda: store.reader.execute("SELECT count(*) FROM things").fetchone() == (1,))
     store.close()
+
+
+def test_a_log_that_a_long_reader_had_grow_becomes_small_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite, "_LOG_BYTES", 100_000)
+    database = Sqlite(tmp_path / "books.db")
+    log = tmp_path / "books.db-wal"
+    with contextlib.closing(database.connect(writes=True, waits=False)) as writer:
+
+        def write() -> None:
+            with database.transaction(writer, waits=False):
+                writer.execute("INSERT INTO texts VALUES (randomblob(100000))")
+
+        writer.execute("CREATE TABLE texts (text)")
+        with contextlib.closing(database.connect()) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT count(*) FROM texts").fetchone()
+            for _ in range(10):
+                write()
+                database.tidy()
+        assert log.stat().st_size > 1_000_000
+        database.tidy()
+        write()
+        assert log.stat().st_size < 300_000
+    database.close()
