@@ -43,6 +43,18 @@ def test_packing_is_a_bijection(K: int, N: int, seed: int) -> None:
     assert torch.equal(pack_codes(unpack_codes(words, K)), words)
 
 
+@pytest.mark.parametrize("codes", [torch.zeros(8, 4, dtype=torch.int32), torch.zeros(8, dtype=torch.uint8)])
+def test_codes_of_another_form_are_refused(codes: torch.Tensor) -> None:
+    with pytest.raises(InputError, match=r"codes must be a 2-D uint8 tensor, got torch\.(int32|uint8) \[8"):
+        pack_codes(codes)
+
+
+@pytest.mark.parametrize(("words", "K"), [(torch.zeros(2, 4, dtype=torch.int64), 16), (torch.zeros(2, 4).int(), 17)])
+def test_words_of_another_form_are_refused(words: torch.Tensor, K: int) -> None:
+    with pytest.raises(InputError, match=r"words is torch\.int\d\d \[2, 4\]; this weight needs torch\.int32 \[\d, 4\]"):
+        unpack_codes(words, K)
+
+
 def test_a_word_holds_its_rows_from_the_low_bits_up() -> None:
     codes = torch.tensor([[1], [2], [3], [4], [5], [6], [7], [15], [9]], dtype=torch.uint8)
     words = pack_codes(codes)
