@@ -260,6 +260,30 @@ def test_keys_of_the_gateway_stay_here() -> None:
     version = (b"anthropic-version", b"2023-06-01")
     assert anthropic.headers(forward, "sk-ant") == [version, (b"x-api-key", b"sk-ant")]
     assert anthropic.headers([(b"x-api-key", b"own")], None) == [version, (b"x-api-key", b"own")]
+    bearer = [(b"authorization", b"Bearer own"), (b"x-api-key", b"other")]
+    assert anthropic.headers(bearer, None) == [version, (b"x-api-key", b"own")]
+    newer = [(b"anthropic-version", b"2030-01-01")]
+    assert anthropic.headers(newer, "sk-ant") == [version, (b"x-api-key", b"sk-ant")]
+    assert anthropic.headers(newer, "sk-ant", own=True) == [*newer, (b"x-api-key", b"sk-ant")]
+
+
+@pytest.mark.parametrize(
+    ("status", "raw", "shown", "kind", "message"),
+    [
+        (529, b'{"error": {"type": "overloaded_error", "message": "busy"}}', 503, "overloaded_error", "busy"),
+        (None, b'{"error": {"type": "overloaded_error", "message": "busy"}}', 503, "overloaded_error", "busy"),
+        (None, b'{"error": {"type": "rate_limit_error", "message": "slow"}}', 429, "rate_limit_error", "slow"),
+        (None, b'{"error": {"type": "another", "message": "no"}}', 500, "another", "no"),
+        (400, b'{"error": {"type": "invalid_request_error", "message": "no"}}', 400, "invalid_request_error", "no"),
+        (502, b"<html>", 502, "server_error", "<html>"),
+        (502, b"[]", 502, "server_error", "[]"),
+        (502, b"", 502, "server_error", "The backend answered with status 502."),
+    ],
+)
+def test_errors_are_translated(status: int | None, raw: bytes, shown: int, kind: str, message: str) -> None:
+    found, body = anthropic.error(status, raw)
+    said = json.loads(body)["error"]
+    assert (found, said["type"], said["message"]) == (shown, kind, message)
 
 
 def test_request_is_translated_field_by_field() -> None:
