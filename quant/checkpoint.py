@@ -193,10 +193,11 @@ class Checkpoint:
             parameter = nf4.dequantize(name, parts).to(dtype)
         else:
             tensor = self.tensor(name)
+            stored = str(tensor.dtype).removeprefix("torch.")
             if not tensor.is_floating_point():
-                raise CheckpointError(
-                    f"{name} is {str(tensor.dtype).removeprefix('torch.')}; it must be floating point"
-                )
+                raise CheckpointError(f"{name} is {stored}; it must be floating point")
+            if tensor.dtype.itemsize == 1:  # nothing without its scales, which each format calls and cuts otherwise
+                raise CheckpointError(f"{name} is {stored}, which is not read; give the checkpoint in 16 or 32 bits")
             parameter = tensor.to(dtype)
         _check_finite(name, parameter)
         return parameter

@@ -271,3 +271,13 @@ def test_a_parameter_that_is_not_finite_in_the_dtype_asked_for_is_refused(dense_
     assert bool(checkpoint.parameter("lm_head.weight", torch.float32).isfinite().all())
     with pytest.raises(CheckpointError, match=r"lm_head.weight\[5, 6\] is inf in float16; it must be finite"):
         checkpoint.parameter("lm_head.weight", torch.float16)
+
+
+def test_eight_bit_floats_are_refused_for_their_scales_are_not_read(dense_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(dense_model, tmp_path / "fp8")
+    tensors = load_file(tmp_path / "fp8" / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    scaled = {name: tensors[name].to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(1, 1)}
+    save_file(tensors | scaled, tmp_path / "fp8" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{name} is float8_e4m3fn, which is not read; give .* 16 or 32 bits"):
+        Checkpoint(tmp_path / "fp8").parameter(name, torch.float32)
