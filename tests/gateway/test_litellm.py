@@ -353,6 +353,15 @@ def test_a_provider_may_serve_all_that_it_lists(tmp_path: Path) -> None:
     assert [backend.prefix for backend in make_plan(imported.config).remotes] == ["openai/", "fast/"]
 
 
+def test_a_models_limit_goes_before_that_of_all(tmp_path: Path) -> None:
+    rest = "general_settings: {max_parallel_requests: 5, max_request_size_mb: 2}"
+    for own, general, most in (("", "", None), ("", rest, 5), (", max_parallel_requests: 3", rest, 3)):
+        listed = model("m", f"model: openai/m, api_base: 'http://b/v1'{own}")
+        config = convert(tmp_path, "model_list:\n" + listed + general).config
+        size = 2 if general else Server().max_body_mb
+        assert (backends(config, "m")[0].max_concurrency, config.server.max_body_mb) == (most, size)
+
+
 def test_weights_come_from_weight_then_rpm_where_all_state_it(tmp_path: Path) -> None:
     text = "model_list:\n" + "".join(
         model(name, f"model: openai/x, api_key: k, {rest}")
