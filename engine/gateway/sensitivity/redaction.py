@@ -4,6 +4,7 @@ Every value gets a placeholder `[KIND_N]` that occurs nowhere else in the reques
 exact: an answer that repeats the request word for word is the unredacted request word for word.
 """
 
+import functools
 import hashlib
 import json
 import re
@@ -119,14 +120,16 @@ class Redaction:
             text: The text.
             twice: It is JSON in a string of JSON.
         """
-        return _MARK.sub(self._in_json_twice if twice else self._in_json, text) if "[" in text else text
+        if "[" not in text:
+            return text
+        escaped = self._escaped[1 if twice else 0]
+        return _MARK.sub(lambda match: escaped.get(match[0], match[0]), text)
 
-    def _in_json(self, match: re.Match[str]) -> str:
-        value = self._values.get(match[0])
-        return match[0] if value is None else json.dumps(value, ensure_ascii=False)[1:-1]
-
-    def _in_json_twice(self, match: re.Match[str]) -> str:
-        return json.dumps(self._in_json(match), ensure_ascii=False)[1:-1]
+    @functools.cached_property
+    def _escaped(self) -> tuple[dict[str, str], dict[str, str]]:
+        """The values as they stand in JSON, and in JSON in a string of JSON."""
+        once = {placeholder: json.dumps(value, ensure_ascii=False)[1:-1] for placeholder, value in self._values.items()}
+        return once, {placeholder: json.dumps(value, ensure_ascii=False)[1:-1] for placeholder, value in once.items()}
 
     def may_be_in(self, raw: bytes) -> bool:
         """Whether a placeholder may stand in a text, which may be JSON that escapes any of its characters."""

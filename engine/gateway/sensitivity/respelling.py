@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
 from typing import Any
 
 from tokenmill.engine.gateway.sensitivity.redaction import Redaction
@@ -30,28 +29,33 @@ def respelled(raw: bytes, content: Any, redaction: Redaction) -> bytes:
         RecursionError: It is nested too deeply.
     """
     text = raw.decode()
+    strings: list[tuple[str, Any]] = []
+    _pair(_DECODER.decode(text), content, strings)
     parts: list[str] = []
     done = 0
-    for found, (before, after) in zip(_STRING.finditer(text), _strings(_DECODER.decode(text), content), strict=True):
+    for found, (before, after) in zip(_STRING.finditer(text), strings, strict=True):
         if before != after:
             parts += (text[done : found.start()], _spelt(found[0], after, redaction))
             done = found.end()
     return "".join((*parts, text[done:])).encode()
 
 
-def _strings(before: Any, after: Any) -> Iterator[tuple[str, Any]]:
-    """All strings of a value in the order in which they stand, names too, each with what takes its place."""
+def _pair(before: Any, after: Any, strings: list[tuple[str, Any]]) -> None:
+    """Adds all strings of a value in the order in which they stand, names too, each with what takes its place."""
     if isinstance(before, str):
-        yield before, after
+        strings.append((before, after))
     elif isinstance(before, _Members):
-        last = {name: place for place, (name, _) in enumerate(before)}
+        # Of those that stand twice the last one was decoded.
+        last = None if len(before) == len(after) else {name: place for place, (name, _) in enumerate(before)}
         for place, (name, member) in enumerate(before):
-            yield name, name
-            # Of those that stand twice the last one was decoded.
-            yield from _strings(member, after[name] if last[name] == place else _plain(member))
+            strings.append((name, name))
+            if isinstance(member, (str, list)):
+                decoded = last is None or last[name] == place
+                _pair(member, after[name] if decoded else _plain(member), strings)
     elif isinstance(before, list):
         for item, other in zip(before, after, strict=True):
-            yield from _strings(item, other)
+            if isinstance(item, (str, list)):
+                _pair(item, other, strings)
 
 
 def _plain(value: Any) -> Any:
@@ -64,7 +68,8 @@ def _plain(value: Any) -> Any:
 def _spelt(string: str, after: Any, redaction: Redaction) -> str:
     """A JSON string that becomes another one, or nothing."""
     if "[" in string:
-        for restored in (redaction.restore_json(string), redaction.restore_json(string, twice=True)):
+        for twice in (False, True):
+            restored = redaction.restore_json(string, twice=twice)
             if json.loads(restored) == after:
                 return restored
     return json.dumps(after, ensure_ascii="\\u" in string)
