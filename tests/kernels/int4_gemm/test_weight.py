@@ -81,6 +81,8 @@ def test_dequantisation_is_the_formula(symmetric: bool, act_order: bool, dtype: 
     [
         ({"codes": torch.zeros(2, 4, dtype=torch.int64)}, "codes must be a 2-D int32 tensor"),
         ({"codes": torch.zeros(3, 4, dtype=torch.int32)}, r"codes is torch.int32 \[3, 4\]; this weight needs \[2, 4\]"),
+        ({"codes": torch.zeros(2, dtype=torch.int32)}, r"codes must be a 2-D int32 tensor, got torch.int32 \[2\]"),
+        ({"codes": torch.zeros(2, 0, dtype=torch.int32)}, "N=0: an INT4 weight needs"),
         ({"K": 0}, "at least one row"),
         ({"group_size": 0}, r"group_size=0 is not in 1..K=16"),
         ({"group_size": 32}, r"group_size=32 is not in 1..K=16"),

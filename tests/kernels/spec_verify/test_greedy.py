@@ -191,6 +191,12 @@ def test_sums_that_do_not_fit_are_refused(name: str, value: list[int], message: 
         spec_verify_greedy(**{**arguments, name: torch.tensor(value, dtype=torch.int32)})
 
 
+def test_inputs_are_not_made_of_more_drafts_than_fit() -> None:
+    GREEDY.inputs_for(GREEDY.problem({"T": 6, "B": 2, "V": 4, "max_spec_len": 3}))
+    with pytest.raises(InputError, match="T=7 drafts do not fit in B=2 requests of at most 3"):
+        GREEDY.inputs_for(GREEDY.problem({"T": 7, "B": 2, "V": 4, "max_spec_len": 3}))
+
+
 def test_an_empty_vocabulary_is_refused() -> None:
     with pytest.raises(InputError, match="V=0"):
         spec_verify_greedy(**{**one_request([1.0], 0), "target_logits": torch.zeros(1, 0)})
