@@ -27,6 +27,8 @@ POOL_KEEP_ALIVE_S = 4.0
 #: A backend may close one sooner. Where a connection that was idle for so long ends without a byte, it had been closed
 #: before the request came, and that goes out again. (Of busy ones no backend tires: there it is the request.)
 _MAY_BE_CLOSED_S = 0.5
+#: That shows after one way there and back. One that ends later had taken the request, and died of it perhaps.
+_SHOWS_WITHIN_S = 1.0
 
 #: Headers that belong to one connection or to the framing, never passed on in either direction.
 HOP_BY_HOP = frozenset(
@@ -209,11 +211,12 @@ class Upstream:
         head = b"".join((*begin, lines(headers), end))
         connection = self._pooled(origin)
         if connection is not None:
-            idle_s = self._loop.time() - connection.idle_since
+            sent_at = self._loop.time()
             try:
                 return await self._answer(connection, origin, head, body)
             except NoAnswerError:
-                if idle_s < _MAY_BE_CLOSED_S or not connection.unheard:
+                was_busy = sent_at - connection.idle_since < _MAY_BE_CLOSED_S
+                if was_busy or not connection.unheard or self._loop.time() - sent_at > _SHOWS_WITHIN_S:
                     raise
         return await self._answer(await self._connect(origin), origin, head, body)
 

@@ -129,27 +129,31 @@ class Tiring(Server):
             writer.close()
 
 
-@pytest.mark.parametrize("last", [b"", b"HTTP/1.1 200"])
-@pytest.mark.parametrize("idle", [False, True])
+@pytest.mark.parametrize(
+    ("idle", "late", "last"),
+    [(True, False, b""), (True, True, b""), (True, False, b"HTTP/1.1 200"), (False, False, b"")],
+)
 def test_a_request_that_meets_a_closing_connection_goes_out_on_a_new_one(
-    monkeypatch: pytest.MonkeyPatch, last: bytes, idle: bool
+    monkeypatch: pytest.MonkeyPatch, idle: bool, late: bool, last: bytes
 ) -> None:
     if idle:
         monkeypatch.setattr(upstream_module, "_MAY_BE_CLOSED_S", 0.0)
+    monkeypatch.setattr(upstream_module, "_SHOWS_WITHIN_S", -1.0 if late else 60.0)
+    again = idle and not late and not last
     server = Tiring(LENGTH)
     server.last = last
 
     async def use(upstream: Upstream, origin: Origin) -> None:
         assert (await fetch(upstream, origin))[1] == b"hello"
-        if idle and not last:
+        if again:
             assert (await fetch(upstream, origin))[1] == b"hello"
             return
-        # The backend was at work a moment ago, or had begun to answer: it is the request that ended it.
+        # The backend was at work a moment ago, had begun to answer or had the request for long: that ended it.
         with pytest.raises(NoAnswerError):
             await fetch(upstream, origin)
 
     talk(server, use)
-    assert len(server.requests) == (3 if idle and not last else 2)
+    assert len(server.requests) == (3 if again else 2)
 
 
 @pytest.mark.parametrize("status", [b"204 No Content", b"304 Not Modified"])
