@@ -241,6 +241,8 @@ def _run(
                 run = recall.run(run)
             for hidden in calibration:  # in the same memory, which would otherwise be torn to pieces
                 hidden.copy_(run(hidden))
+            if recall is not None:
+                recall.let_go()
         model.checkpoint.close()
         if progress is not None:
             progress(index + 1, model.num_blocks, sum(found.values()) / len(found) if found else None)

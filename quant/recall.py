@@ -28,7 +28,7 @@ class Recall:
     """
 
     def __init__(self, block: nn.Module, sets: Sequence[Sequence[str]], calls: Counter[str]) -> None:
-        self._block = block
+        self._parameters = dict(block.named_parameters())
         self._last_set = {
             part: max(index for index, names in enumerate(sets) for name in names if name.startswith(f"{part}."))
             for part, times in calls.items()
@@ -39,12 +39,14 @@ class Recall:
         self._room = MAX_BYTES
         self._batch = 0
         self._is_last_pass = False
+        self._modules: list[nn.Module] = []
         self._attach(block)
 
     def _attach(self, block: nn.Module) -> None:
         for part in self._last_set:
             module = block.get_submodule(part)
             module.forward = self._in_place_of(part, module.forward)
+            self._modules.append(module)
 
     def _in_place_of(self, part: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def recalled(*arguments: Any, **keywords: Any) -> Any:
@@ -84,12 +86,22 @@ class Recall:
 
     def last_pass(self, block: nn.Module) -> None:
         """The next pass is the last, through `block`: what it has no use for is forgotten, and all if it differs."""
-        one, other = dict(self._block.named_parameters()), dict(block.named_parameters())
-        if not all(torch.equal(parameter, other[name]) for name, parameter in one.items()):
+        other = dict(block.named_parameters())
+        if not all(torch.equal(parameter, other[name]) for name, parameter in self._parameters.items()):
             self._kept.clear()
         self._is_last_pass = True
-        self._block = block
+        self.let_go()
         self._attach(block)
+
+    def let_go(self) -> None:
+        """Leaves the block as it was: a module and its stand-in hold each other, and the collector seldom looks.
+
+        Each block would stay in memory, and in the end the whole model.
+        """
+        for module in self._modules:
+            del module.forward
+        self._modules.clear()
+        self._parameters.clear()
 
 
 def _copy(output: Any) -> Any:

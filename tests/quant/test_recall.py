@@ -1,16 +1,20 @@
 """What is remembered of a block's finished parts changes nothing but how often they run."""
 
+import gc
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from tokenmill.quant import recall
 from tokenmill.quant.block import BlockSettings, Method
 from tokenmill.quant.gptq import GptqOptions
 from tokenmill.quant.quantizer import Request, quantize_checkpoint
+from tokenmill.quant.streaming import StreamedModel
 
 modeling_llama = pytest.importorskip("transformers.models.llama.modeling_llama")
 
@@ -57,3 +61,30 @@ def test_recalled_parts_give_the_same_files(
     quantize_checkpoint(dense_model, tmp_path / "other", request)
     assert weights(tmp_path / "one") == weights(tmp_path / "other")
     assert calls["LlamaAttention"] == again
+
+
+def test_blocks_that_are_done_are_freed_without_the_collector(
+    dense_model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looks at what is old so seldom that all blocks would have to have room."""
+    read = StreamedModel.block
+    blocks: list[weakref.ref[nn.Module]] = []
+
+    def noted(self: StreamedModel, *arguments: Any) -> nn.Module:
+        block = read(self, *arguments)
+        blocks.append(weakref.ref(block))
+        return block
+
+    alive: list[int] = []
+
+    def progress(*_: object) -> None:
+        alive.append(sum(block() is not None for block in blocks))
+
+    monkeypatch.setattr(StreamedModel, "block", noted)
+    request = Request(BlockSettings("gptq", 32, True, torch.bfloat16, GptqOptions()), "gptq", text, None, 4, 64)
+    gc.disable()
+    try:
+        quantize_checkpoint(dense_model, tmp_path / "out", request, progress=progress)
+    finally:
+        gc.enable()
+    assert alive == [1, 1, 1]
