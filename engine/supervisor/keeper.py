@@ -101,6 +101,8 @@ class Keeper:
             self.child = child = await self._launch()
         except OSError as error:
             return 0.0, f"cannot be started: {error}"
+        if self._retires:  # it was started meanwhile, and has heard nothing of that
+            child.signal_group(signal.SIGHUP)
         try:
             reason = await self._watch(child)
             return (time.monotonic() - self._ready_at if self.ready.is_set() else 0.0), reason

@@ -66,8 +66,8 @@ class Supervisor:
         self._workers: list[Keeper] = []
         self._engines: list[Keeper] = []
         self._tasks: dict[asyncio.Task[None], Keeper] = {}
-        #: Workers of configurations before this one, with requests that have not ended.
-        self._retiring: dict[asyncio.Task[None], Keeper] = {}
+        #: Workers of configurations before this one, with requests that have not ended, and of one that is not taken yet.
+        self._others: dict[asyncio.Task[None], Keeper] = {}
         self._stop = asyncio.Event()
         #: A signal to stop, or the end of what should run.
         self._over = asyncio.Event()
@@ -122,15 +122,21 @@ class Supervisor:
         self._tasks[task] = keeper
         task.add_done_callback(lambda _: self._over.set() if task in self._tasks else None)
 
+    def _put_aside(self, tasks: dict[asyncio.Task[None], Keeper]) -> None:
+        """Runs them until their end, of which nobody takes notice, or that of everything."""
+        self._others.update(tasks)
+        for task in tasks:
+            task.add_done_callback(lambda done: self._others.pop(done, None))
+
     def _new_workers(self, plan: Plan) -> list[Keeper]:
         """Workers for a plan, under names that nobody has."""
-        taken = {keeper.name for keeper in (*self._tasks.values(), *self._retiring.values())}
+        taken = {keeper.name for keeper in (*self._tasks.values(), *self._others.values())}
         names = (name for number in itertools.count(1) if (name := f"gateway-{number}") not in taken)
         return [self._worker_keeper(name, plan) for name in itertools.islice(names, plan.server.workers)]
 
     def _on_signal(self) -> None:
         if self._stop.is_set():  # a second signal: no more patience
-            for keeper in (*self._tasks.values(), *self._retiring.values()):
+            for keeper in (*self._tasks.values(), *self._others.values()):
                 keeper.kill()
         self._stop.set()
         self._over.set()
@@ -155,22 +161,19 @@ class Supervisor:
             return reason
         fresh = self._new_workers(plan)
         tasks = {asyncio.create_task(keeper.run()): keeper for keeper in fresh}
-        try:
-            reason = await reload.failure(fresh, partial(probe.get_json, *self._address(), "/ready"))
-        except BaseException:
-            await self._cancel(tasks)
-            raise
+        self._put_aside(tasks)
+        reason = await reload.failure(fresh, partial(probe.get_json, *self._address(), "/ready"))
         if reason is not None:
             await self._cancel(tasks)
             return reason
         before = {task: keeper for task, keeper in self._tasks.items() if keeper in self._workers}
         self._plan, self._workers = plan, fresh
         for task, keeper in tasks.items():
+            self._others.pop(task, None)
             self._keep(task, keeper)
+        self._put_aside(before)
         for task, keeper in before.items():
             del self._tasks[task]
-            self._retiring[task] = keeper
-            task.add_done_callback(self._retiring.pop)
             keeper.retire()
         self._display.event("configuration", "taken; the workers before end with their last request")
         return None
@@ -325,7 +328,7 @@ class Supervisor:
         if any(keeper.ready.is_set() for keeper in self._workers):
             self._display.event("gateway", f"draining, at most {self._plan.server.drain_seconds:g} s")
         started = time.monotonic()
-        await self._cancel([*self._retiring, *(task for task, one in self._tasks.items() if one in self._workers)])
+        await self._cancel([*self._others, *(task for task, one in self._tasks.items() if one in self._workers)])
         await self._cancel(self._tasks)
         for port in self._ports.values():
             port.release()
@@ -336,5 +339,7 @@ class Supervisor:
     async def _cancel(self, tasks: Iterable[asyncio.Task[None]]) -> None:
         chosen = list(tasks)
         for task in chosen:
-            task.cancel()
-        await asyncio.gather(*chosen, return_exceptions=True)
+            if not task.cancelling():  # once more would have it end before its process
+                task.cancel()
+        # Nor when this is cancelled.
+        await asyncio.shield(asyncio.gather(*chosen, return_exceptions=True))

@@ -164,6 +164,22 @@ def test_an_end_is_seen_although_nobody_answers(tmp_path: Path) -> None:
         asyncio.run(asyncio.wait_for(keeper.run(), 20))
 
 
+def test_a_process_that_is_to_retire_while_it_starts_does(tmp_path: Path) -> None:
+    async def launch() -> Child:
+        child = Child([sys.executable, "-c", "import time; time.sleep(60)"], {}, tmp_path / "log", lambda _line: None)
+        await child.start()
+        keeper.retire()
+        return child
+
+    async def health() -> int | None:
+        return 200
+
+    keeper = Keeper("one", launch, health, lambda *_: None, 1.0)
+    asyncio.run(asyncio.wait_for(keeper.run(), 20))
+    assert keeper.child is not None
+    assert keeper.child.exit_status == -signal.SIGHUP
+
+
 def test_the_time_that_a_process_took_to_be_ready_forgives_no_death(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -130,4 +131,20 @@ def test_the_end_does_not_wait_for_the_workers_before(server: Running) -> None:
     assert not asking.is_alive()
     connection.close()
     assert server.wait_end(15) == 0
+    assert server.processes() == {}
+
+
+def test_workers_that_are_to_take_over_end_with_everything(server: Running) -> None:
+    workers = server.pids("gateway.worker")
+    down = FAR.replace("NAME", "far").replace("URL", "http://127.0.0.1:9")  # is waited for
+    (server.folder / "config.yaml").write_text(CONFIG + down)
+    server.signal(signal.SIGHUP)
+    (fresh, _) = until(lambda: len(new := server.pids("gateway.worker") - workers) == 2 and new, 10, "new workers")
+    until(lambda: list(server.folder.glob(f"logs/*/figures/{fresh}-*")), 20, "it serves")
+    os.kill(fresh, signal.SIGSTOP)  # it has much to do
+    server.signal(signal.SIGTERM)
+    until(lambda: "gateway: draining" in server.text, 9, "no more requests are taken")
+    assert fresh in server.processes()
+    server.signal(signal.SIGTERM)
+    assert server.wait_end(8) == 0
     assert server.processes() == {}
