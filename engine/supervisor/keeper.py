@@ -98,17 +98,21 @@ class Keeper:
         if self._retires:
             return 0.0, "it was to retire"
         try:
-            self.child = child = await self._launch()
+            child = await self._launched()
         except OSError as error:
             return 0.0, f"cannot be started: {error}"
-        if self._retires:  # it was started meanwhile, and has heard nothing of that
-            child.signal_group(signal.SIGHUP)
         try:
             reason = await self._watch(child)
             return (time.monotonic() - self._ready_at if self.ready.is_set() else 0.0), reason
         finally:
             self.ready.clear()
             await child.end(self.grace)
+
+    async def _launched(self) -> Child:
+        self.child = child = await self._launch()
+        if self._retires:  # since it is being started, and it has heard nothing of that
+            self.retire()
+        return child
 
     async def _watch(self, child: Child) -> str:
         """Returns why the process has to be replaced."""

@@ -66,7 +66,7 @@ class Supervisor:
         self._workers: list[Keeper] = []
         self._engines: list[Keeper] = []
         self._tasks: dict[asyncio.Task[None], Keeper] = {}
-        #: Workers of configurations before this one, with requests that have not ended, and of one that is not taken yet.
+        #: Workers of configurations before this one, with requests that have not ended, and of one not taken yet.
         self._others: dict[asyncio.Task[None], Keeper] = {}
         self._stop = asyncio.Event()
         #: A signal to stop, or the end of what should run.
