@@ -123,6 +123,7 @@ def test_what_is_kept_is_forgotten_when_somebody_else_writes(store: Store, other
     assert do(reservation(key, "f", 0)).limit == "revoked"
     found = accounts.find(store.reader, "team")
     assert (found.spent, found.reserved) == (21, 30)
+    assert store.reader.execute("SELECT call FROM reservations").fetchall() == [("b",)]
 
 
 def test_what_was_rolled_back_is_not_kept(store: Store) -> None:

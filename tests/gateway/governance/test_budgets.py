@@ -11,7 +11,7 @@ import pytest
 from tests.gateway.running import wait_until
 from tokenmill.engine.gateway.governance import accounts, audit, books, keys, workers
 from tokenmill.engine.gateway.governance.accounts import Limits
-from tokenmill.engine.gateway.governance.budgets import Granted, Part, Refusal, Reservation, Spending
+from tokenmill.engine.gateway.governance.budgets import Granted, Part, Rate, Refusal, Reservation, Spending
 from tokenmill.engine.gateway.governance.workers import WorkerLock
 from tokenmill.engine.gateway.store import Store, now_ms
 from tokenmill.errors import InputError
@@ -122,6 +122,23 @@ def test_budget_starts_anew_with_its_period(store: Store) -> None:
     assert renewed.period_start >= start + 3000
 
 
+@pytest.mark.parametrize("later", [1000, 2000])
+def test_what_ends_in_a_later_period_is_spent_in_that_one(
+    store: Store, later: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = key_with(store, Limits(hard_limit=10, period_ms=1000))
+    start = accounts.find(store.reader, "team").period_start
+    assert ask(store, key, "a", 10, at=start) is None
+    now = start + later
+    monkeypatch.setattr(books, "now_ms", lambda: now)
+    assert end(store, "a", 4)
+    team = accounts.find(store.reader, "team")
+    assert (team.period_start, team.spent, team.reserved) == (now, 4, 0)
+    refusal = ask(store, key, "b", 7, at=now + 999)
+    assert refusal is not None and (refusal.used, refusal.retry_ms) == (4, 1)
+    assert ask(store, key, "c", 7, at=now + 1000) is None
+
+
 HOUR = 3_600_000
 
 
@@ -189,6 +206,25 @@ def test_rates_slide_and_count_what_was_used(store: Store) -> None:
     too_much = ask(store, key, "e", tokens=101, at=now + 200_000)
     assert too_much is not None
     assert too_much.retry_ms is None
+
+
+def test_the_limit_that_is_nearest_is_told(store: Store) -> None:
+    """Of all that stand above each other; what was spent is the key's own."""
+    key_with(store, Limits(requests_per_minute=5, tokens_per_minute=100))
+    own = Limits(requests_per_minute=3, tokens_per_minute=1000)
+    key = store.write_now(lambda connection: keys.create(connection, "test", parent="team", limits=own))[0]
+    free = store.write_now(lambda connection: keys.create(connection, "test"))[0]
+    assert ask(store, free, "paid", 7) is None
+    assert end(store, "paid", 7)
+    now = now_ms()
+
+    def told(call: str, *identities: str) -> object:
+        wanted = Reservation(call, "w", identities, "r", "m", "t", 1, 10, 5, now)
+        return store.write_now(lambda connection: books.reserve(connection, wanted))
+
+    assert told("a", key, "team") == Granted(0, Rate(3, 2), Rate(100, 85))
+    assert told("b", key, "team") == Granted(0, Rate(3, 1), Rate(100, 70))
+    assert told("c", free) == Granted(7, None, None)
 
 
 def test_what_was_counted_in_a_minute_that_is_over_is_kept_nowhere(
