@@ -37,13 +37,14 @@ class _CoreSchemaLoader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML extends the one that the class itself has
 
 
-for _name, _pattern, _first in (
-    ("null", _NULL, ["~", "n", "N", ""]),
-    ("bool", _BOOL, list("tTfF")),
-    ("int", _INT, list("-+0123456789")),
-    ("float", _FLOAT, list("-+.0123456789")),
+_PATTERNS = {"null": _NULL, "bool": _BOOL, "int": _INT, "float": _FLOAT}
+for _name, _first in (
+    ("null", ["~", "n", "N", ""]),
+    ("bool", list("tTfF")),
+    ("int", list("-+0123456789")),
+    ("float", list("-+.0123456789")),
 ):
-    _CoreSchemaLoader.add_implicit_resolver(_TAG + _name, _pattern, _first)
+    _CoreSchemaLoader.add_implicit_resolver(_TAG + _name, _PATTERNS[_name], _first)
 
 
 @dataclass
@@ -181,7 +182,10 @@ class _Reader:
 
     def _build_scalar(self, node: yaml.ScalarNode, line: int) -> Any:
         text: str = node.value
-        match node.tag.removeprefix(_TAG):
+        kind = node.tag.removeprefix(_TAG)
+        if kind in _PATTERNS and _PATTERNS[kind].match(text) is None:  # as a tag has it
+            raise self._error(line, f"the tag !!{kind} does not go with {text[:40]!r}; remove it")
+        match kind:
             case "str":
                 if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
                     raise self._error(line, "the text holds half of a character (a surrogate); write the whole one")

@@ -41,6 +41,7 @@ MISTAKES = [
     (GOOD + "server:\n\tport: 1\n", 3, "a tab indents this line"),
     (GOOD + "server: {}\nserver: {}\n", 3, "stands here and on line 2"),
     (GOOD + "server: !!python/object/apply:os.system [ls]\n", 2, "tag"),
+    (GOOD + "server: {workers: !!int two}\n", 2, "the tag !!int does not go with 'two'"),
     (GOOD + "server: !include x\n", 2, "tag"),
     (GOOD + "server: {<<: 3}\n", 2, "<< merges mappings"),
     (GOOD + "1: 2\n", 2, "the key 1 is not text"),
