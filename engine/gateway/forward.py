@@ -122,15 +122,14 @@ class Forwarder:
             except ApiError as error:
                 answer, trouble = error, "lost" if error.status in _LOST else "final"
             else:
-                trouble = "final"
-                if answer.status >= 400 or answer.error is not None:
-                    trouble = trouble_of(answer.error or answer, exchange, target)
-                if answer.status < 400 and trouble == "final":
+                told = answer.error or answer
+                if told.status < 400:
                     if route.why == FALLBACK:
                         answer.headers = [*answer.headers, (b"x-tokenmill-fallback", target.backend.tier.encode())]
                     for failed in held:
                         failed.close()
                     return answer
+                trouble = trouble_of(told, exchange, target)
                 held.append(lease)  # of a stream that begins with an error: it goes back if nobody does better
             if not way.failed(Failure(target, answer), trouble):
                 break

@@ -118,6 +118,17 @@ def test_it_comes_as_it_is_where_nobody_does_better(
     assert (status, headers["content-type"], answer) == (200, "text/event-stream", text.encode())
 
 
+def test_of_one_that_took_over_it_is_no_answer_whatever_it_says(
+    servers: tuple[FakeUpstream, FakeUpstream, RunningGateway],
+) -> None:
+    _, _, gateway = servers
+    for text in OTHERS[:3]:
+        other = {"status": 200, "body": text, "headers": {"content-type": "text/event-stream"}}
+        body = {"model": "t", "stream": True, "act": {"tiny": {"text": PASSING[0]}, "other": other}}
+        status, headers, answer = gateway.post(CHAT, body)
+        assert (status, headers.get("x-tokenmill-fallback"), answer) == (200, None, PASSING[0].encode())
+
+
 def test_its_backend_is_left_when_another_answers(
     servers: tuple[FakeUpstream, FakeUpstream, RunningGateway],
 ) -> None:
