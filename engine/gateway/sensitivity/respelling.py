@@ -28,7 +28,7 @@ def respelled(raw: bytes, content: Any, redaction: Redaction) -> bytes:
         ValueError: It is no JSON in UTF-8.
         RecursionError: It is nested too deeply.
     """
-    text = raw.decode()
+    text = raw.decode("utf-8", "surrogatepass")  # halves of characters, as some servers send them
     strings: list[tuple[str, Any]] = []
     _pair(_DECODER.decode(text), content, strings)
     parts: list[str] = []
@@ -37,7 +37,7 @@ def respelled(raw: bytes, content: Any, redaction: Redaction) -> bytes:
         if before != after:
             parts += (text[done : found.start()], _spelt(found[0], after, redaction))
             done = found.end()
-    return "".join((*parts, text[done:])).encode()
+    return "".join((*parts, text[done:])).encode("utf-8", "surrogatepass")
 
 
 def _pair(before: Any, after: Any, strings: list[tuple[str, Any]]) -> None:

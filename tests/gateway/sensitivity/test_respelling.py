@@ -71,6 +71,16 @@ def test_events_keep_their_spelling(cut: int) -> None:
         assert rest.endswith(', "p": 1e2}]}')
 
 
+def test_halves_of_characters_end_no_answer() -> None:
+    half = "\ud83d".encode("utf-8", "surrogatepass")
+    raw = b'data: {"choices": [{"index": 0, "delta": {"content": "[NOTE_1] ' + half + b'"}}]}\n\n'
+    redaction = Redaction({VALUE: "note"}, b"")
+    assert asyncio.run(run_through([raw], redaction)) == raw.replace(b"[NOTE_1]", ONCE.encode())
+    reply = Reply(200, [], raw[6:])
+    restore(reply, redaction, Body(b"{}"))
+    assert reply.body == raw[6:].replace(b"[NOTE_1]", ONCE.encode())
+
+
 def test_what_is_kept_back_at_the_end_keeps_the_spelling_of_its_event() -> None:
     raw = b'data: {"n": 1e2, "choices": [{"index": 0, "delta": {"content": "a [NO"}, "finish_reason": null}]}\n\n'
     out = asyncio.run(run_through([raw], Redaction({VALUE: "note"}, b"")))
