@@ -10,6 +10,7 @@ from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.body import Body
 from tokenmill.engine.gateway.governance import bounds, charges
 from tokenmill.engine.gateway.governance.bounds import TEMPLATE_TOKENS, TOOL_TOKENS, Bound
+from tokenmill.engine.gateway.governance.budgets import Spending
 from tokenmill.engine.gateway.governance.media import ENOUGH_TOKENS, IMAGE_TOKENS, UNSEEN_TOKENS
 from tokenmill.engine.gateway.money import Prices
 from tokenmill.engine.gateway.pipeline import Call, Exchange, Usage
@@ -253,6 +254,16 @@ BOUND = Bound(100, 50)
 )
 def test_what_one_call_is_charged(call: Call, charged: Usage) -> None:
     assert charges.used(call, BOUND) == charged
+
+
+def test_a_request_that_nobody_was_asked_for_cost_nothing() -> None:
+    unasked = exchange("/v1/completions", {})
+    unasked.outcome, unasked.status = "failed", 503
+    nothing = Spending("", "", 0, 0, 0, True, 0, "failed", 503, 0)
+    assert charges.spending(unasked, lambda _: BOUND) == nothing
+    # Its client may be gone by the time that its answer is.
+    unasked.outcome, unasked.status = "gone", 499
+    assert charges.ended(nothing, unasked) == nothing._replace(outcome="gone", status=499)
 
 
 def test_each_call_is_charged_at_its_own_backends_prices() -> None:
