@@ -26,7 +26,7 @@ from tokenmill.engine.gateway.settings import Settings
 POOL_KEEP_ALIVE_S = 4.0
 #: A backend may close one sooner. Where a connection that was idle for so long ends without a byte, it had been closed
 #: before the request came, and that goes out again. (Of busy ones no backend tires: there it is the request.)
-_MAY_BE_CLOSED_S = 0.5
+_MAY_BE_CLOSED_S = 1.5
 #: That shows after one way there and back. One that ends later had taken the request, and died of it perhaps.
 _SHOWS_WITHIN_S = 1.0
 
