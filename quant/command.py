@@ -2,6 +2,8 @@
 
 import argparse
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tokenmill import platform
@@ -67,7 +69,8 @@ def quantize(argv: list[str]) -> int:
         def notice(line: str) -> None:
             bar.console.print(f"left out    {line}", soft_wrap=True, highlight=False)
 
-        report = quantize_checkpoint(arguments.model, arguments.out, request, arguments.overwrite, progress, notice)
+        with _out_of_memory(device):
+            report = quantize_checkpoint(arguments.model, arguments.out, request, arguments.overwrite, progress, notice)
     ratio = report.bytes_before / report.bytes_after
     console.print(f"size        {_bytes(report.bytes_before)} -> {_bytes(report.bytes_after)} ({ratio:.2f}x smaller)")
     if report.before is not None and report.after is not None:
@@ -105,6 +108,22 @@ def _check_device(name: str) -> None:
         raise ConfigurationError(f"--device {name} is not one; use cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
         raise ConfigurationError(f"--device {name}: torch sees {count or 'no'} CUDA device; use --device cpu")
+
+
+@contextmanager
+def _out_of_memory(device: str) -> Iterator[None]:
+    """Says what to do where memory does not suffice."""
+    from tokenmill.quant.streaming import lacks_memory
+
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        raise ConfigurationError(
+            f"out of memory on {device}; lower --samples, or --length, or choose another --device; blocks that are "
+            "written are kept: the same command goes on after them"
+        ) from None
 
 
 def _quantize_parser() -> argparse.ArgumentParser:

@@ -90,7 +90,9 @@ class StreamedModel:
             self._check_structure()
         except TokenmillError:
             raise
-        except Exception as error:  # noqa: BLE001 (an architecture that is not as expected may raise anything)
+        except Exception as error:  # an architecture that is not as expected may raise anything
+            if lacks_memory(error):
+                raise
             reason = shorten(str(error), _REASON_CHARACTERS, placeholder=" ...") or type(error).__name__
             raise CheckpointError(f"{checkpoint.path} cannot be run block by block: {reason}") from None
 
@@ -364,6 +366,13 @@ class StreamedModel:
             run = self.forward(index, self.block(index))
             hidden = [run(batch) for batch in hidden]
         return hidden
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether this is what Python or torch raise where memory does not suffice; on a CPU torch says it in words."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
 
 
 def load_tokenizer(path: Path) -> Any:

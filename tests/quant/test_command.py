@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,24 @@ def test_what_the_model_has_no_place_for_is_named_at_the_beginning(
     assert said.index("left out") < said.index("size  ")
     kept = json.loads((tmp_path / "out" / "quantize-report.json").read_text())["left_out"]
     assert len(kept) == 2
+
+
+@pytest.mark.parametrize("place", ["tokenmill.quant.quantizer.quantize_block", "torch.nn.Module.load_state_dict"])
+@pytest.mark.parametrize("shortage", [lambda: torch.empty(2**60), lambda: "x" * 2**62])
+def test_a_shortage_of_memory_is_one_line(
+    dense_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    place: str,
+    shortage: Callable[[], object],
+) -> None:
+    monkeypatch.setattr(place, lambda *_arguments, **_keywords: shortage())
+    command = ["quantize", str(dense_model), str(tmp_path / "out"), "--method", "rtn", "--no-evaluation"]
+    assert main([*command, "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("tokenmill quantize: out of memory on cpu; lower --samples")
+    assert error.count("\n") == 1
 
 
 def test_texts_that_are_none(dense_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
