@@ -35,13 +35,25 @@ def frame(width: int, height: int, kind: int = 0xC0) -> bytes:
     return struct.pack(">BBHBHH", 0xFF, kind, 17, 8, height, width) + bytes(10)
 
 
+def changed(picture: str, at: int, there: bytes, cut: int = 0) -> str:
+    """A picture in base64 with other bytes in the place of so many, or between two."""
+    raw = base64.b64decode(picture)
+    return base64.b64encode(raw[:at] + there + raw[at + cut :]).decode()
+
+
 @pytest.mark.parametrize(
     "picture",
     [
         encoded("PNG"),
         encoded("JPEG"),
         encoded("JPEG", progressive=True, exif=b"Exif\0\0" + bytes(60_000)),
+        # Pillow takes the last of several sizes.
+        changed(encoded("PNG"), 8, base64.b64decode(encoded("PNG", (1, 1)))[8:33]),
         encoded("GIF"),
+        # Pillow enlarges the screen for a picture that has no place on it.
+        changed(encoded("GIF"), 6, struct.pack("<HH", 1, 1), 4),
+        # A block as long as the mark of a picture.
+        encoded("GIF", comment=b"A" * 0x2C),
         encoded("WEBP"),
         encoded("WEBP", lossless=True),
         encoded("WEBP", exif=b"Exif\0\0" + bytes(100)),
@@ -62,7 +74,12 @@ def test_a_picture_counts_by_its_size(picture: str) -> None:
         (jpeg(frame(9000, 3000)), MOST_TOKENS),
         (encoded("BMP", (10, 10)), MOST_TOKENS),
         (encoded("PNG")[:20], MOST_TOKENS),
+        (encoded("PNG")[:44], MOST_TOKENS),
+        (encoded("GIF")[:24], MOST_TOKENS),
         (encoded("WEBP")[:28], MOST_TOKENS),
+        (changed(encoded("WEBP", (9, 9)), 12, b"JUNK\4\0\0\0junk"), MOST_TOKENS),
+        # Looking at each mark of a long head would hold up other requests.
+        (jpeg(b"\xff\x01" * 1000, frame(10, 10)), MOST_TOKENS),
         (jpeg(frame(0, 10)), MOST_TOKENS),
         (jpeg(b"\xff\xe1\xff\xff"), MOST_TOKENS),
         ("", MOST_TOKENS),
