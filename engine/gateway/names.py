@@ -7,6 +7,7 @@ name is asked for once at a time, by a thread of its own.
 
 import asyncio
 import contextlib
+import errno
 import functools
 import ipaddress
 import socket
@@ -27,17 +28,21 @@ class Names:
         """The addresses of a host, in the order in which they are to be tried; nothing is remembered of them.
 
         Raises:
-            socket.gaierror, UnicodeError: it has none, or nobody says.
+            OSError, UnicodeError: it has none, nobody says, or nobody could be asked.
         """
         if _is_address(host):
             return [host]
         asked = self._asked.get(host)
         if asked is None:
-            asked = self._asked[host] = self._loop.create_future()
+            asked = self._loop.create_future()
             # Who waited may have given up: an answer that nobody wants is none to be complained of.
             asked.add_done_callback(lambda done: done.cancelled() or done.exception())
-            # Not a pool's: the end of the process would wait for it.
-            threading.Thread(target=self._ask, args=(host, asked), daemon=True).start()
+            try:
+                # Not a pool's: the end of the process would wait for it.
+                threading.Thread(target=self._ask, args=(host, asked), daemon=True).start()
+            except RuntimeError as error:  # this host has no more threads for us: the next one asks again
+                raise OSError(errno.EAGAIN, str(error)) from None
+            self._asked[host] = asked
         return await asyncio.shield(asked)
 
     def _ask(self, host: str, asked: "asyncio.Future[list[str]]") -> None:

@@ -57,6 +57,22 @@ def test_names_that_nobody_answers_for_hold_up_no_others(resolver: Resolver) -> 
     assert len(resolver.asked) == 2 * FAST
 
 
+def test_a_moment_without_threads_is_over_after_it(resolver: Resolver, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def main() -> None:
+        names = Names()
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", none_left)
+            with pytest.raises(OSError, match="can't start new thread"):
+                await names.addresses("a.example")
+        async with asyncio.timeout(20):
+            assert await names.addresses("a.example") == ["192.0.2.1"]
+
+    asyncio.run(main())
+
+
 def test_nothing_is_remembered(resolver: Resolver) -> None:
     async def main() -> None:
         names = Names()
