@@ -6,8 +6,8 @@ import struct
 #: The most tokens of a picture: Qwen's models take 12,845,056 pixels by default, 28 x 28 of them in a token.
 MOST_TOKENS = 16_384
 #: At least so many are reserved: where fewer pixels are more tokens (16 x 16 of Pixtral's, tiles that overlap or are
-#: scaled up), there are no more than these.
-LEAST_TOKENS = 4096
+#: scaled up), there are no more than these, Pixtral's 64 rows of 64 with a mark at the end of each.
+LEAST_TOKENS = 4160
 _CELL = 28
 #: A JPEG's size stands behind its metadata, which may hold a small picture of its own.
 _HEAD_CHARACTERS = 4 * 24_000

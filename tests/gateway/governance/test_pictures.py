@@ -71,6 +71,7 @@ def test_a_picture_counts_by_its_size(picture: str) -> None:
     ("picture", "tokens"),
     [
         (encoded("PNG", (1, 1)), LEAST_TOKENS),
+        (encoded("PNG", (1024, 1024)), 64 * 65),  # of Pixtral's, with its marks
         (jpeg(frame(9000, 3000)), MOST_TOKENS),
         (encoded("BMP", (10, 10)), MOST_TOKENS),
         (encoded("PNG")[:20], MOST_TOKENS),
