@@ -218,17 +218,19 @@ class Forwarder:
             return _redirected(lease, answer.status)
         if answer.status < 400 and answer.content_type != b"application/json":
             await answer.begun()
-            error = await first_event.error_in(answer) if answer.content_type == EVENT_STREAM_TYPE else None
+            error = None
+            if answer.content_type == EVENT_STREAM_TYPE:
+                error = await first_event.error_in(answer)
+                if exchange.endpoint == RESPONSES:
+                    await self._kept.learn_streamed(answer, target)
             lease.heard(answer.status if error is None else error.status)
-            if exchange.endpoint == RESPONSES:
-                self._kept.learn(answer.arrived(), target, streamed=True)
             return Reply(answer.status, answer.headers, None, answer.chunks(), error)
         body = await answer.read()
         lease.heard(answer.status)
         lease.close()
         reply = Reply(answer.status, answer.headers, body)
         if answer.status < 400 and exchange.endpoint == RESPONSES:
-            self._kept.learn(body, target, streamed=False)
+            self._kept.learn(body, target)
         if (
             answer.status >= 400
             and all(name != b"content-encoding" for name, _ in answer.headers)

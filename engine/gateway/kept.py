@@ -16,6 +16,7 @@ import msgspec
 
 from tokenmill.engine.gateway.pipeline import Exchange
 from tokenmill.engine.gateway.portfolio import Route, Target
+from tokenmill.engine.gateway.upstream import Answer
 
 PATH = "/v1/responses"
 _FIELD = "previous_response_id"
@@ -26,13 +27,15 @@ _TAG_BYTES = 8
 _SLOT_BYTES = 2 * _TAG_BYTES
 #: A stream's first event, up to the id of the response that it speaks of.
 _BEGINS = re.compile(rb'(?:event:[^\n]*\n)?data: ?\{[^{]*"response": ?\{"id": ?"([^"\\]{1,256})"')
+#: A first event with as many ends of lines, or as long, has told whatever it tells.
+_LINES, _MOST_BYTES = 2, 64 * 1024
 
 
-class _Answer(msgspec.Struct):
+class _Response(msgspec.Struct):
     id: str
 
 
-_ANSWER = msgspec.json.Decoder(_Answer)
+_ANSWER = msgspec.json.Decoder(_Response)
 _TEXT = msgspec.json.Decoder(str)
 
 
@@ -46,15 +49,26 @@ class Kept:
     def __init__(self, file: Path | None = None) -> None:
         self._slots = _mapped(file)
 
-    def learn(self, said: bytes, target: Target, *, streamed: bool) -> None:
-        """Takes down who gave an answer, of a stream from its beginning."""
-        if streamed:
+    def learn(self, said: bytes, target: Target) -> None:
+        """Takes down who gave an answer."""
+        with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            self._keep(_ANSWER.decode(said).id.encode(), target)
+
+    async def learn_streamed(self, answer: Answer, target: Target) -> None:
+        """The same of a stream, of which all stays to be read. Waits for its first event where half of that has come.
+
+        Raises:
+            NoAnswerError, SilenceError: it broke off, or paused too long, before that.
+        """
+        while True:
+            said = answer.arrived()
             found = _BEGINS.match(said)
-            name = found[1] if found is not None else None
-        else:
-            name = None
-            with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-                name = _ANSWER.decode(said).id.encode()
+            if found is not None:
+                self._keep(found[1], target)
+            if found is not None or said.count(b"\n") >= _LINES or len(said) > _MOST_BYTES or not await answer.more():
+                return
+
+    def _keep(self, name: bytes, target: Target) -> None:
         if name:
             at, tag = _place(name)
             # Another worker may write here at the same time: a mixture of two is neither's.

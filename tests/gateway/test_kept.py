@@ -1,5 +1,6 @@
 """Conversations of the Responses API, of which each turn is kept by one server of a tier."""
 
+import asyncio
 import json
 import secrets
 from collections.abc import Iterator
@@ -62,7 +63,10 @@ class Keeping(FakeUpstream):
             # In vLLM's order of members, and in OpenAI's.
             event = {"response": answer, "sequence_number": number, "type": kind}
             ordered = event if asked.get("instructions") else dict(reversed(event.items()))
-            await response.write(f"event: {kind}\ndata: {json.dumps(ordered, separators=(',', ':'))}\n\n".encode())
+            await response.write(f"event: {kind}\n".encode())
+            if asked.get("instructions") and not number:
+                await asyncio.sleep(0.02)  # as where each line is a write of its own
+            await response.write(f"data: {json.dumps(ordered, separators=(',', ':'))}\n\n".encode())
         await response.write_eof()
         return response
 
@@ -147,7 +151,7 @@ def test_it_is_bounded_and_a_full_disk_is_no_reason_to_fail(tmp_path: Path) -> N
     one, other = (Target(Backend(name, "http://127.0.0.1:1", "t"), Settings()) for name in ("one", "other"))
     kept = Kept(tmp_path / "folder" / "kept")
     for number in range(2 * SLOTS):
-        kept.learn(b'{"id":"resp_%d"}' % number, one if number % 2 else other, streamed=False)
+        kept.learn(b'{"id":"resp_%d"}' % number, one if number % 2 else other)
     assert (tmp_path / "folder" / "kept").stat().st_size == SLOTS * 16
     (tmp_path / "file").write_bytes(b"")
-    Kept(tmp_path / "file" / "kept").learn(b'{"id":"resp"}', one, streamed=False)
+    Kept(tmp_path / "file" / "kept").learn(b'{"id":"resp"}', one)
