@@ -248,6 +248,12 @@ def test_prepared_layer_takes_leading_dimensions() -> None:
     assert_bit_equal(layer(x.view(2, 3, 256)), op.int4_gemm(x, weight).view(2, 3, 48))
 
 
+def test_prepared_layer_takes_rows_of_any_stride() -> None:
+    layer = op.prepare(random_weight(256, 32, 128), torch.float32)
+    x = torch.randn(256, 3).t()
+    assert torch.equal(layer(x), layer(x.contiguous()))
+
+
 def test_automatic_choice_explains_itself() -> None:
     problem = op.problem_of(random_weight(256, 32, 128), torch.bfloat16, torch.device("cpu"), 16)
     from tokenmill.kernels import registry
@@ -263,6 +269,7 @@ def test_automatic_choice_explains_itself() -> None:
         (lambda w: op.int4_gemm(torch.zeros(256, 2, dtype=torch.bfloat16).t(), w), "contiguous"),
         (lambda w: op.int4_gemm(torch.zeros(2, 256, dtype=torch.bfloat16), w, activation_bits=4), "activation_bits=4"),
         (lambda w: op.prepare(w, torch.float64), "float64"),
+        (lambda w: op.prepare(w, torch.bfloat16, activation_bits=4), "activation_bits=4 is not 8 or 16"),
         (lambda w: op.prepare(w, torch.bfloat16)(torch.zeros(2, 256)), "float32"),
         (lambda w: op.prepare(w, torch.bfloat16)(torch.zeros(2, 12, dtype=torch.bfloat16)), "256"),
         (lambda w: op.prepare(w, torch.bfloat16)(torch.zeros((), dtype=torch.bfloat16)), r"x is torch.bfloat16 \[\]"),
