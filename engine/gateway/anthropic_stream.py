@@ -129,7 +129,7 @@ class _Translator:
         delta = event["delta"]
         if delta["type"] == "text_delta":
             return self._chunk({"content": delta["text"]})
-        if delta["type"] == "signature_delta":
+        if delta["type"] == "signature_delta" and self._thoughts:  # some servers sign other blocks, too
             self._thoughts["signature"] = delta["signature"]
         if delta["type"] == "thinking_delta":
             self._thinking.append(delta["thinking"])

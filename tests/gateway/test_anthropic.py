@@ -228,6 +228,14 @@ def test_malformed_events_cut_a_stream(event: bytes | dict[str, Any]) -> None:
         streamed(event, START, STOP)
 
 
+def test_a_signature_of_what_is_no_thought_is_left_out() -> None:
+    text = {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
+    signature = {"type": "signature_delta", "signature": "EqoBCkgIARABGAI="}
+    delta, stop = ({"type": f"content_block_{kind}", "index": 0} for kind in ("delta", "stop"))
+    out = streamed(START, text, {**delta, "delta": signature}, stop, STOP)
+    assert (out.endswith(b"data: [DONE]\n\n"), b"EqoB" in out) == (True, False)
+
+
 def test_an_error_in_the_midst_is_told_and_cuts_the_stream() -> None:
     with pytest.raises(CutError):
         streamed(START, {"type": "error", "error": {"type": "api_error", "message": "Internal"}})
