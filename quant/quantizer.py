@@ -239,8 +239,12 @@ def _run(
             if recall is not None:
                 recall.last_pass(block)
                 run = recall.run(run)
-            for hidden in calibration:  # in the same memory, which would otherwise be torn to pieces
-                hidden.copy_(run(hidden))
+            for at, hidden in enumerate(calibration):
+                result = run(hidden)
+                if result.dtype == hidden.dtype:  # in the same memory, which would otherwise be torn to pieces
+                    hidden.copy_(result)
+                else:  # Mamba's blocks give float32, whatever they get
+                    calibration[at] = result
             if recall is not None:
                 recall.let_go()
         model.checkpoint.close()

@@ -1,6 +1,8 @@
 """What is remembered of a block's finished parts changes nothing but how often they run."""
 
 import gc
+import json
+import shutil
 import weakref
 from collections import Counter
 from pathlib import Path
@@ -11,7 +13,7 @@ import torch
 from torch import nn
 
 from tokenmill.quant import recall
-from tokenmill.quant.block import BlockSettings, Method
+from tokenmill.quant.block import BlockSettings, Method, quantize_block
 from tokenmill.quant.gptq import GptqOptions
 from tokenmill.quant.quantizer import Request, quantize_checkpoint
 from tokenmill.quant.streaming import StreamedModel
@@ -88,3 +90,26 @@ def test_blocks_that_are_done_are_freed_without_the_collector(
     finally:
         gc.enable()
     assert alive == [1, 1, 1]
+
+
+def test_hidden_states_stay_as_exact_as_blocks_give_them(
+    dense_model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    tokens = json.loads((dense_model / "config.json").read_text())["vocab_size"]
+    config = transformers.MambaConfig(hidden_size=512, state_size=8, num_hidden_layers=3, vocab_size=tokens)
+    model = transformers.MambaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "mamba")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(dense_model / name, tmp_path / "mamba" / name)
+    given: list[torch.dtype] = []
+
+    def noted(block: nn.Module, run: Any, batches: list[torch.Tensor], settings: BlockSettings) -> Any:
+        given.append(batches[0].dtype)
+        return quantize_block(block, run, batches, settings)
+
+    monkeypatch.setattr("tokenmill.quant.quantizer.quantize_block", noted)
+    block = BlockSettings("gptq", 32, True, torch.bfloat16, GptqOptions())
+    request = Request(block, "gptq", text, None, num_samples=1, length=8, dtype=torch.bfloat16)
+    quantize_checkpoint(tmp_path / "mamba", tmp_path / "out", request)
+    assert given == [torch.bfloat16, torch.float32, torch.float32]
