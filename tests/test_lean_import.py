@@ -43,7 +43,14 @@ def test_import_needs_no_home(tmp_path: Path) -> None:
         "except env.ConfigurationError as error: print(error)"
     )
     place = {**os.environ, "TMPDIR": str(tmp_path)}
-    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=place).stdout
-    default, refused = said.splitlines()
+
+    def asked() -> list[str]:
+        return subprocess.check_output([sys.executable, "-c", program], text=True, env=place).splitlines()
+
+    default, refused = asked()
     assert default == f"{tmp_path}/tokenmill-{os.getuid()}"
     assert refused.endswith("this user has no home directory; give the whole path")
+    assert asked()[0] == default, "what was compiled there is found again"
+    Path(default).chmod(0o777)
+    other = Path(asked()[0])
+    assert other != Path(default) and other.stat().st_mode & 0o077 == 0, "what is compiled there is run"

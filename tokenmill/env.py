@@ -7,6 +7,7 @@ A value that cannot be parsed raises `ConfigurationError`; nothing falls back si
 
 import json
 import os
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,9 +86,26 @@ def _cache() -> Path:
     try:
         return _directory("~/.cache/tokenmill")
     except ValueError:
-        import tempfile
+        return _private_temporary()
 
-        return Path(tempfile.gettempdir(), f"tokenmill-{os.getuid()}")
+
+def _private_temporary() -> Path:
+    """A folder of this user's below the temporary one: what is compiled into it is run, so nobody else may write there.
+
+    Always the same, so that what was compiled is found again; another where somebody else made that one.
+    """
+    import tempfile
+
+    path = Path(tempfile.gettempdir(), f"tokenmill-{os.getuid()}")
+    try:
+        path.mkdir(mode=0o700)
+    except FileExistsError:
+        found = path.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+            return Path(tempfile.mkdtemp(prefix="tokenmill-"))
+    except OSError:
+        pass  # nothing can be written there, and whoever tries says so
+    return path
 
 
 #: Instruction sets that CPU kernels dispatch on, from narrow to wide; each contains the ones before it
