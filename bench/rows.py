@@ -45,7 +45,7 @@ def _rows_of(path: Path) -> Iterator[Row]:
 
 def _text_of(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes().decode()  # with its ends of lines as they are: a place in it is one in the file
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error}); give a file of JSON lines") from None
 

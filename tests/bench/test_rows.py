@@ -44,11 +44,11 @@ ROWS = [
 ]
 
 
-def test_a_killed_write_is_cut_off_and_continued(tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"], ids=repr)
+def test_a_killed_write_is_cut_off_and_continued(tmp_path: Path, end: bytes) -> None:
     path = tmp_path / "deep" / "rows.jsonl"
     RowFile(path).append(ROWS[:2])
-    with path.open("a") as file:
-        file.write('{"op": "int4_g')
+    path.write_bytes(path.read_bytes().replace(b"\n", end) + b'{"op": "int4_g')
     again = RowFile(path)
     assert again.rows == ROWS[:2]
     again.append(ROWS[2:])
