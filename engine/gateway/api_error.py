@@ -11,7 +11,8 @@ import orjson
 Header = tuple[bytes, bytes]
 Headers = list[Header]
 JSON: Header = (b"content-type", b"application/json")
-EVENT_STREAM: Header = (b"content-type", b"text/event-stream; charset=utf-8")
+EVENT_STREAM_TYPE = b"text/event-stream"
+EVENT_STREAM: Header = (b"content-type", EVENT_STREAM_TYPE + b"; charset=utf-8")
 
 #: `error.type` by status, as OpenAI names them.
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}

@@ -18,7 +18,7 @@ from urllib.parse import unquote
 import orjson
 
 from tokenmill.engine.gateway import metrics, openapi, paths
-from tokenmill.engine.gateway.api_error import JSON, ApiError, Headers, model_not_found
+from tokenmill.engine.gateway.api_error import EVENT_STREAM_TYPE, JSON, ApiError, Headers, model_not_found
 from tokenmill.engine.gateway.connection import CutError, SilenceError
 from tokenmill.engine.gateway.cors import Cors
 from tokenmill.engine.gateway.forward import Forwarder, error_event
@@ -301,7 +301,7 @@ class Gateway:
         if broken is None:
             await send({"type": "http.response.body", "body": b""})
             return "ok"
-        if any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in head):
+        if any(name == b"content-type" and value.startswith(EVENT_STREAM_TYPE) for name, value in head):
             gap = b"" if not chunk or chunk.endswith(b"\n\n") else b"\n\n"
             await send({"type": "http.response.body", "body": gap + error_event(broken), "more_body": True})
         # Returning before the end of the reply makes the server break the connection.

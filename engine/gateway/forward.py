@@ -16,6 +16,7 @@ import orjson
 from tokenmill.engine.gateway import anthropic, anthropic_stream, first_event
 from tokenmill.engine.gateway.api_error import (
     EVENT_STREAM,
+    EVENT_STREAM_TYPE,
     JSON,
     ApiError,
     retry_after,
@@ -34,7 +35,6 @@ from tokenmill.engine.gateway.settings import Settings
 from tokenmill.engine.gateway.upstream import Answer, Upstream
 from tokenmill.engine.gateway.usage import HiddenUsage, StreamUsage, counting_options, read_usage
 
-EVENT_STREAM_TYPE = b"text/event-stream"
 #: The backend says that it did not take the request.
 _NOT_TAKEN = (429, 503)
 #: The backend is at fault: counted by the circuit breaker.

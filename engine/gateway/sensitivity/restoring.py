@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import msgspec
 import orjson
 
+from tokenmill.engine.gateway.api_error import EVENT_STREAM_TYPE
 from tokenmill.engine.gateway.body import Body
 from tokenmill.engine.gateway.pipeline import Reply
 from tokenmill.engine.gateway.sensitivity.redaction import JSON_TEXTS, Redaction
 from tokenmill.engine.gateway.sensitivity.respelling import respelled
 from tokenmill.engine.gateway.sse import Events, data_of, event
 
-_EVENTS = b"text/event-stream"
 #: Members of a streamed choice (or of its delta) that continue from event to event.
 _TEXTS = ("content", "reasoning_content", "reasoning", "refusal", "text")
 #: The same of a block of Anthropic's.
@@ -62,8 +62,8 @@ def restore(reply: Reply, redaction: Redaction, asked: Body) -> None:
     """Makes the reply hold the values; `asked` is the request that it answers."""
     json_texts = JSON_TEXTS | _ANSWERS if _wants_json(asked) else JSON_TEXTS
     if reply.chunks is not None:
-        kind = next((value for name, value in reply.headers if name == b"content-type"), _EVENTS).lower()
-        if kind.startswith(_EVENTS):
+        kind = next((value for name, value in reply.headers if name == b"content-type"), EVENT_STREAM_TYPE).lower()
+        if kind.startswith(EVENT_STREAM_TYPE):
             reply.chunks = _stream(reply.chunks, redaction, json_texts)
         else:
             reply.chunks = _running(reply.chunks, redaction, is_json=b"json" in kind)
