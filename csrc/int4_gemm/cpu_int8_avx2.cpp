@@ -1,8 +1,9 @@
 // W4A8 with AVX2 only.
 //
 // Four blocks of columns are walked along K side by side: as many streams as the memory serves best. Up to four rows of
-// activations meet the codes as they are read. For more, the codes of four blocks are unpacked to a panel of bytes, 128
-// rows of K at a time, which stays in the first-level cache until all rows of activations have met it.
+// activations meet the codes as they are read. For more, the first four unpack the codes of four blocks to a panel of
+// bytes while they meet them, 128 rows of K at a time, and the panel stays in the first-level cache until all rows of
+// activations have met it.
 #include "cpu_ahead.h"
 #include "cpu_maddubs.h"
 
@@ -131,7 +132,7 @@ struct Panel {
 };
 
 // MB rows of each of some tiles against a panel. Not inlined: the compiler has registers for one loop of this kind.
-template <int MB>
+template <class Codes, int MB>
 [[gnu::noinline]] void multiply_tiles(Panel& panel, const Rows& rows, const Strip& strip, const Step& s,
                                       int64_t first_tile, int first_slot, int last_slot) {
   for (int slot = first_slot; slot < last_slot; ++slot) {
@@ -140,8 +141,9 @@ template <int MB>
     for (int b = 0; b < strip.count; ++b) {
       const Group group{panel.columns.scales + b * kBlock, panel.columns.zeros + b * kBlock, rows.scales + row,
                         rows.sums + row, panel.totals[slot] + b * kBlock, strip.count * kBlock};
-      multiply_chunk<Bytes, kTileRows, MB, 1>(Chunk{panel.codes[b], 0, s.units, x}, group, panel.dots[slot][b],
-                                              s.first, s.last);
+      const uint8_t* codes = Codes::kFills ? strip.lines(s.unit) + b * strip.stride() : panel.codes[b];
+      const Chunk chunk{codes, 0, s.units, x, panel.codes[b]};
+      multiply_chunk<Codes, kTileRows, MB, 1>(chunk, group, panel.dots[slot][b], s.first, s.last);
     }
   }
 }
@@ -154,14 +156,16 @@ void multiply_panel(const Problem& p, const Rows& rows, const Strip& strip, int6
   const int full = left < tiles * kTileRows ? tiles - 1 : tiles;
   const int64_t rest = full < tiles ? left % kTileRows : 0;
   each_step(p.weight, [&](const Step& s) {
-    unroll<1, kStripBlocks + 1>([&](auto n) {
-      if (strip.count != n.value) return;
-      unpack<n.value>(strip.lines(s.unit), strip.stride(), s.units, panel.codes[0], sizeof panel.codes[0]);
-    });
     if (s.last) panel.columns.load(strip, s.group);
-    multiply_tiles<kTileRows>(panel, rows, strip, s, first_tile, 0, full);
+    const auto meet = [&](auto rows_of_tile, int from, int to) {
+      if (from == to) return;
+      const int fills = from == 0 ? 1 : 0;
+      if (fills) multiply_tiles<Filling, rows_of_tile.value>(panel, rows, strip, s, first_tile, 0, 1);
+      multiply_tiles<Bytes, rows_of_tile.value>(panel, rows, strip, s, first_tile, from + fills, to);
+    };
+    meet(Constant<kTileRows>{}, 0, full);
     unroll<1, kTileRows>([&](auto m) {
-      if (rest == m.value) multiply_tiles<m.value>(panel, rows, strip, s, first_tile, full, tiles);
+      if (rest == m.value) meet(m, full, tiles);
     });
   });
   for (int t = 0; t < tiles; ++t) {

@@ -11,10 +11,14 @@ namespace {
 constexpr int kPanelUnit = 2 * kLine;  // bytes of one unit of one block, a byte a code
 constexpr int kUnitsPerWidening = 4;   // two pairs a unit
 constexpr int kLinesAhead = 16;        // how far ahead codes are asked for
+// The same where a panel is filled: of the second level beyond this panel, since nothing is read while other rows meet it
+// and the nearest cache would lose what came too soon.
+constexpr int kLinesFar = 24, kLinesNear = 4;
 
 // Codes as they are stored, a nibble each.
 struct Nibbles {
   static constexpr int kUnitBytes = kLine;
+  static constexpr bool kFills = false;
 
   // Four codes of each of eight columns, of the even or of the odd rows of a unit.
   template <int kOdd>
@@ -24,33 +28,21 @@ struct Nibbles {
   }
 };
 
-// Codes that `unpack` has made bytes of: even rows, then odd rows.
+// The same, and fills a panel with them, a byte each: even rows of a unit, then odd rows.
+struct Filling : Nibbles {
+  static constexpr bool kFills = true;
+};
+
+// Codes of a panel.
 struct Bytes {
   static constexpr int kUnitBytes = kPanelUnit;
+  static constexpr bool kFills = false;
 
   template <int kOdd>
   TM_INLINE static __m256i four(const uint8_t* unit, int part) {
     return Vector::load(unit + kOdd * kLine + part * 32);
   }
 };
-
-// Takes `units` units of NB blocks apart, unit by unit, so that the memory is read in NB streams. Blocks are `stride`
-// bytes apart, and `panel_stride` afterwards. Fetches the first half of the next panel: the processor's own prefetching
-// stops while a panel is multiplied, and all of it would be evicted again.
-template <int NB>
-TM_INLINE void unpack(const uint8_t* lines, int64_t stride, int32_t units, uint8_t* panel, int64_t panel_stride) {
-  for (int32_t u = 0; u < units; ++u, lines += kLine, panel += kPanelUnit) {
-    unroll<0, NB>([&](auto b) {
-      const uint8_t* line = lines + b.value * stride;
-      ask_for(line + 8 * kLine);
-      unroll<0, 2>([&](auto part) {
-        __m256i* out = reinterpret_cast<__m256i*>(panel + b.value * panel_stride) + part.value;
-        _mm256_store_si256(out, Nibbles::four<0>(line, part.value));
-        _mm256_store_si256(out + 2, Nibbles::four<1>(line, part.value));
-      });
-    });
-  }
-}
 
 // sum += codes * values, in int16. The addition is written out: GCC would make a tree of several, and spill what waits
 // for its turn.
@@ -63,8 +55,16 @@ TM_INLINE void add_pairs(__m256i& sum, __m256i codes, __m256i values) {
 // Adds the products of the even or the odd rows of one unit: NR registers of columns (two a block) and MB rows of
 // activations. Whichever are fewer are kept in registers. The first products of a sum are the sum.
 template <class Codes, int kOdd, bool kFirst, int MB, int NR>
-TM_INLINE void add_half(__m256i (&narrow)[NR][MB], const uint8_t* codes, int64_t stride, const uint8_t* x) {
-  const auto column = [&](int r) { return Codes::template four<kOdd>(codes + r / 2 * stride, r % 2); };
+TM_INLINE void add_half(__m256i (&narrow)[NR][MB], const uint8_t* codes, int64_t stride, const uint8_t* x,
+                        uint8_t* panel) {
+  const auto column = [&](int r) {
+    const __m256i four = Codes::template four<kOdd>(codes + r / 2 * stride, r % 2);
+    if constexpr (Codes::kFills) {
+      static_assert(NR == 2);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(panel + kOdd * kLine) + r, four);
+    }
+    return four;
+  };
   const auto row = [&](int m) { return _mm256_set1_epi32(four_bytes(x + m * kInt8UnitBytes + kOdd * 4)); };
   const auto add = [&](auto r, auto m, __m256i four, __m256i values) {
     if constexpr (kFirst) {
@@ -96,6 +96,7 @@ struct Chunk {
   int64_t stride;  // bytes from block to block
   int32_t units;
   const uint8_t* x;
+  uint8_t* panel = nullptr;  // of one block, for `Filling`
 };
 
 // Sums in int32, [MB][NR][8 columns], in memory: what adds to them needs all the registers.
@@ -115,11 +116,16 @@ TM_INLINE void add_units(Sums<MB, NR> sums, const Chunk& c, bool first) {
     const uint8_t* codes = c.codes + u.value * Codes::kUnitBytes;
     const uint8_t* x = c.x + u.value * kRows * kInt8UnitBytes;
     // One row is multiplied as fast as memory can be read: the processor's own prefetching does no worse there.
-    if constexpr (Codes::kUnitBytes == kLine && MB > 1) {
+    if constexpr (Codes::kFills) {
+      ask_second_level_for(codes + kLinesFar * kLine);
+      ask_for(codes + kLinesNear * kLine);
+    } else if constexpr (Codes::kUnitBytes == kLine && MB > 1) {
       for (int b = 0; b < NR / 2; ++b) ask_for(codes + b * c.stride + kLinesAhead * kLine);
     }
-    add_half<Codes, 0, u.value == 0>(narrow, codes, c.stride, x);
-    add_half<Codes, 1, false>(narrow, codes, c.stride, x);
+    uint8_t* panel = nullptr;
+    if constexpr (Codes::kFills) panel = c.panel + u.value * kPanelUnit;
+    add_half<Codes, 0, u.value == 0>(narrow, codes, c.stride, x, panel);
+    add_half<Codes, 1, false>(narrow, codes, c.stride, x, panel);
   });
   unroll<0, NR>([&](auto r) {
     unroll<0, MB>([&](auto m) {
@@ -155,11 +161,13 @@ TM_INLINE void multiply_chunk(Chunk c, const Group& group, int32_t* dots, bool f
   for (; c.units >= kUnitsPerWidening; c.units -= kUnitsPerWidening, first = false) {
     add_units<Codes, kUnitsPerWidening, kRows>(sums, c, first);
     c.codes += kUnitsPerWidening * Codes::kUnitBytes;
+    if constexpr (Codes::kFills) c.panel += kUnitsPerWidening * kPanelUnit;
     c.x += kUnitsPerWidening * kRows * kInt8UnitBytes;
   }
   for (; c.units > 0; --c.units, first = false) {
     add_units<Codes, 1, kRows>(sums, c, first);
     c.codes += Codes::kUnitBytes;
+    if constexpr (Codes::kFills) c.panel += kPanelUnit;
     c.x += kRows * kInt8UnitBytes;
   }
   if (!last) return;
