@@ -110,9 +110,19 @@ class PostgresConnection:
                 raise self._lost(error, committing) from error
             raise
 
+    def session(self) -> int:
+        """The number of the server's process that serves us now."""
+        number: int = self.execute("SELECT pg_backend_pid()").fetchone()[0]
+        return number
+
     def make(self, statement: str) -> None:
         """See `store.Connection`."""
         self.execute(statement)
+
+    def has(self, table: str) -> bool:
+        """See `store.Connection`."""
+        found: bool = self.execute("SELECT to_regclass(?) IS NOT NULL", (table,)).fetchone()[0]
+        return found
 
     def announce(self) -> None:
         """See `store.Connection`: nobody could tell."""
@@ -217,7 +227,29 @@ class Postgres:
 
     def connect(self, writes: bool = False, waits: bool = True) -> PostgresConnection:
         """See `store.Database`."""
-        return PostgresConnection(self._url)
+        connection = PostgresConnection(self._url)
+        if writes:
+            self._refuse_shared_sessions(connection)
+        return connection
+
+    def _refuse_shared_sessions(self, connection: PostgresConnection) -> None:
+        """A session that a pool gives to another after each transaction would hold our names after our death.
+
+        Raises:
+            ConfigurationError: Such a pool stands between.
+        """
+        with contextlib.ExitStack() as undo:
+            undo.callback(connection.close)
+            ours = connection.session()
+            other = PostgresConnection(self._url)
+            undo.callback(other.close)
+            with other.transaction():
+                # A pool that shares has one session for both, or another one for us as long as that one is taken; some
+                # give all they have in turn.
+                if other.session() == ours or any(connection.session() != ours for _ in range(3)):
+                    raise ConfigurationError(f"{self.shown} {_SHARED}")
+            undo.pop_all()
+            other.close()
 
     @contextlib.contextmanager
     def transaction(self, connection: Connection, waits: bool = True) -> Iterator[None]:
@@ -314,6 +346,10 @@ def shown(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
+_SHARED = (
+    "is a pool that shares the server's sessions among its clients (PgBouncer's pool_mode transaction or statement); "
+    "name the server itself, or a pool in session mode"
+)
 #: Whether another server has taken its place: names that are held there are held nowhere.
 _IS_STANDBY = "SELECT pg_is_in_recovery()"
 #: Whether nobody holds an advisory lock, by the halves of its number.

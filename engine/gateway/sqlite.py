@@ -69,6 +69,11 @@ class SqliteConnection(sqlite3.Connection):
         """See `store.Connection`."""
         self.execute(statement.replace(_CLUSTERED, "WITHOUT ROWID"))
 
+    def has(self, table: str) -> bool:
+        """See `store.Connection`."""
+        query = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?"
+        return self.execute(query, (table,)).fetchone() is not None
+
     def announce(self) -> None:
         """See `store.Connection`."""
         self.announces = True

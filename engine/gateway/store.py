@@ -98,6 +98,10 @@ class Connection(Protocol):
         """Runs a statement that makes a table or an index."""
         ...
 
+    def has(self, table: str) -> bool:
+        """Whether there is such a table, where the ones of the store are."""
+        ...
+
     def announce(self) -> None:
         """Has `Database.news` change with this transaction."""
         ...

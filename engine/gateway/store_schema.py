@@ -32,7 +32,9 @@ def make_tables(connection: "Connection", schema: Sequence[str], shown: str) -> 
     Raises:
         ConfigurationError: The tables were made by a newer Tokenmill, or by another program.
     """
-    connection.execute("CREATE TABLE IF NOT EXISTS schema_version (version INTEGER NOT NULL)")
+    # Not `IF NOT EXISTS`: a server asks for the right to make tables also where there is nothing to be made.
+    if not connection.has("schema_version"):
+        connection.make("CREATE TABLE schema_version (version INTEGER NOT NULL)")
     row = connection.execute("SELECT version FROM schema_version").fetchone()
     if row is None:
         for statement in schema:

@@ -7,9 +7,10 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
+from urllib.parse import urlsplit
 
 from tests.gateway.running import wait_until
 from tokenmill.engine.gateway.worker import PR_SET_PDEATHSIG
@@ -106,6 +107,43 @@ class PostgresServer:
             yield
         finally:
             self._start()
+
+    @contextlib.contextmanager
+    def pooled(self, program: str, url: str, mode: str, settings: Mapping[str, int]) -> Iterator[str]:
+        """A PgBouncer before one database meanwhile; gives the URL through it."""
+        import psycopg
+
+        database = urlsplit(url).path.removeprefix("/")
+        folder = Path(tempfile.mkdtemp(dir=self._folder))
+        said = {"listen_addr": "", "unix_socket_dir": folder, "auth_type": "any", "pool_mode": mode, **settings}
+        lines = ["[databases]", f"{database} = user=tokenmill host={self._folder}", "[pgbouncer]"]
+        lines += [f"{name} = {value}" for name, value in said.items()]
+        (folder / "pool.ini").write_text("\n".join(lines))
+        if self._user is not None:
+            shutil.chown(folder, self._user)
+        with (folder / "log").open("wb") as log:
+            process = subprocess.Popen(
+                [program, str(folder / "pool.ini")],
+                user=self._user,
+                stdout=log,
+                stderr=log,
+                preexec_fn=_end_with_parent,  # noqa: PLW1509 - nothing but a system call
+            )
+        place = f"postgresql://tokenmill@/{database}?host={folder}&port=6432"
+
+        def accepts() -> bool:
+            try:
+                psycopg.connect(place).close()
+            except psycopg.OperationalError:
+                return False
+            return True
+
+        try:
+            wait_until(accepts, 30)
+            yield place
+        finally:
+            process.kill()
+            process.wait()
 
     def _end(self) -> None:
         self._process.send_signal(signal.SIGQUIT)

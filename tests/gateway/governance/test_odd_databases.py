@@ -1,13 +1,17 @@
 """A PostgreSQL server that others set up or use otherwise: it works, or is refused in one line."""
 
+import contextlib
+import os
+import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 
 from tests.gateway.governance.postgres_server import PostgresServer
 from tests.gateway.running import wait_until
+from tokenmill.engine.gateway.admin import tables
 from tokenmill.engine.gateway.governance import accounts, audit
 from tokenmill.engine.gateway.governance.accounts import Limits
 from tokenmill.engine.gateway.governance.schema import SCHEMA
@@ -148,6 +152,66 @@ def test_a_user_without_rights_is_told_so(url: str, root: Any) -> None:
         Store(url.replace("tokenmill@", "stranger@"), SCHEMA)
     assert "\n" not in str(raised.value)
     root.execute("DROP ROLE stranger")
+
+
+def test_a_user_who_may_not_make_tables_uses_those_there_are(url: str, root: Any) -> None:
+    """As where a database's owner makes them, and programs may only write into them."""
+    owner = Store(url, SCHEMA)
+    tables.prepare(owner)
+    owner.close()
+    root.execute("CREATE ROLE writer LOGIN")
+    root.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC")
+    root.execute("GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO writer")
+    store = Store(url.replace("tokenmill@", "writer@"), SCHEMA)
+    tables.prepare(store)
+    assert accounts.find(store.reader, store.write_now(make_team)).name == "T"
+    store.close()
+    root.execute("DROP OWNED BY writer")
+    root.execute("DROP ROLE writer")
+
+
+@pytest.fixture
+def pool(postgres: PostgresServer, url: str) -> Iterator[Callable[..., str]]:
+    """Starts a PgBouncer before the database, in a mode, with further settings; gives the URL through it."""
+    program = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
+    if program is None:
+        pytest.skip("PgBouncer is not installed")
+    with contextlib.ExitStack() as undo:
+
+        def start(mode: str, **settings: int) -> str:
+            return undo.enter_context(postgres.pooled(program, url, mode, settings))
+
+        yield start
+
+
+def test_a_pool_whose_sessions_stay_with_their_clients_works(pool: Callable[..., str]) -> None:
+    place = pool("session")
+    store, other = Store(place, SCHEMA), Store(place, SCHEMA)
+    held = store.claim("ours")
+    assert held is not None
+    for _ in range(2):
+        assert other.inherit("ours") is None
+    held.release()
+    assert other.claim("ours") is not None
+    store.close()
+    other.close()
+
+
+@pytest.mark.parametrize("settings", [{}, {"default_pool_size": 1}, {"server_round_robin": 1}])
+@pytest.mark.parametrize("before", [0, 3, 4])
+def test_a_pool_that_shares_sessions_is_refused(
+    pool: Callable[..., str], settings: dict[str, int], before: int
+) -> None:
+    """Its server would hold the names of processes that died, and what they reserved would never be settled.
+
+    `before`: clients that have been there already, at once; the pool keeps sessions for so many.
+    """
+    place = pool("transaction", **settings)
+    with contextlib.ExitStack() as undo:
+        for _ in range(min(before, settings.get("default_pool_size", before))):
+            undo.enter_context(psycopg.connect(place)).execute("SELECT 1")
+    with pytest.raises(ConfigurationError, match="name the server itself, or a pool in session mode"):
+        Store(place, SCHEMA)
 
 
 @pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
