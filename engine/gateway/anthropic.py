@@ -18,7 +18,12 @@ OWN_PATHS = frozenset({PATH.decode(), "/v1/messages/count_tokens"})
 PATHS = OWN_PATHS | {"/v1/chat/completions"}
 VERSION = b"2023-06-01"
 #: Headers that hold a client's credentials for the gateway.
-CREDENTIALS = frozenset({b"authorization", b"x-api-key", b"api-key", b"x-litellm-api-key"})
+CREDENTIALS = frozenset(
+    {
+        *(b"authorization", b"x-api-key", b"api-key", b"x-litellm-api-key"),
+        *(b"openai-organization", b"openai-project"),  # whose account: OpenAI's clients take it from their environment
+    }
+)
 #: `max_tokens` is required there and optional here.
 DEFAULT_MAX_TOKENS = 4096
 

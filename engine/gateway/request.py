@@ -27,7 +27,7 @@ ON_HANGUP = "tokenmill.on_hangup"
 #: A member of a scope: call it with status, headers and body of a whole answer instead of sending ASGI's two messages.
 #: It does not wait for a client that takes nothing at the moment, but returns False, and nothing has been done.
 ANSWER = "tokenmill.answer"
-#: No model has a longer name; what is asked for goes into logs, traces and the audit trail.
+#: No model has a longer name, and no path is longer: both go into logs, traces and the audit trail.
 MOST_OF_A_NAME = 1024
 #: How much of a body that is too long is read and dropped before the refusal, so that a client that sends it all
 #: first reads the refusal and not a reset connection.
@@ -174,6 +174,8 @@ async def exchange_of(scope: Scope, fields: Fields, payload: bytes, identity: st
             body.get("stream", bool)
     if model is not None and len(model) > MOST_OF_A_NAME:
         raise model_not_found(model)
+    if len(scope["path"]) > MOST_OF_A_NAME:
+        raise ApiError(404, f"No path here is longer than {MOST_OF_A_NAME} characters.", code="not_found")
     exchange = Exchange(
         scope["path"],
         headers,

@@ -59,8 +59,23 @@ _OPENINGS = frozenset(
     f"access-control-{name}".encode()
     for name in ("allow-origin", "allow-credentials", "allow-headers", "allow-methods", "expose-headers", "max-age")
 )
+#: What a server says of its own host, and a browser or a client's cookie jar would keep of the gateway's.
+_OF_A_HOST = frozenset(
+    {
+        *(b"set-cookie", b"set-cookie2", b"alt-svc", b"strict-transport-security", b"public-key-pins", b"expect-ct"),
+        *(b"nel", b"report-to", b"reporting-endpoints", b"clear-site-data", b"accept-ch", b"critical-ch"),
+        *(b"service-worker-allowed", b"location", b"content-location", b"refresh", b"link"),
+    }
+)
+#: What a proxy in front of the gateway (nginx, Apache, lighttpd) would obey: which of its files to send, whom to ask.
+_TO_PROXIES = frozenset(
+    {
+        *(b"x-accel-redirect", b"x-accel-expires", b"x-accel-limit-rate", b"x-accel-charset"),
+        *(b"x-sendfile", b"x-lighttpd-send-file", b"x-reproxy-url", b"x-reproxy-file", b"surrogate-control"),
+    }
+)
 #: Not passed to the client: the server writes its own.
-_NOT_RETURNED = HOP_BY_HOP | _GATEWAYS | _OPENINGS | {b"date"}
+_NOT_RETURNED = HOP_BY_HOP | _GATEWAYS | _OPENINGS | _OF_A_HOST | _TO_PROXIES | {b"date"}
 
 
 def forwarded_headers(headers: Headers, fields: Mapping[bytes, bytes], request_id: str) -> Headers:

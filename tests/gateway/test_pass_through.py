@@ -176,6 +176,30 @@ def test_a_redirect_sends_the_client_nowhere(gateway: RunningGateway, upstream: 
     assert len(upstream.books.requests) == 1
 
 
+def test_what_a_backend_says_of_its_host_is_none_of_the_gateways(
+    gateway: RunningGateway, upstream: FakeUpstream
+) -> None:
+    del upstream
+    said = {
+        "set-cookie": "tokenmill_session=theirs; Path=/dashboard",
+        "alt-svc": 'h3=":443"; ma=86400',
+        "strict-transport-security": "max-age=31536000; includeSubDomains",
+        "nel": '{"report_to": "theirs"}',
+        "report-to": '{"group": "theirs"}',
+        "clear-site-data": '"*"',
+        "refresh": "0; url=https://elsewhere.example",
+        "location": "https://elsewhere.example",
+        "x-accel-redirect": "/internal/secrets",
+        "x-sendfile": "/etc/passwd",
+    }
+    kept = {"x-accel-buffering": "no", "retry-after": "7", "openai-processing-ms": "12", "cf-ray": "8"}
+    act = {"status": 200, "body": "{}", "headers": {"content-type": "application/json", **said, **kept}}
+    for stream in (False, True):
+        headers = gateway.post(CHAT, {"model": "tiny", "messages": [], "stream": stream, "act": act})[1]
+        assert not said.keys() & headers.keys()
+        assert kept.items() <= headers.items()
+
+
 def test_models_are_the_backends_own_objects(gateway: RunningGateway) -> None:
     status, _, body = gateway.get("/v1/models")
     listed = json.loads(body)

@@ -18,6 +18,7 @@ from tokenmill.engine.gateway.api_error import ApiError, quote
 from tokenmill.engine.gateway.governance import accounts, keys
 from tokenmill.engine.gateway.governance.accounts import Limits
 from tokenmill.engine.gateway.governance.keys import Key
+from tokenmill.engine.gateway.governance.options import digest
 from tokenmill.engine.gateway.money import micro_cents
 from tokenmill.engine.gateway.store import Connection, now_ms
 
@@ -109,9 +110,13 @@ async def info(call: Call) -> Any:
     asked = call.query("key")
     if asked is None and call.actor.role is not None and call.actor.name == "master":
         raise ApiError(400, "`key` is missing; name a key, its token or its id.", code="missing", param="key")
+    if not call.actor.may("auditor"):
+        own = {call.actor.name, keyring.secret_hash(reader, call.actor.name)}
+        if asked is not None and own.isdisjoint((asked, digest(asked))):
+            # Whether or not there is such a key: which ones others have is not his to find out.
+            raise ApiError(403, "This key may only ask about itself.", code="forbidden")
+        asked = call.actor.name
     found = keyring.named(reader, asked if asked is not None else call.actor.name)
-    if not call.actor.may("auditor") and found.id != call.actor.name:
-        raise ApiError(403, "This key may only ask about itself.", code="forbidden")
     shown = views.litellm_key(reader, found)
     return {"key": shown["token"], "info": shown}
 

@@ -17,6 +17,8 @@ from tokenmill.engine.gateway.governance.keys import Key
 from tokenmill.engine.gateway.governance.options import digest
 from tokenmill.engine.gateway.governance.service import Governance
 from tokenmill.engine.gateway.heads import without
+from tokenmill.engine.gateway.openapi import INFERENCE_PATHS
+from tokenmill.engine.gateway.paths import is_of_an_account
 from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply
 from tokenmill.engine.gateway.principal import Principal
 from tokenmill.engine.gateway.store import Connection, StoreUnavailableError, now_ms
@@ -159,6 +161,14 @@ class Identify:
         """See `pipeline.Stage`."""
         exchange.principal = principal = self._identities.of(exchange.fields)
         exchange.forward = without(exchange.forward, CREDENTIALS)
+        endpoint = exchange.endpoint
+        if endpoint not in INFERENCE_PATHS and is_of_an_account(endpoint) and principal.key != MASTER:
+            raise ApiError(
+                403,
+                f"{quote(endpoint, 60)} is about what the backend keeps for its whole account: nobody could tell "
+                "whose of the gateway's keys it is, so it is not passed on.",
+                code="path_not_allowed",
+            )
         model = exchange.model if exchange.model is not None else self._default_model
         if not principal.may_ask_for(model):
             allowed = ", ".join(quote(name) for name in (principal.models or ())[:20]) or "none"

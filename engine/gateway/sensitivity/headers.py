@@ -4,8 +4,20 @@ from tokenmill.engine.gateway.anthropic import CREDENTIALS
 from tokenmill.engine.gateway.pipeline import Exchange
 from tokenmill.engine.gateway.sensitivity.scanner import Scanner
 
-#: Between this host and its clients; no search knows what is in it.
-_COOKIE = b"cookie"
+#: Between this host and its clients, or what proxies that log people in (oauth2-proxy, Envoy, nginx, Azure, Google,
+#: AWS, Cloudflare, Tailscale) say of who asks: a name or an account that no search knows.
+_OF_PEOPLE = frozenset(
+    {
+        *(b"cookie", b"remote-user", b"x-remote-user", b"x-remote-group", b"x-webauth-user", b"x-authenticated-user"),
+        *(b"x-forwarded-user", b"x-forwarded-email", b"x-forwarded-preferred-username", b"x-forwarded-groups"),
+        *(b"x-forwarded-client-cert", b"client-cert", b"client-cert-chain", b"x-client-cert", b"x-user", b"x-user-id"),
+        *(b"x-user-name", b"x-username", b"x-user-email", b"x-email", b"x-goog-iap-jwt-assertion"),
+    }
+)
+_OF_LOGINS = (
+    *(b"x-auth-request-", b"x-ms-client-principal", b"x-goog-authenticated-user-", b"x-amzn-oidc-", b"cf-access-"),
+    *(b"tailscale-user-", b"ssl-client-", b"x-ssl-client-", b"x-amzn-mtls-"),
+)
 #: Meant for the backend, or written by the gateway.
 _NOT_SEARCHED = CREDENTIALS | {b"accept", b"accept-encoding", b"content-type"}
 _REQUEST_ID = b"x-request-id"
@@ -48,7 +60,9 @@ class Headers:
         name, value = header
         # The name may be what announces it. A value in another encoding is read as Latin-1 (RFC 9110, 5.5).
         text = f"{name.decode('latin-1')}: {value.decode('utf-8', 'replace')}\n{value.decode('latin-1')}"
-        held = name == _COOKIE or any(found for _, found in self._scanner.windows(text))
+        held = (
+            name in _OF_PEOPLE or name.startswith(_OF_LOGINS) or any(found for _, found in self._scanner.windows(text))
+        )
         if len(value) <= _LONGEST_KNOWN:
             if len(self._known) >= _MOST_KNOWN:
                 self._known.clear()

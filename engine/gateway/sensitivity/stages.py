@@ -8,6 +8,7 @@ so that no fallback, retry, escalation or burst can walk around the policy.
 """
 
 import logging
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -27,6 +28,9 @@ from tokenmill.engine.gateway.sensitivity.restoring import restore
 from tokenmill.engine.gateway.sensitivity.settings import SensitivitySettings
 
 log = logging.getLogger("tokenmill.gateway")
+
+#: A path that holds nothing but names; any other may hold the data itself.
+_WORDS_ALONE = re.compile(r"(?:/v[0-9])?(?:/[a-z_]{1,32}){1,4}")
 
 #: (action, subject, details): what is told about each decision of the policy; details hold nothing of the data.
 Audit = Callable[[str, str, Mapping[str, Any]], None]
@@ -186,4 +190,5 @@ def subject_of(exchange: Exchange) -> str:
 
 def told(exchange: Exchange, clearance: Clearance) -> dict[str, Any]:
     """The details of a decision, for the audit trail."""
-    return {"model": exchange.model, "endpoint": exchange.endpoint, **clearance.described()}
+    endpoint = exchange.endpoint if _WORDS_ALONE.fullmatch(exchange.endpoint) else "other"
+    return {"model": exchange.model, "endpoint": endpoint, **clearance.described()}

@@ -1,0 +1,107 @@
+"""What one owner of a key cannot reach: what backends keep for their whole account, and what others' keys are."""
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from tests.gateway.governance.governed import CHAT, MASTER_KEY, Governed, options
+from tests.gateway.running import RunningGateway, wait_until
+from tests.gateway.upstream import FakeUpstream
+from tokenmill.engine.gateway.backends import Backend
+from tokenmill.engine.gateway.governance.schema import SCHEMA
+from tokenmill.engine.gateway.sensitivity.settings import SensitivitySettings
+from tokenmill.engine.gateway.settings import Settings
+from tokenmill.engine.gateway.store import Store
+
+
+@pytest.fixture(scope="module")
+def governed(shared_upstream: FakeUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Governed]:
+    place = str(tmp_path_factory.mktemp("isolation") / "gateway.db")
+    backend = Backend("a", shared_upstream.url, "utility", api_key="the-accounts-own")
+    settings = Settings(probe_interval_s=0.1, default_model="tiny")
+    policy = SensitivitySettings()
+    with RunningGateway(
+        backend, settings=settings, governance=options(place), key=MASTER_KEY, sensitivity=policy
+    ) as gateway:
+        store = Store(place, SCHEMA)
+        yield Governed(gateway, store)
+        store.close()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/files",
+        "/openai/v1/files",
+        "/v1/f%69les",
+        "/v1/Files",
+        "/v1/uploads/upload_1/complete",
+        "/v1/batches",
+        "/v1/messages/batches",
+        "/v1/vector_stores/vs_1/search",
+        "/v1/conversations/conv_1/items",
+        "/v1/threads/thread_1/runs",
+        "/v1/fine_tuning/jobs",
+        "/v1/organization/admin_api_keys",
+        "/v1/realtime/client_secrets",
+        "/v1/containers/cntr_1/files",
+        "/v1/chat/completions/chatcmpl-1",
+    ],
+)
+def test_no_key_reaches_what_is_kept_for_the_whole_account(
+    governed: Governed, upstream: FakeUpstream, path: str
+) -> None:
+    _, key = governed.key()
+    for body in ({"model": "tiny", "query": "x"}, {}):
+        status, _, answer = governed.ask(key, body, path)
+        assert (status, json.loads(answer)["error"]["code"]) == (403, "path_not_allowed")
+    assert not upstream.books.requests
+    assert governed.ask(MASTER_KEY, {"model": "tiny"}, path)[0] == 200  # whoever has it administrates
+
+
+@pytest.mark.parametrize(
+    "path", [CHAT, "/v1/responses/compact", "/v1/audio/speech", "/v1/agents/completions", "/v1/future/thing"]
+)
+def test_other_paths_go_on(governed: Governed, upstream: FakeUpstream, path: str) -> None:
+    _, key = governed.key()
+    assert governed.ask(key, {"model": "tiny", "messages": []}, path)[0] == 200
+    assert [asked for asked, _, _ in upstream.books.requests] == [path]
+
+
+def test_the_gateways_own_key_is_charged_to_its_own_account(governed: Governed, upstream: FakeUpstream) -> None:
+    _, key = governed.key()
+    theirs = {"openai_organization": "org-theirs", "openai_project": "proj_theirs"}
+    governed.gateway.post(CHAT, {"model": "tiny", "messages": []}, authorization=f"Bearer {key}", **theirs)
+    headers = upstream.books.requests[0][1]
+    assert headers["authorization"] == "Bearer the-accounts-own"
+    assert not {"openai-organization", "openai-project"} & set(headers)
+
+
+def test_a_key_does_not_learn_which_others_there_are(governed: Governed) -> None:
+    identity, _ = governed.key()
+    own, key = governed.key()
+    answers = {
+        governed.gateway.send("GET", f"/key/info?key={said}", headers={"authorization": f"Bearer {key}"})[::2]
+        for said in (identity, "key-000000000000", "sk-nobody", "master")
+    }
+    assert len(answers) == 1
+    assert next(iter(answers))[0] == 403
+    for said in (own, key):
+        found = governed.gateway.send("GET", f"/key/info?key={said}", headers={"authorization": f"Bearer {key}"})
+        assert json.loads(found[2])["info"]["token_id"] == own
+
+
+def test_the_audit_trail_holds_no_data_of_a_path_and_no_long_one(governed: Governed) -> None:
+    _, key = governed.key()
+    ask = {"model": "tiny", "input": "write to anna@example.com"}
+    assert governed.ask(key, ask, "/v1/of/anna@example.com")[0] == 200
+    assert governed.ask(key, ask, "/v1/" + "a" * 30_000)[0] == 404
+
+    def told() -> list[str]:
+        query = "SELECT details FROM audit WHERE subject LIKE ? AND action = 'sensitivity.stay'"
+        return [row[0] for row in governed.store.reader.execute(query, ("key-%",))]
+
+    wait_until(lambda: bool(told()))
+    assert [json.loads(details)["endpoint"] for details in told()] == ["other"]
+    assert "anna" not in "".join(told())
