@@ -17,7 +17,7 @@ from urllib.parse import unquote
 
 import orjson
 
-from tokenmill.engine.gateway import metrics, openapi, paths
+from tokenmill.engine.gateway import metrics, model_info, openapi, paths
 from tokenmill.engine.gateway.api_error import EVENT_STREAM_TYPE, JSON, ApiError, Headers, model_not_found
 from tokenmill.engine.gateway.connection import CutError, SilenceError
 from tokenmill.engine.gateway.cors import Cors
@@ -113,6 +113,10 @@ class Gateway:
         self._endpoints: dict[str, Endpoint] = {
             "/health": self._health,
             "/ready": self._ready,
+            # What probes of a LiteLLM proxy ask for, in charts and compose files.
+            "/health/liveliness": self._health,
+            "/health/liveness": self._health,
+            "/health/readiness": self._ready,
             "/metrics": self._metrics,
             "/openapi.json": self._openapi,
             "/docs": self._docs,
@@ -209,7 +213,7 @@ class Gateway:
         """An answer of the gateway's own; raises 404 or 405."""
         model = path.removeprefix(_MODEL_PREFIX) if path.startswith(_MODEL_PREFIX) else ""
         endpoint = self._endpoints.get(path)
-        if endpoint is not None or model or path == "/v1/models":
+        if endpoint is not None or model or path == "/v1/models" or path in model_info.PATHS:
             allowed = b"GET, HEAD, OPTIONS"
         elif path in _POST_ONLY:
             allowed = b"POST, OPTIONS"
@@ -227,6 +231,9 @@ class Gateway:
         if endpoint is not None:
             return await endpoint()
         models = self._models(fields)
+        if path in model_info.PATHS:
+            names = [listed["id"] for listed in models]
+            return _json({"data": model_info.described(names, self.portfolio.targets)})
         return self._model(model, models) if model else _json({"object": "list", "data": models})
 
     async def _inference(
