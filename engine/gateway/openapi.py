@@ -119,6 +119,10 @@ def _content() -> dict[str, Any]:
     paths["/v1/models/{model}"] = _get(
         "One model; its id may hold slashes.", {"200": _answer("The model."), **_errors(401, 404)}, [model_id]
     )
+    paths["/v1/model/info"] = _get(
+        "What is known of each model, in LiteLLM's words: windows, prices, capabilities.",
+        {"200": _answer("Models and backends."), **_errors(401)},
+    )
     paths["/health"] = _get("Whether the gateway lives.", {"200": _answer("It does.")})
     paths["/ready"] = _get(
         "Whether every tier has a backend that is up.",

@@ -6,6 +6,7 @@ import re
 from tests.gateway.running import RunningGateway, wait_until
 from tests.gateway.upstream import FakeUpstream
 from tokenmill.engine.gateway.backends import Backend
+from tokenmill.engine.gateway.money import Prices
 
 CHAT = "/v1/chat/completions"
 
@@ -80,6 +81,11 @@ def test_ready_and_models_follow_the_backends() -> None:
             status, headers, body = gateway.get("/ready")
             assert json.loads(body)["tiers"] == {"reasoning": "b: connection refused"}
             assert gateway.get("/health")[0] == 200
+            assert [gateway.get(f"/health/{end}")[0] for end in ("liveliness", "liveness", "readiness")] == [
+                200,
+                200,
+                503,
+            ]
             status, headers, body = gateway.post(CHAT, {"model": "two"})
             assert (status, json.loads(body)["error"]["code"]) == (503, "service_unavailable")
             assert int(headers["retry-after"]) >= 1
@@ -92,6 +98,38 @@ def test_ready_and_models_follow_the_backends() -> None:
     finally:
         first.stop()
         second.stop()
+
+
+def test_litellms_clients_read_what_models_are(upstream: FakeUpstream) -> None:
+    prices = Prices(250_000_000, 125_000_000, 1_000_000_000)
+    one = Backend(
+        *("a", upstream.url, "utility"),
+        models=("chat/one",),
+        model_names={"chat/one": "tiny"},
+        api_key="sk-secret",
+        prices=prices,
+        context_window=8192,
+        max_output_tokens=1024,
+        capabilities=("tools", "vision"),
+    )
+    other = Backend("b", upstream.url, "other", models=("embed",), capabilities=("embeddings",))
+    with RunningGateway(one, other) as gateway:
+        status, _, body = gateway.get("/model/info")
+        assert (status, gateway.get("/v1/model/info")[2]) == (200, body)
+        assert gateway.post("/model/info", {})[0] == 405
+    assert b"secret" not in body and upstream.url.encode() not in body
+    first, second = json.loads(body)["data"]
+    assert (first["model_name"], first["litellm_params"]) == ("chat/one", {"model": "openai/tiny"})
+    info = first["model_info"]
+    assert (info["max_input_tokens"], info["max_output_tokens"], info["max_tokens"]) == (8192, 1024, 1024)
+    assert (info["input_cost_per_token"], info["output_cost_per_token"]) == (2.5e-6, 1e-5)
+    assert info["cache_read_input_token_cost"] == 1.25e-6
+    assert (info["supports_vision"], info["supports_function_calling"], info["mode"]) == (True, True, "chat")
+    assert (second["model_name"], second["model_info"]["mode"]) == ("embed", "embedding")
+    assert (second["model_info"]["max_input_tokens"], second["model_info"]["max_output_tokens"]) == (
+        4096,
+        None,
+    )  # listed
 
 
 def test_models_not_known_yet_are_no_404() -> None:
