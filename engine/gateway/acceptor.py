@@ -130,6 +130,8 @@ class Server(uvicorn.Server):
                 acceptor.close()
             for connection in list(self.server_state.connections):
                 cast("GatewayProtocol", connection).retire()
-            if not self.server_state.connections and not any(one.opening for one in self._acceptors):
+            state = self.server_state
+            # Of some tasks the client has gone, not their work (`background`).
+            if not (state.connections or state.tasks or any(one.opening for one in self._acceptors)):
                 return True
         return await super().on_tick(counter)

@@ -19,13 +19,14 @@ import orjson
 
 from tokenmill.engine.gateway import metrics, model_info, openapi, paths
 from tokenmill.engine.gateway.api_error import EVENT_STREAM_TYPE, JSON, ApiError, Headers, model_not_found
+from tokenmill.engine.gateway.background import Background
 from tokenmill.engine.gateway.connection import CutError, SilenceError
 from tokenmill.engine.gateway.cors import Cors
 from tokenmill.engine.gateway.forward import Forwarder, error_event
 from tokenmill.engine.gateway.heads import first_values, without
 from tokenmill.engine.gateway.health import Prober
 from tokenmill.engine.gateway.kept import Kept
-from tokenmill.engine.gateway.pipeline import Exchange, Outcome, Reply, Stage, compose
+from tokenmill.engine.gateway.pipeline import Exchange, Handler, Outcome, Reply, Stage, compose
 from tokenmill.engine.gateway.portfolio import Portfolio
 from tokenmill.engine.gateway.principal import Principal
 from tokenmill.engine.gateway.request import (
@@ -41,7 +42,8 @@ from tokenmill.engine.gateway.request import (
     request_id,
     with_model,
 )
-from tokenmill.engine.gateway.upstream import Upstream
+from tokenmill.engine.gateway.stored import About, Stored, about
+from tokenmill.engine.gateway.upstream import Upstream, forwarded_headers
 from tokenmill.errors import TokenmillError
 
 log = logging.getLogger("tokenmill.gateway")
@@ -86,6 +88,7 @@ class Gateway:
         identify: Whose request it is, from its headers; None: nobody must say who he is.
         counted: The metrics; None: with the default bounds, and of this process alone.
         kept: Which backend keeps which response; None: as far as this process knows.
+        watchers: What a request about a stored response goes through.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class Gateway:
         identify: Callable[[Fields], Principal] | None = None,
         counted: metrics.Metrics | None = None,
         kept: Kept | None = None,
+        watchers: Sequence[Stage] = (),
     ) -> None:
         self.settings = portfolio.settings
         self.portfolio = portfolio
@@ -106,10 +110,12 @@ class Gateway:
         self._identify = identify
         self._upstream: Upstream | None = None
         self.prober = Prober(self.portfolio, self.upstream, self.settings)
-        self._handle = compose(
-            [metrics.MetricsStage(self.metrics), *stages],
-            Forwarder(self.upstream, self.settings, kept or Kept()).handle,
-        )
+        kept = kept or Kept()
+        counting = metrics.MetricsStage(self.metrics)
+        self._handle = compose([counting, *stages], Forwarder(self.upstream, self.settings, kept).handle)
+        stored = Stored(self.upstream, self.portfolio, kept)
+        self._handle_stored = compose([counting, *watchers], stored.handle)
+        self._background = Background(stored)
         self._endpoints: dict[str, Endpoint] = {
             "/health": self._health,
             "/ready": self._ready,
@@ -191,12 +197,19 @@ class Gateway:
             path, model = paths.usual(path)
             known = path in _POST_ONLY
             scope["path"] = path
-        asks_a_model = method == "POST" and (known or _is_passed(path)) and path not in self._endpoints
+        response = None if known else about(path)
+        if response is None:
+            asks_a_model = method == "POST" and (known or _is_passed(path)) and path not in self._endpoints
+        else:
+            asks_a_model = method in response.methods
         try:
             if asks_a_model:
-                await self._inference(scope, fields, receive, send, identity, model)
+                if response is None:
+                    await self._inference(scope, fields, receive, send, identity, model)
+                else:
+                    await self._of_response(scope, fields, receive, send, identity)
                 return
-            reply = await self._local(method, path, fields)
+            reply = await self._local(method, path, fields, response)
         except ApiError as error:
             if asks_a_model:
                 self.metrics.refuse(path, error.status)
@@ -209,7 +222,7 @@ class Gateway:
             reply = _error_reply(ApiError(500, f"The gateway failed; its log has request {identity}."))
         await _send_whole(scope, send, reply, identity)
 
-    async def _local(self, method: str, path: str, fields: Fields) -> Reply:
+    async def _local(self, method: str, path: str, fields: Fields, response: About | None) -> Reply:
         """An answer of the gateway's own; raises 404 or 405."""
         model = path.removeprefix(_MODEL_PREFIX) if path.startswith(_MODEL_PREFIX) else ""
         endpoint = self._endpoints.get(path)
@@ -217,11 +230,13 @@ class Gateway:
             allowed = b"GET, HEAD, OPTIONS"
         elif path in _POST_ONLY:
             allowed = b"POST, OPTIONS"
+        elif response is not None:
+            allowed = ", ".join([*response.methods, "OPTIONS"]).encode()
         else:
             raise ApiError(404, f"There is no {method} {_shown(path)} here; see /docs.", code="not_found")
         if method == "OPTIONS":
             return Reply(204, [(b"allow", allowed)])
-        if method not in ("GET", "HEAD") or path in _POST_ONLY:
+        if method not in ("GET", "HEAD") or path in _POST_ONLY or response is not None:
             raise ApiError(
                 405,
                 f"{_shown(path)} takes {allowed.decode().split(',')[0]}, not {method}.",
@@ -249,11 +264,38 @@ class Gateway:
         if model is not None:
             payload = await with_model(payload, model)
             scope["query_string"] = b""  # Azure's `api-version`
-        exchange = await exchange_of(scope, fields, payload, identity, started)
+        await self._answer(scope, send, await exchange_of(scope, fields, payload, identity, started), self._handle)
+
+    async def _of_response(self, scope: Scope, fields: Fields, receive: Receive, send: Send, identity: str) -> None:
+        """Answers a request about a response that a backend keeps."""
+        started = time.perf_counter()
+        principal = None if self._identify is None else self._identify(fields)
+        if scope["method"] != "GET":
+            await read_body(receive, fields, self.settings)
+        headers: Headers = scope["headers"]
+        exchange = Exchange(
+            scope["path"],
+            headers,
+            b"",
+            fields=fields,
+            body=None,
+            model=None,
+            request_id=identity,
+            forward=forwarded_headers(headers, fields, identity),
+            query=scope["query_string"],
+            started=started,
+        )
+        exchange.method = scope["method"]
+        exchange.principal = principal
+        await self._answer(scope, send, exchange, self._handle_stored)
+
+    async def _answer(self, scope: Scope, send: Send, exchange: Exchange, handle: Handler) -> None:
+        """Has a request handled, and sends the reply; all that has to be done at its end is done."""
+        identity = exchange.request_id
         hangup = _Hangup(scope)
         try:
             try:
-                reply = await self._handle(exchange)
+                reply = await handle(exchange)
                 outcome: Outcome = "ok" if reply.status < 400 else "failed"
             except ApiError as error:
                 reply = _error_reply(error)
@@ -267,6 +309,7 @@ class Gateway:
         except asyncio.CancelledError:
             exchange.outcome = "gone" if hangup.happened else "cut"
             if not hangup.swallow():
+                self._background.give_up(exchange)
                 raise
         except Exception:
             exchange.outcome = "failed"
@@ -276,7 +319,11 @@ class Gateway:
             log.exception("request %s failed in the middle of its reply", identity)
         finally:
             hangup.stop()
-            self._end(exchange)
+            try:
+                if exchange.goes_on is not None:
+                    await self._background.watch(exchange)
+            finally:
+                self._end(exchange)
 
     def _end(self, exchange: Exchange) -> None:
         try:

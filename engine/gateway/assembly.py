@@ -89,9 +89,16 @@ def create_app(document: Document) -> Gateway:
     if sensitivity is not None:
         stages.append(Guard(tell))
     identify = None if identities is None else identities.of
-    kept = Kept(Path(observed.shared) / "responses.kept" if observed.shared else None)
-    gateway = Gateway(portfolio, stages, services, sites, identify, counted, kept)
+    gateway = Gateway(portfolio, stages, services, sites, identify, counted, Kept(_kept_in(document)), watchers)
     return gateway
+
+
+def _kept_in(document: Document) -> Path | None:
+    """The file in which it stands who keeps which response; with keys it outlives the gateway, as the books do."""
+    governance, shared = document.governance, document.observability.shared
+    if governance is not None and "://" not in governance.store:
+        return Path(f"{governance.store}-responses")
+    return Path(shared) / "responses.kept" if shared else None
 
 
 def _audit_trail(governance: Governance) -> Audit:

@@ -19,6 +19,7 @@ from tokenmill.engine.gateway.api_error import (
     EVENT_STREAM_TYPE,
     JSON,
     ApiError,
+    Headers,
     retry_after,
     unavailable,
     with_error_object,
@@ -102,7 +103,7 @@ class Forwarder:
     async def handle(self, exchange: Exchange) -> Reply:
         """The answer of the first backend that gives one, or the first tier's error; raises `ApiError` as such."""
         self._retries.earn()
-        routes = self._kept.narrowed(exchange) if exchange.endpoint == RESPONSES else exchange.routes
+        routes = self._kept.narrowed(exchange) if exchange.endpoint.startswith(RESPONSES) else exchange.routes
         way = Way(routes, self._settings.most_retries, self._retries)
         held: list[Lease] = []
         while (choice := way.next(exchange, self._balancer)) is not None:
@@ -209,8 +210,7 @@ class Forwarder:
         if target.backend.protocol == "anthropic":
             headers = anthropic.headers(headers, target.backend.api_key, own=True)
         elif target.backend.api_key is not None:
-            headers = [header for header in headers if header[0] not in anthropic.CREDENTIALS]
-            headers.append((b"authorization", b"Bearer " + target.backend.api_key.encode()))
+            headers = with_key(headers, target.backend.api_key)
         lease.call.taken = lease.call.sent = True
         answer = await self._upstream().send(b"POST", target.origin, exchange.target_path, headers, payload)
         lease.holds(answer)
@@ -222,23 +222,18 @@ class Forwarder:
             if answer.content_type == EVENT_STREAM_TYPE:
                 error = await first_event.error_in(answer)
                 if exchange.endpoint == RESPONSES:
-                    await self._kept.learn_streamed(answer, target)
+                    await self._kept.learn_streamed(answer, target, exchange)
             lease.heard(answer.status if error is None else error.status)
             return Reply(answer.status, answer.headers, None, answer.chunks(), error)
         body = await answer.read()
         lease.heard(answer.status)
-        lease.close()
-        reply = Reply(answer.status, answer.headers, body)
         if answer.status < 400 and exchange.endpoint == RESPONSES:
-            self._kept.learn(body, target)
-        if (
-            answer.status >= 400
-            and all(name != b"content-encoding" for name, _ in answer.headers)
-            and (wrapped := with_error_object(answer.status, body)) is not None
-        ):
-            reply.body = wrapped
-            reply.headers = [*(header for header in answer.headers if header[0] != b"content-type"), JSON]
-        return self._with_retry_after(reply)
+            self._kept.learn(body, target, exchange)
+        if exchange.goes_on is None:
+            lease.close()
+        else:
+            answer.close()  # the backend's slot is taken until it has done the work
+        return self._with_retry_after(whole(answer, body))
 
     async def _ask_anthropic(
         self, exchange: Exchange, lease: Lease, said: bytes, counting: dict[str, Any] | None
@@ -275,6 +270,25 @@ class Forwarder:
         if reply.status in _NOT_TAKEN and all(name != b"retry-after" for name, _ in reply.headers):
             reply.headers = [*reply.headers, retry_after(self._settings.retry_after_s)]
         return reply
+
+
+def with_key(headers: Headers, key: str) -> Headers:
+    """A request's headers with a backend's key in the place of the client's."""
+    kept = [header for header in headers if header[0] not in anthropic.CREDENTIALS]
+    return [*kept, (b"authorization", b"Bearer " + key.encode())]
+
+
+def whole(answer: Answer, body: bytes) -> Reply:
+    """A backend's answer that is no stream; an error gets an `error` object where it has none."""
+    reply = Reply(answer.status, answer.headers, body)
+    if (
+        answer.status >= 400
+        and all(name != b"content-encoding" for name, _ in answer.headers)
+        and (wrapped := with_error_object(answer.status, body)) is not None
+    ):
+        reply.body = wrapped
+        reply.headers = [*(header for header in answer.headers if header[0] != b"content-type"), JSON]
+    return reply
 
 
 def _upstream_model(exchange: Exchange, target: Target, route: Route) -> str | None:

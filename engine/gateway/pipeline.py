@@ -109,6 +109,7 @@ class Exchange:
 
     Attributes:
         endpoint: The request's path, `/v1/chat/completions`.
+        method: Its method.
         query: Its query string, raw.
         headers: Its headers, raw, names in lower case.
         fields: The first value of each, by its name.
@@ -130,11 +131,13 @@ class Exchange:
         meter: Have the backend count a stream's tokens even where the client did not ask for it; the client does
             not see the count.
         outcome: How it ended; `open` until then.
+        goes_on: Id of the response that its backend goes on with after the answer; None: it does not.
         taps: Called with every chunk of a streamed reply as it is sent.
         notes: What stages keep about this request, by the stage's name.
     """
 
     # What nearly every request begins with costs nothing here.
+    method = "POST"
     form: "Form | None" = None
     routes: "Sequence[Route]" = ()
     target: "Target | None" = None
@@ -146,6 +149,7 @@ class Exchange:
     decision: "Decision | None" = None
     meter = False
     outcome: Outcome = "open"
+    goes_on: str | None = None
 
     def __init__(
         self,

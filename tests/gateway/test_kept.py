@@ -15,7 +15,8 @@ from tests.gateway.running import RunningGateway, wait_until
 from tests.gateway.upstream import FakeUpstream
 from tests.gateway.workers import MASTER_KEY, Workers
 from tokenmill.engine.gateway.backends import Backend
-from tokenmill.engine.gateway.kept import SLOTS, Kept
+from tokenmill.engine.gateway.kept import SLOT_BYTES, SLOTS, Kept
+from tokenmill.engine.gateway.pipeline import Exchange
 from tokenmill.engine.gateway.portfolio import Target
 from tokenmill.engine.gateway.settings import Settings
 
@@ -150,8 +151,9 @@ def test_what_names_no_response_goes_as_any_other(servers: list[Keeping], earlie
 def test_it_is_bounded_and_a_full_disk_is_no_reason_to_fail(tmp_path: Path) -> None:
     one, other = (Target(Backend(name, "http://127.0.0.1:1", "t"), Settings()) for name in ("one", "other"))
     kept = Kept(tmp_path / "folder" / "kept")
+    exchange = Exchange(PATH, [], b"", body=None, model=None, request_id="", forward=[])
     for number in range(2 * SLOTS):
-        kept.learn(b'{"id":"resp_%d"}' % number, one if number % 2 else other)
-    assert (tmp_path / "folder" / "kept").stat().st_size == SLOTS * 16
+        kept.learn(b'{"id":"resp_%d"}' % number, one if number % 2 else other, exchange)
+    assert (tmp_path / "folder" / "kept").stat().st_size == SLOTS * SLOT_BYTES
     (tmp_path / "file").write_bytes(b"")
-    Kept(tmp_path / "file" / "kept").learn(b'{"id":"resp"}', one)
+    Kept(tmp_path / "file" / "kept").learn(b'{"id":"resp"}', one, exchange)

@@ -103,12 +103,16 @@ class FakeUpstream:
         application.router.add_get("/health", self._health)
         application.router.add_get("/metrics", self._metrics)
         application.router.add_get("/v1/models", self._list)
+        self._add_routes(application)
         application.router.add_post("/{path:.*}", self._model)
         self._runner = web.AppRunner(application, handler_cancellation=True, shutdown_timeout=0.0)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True)
         await site.start()
         self.port = self._runner.addresses[0][1]
+
+    def _add_routes(self, application: web.Application) -> None:
+        """More paths of a server of another kind."""
 
     async def _stop(self) -> None:
         if self._runner is not None:

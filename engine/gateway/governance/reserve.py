@@ -73,7 +73,7 @@ class Reserve:
             settles = error.perhaps_done
             raise self._governance.unwritable(error) from error
         reply = await proceed(exchange)
-        if reply.body is not None:
+        if reply.body is not None and exchange.goes_on is None:
             # Every call has ended: all that may change is how the request does.
             known = charges.spending(exchange, bound_at)
         reply.headers = [*reply.headers, *_headers(answer, None if known is None else known.total)]
