@@ -23,6 +23,7 @@ class Backend:
         base_url: `http(s)://host[:port][/prefix]`, with or without a final `/v1`. A prefix that names a version itself
             (`/v1beta/openai`, `/api/v3`) is followed by the rest of OpenAI's paths, without `/v1`.
         tier: The tier it belongs to; a tier's name is accepted as a model name.
+        below_v1: Whether its paths are below `/v1`; if not, they follow the base URL without it.
         models: Public names of the models it serves. Empty: its own `/v1/models` says (asked by the health probe).
         model_names: Public model name to the backend's own name, where they differ; the request's `model` is
             rewritten on the way in, every other byte of each field stays.
@@ -70,6 +71,7 @@ class Backend:
     capabilities: tuple[Capability, ...] = ()
     quality: float | None = None
     prefix: str = ""
+    below_v1: bool = True
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.base_url)
@@ -95,7 +97,9 @@ class Backend:
     def has_version(self) -> bool:
         """Whether request paths follow the base URL without their `/v1`."""
         base = self.base_url.rstrip("/")
-        return self.protocol == "openai" and not base.endswith("/v1") and bool(_VERSION.search(urlsplit(base).path))
+        if self.protocol != "openai" or base.endswith("/v1"):
+            return False
+        return not self.below_v1 or bool(_VERSION.search(urlsplit(base).path))
 
     def upstream_model(self, model: str) -> str:
         """The backend's own name of a public model name."""

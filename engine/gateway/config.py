@@ -241,6 +241,9 @@ class RemoteBackend(Backend):
         description="`http(s)://host[:port][/prefix]`, with or without a final `/v1`; a prefix that names another "
         "version, like `/v1beta/openai`, is taken as it is."
     )
+    below_v1: bool = Field(
+        True, description="`false`: its paths follow `url` without `/v1`, e.g. `/inference/chat/completions`."
+    )
     models: dict[str, str] = Field(
         default_factory=dict,
         description="Public model name to the server's own name for it; default: what its `/v1/models` lists.",

@@ -25,7 +25,7 @@ from tokenmill.engine.gateway.governance.section import Governance
 from tokenmill.engine.gateway.litellm_models import Describer
 from tokenmill.engine.gateway.litellm_names import Names, alias, fall_back
 from tokenmill.engine.gateway.litellm_prices import CostMap
-from tokenmill.engine.gateway.litellm_providers import PROVIDERS, Provider, split, zone
+from tokenmill.engine.gateway.litellm_providers import PROVIDERS, Provider, served_at, split, zone
 from tokenmill.engine.gateway.yaml_file import Place, YamlFile
 from tokenmill.errors import InputError
 
@@ -34,6 +34,8 @@ _STRATEGIES = ("simple-shuffle", "least-busy")
 _WEIGHTS = ("weight", "rpm", "tpm")
 #: Of another's weight so much has who gets nothing while that one can take it.
 _SPARE = 1e-9
+#: How Azure's clients are known where they have no key.
+_ENTRA = ("azure_ad_token", "tenant_id", "client_id", "azure_username")
 _MASTER_KEY: Place = ("general_settings", "master_key")
 _MASTER_VARIABLE = "LITELLM_MASTER_KEY"
 _ORIGINS_VARIABLE = "LITELLM_CORS_ORIGINS"
@@ -152,7 +154,7 @@ class _Importer:
         served = self._names.tiers
         tiers: dict[str, dict[str, Any]] = {served[name]: {"backends": backends} for name, backends in groups.items()}
         if not tiers and not source.problems:
-            source.problem(("model_list",), "no deployment can be served; see the providers in docs/gateway.md")
+            self._nothing_is_served()
         alias(source, self._names, tiers)
         fall_back(source, self._names, tiers)
         document: dict[str, Any] = {"server": self._server(), "tiers": tiers}
@@ -164,6 +166,13 @@ class _Importer:
             if source.peek((section, name)) is not None:
                 source.leave((section, name), reason)
         return document
+
+    def _nothing_is_served(self) -> None:
+        """Says why, of each deployment."""
+        place: Place = ("model_list",)
+        reasons = [(at, why) for at, why in self._source.left_over() if at[:1] == place and why]
+        for at, why in reasons or [(place, "no deployment can be served; add one")]:
+            self._source.problem(at, why)
 
     def _environment(self) -> dict[str, str]:
         """`environment_variables`; numbers and truth values are written as LiteLLM writes them."""
@@ -265,26 +274,27 @@ class _Importer:
         provider = PROVIDERS.get(prefix)
         if provider is None:
             source.leave(
-                place, f"{model[:60]!r} needs a protocol that is not spoken here; known: {', '.join(PROVIDERS)}"
+                place, f"{model[:60]!r} needs a protocol that is not spoken here; docs/gateway.md has those that are"
             )
             return None
-        stated = (source.text(self._at(parameters, field)) for field in ("api_base", "base_url"))
-        address = next((one for one in stated if one), None)
-        address = address or next((one for name in provider.bases if (one := source.lookup(name))), provider.base)
-        if address is None:
-            source.problem(parameters, f"{prefix} needs the server's address; add api_base")
+        if (unset := self._unset(parameters, provider)) is not None:
+            # LiteLLM serves the others; files with a dozen providers are shared by people who have two keys.
+            source.leave(place, f"the variable {unset[:60]} is not set; export it")
             return None
-        if "://" not in address:
-            source.leave(place, f"its api_base {address[:60]!r} is no http(s)://host[:port][/prefix]")
+        found = self._address(place, parameters, prefix, upstream, provider)
+        if found is None:
             return None
+        address, below_v1 = found
         wildcard = "*" in name or "*" in upstream
-        if wildcard and (upstream != "*" or name.find("*") != len(name) - 1 or provider.protocol != "openai"):
+        lists = provider.protocol == "openai" and not provider.closed and not provider.azure
+        if wildcard and (upstream != "*" or name.find("*") != len(name) - 1 or not lists):
             source.leave(
                 place, "a wildcard is understood only as `*` or `NAME/*` for all that a server of OpenAI's lists"
             )
             return None
         backend = {
             "url": address,
+            "below_v1": below_v1,
             "protocol": provider.protocol,
             "health_path": None,
             "zone": zone(address),
@@ -304,22 +314,70 @@ class _Importer:
             return None
         return backend
 
+    def _unset(self, parameters: Place, provider: Provider) -> str | None:
+        """A variable that a deployment needs, for its address or key, and that is not set."""
+        source = self._source
+        named = [source.variable(self._at(parameters, field)) for field in ("api_base", "base_url")]
+        if not provider.local:
+            named.append(source.variable(self._at(parameters, "api_key")))
+        usual = self._usual_keys(parameters, provider)
+        if usual and not provider.local and not any(source.lookup(name) for name in usual):
+            named.append(usual[0])
+        return next((name for name in named if name is not None and source.lookup(name) is None), None)
+
+    def _usual_keys(self, parameters: Place, provider: Provider) -> tuple[str, ...]:
+        """The variables that may hold the key of a deployment that states none."""
+        source = self._source
+        if source.peek(self._at(parameters, "api_key")) not in (None, ""):
+            return ()
+        # A provider's key is not sent to an address that may be anybody's; Azure's are looked at.
+        elsewhere = source.peek(self._at(parameters, "api_base")) or source.peek(self._at(parameters, "base_url"))
+        return () if elsewhere and not provider.local and not provider.azure else provider.keys
+
+    def _address(
+        self, place: Place, parameters: Place, prefix: str, upstream: str, provider: Provider
+    ) -> tuple[str, bool] | None:
+        """Where the server is, and whether its paths have `/v1`; None where it cannot be asked, which is then told."""
+        source = self._source
+        stated = [source.text(self._at(parameters, field)) for field in ("api_base", "base_url")]
+        address = next((one for one in stated if one), None)
+        if provider.closed and address is not None:
+            source.leave(place, f"its api_base speaks another protocol; of {prefix} only {provider.base} is spoken to")
+            return None
+        address = address or next((one for name in provider.bases if (one := source.lookup(name))), provider.base)
+        if address is None:
+            source.problem(parameters, f"{prefix} needs the server's address; add api_base")
+            return None
+        found = served_at(prefix, address) if "://" in address else None
+        if "://" not in address:
+            source.leave(place, f"its api_base {address[:60]!r} is no http(s)://host[:port][/prefix]")
+        elif found is None:
+            source.leave(place, f"its api_base {address[:60]!r} is no https://NAME.openai.azure.com of Azure's")
+        elif provider.azure and any(source.peek((*parameters, field)) for field in _ENTRA):
+            source.leave(place, "nobody signs in with Entra ID here; state an api_key instead")
+            return None
+        elif upstream.startswith(provider.lacks):
+            source.leave(place, f"{upstream[:60]!r} has no counterpart in {prefix}'s API of OpenAI's protocol")
+            return None
+        return found
+
     def _key(self, parameters: Place, provider: Provider) -> dict[str, Any]:
         """The backend's key: as the file says, else the provider's usual variable."""
         source = self._source
         place = self._at(parameters, "api_key")
         variable = source.variable(place)
-        if variable is not None and source.inside(variable) is None:
-            source.raw(place)
-            return {"api_key_env": variable}
-        key = source.text(place)
-        if key is not None:
-            return {"api_key": key}
-        own_server = source.peek(self._at(parameters, "api_base")) is not None
-        if own_server or provider.key is None:
+        if variable is not None and source.lookup(variable) is None:
+            source.leave(place, f"the variable {variable[:60]} is not set; nothing is sent as a key")
             return {}
-        inside = source.inside(provider.key)
-        return {"api_key": inside} if inside else {"api_key_env": provider.key}
+        key = None if variable is not None else source.text(place)
+        if variable is not None:
+            source.raw(place)
+        elif not key:
+            variable = next((name for name in self._usual_keys(parameters, provider) if source.lookup(name)), None)
+        if variable is None:
+            return {"api_key": key} if key else {}
+        inside = source.inside(variable)
+        return {"api_key": inside} if inside else {"api_key_env": variable}
 
     def _limits(self, parameters: Place) -> dict[str, Any]:
         source = self._source

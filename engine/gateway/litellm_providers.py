@@ -13,48 +13,125 @@ class Provider:
 
     Attributes:
         base: Its API's address; None: the file must name it in `api_base`.
-        key: The variable that holds its key where the file names none.
+        keys: The variables that hold its key where the file names none, the first that is set.
         protocol: What it speaks.
         bases: Variables that go before `base`, the first that is set.
+        as_it_is: To an address that the file names LiteLLM adds no `/v1`.
+        closed: Only `base` speaks that protocol: what files name in `api_base` speaks the provider's own.
+        azure: Its servers are Azure's resources.
+        lacks: Beginnings of the names of models that are not served by that protocol.
     """
 
     base: str | None
-    key: str | None = None
+    keys: tuple[str, ...] = ()
     protocol: str = "openai"
     bases: tuple[str, ...] = ()
+    as_it_is: bool = False
+    closed: bool = False
+    azure: bool = False
+    lacks: tuple[str, ...] = ()
+
+    @property
+    def local(self) -> bool:
+        """Whether it is a program that people run themselves, mostly without a key."""
+        return not self.azure and (self.base is None or self.base.startswith("http://"))
 
 
-_OPENAI = Provider("https://api.openai.com/v1", "OPENAI_API_KEY", bases=("OPENAI_BASE_URL", "OPENAI_API_BASE"))
-_OLLAMA = Provider("http://localhost:11434", bases=("OLLAMA_API_BASE",))
-_VLLM = Provider(None, bases=("HOSTED_VLLM_API_BASE",))
-#: Prefixes of `litellm_params.model` whose servers speak OpenAI's protocol below `/v1`, or Anthropic's.
+def _of(base: str, name: str, *keys: str) -> Provider:
+    """A provider with an address and variables of the usual names."""
+    return Provider(base, (f"{name}_API_KEY", *keys), bases=(f"{name}_API_BASE",))
+
+
+_OPENAI = Provider(
+    "https://api.openai.com/v1", ("OPENAI_API_KEY",), bases=("OPENAI_BASE_URL", "OPENAI_API_BASE"), as_it_is=True
+)
+_OLLAMA = Provider("http://localhost:11434", ("OLLAMA_API_KEY",), bases=("OLLAMA_API_BASE",))
+_VLLM = Provider(None, ("HOSTED_VLLM_API_KEY",), bases=("HOSTED_VLLM_API_BASE",), as_it_is=True)
+_COHERE = Provider(
+    "https://api.cohere.ai/compatibility/v1", ("COHERE_API_KEY", "CO_API_KEY"), closed=True, lacks=("rerank",)
+)
+_GEMINI = Provider(
+    "https://generativelanguage.googleapis.com/v1beta/openai", ("GEMINI_API_KEY", "GOOGLE_API_KEY"), closed=True
+)
+_AZURE = Provider(None, ("AZURE_OPENAI_API_KEY", "AZURE_API_KEY"), bases=("AZURE_API_BASE",), azure=True)
+_AZURE_AI = Provider(
+    None,
+    ("AZURE_AI_API_KEY",),
+    bases=("AZURE_AI_API_BASE",),
+    azure=True,
+    lacks=("claude", "cohere-rerank", "Cohere-rerank"),
+)
+#: Prefixes of `litellm_params.model` whose servers speak OpenAI's protocol, or Anthropic's.
 PROVIDERS: Mapping[str, Provider] = {
     "openai": _OPENAI,
     "text-completion-openai": _OPENAI,
     "anthropic": Provider(
-        "https://api.anthropic.com", "ANTHROPIC_API_KEY", "anthropic", ("ANTHROPIC_API_BASE", "ANTHROPIC_BASE_URL")
+        "https://api.anthropic.com", ("ANTHROPIC_API_KEY",), "anthropic", ("ANTHROPIC_API_BASE", "ANTHROPIC_BASE_URL")
     ),
-    "groq": Provider("https://api.groq.com/openai/v1", "GROQ_API_KEY", bases=("GROQ_API_BASE",)),
-    "mistral": Provider("https://api.mistral.ai/v1", "MISTRAL_API_KEY", bases=("MISTRAL_API_BASE",)),
-    "deepseek": Provider("https://api.deepseek.com/v1", "DEEPSEEK_API_KEY", bases=("DEEPSEEK_API_BASE",)),
-    "together_ai": Provider("https://api.together.xyz/v1", "TOGETHERAI_API_KEY", bases=("TOGETHER_AI_API_BASE",)),
+    "azure": _AZURE,
+    "azure_ai": _AZURE_AI,
+    "gemini": _GEMINI,
+    "groq": _of("https://api.groq.com/openai/v1", "GROQ"),
+    "mistral": _of("https://api.mistral.ai/v1", "MISTRAL"),
+    "codestral": _of("https://codestral.mistral.ai/v1", "CODESTRAL"),
+    "deepseek": _of("https://api.deepseek.com/v1", "DEEPSEEK"),
+    "together_ai": Provider(
+        "https://api.together.xyz/v1",
+        ("TOGETHER_API_KEY", "TOGETHER_AI_API_KEY", "TOGETHERAI_API_KEY"),
+        bases=("TOGETHER_AI_API_BASE",),
+    ),
     "fireworks_ai": Provider(
-        "https://api.fireworks.ai/inference/v1", "FIREWORKS_AI_API_KEY", bases=("FIREWORKS_API_BASE",)
+        "https://api.fireworks.ai/inference/v1",
+        ("FIREWORKS_API_KEY", "FIREWORKS_AI_API_KEY", "FIREWORKSAI_API_KEY"),
+        bases=("FIREWORKS_API_BASE",),
     ),
-    "openrouter": Provider("https://openrouter.ai/api/v1", "OPENROUTER_API_KEY", bases=("OPENROUTER_API_BASE",)),
-    "xai": Provider("https://api.x.ai/v1", "XAI_API_KEY", bases=("XAI_API_BASE",)),
-    "cerebras": Provider("https://api.cerebras.ai/v1", "CEREBRAS_API_KEY", bases=("CEREBRAS_API_BASE",)),
-    "nvidia_nim": Provider("https://integrate.api.nvidia.com/v1", "NVIDIA_NIM_API_KEY", bases=("NVIDIA_NIM_API_BASE",)),
+    "openrouter": _of("https://openrouter.ai/api/v1", "OPENROUTER", "OR_API_KEY"),
+    "xai": _of("https://api.x.ai/v1", "XAI"),
+    "cerebras": _of("https://api.cerebras.ai/v1", "CEREBRAS"),
+    "nvidia_nim": _of("https://integrate.api.nvidia.com/v1", "NVIDIA_NIM"),
+    "cohere": _COHERE,
+    "cohere_chat": _COHERE,
+    "perplexity": Provider(
+        "https://api.perplexity.ai",
+        ("PERPLEXITYAI_API_KEY", "PERPLEXITY_API_KEY"),
+        bases=("PERPLEXITY_API_BASE",),
+        as_it_is=True,
+    ),
+    "sambanova": _of("https://api.sambanova.ai/v1", "SAMBANOVA"),
+    "deepinfra": _of("https://api.deepinfra.com/v1/openai", "DEEPINFRA"),
+    "moonshot": _of("https://api.moonshot.ai/v1", "MOONSHOT"),
+    "dashscope": _of("https://dashscope-intl.aliyuncs.com/compatible-mode/v1", "DASHSCOPE"),
+    "zai": _of("https://api.z.ai/api/paas/v4", "ZAI"),
+    "minimax": _of("https://api.minimax.io/v1", "MINIMAX"),
+    "volcengine": _of("https://ark.cn-beijing.volces.com/api/v3", "VOLCENGINE", "ARK_API_KEY"),
+    "nebius": _of("https://api.studio.nebius.ai/v1", "NEBIUS"),
+    "hyperbolic": _of("https://api.hyperbolic.xyz/v1", "HYPERBOLIC"),
+    "novita": _of("https://api.novita.ai/v3/openai", "NOVITA"),
+    "nscale": _of("https://inference.api.nscale.com/v1", "NSCALE"),
+    "lambda_ai": Provider("https://api.lambda.ai/v1", ("LAMBDA_API_KEY",), bases=("LAMBDA_API_BASE",)),
+    "meta_llama": Provider("https://api.llama.com/compat/v1", ("LLAMA_API_KEY",), bases=("LLAMA_API_BASE",)),
+    "vercel_ai_gateway": _of("https://ai-gateway.vercel.sh/v1", "VERCEL_AI_GATEWAY"),
     "ollama": _OLLAMA,
     "ollama_chat": _OLLAMA,
     "hosted_vllm": _VLLM,
-    "vllm": Provider(None),
-    "openai_like": Provider(None, bases=("OPENAI_LIKE_API_BASE",)),
-    "custom_openai": Provider(None),
-    "lm_studio": Provider(None, bases=("LM_STUDIO_API_BASE",)),
-    "litellm_proxy": Provider(None, bases=("LITELLM_PROXY_API_BASE",)),
+    "vllm": Provider(None, as_it_is=True),
+    "openai_like": Provider(None, ("OPENAI_LIKE_API_KEY",), bases=("OPENAI_LIKE_API_BASE",), as_it_is=True),
+    "custom_openai": Provider(None, as_it_is=True),
+    "lm_studio": Provider(None, ("LM_STUDIO_API_KEY",), bases=("LM_STUDIO_API_BASE",), as_it_is=True),
+    "llamafile": Provider(
+        "http://127.0.0.1:8080/v1", ("LLAMAFILE_API_KEY",), bases=("LLAMAFILE_API_BASE",), as_it_is=True
+    ),
+    "litellm_proxy": Provider(None, ("LITELLM_PROXY_API_KEY",), bases=("LITELLM_PROXY_API_BASE",)),
     "text-completion-hosted_vllm": _VLLM,
 }
+#: Azure's own hosts, whose `/openai/v1` takes a deployment's name as the model, and the key as a bearer's.
+_AZURE_HOSTS = (".openai.azure.com", ".cognitiveservices.azure.com", ".services.ai.azure.com")
+#: Servers of OpenAI's protocol that have no `/v1` although nothing stands behind their host's name.
+_WITHOUT_V1 = frozenset({"models.inference.ai.azure.com", "api.perplexity.ai", "api.githubcopilot.com"})
+#: What LiteLLM takes as part of an address, and adds where it is missing.
+_ENDPOINTS = {"openai": ("/chat/completions",), "anthropic": ("/v1/messages",)}
+#: What LiteLLM reads in front of a model's name to choose its own way of asking for it.
+_WAYS = {"openai": ("responses/",), "azure": ("responses/", "gpt5_series/", "o_series/")}
 #: Models that LiteLLM takes without a prefix.
 _BARE_MODELS = (
     (
@@ -71,8 +148,31 @@ def split(model: str, provider: str | None) -> tuple[str, str]:
         return provider, model.removeprefix(provider + "/")
     prefix, slash, rest = model.partition("/")
     if slash:
-        return prefix, rest
+        way = next((way for way in _WAYS.get(prefix, ()) if rest.startswith(way)), "")
+        return prefix, rest.removeprefix(way)
     return next((name for pattern, name in _BARE_MODELS if pattern.match(model)), prefix), model
+
+
+def served_at(prefix: str, address: str) -> tuple[str, bool] | None:
+    """(where a provider's server is asked, whether its paths have `/v1`) of the address that LiteLLM is given.
+
+    None: it is no address of Azure's, whose deployments are asked for by other paths there.
+    """
+    provider = PROVIDERS[prefix]
+    try:
+        parts = urlsplit(address)
+        host = (parts.hostname or "").lower()
+    except ValueError:
+        return address, True  # it is refused later, with its line
+    if provider.azure:
+        return (f"https://{parts.netloc}/openai/v1", True) if host.endswith(_AZURE_HOSTS) else None
+    address = address.rstrip("/")
+    for endpoint in _ENDPOINTS[provider.protocol]:
+        address = address.removesuffix(endpoint)
+    path = urlsplit(address).path
+    # Without a path most servers have `/v1`, also those where LiteLLM finds only what they have beside it.
+    plain = path.endswith("/v1") or (not path and host not in _WITHOUT_V1)
+    return address, plain or not provider.as_it_is
 
 
 def zone(address: str) -> str:

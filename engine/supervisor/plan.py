@@ -195,6 +195,7 @@ def _environment(backend: LocalBackend) -> dict[str, str]:
 def _remote(name: str, tier: str, backend: RemoteBackend, quality: float | None) -> Backend:
     return Backend(
         base_url=backend.url,
+        below_v1=backend.below_v1,
         models=tuple(backend.models),
         model_names=backend.models,
         prefix=backend.prefix,

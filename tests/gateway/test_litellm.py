@@ -11,6 +11,7 @@ from tokenmill import env
 from tokenmill.engine.gateway import litellm, litellm_prices, yaml_file
 from tokenmill.engine.gateway.config import Config, RemoteBackend, Server
 from tokenmill.engine.gateway.governance.options import digest
+from tokenmill.engine.gateway.upstream import Origin
 from tokenmill.engine.supervisor import arguments
 from tokenmill.engine.supervisor.main import main
 from tokenmill.engine.supervisor.plan import make_plan
@@ -29,6 +30,7 @@ def no_cost_map(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(litellm_prices, "installed", lambda: None)
     for name in (env.STORE.name, "LITELLM_MASTER_KEY"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-usual")
 
 
 def convert(folder: Path, text: str) -> litellm.Imported:
@@ -124,7 +126,7 @@ def test_what_is_not_understood_is_listed_and_nothing_else(tmp_path: Path) -> No
     text = (
         "model_list:\n"
         + model("a", "model: openai/a, api_key: k, temperature: 0.1, tags: [x]", ", model_info: {id: one, mode: chat}")
-        + model("b", "model: azure/b, api_base: 'https://x.openai.azure.com', api_version: v")
+        + model("b", "model: bedrock/b, aws_region_name: r")
         + model("c/*", "model: 'anthropic/*'")
         + "router_settings:\n  routing_strategy: latency-based-routing\n  retry_policy: {TimeoutErrorRetries: 3}\n"
         + "litellm_settings: {success_callback: [langfuse], json_logs: true}\n"
@@ -155,6 +157,8 @@ def test_files_like_those_of_the_documentation_pass(
     for name in ("TM_KEY", "OPENAI_API_KEY", "TM_YES"):
         monkeypatch.setenv(name, "yes")
     monkeypatch.setenv("TM_RPM", "10")
+    monkeypatch.setenv("AZURE_BASE", "https://name.openai.azure.com")
+    monkeypatch.setenv("AZURE_EU_KEY", "k")
     assert main(["--check", str(path)]) == 0, capsys.readouterr().err
 
 
@@ -280,6 +284,9 @@ def test_the_store_is_where_the_user_says(tmp_path: Path, monkeypatch: pytest.Mo
         ("claude-3-haiku-20240307", "https://api.anthropic.com", "claude-3-haiku-20240307"),
         ("groq/llama-3.1-8b", "https://api.groq.com/openai/v1", "llama-3.1-8b"),
         ("openrouter/meta/llama-3", "https://openrouter.ai/api/v1", "meta/llama-3"),
+        ("gemini/gemini-2.5-pro", "https://generativelanguage.googleapis.com/v1beta/openai", "gemini-2.5-pro"),
+        ("cohere_chat/command-r", "https://api.cohere.ai/compatibility/v1", "command-r"),
+        ("openai/responses/gpt-5", "https://api.openai.com/v1", "gpt-5"),
     ],
 )
 def test_providers(tmp_path: Path, said: str, url: str, own: str) -> None:
@@ -288,8 +295,113 @@ def test_providers(tmp_path: Path, said: str, url: str, own: str) -> None:
     assert (backend.url, backend.models) == (url, {"m": own})
 
 
+@pytest.mark.parametrize(
+    ("said", "asked"),
+    [
+        ("openai/m, api_base: 'http://h:1'", "/v1/chat/completions"),
+        ("openai/m, api_base: 'http://h:1/v1/'", "/v1/chat/completions"),
+        ("openai/m, api_base: 'http://h:1/v1/chat/completions'", "/v1/chat/completions"),
+        ("openai/m, api_base: 'http://h:1/inference/'", "/inference/chat/completions"),
+        ("hosted_vllm/m, api_base: 'http://h:1/serving-endpoints'", "/serving-endpoints/chat/completions"),
+        ("openai/m, api_base: 'https://models.inference.ai.azure.com'", "/chat/completions"),
+        ("perplexity/sonar", "/chat/completions"),
+        ("volcengine/m", "/api/v3/chat/completions"),
+        ("ollama/m, api_base: 'http://h:1/ollama'", "/ollama/v1/chat/completions"),
+        ("anthropic/m, api_base: 'http://h:1/zen/v1/messages'", "/zen/v1/messages"),
+        ("anthropic/m, api_base: 'http://h:1/zen'", "/zen/v1/messages"),
+        ("azure/m, api_base: 'https://name.openai.azure.com/'", "/openai/v1/chat/completions"),
+        ("azure/m, api_base: 'https://name.openai.azure.com/openai/deployments/m'", "/openai/v1/chat/completions"),
+        ("azure_ai/m, api_base: 'https://name.services.ai.azure.com/models'", "/openai/v1/chat/completions"),
+    ],
+)
+def test_paths_are_those_that_litellm_asks_for(tmp_path: Path, said: str, asked: str) -> None:
+    """Of an address without a path LiteLLM asks for no `/v1`; few servers have none, and many have nothing else."""
+    imported = convert(tmp_path, "model_list:\n" + model("m", f"model: {said}, api_key: k"))
+    (remote,) = make_plan(imported.config).remotes
+    origin = Origin.of(remote.root, remote.has_version)
+    path = "/v1/messages" if remote.protocol == "anthropic" else "/v1/chat/completions"
+    assert origin.prefix.decode() + (path.removeprefix("/v1") if origin.has_version else path) == asked
+
+
+def test_azures_own_resources_are_asked_by_their_v1_api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AZURE_API_KEY", "azure")
+    base = "api_base: 'https://name.openai.azure.com', api_version: 2024-02-01"
+    text = "model_list:\n" + "".join(
+        model(name, said)
+        for name, said in (
+            ("a", f"model: azure/gpt5_series/own-name, {base}"),
+            ("b", f"model: azure/x, {base}, tenant_id: t"),
+            ("c", "model: azure/x, api_base: 'https://apim.example.com', api_key: k"),
+            ("d", "model: azure_ai/claude-opus, api_base: 'https://n.services.ai.azure.com', api_key: k"),
+            ("e", "model: cohere/rerank-v3, api_key: k"),
+            ("f", "model: gemini/x, api_base: 'http://h/v1beta', api_key: k"),
+        )
+    )
+    imported = convert(tmp_path, text)
+    assert list(imported.config.tiers) == ["a"]
+    (backend,) = backends(imported.config, "a")
+    assert (backend.models, backend.api_key_env, backend.zone) == ({"a": "own-name"}, "AZURE_API_KEY", "cloud")
+    reasons = dict(line.partition(": not understood; ")[::2] for line in imported.left_out)
+    said = [reason for place, reason in reasons.items() if place.endswith("]")]
+    words = (
+        "Entra ID",
+        "is no https://NAME.openai.azure.com",
+        "'claude-opus'",
+        "'rerank-v3'",
+        "speaks another protocol",
+    )
+    assert all(word in reason for word, reason in zip(words, said, strict=True))
+
+
+def test_what_lacks_a_variable_is_left_out_as_others_are_served(tmp_path: Path) -> None:
+    """Files that name a dozen providers are shared by people who have two of the keys."""
+    text = "model_list:\n" + "".join(
+        model(name, said)
+        for name, said in (
+            ("a", "model: openai/x, api_base: 'http://h/v1', api_key: ''"),
+            ("b", "model: groq/x"),
+            ("c", "model: openai/x, api_key: os.environ/TM_UNSET"),
+            ("d", "model: ollama/x, api_base: os.environ/TM_UNSET"),
+            ("e", "model: hosted_vllm/x, api_base: 'http://h/v1', api_key: os.environ/TM_UNSET"),
+        )
+    )
+    imported = convert(tmp_path, text + "router_settings: {fallbacks: [{a: [b, e]}]}\n")
+    assert list(imported.config.tiers) == ["a", "e"]
+    assert imported.config.tiers["a"].fallbacks == ["e"]
+    assert [(one.api_key, one.api_key_env) for name in "ae" for one in backends(imported.config, name)] == [
+        (None, None),
+        (None, None),
+    ]
+    found = [line.partition(".yaml:")[2].replace(": not understood", "") for line in imported.left_out]
+    assert found[:3] == [
+        "3: model_list[1]; the variable GROQ_API_KEY is not set; export it",
+        "4: model_list[2]; the variable TM_UNSET is not set; export it",
+        "5: model_list[3]; the variable TM_UNSET is not set; export it",
+    ]
+    assert found[3].startswith("6: model_list[4].litellm_params.api_key; the variable TM_UNSET is not set; nothing is")
+
+
+def test_keys_of_ones_own_servers_come_from_their_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOSTED_VLLM_API_KEY", "own")
+    monkeypatch.setenv("FIREWORKSAI_API_KEY", "third")
+    text = model("a", "model: hosted_vllm/x, api_base: 'http://h/v1'") + model("b", "model: fireworks_ai/x")
+    config = convert(tmp_path, "model_list:\n" + text).config
+    assert [backends(config, name)[0].api_key_env for name in "ab"] == ["HOSTED_VLLM_API_KEY", "FIREWORKSAI_API_KEY"]
+
+
+def test_a_file_of_which_nothing_is_served_says_why_of_each(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        convert(tmp_path, "model_list:\n" + model("a", "model: bedrock/x") + model("b", "model: vertex_ai/y"))
+    first, second = str(caught.value).splitlines()
+    assert first.endswith(
+        ":2: model_list[0]: 'bedrock/x' needs a protocol that is not spoken here; docs/gateway.md has those that are"
+    )
+    assert ":3: model_list[1]: 'vertex_ai/y'" in second
+
+
 def test_keys_come_from_the_environment_or_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TM_BASE", "http://10.0.0.1:8000/v1")
+    monkeypatch.setenv("TM_OUTER", "sk-outer")
     text = "environment_variables: {INNER: sk-inner}\nmodel_list:\n" + "".join(
         model(name, f"model: openai/x, {rest}")
         for name, rest in (
@@ -424,7 +536,7 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("model_list:\n" + model("a", "model: openai/a, rpm: 1e400"), 2, "outside"),
     ("model_list:\n" + model("a", "model: openai/a, api_base: 'file:///etc/passwd'"), 2, "not http(s)://"),
     ("model_list:\n" + model("a", "model: openai/a, api_base: 'http://u:p@h'"), 2, "holds a password"),
-    ("model_list:\n" + model("a", "model: openai/a, api_base: nowhere"), 1, "no deployment can be served"),
+    ("model_list:\n" + model("a", "model: openai/a, api_base: nowhere"), 2, "'nowhere' is no http"),
     (
         "model_list:\n" + model("a", "model: openai/a") + "litellm_settings: {default_fallbacks: [b]}\n",
         3,
@@ -434,7 +546,8 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("model_list:\n" + model("a", 'model: openai/a, api_key: "k\\r\\nx: y"'), 2, "api_key"),
     ("model_list:\n" + model("a", "model: openai/a, api_base: os.environ/TM_UNSET"), 2, "TM_UNSET is not set"),
     ("model_list:\n" + model("a", "model: [1]"), 2, "a list is not text"),
-    ("model_list:\n" + model("a", "model: azure/a"), 1, "no deployment can be served"),
+    ("model_list:\n" + model("a", "model: bedrock/a"), 2, "needs a protocol that is not spoken here"),
+    ("model_list:\n" + model("a", "model: azure/a, api_key: k"), 2, "azure needs the server's address"),
     ("model_list:\n" + model("a", "model: openai/a") + "router_settings: 3\n", 3, "not a mapping of settings"),
     *(
         (
