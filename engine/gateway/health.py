@@ -9,6 +9,7 @@ from collections.abc import Callable
 import msgspec
 import orjson
 
+from tokenmill.engine.gateway.anthropic import VERSION
 from tokenmill.engine.gateway.api_error import Headers
 from tokenmill.engine.gateway.connection import ConnectFailedError, CutError, NoAnswerError
 from tokenmill.engine.gateway.portfolio import Portfolio, Target
@@ -72,10 +73,17 @@ class Prober:
             await asyncio.sleep(self._settings.probe_interval_s * random.uniform(0.9, 1.1))
 
     async def probe(self, target: Target, *, catalog: bool) -> None:
-        """Asks one backend once; its model list too if `catalog` is set and the backend speaks OpenAI's protocol."""
+        """Asks one backend once; its model list too if `catalog` is set.
+
+        Of Anthropic's the list is asked only where nothing else says which models it has: it says nothing more of them.
+        """
         backend = target.backend
         headers = [(b"accept", b"application/json")]
-        if backend.api_key is not None:
+        listing = "/v1/models"
+        if backend.protocol == "anthropic":
+            headers += [(b"anthropic-version", VERSION), (b"x-api-key", (backend.api_key or "").encode())]
+            listing += "?limit=1000"  # the most; it lists a few without
+        elif backend.api_key is not None:
             headers.append((b"authorization", b"Bearer " + backend.api_key.encode()))
         if backend.health_path is not None:
             status, _ = await self._get(target, backend.health_path, headers)
@@ -85,8 +93,8 @@ class Prober:
                 target.mark_down(f"{backend.health_path} answers {status}")
                 return
             target.mark_up()
-        if catalog and backend.protocol == "openai":
-            status, body = await self._get(target, "/v1/models", headers)
+        if catalog and (backend.protocol == "openai" or not backend.models):
+            status, body = await self._get(target, listing, headers)
             if status == 200:
                 target.mark_up()
                 with contextlib.suppress(_UnreadableError):
@@ -130,7 +138,7 @@ def _wants_catalog(target: Target, count: int) -> bool:
 def _is_awaited(target: Target) -> bool:
     """Whether its models are not known yet, and may be at any moment."""
     backend = target.backend
-    return target.catalog is None and not backend.models and backend.protocol == "openai" and target.up is not False
+    return target.catalog is None and not backend.models and target.up is not False
 
 
 class _UnreadableError(Exception):

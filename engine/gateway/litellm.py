@@ -286,10 +286,10 @@ class _Importer:
             return None
         address, below_v1 = found
         wildcard = "*" in name or "*" in upstream
-        lists = provider.protocol == "openai" and not provider.closed and not provider.azure
+        lists = not provider.closed and not provider.azure
         if wildcard and (upstream != "*" or name.find("*") != len(name) - 1 or not lists):
             source.leave(
-                place, "a wildcard is understood only as `*` or `NAME/*` for all that a server of OpenAI's lists"
+                place, "a wildcard is understood only as `*` or `NAME/*` for all that a server lists by its names"
             )
             return None
         backend = {

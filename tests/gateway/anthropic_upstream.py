@@ -23,6 +23,17 @@ class FakeAnthropic(FakeUpstream):
 
     version = "2023-06-01"
 
+    async def _list(self, request: web.Request) -> web.Response:
+        said = request.headers
+        if said.get("x-api-key") != "sk-ant-key" or said.get("anthropic-version") != self.version:
+            return web.json_response({"type": "error", "error": {"type": "authentication_error"}}, status=401)
+        # As there: a page of few, and nothing but names.
+        listed = self.models[: int(request.query.get("limit", "1"))]
+        data = [
+            {"type": "model", "id": name, "display_name": name, "created_at": "2025-01-01T00:00:00Z"} for name in listed
+        ]
+        return web.json_response({"data": data, "has_more": len(listed) < len(self.models)})
+
     async def _answer(self, request: web.Request, raw: bytes) -> web.StreamResponse:
         asked = json.loads(raw)
         problem = self._problem(request, asked)

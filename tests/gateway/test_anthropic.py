@@ -166,6 +166,23 @@ def test_what_cannot_be_translated_goes_to_another_backend_of_the_tier() -> None
         server.stop()
 
 
+def test_models_that_nobody_names_are_those_that_it_lists() -> None:
+    server = FakeAnthropic(("claude-one", "claude-two")).start()
+    backend = Backend(
+        *("a", server.url, "t"),
+        api_key="sk-ant-key",
+        protocol="anthropic",
+        health_path=None,
+        prefix="anthropic/",
+    )
+    with RunningGateway(backend) as gateway:
+        listed = json.loads(gateway.get("/v1/models")[2])["data"]
+        assert [model["id"] for model in listed] == ["anthropic/claude-one", "anthropic/claude-two"]
+        body = {"model": "anthropic/claude-two", "max_tokens": 9, "messages": HELLO}
+        assert json.loads(gateway.post("/v1/chat/completions", body)[2])["model"] == "claude-two"
+    server.stop()
+
+
 def test_what_cannot_be_said_uses_up_nothing() -> None:
     server = FakeAnthropic().start()
     backend = Backend(

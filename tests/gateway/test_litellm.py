@@ -127,7 +127,7 @@ def test_what_is_not_understood_is_listed_and_nothing_else(tmp_path: Path) -> No
         "model_list:\n"
         + model("a", "model: openai/a, api_key: k, temperature: 0.1, tags: [x]", ", model_info: {id: one, mode: chat}")
         + model("b", "model: bedrock/b, aws_region_name: r")
-        + model("c/*", "model: 'anthropic/*'")
+        + model("c/*", "model: 'gemini/*', api_key: k")
         + "router_settings:\n  routing_strategy: latency-based-routing\n  retry_policy: {TimeoutErrorRetries: 3}\n"
         + "litellm_settings: {success_callback: [langfuse], json_logs: true}\n"
         + "general_settings: {custom_auth: mine.check}\nguardrails:\n  - guardrail_name: pii\n"
@@ -452,17 +452,18 @@ def test_a_provider_may_serve_all_that_it_lists(tmp_path: Path) -> None:
             ("openai/*", "openai/*"),
             ("fast/*", "groq/*"),
             ("anthropic/*", "anthropic/*"),
+            ("gemini/*", "gemini/*"),
             ("gpt-*", "openai/gpt-*"),
             ("*/x", "openai/*"),
             ("one", "openai/*"),
         )
     )
     imported = convert(tmp_path, text)
-    assert list(imported.config.tiers) == ["openai", "fast"]
-    assert [backends(imported.config, name)[0].models for name in imported.config.tiers] == [{}, {}]
+    assert list(imported.config.tiers) == ["openai", "fast", "anthropic"]
+    assert [backends(imported.config, name)[0].models for name in imported.config.tiers] == [{}, {}, {}]
     assert len(imported.left_out) == 4
     assert all("a wildcard is understood only" in line for line in imported.left_out)
-    assert [backend.prefix for backend in make_plan(imported.config).remotes] == ["openai/", "fast/"]
+    assert [backend.prefix for backend in make_plan(imported.config).remotes] == ["openai/", "fast/", "anthropic/"]
 
 
 def test_a_models_limit_goes_before_that_of_all(tmp_path: Path) -> None:
