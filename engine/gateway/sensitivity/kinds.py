@@ -65,7 +65,13 @@ _SECRET = (
     rb"(?:password|passwd|pwd|passphrase|passwort|kennwort|wachtwoord|mot de passe|contrase.a|senha|has.o|secret"
     rb"|(?:api|access|account|secret)[_ -]?key|(?:access|auth)[_ -]?token)"
 )
-_SAID = rb"(?:is[ \t]{0,2}:?|:=|=>|[:=])[ \t]{0,8}\n?[ \t]{0,8}[\"'`]{0,3}"
+_SAID = (
+    rb"(?:is[ \t]{0,2}:?|:=|=>|::[ \t]|[:=])[ \t]{0,8}"
+    rb"(?:[|>][+-]?)?\r?\n?[ \t]{0,8}[\"'`]{0,3}"  # of YAML's blocks
+)
+#: What a secret without a form of its own consists of.
+_CHARACTERS = "0-9A-Za-z!#$%&*+./:=?@^_~-"
+_VALUE = b"[" + _CHARACTERS.encode() + b"]{6,}"
 
 
 @dataclass(frozen=True)
@@ -141,6 +147,7 @@ def _card(digits: str) -> bool:
 #: Hints; see `scanner.HINTS`.
 _AT, _NUMBER, _GROUPS, _DOTS, _COLONS = "at", "number", "groups", "dots", "colons"
 _WORD, _KEY, _ANNOUNCED, _PHONES, _CALLS = "word", "key", "announced", "phones", "calls"
+_SETTINGS = "settings"
 
 
 def _announced(words: bytes, value: bytes, gap: int = 30) -> bytes:
@@ -405,35 +412,81 @@ KINDS: tuple[Kind, ...] = (
             rb"|AIza[0-9A-Za-z_-]{35}|hf_[0-9A-Za-z]{20,}|npm_[0-9A-Za-z]{30,}|pypi-[0-9A-Za-z_-]{30,}"
             rb"|SG\.[0-9A-Za-z_-]{16,}\.[0-9A-Za-z_-]{16,}"
             rb"|(?:gsk_|nvapi-|xai-|do[opr]_v1_|whsec_|hv[sb]\.|glsa_|glc_|dckr_pat_|r8_|lin_api_|ya29\.|tgp_v1_|sq0[a-z]{3}-"
-            rb"|AGE-SECRET-KEY-1)[0-9A-Za-z_-]{20,}|hooks\.slack\.com/services/[0-9A-Z]{6,16}/[0-9A-Z]{6,16}/[0-9A-Za-z]{16,}"
+            rb"|AGE-SECRET-KEY-1|ATATT3|shp(?:at|ss|ca|pa)_)[0-9A-Za-z_=-]{20,}|dapi[0-9a-f]{32}|key-[0-9a-f]{32}"
+            rb"|SK[0-9a-f]{32}|[0-9]{8,10}:AA[0-9A-Za-z_-]{32,33}|[0-9A-Za-z_.~-]{3}[78]Q~[0-9A-Za-z_.~-]{31,34}|hooks\.slack\.com/services/[0-9A-Z]{6,16}/[0-9A-Z]{6,16}/[0-9A-Za-z]{16,}"
             rb"|eyJ[0-9A-Za-z_-]{16,}(?:\.[0-9A-Za-z_-]*){0,2})",
         ),
         checks.key, rest="0-9A-Za-z_.-",
     ),
     Kind(
-        "private_key", "secret", _KEY, (rb"-----BEGIN [A-Z ]{0,24}PRIVATE KEY",), checks.whole_word, redactable=False,
+        # Also in base64, as files of Kubernetes have it, and PuTTY's.
+        "private_key", "secret", _KEY,
+        (
+            rb"-----BEGIN [A-Z ]{0,24}PRIVATE KEY",
+            rb"LS0tLS1CRUdJTi[0-9A-Za-z+/]{1,24}(?:UFJJVkFURSBLRV|BSSVZBVEUgS0VZ|QUklWQVRFIEtFW)",
+            rb"PuTTY-User-Key-File-[0-9]",
+        ),
+        checks.whole_word, redactable=False,
     ),
     Kind(
-        "credential", "secret", _WORD,
-        (
-            rb"(?i)" + _SECRET + rb"[\"'`]?[ \t]{0,2}" + _SAID + rb"[0-9A-Za-z!#$%&*+./:=?@^_~-]{6,}",
-        ),
-        checks.secret(_SAID, rb"(?i)(?:[/&;,|?]|%[0-9A-F]{2})" + _SECRET + rb"[:=]"), rest="0-9A-Za-z!#$%&*+./:=?@^_~-",
+        "credential", "secret", _WORD, (rb"(?i)" + _SECRET + rb"[\"'`]?\]?[ \t]{0,2}" + _SAID + _VALUE,),
+        checks.secret(_SAID, rb"(?i)(?:[/&;,|?]|%[0-9A-F]{2})" + _SECRET + rb"[:=]"), rest=_CHARACTERS,
     ),
     Kind(
         # As an element of XML, and as an argument of a command.
         "credential", "secret", _WORD,
+        (rb"(?i)(?:<" + _SECRET + rb">|--" + _SECRET + rb"[ \t][\"']?)" + _VALUE,),
+        checks.secret(rb">|[ \t][\"']?"), rest=_CHARACTERS,
+    ),
+    Kind(
+        # In a property list.
+        "credential", "secret", _SETTINGS,
+        (rb"(?i)" + _SECRET + rb"</key>[ \t\r\n]{0,16}<string>" + _VALUE,), checks.secret(rb"<string>"),
+        rest=_CHARACTERS,
+    ),
+    Kind(
+        # As an attribute beside its name: of forms, and of configurations of .NET and Java.
+        "credential", "secret", _SETTINGS,
+        (rb"(?i)" + _SECRET + rb"[\"'][^<>\n]{0,80}[ \t\n]value[ \t]{0,2}=[ \t]{0,2}[\"']" + _VALUE,),
+        checks.secret(rb"(?i)value[ \t]{0,2}=[ \t]{0,2}[\"']"), rest=_CHARACTERS,
+    ),
+    Kind(
+        # In SQL.
+        "credential", "secret", _SETTINGS,
+        (rb"(?i)(?:identified (?:with [0-9a-z_]{1,32} )?(?:by|as)|\bpassword)[ \t]{1,4}'" + _VALUE,),
+        checks.secret(rb"[ \t]'"), rest=_CHARACTERS,
+    ),
+    Kind(
+        # In a `.netrc`, and for curl.
+        "credential", "secret", _SETTINGS,
+        (rb"(?i)\blogin[ \t\r\n]{1,4}[^ \t\r\n]{1,64}[ \t\r\n]{1,4}password[ \t]{1,4}" + _VALUE,),
+        checks.secret(rb"(?i)password[ \t]{1,4}"), rest=_CHARACTERS,
+    ),
+    Kind(
+        "credential", "secret", _SETTINGS,
+        (rb"\bcurl[ \t][^\n|;]{0,200}(?:-u|--user)[ \t=]?[\"']?[^ \t:\"'\n]{1,64}:" + _VALUE,),
+        checks.secret(rb"(?:-u|--user)[ \t=]?[\"']?[^ \t:\"'\n]{1,64}:"), rest=_CHARACTERS,
+    ),
+    Kind(
+        # A variable of the environment, and what signs an address for whoever has it.
+        "credential", "secret", _SETTINGS,
         (
-            rb"(?i)(?:<" + _SECRET + rb">|--" + _SECRET + rb"[ \t][\"']?)[0-9A-Za-z!#$%&*+./:=?@^_~-]{6,}",
+            rb"[0-9A-Z]_(?:TOKEN|PAT)[\"'`]?\]?[ \t]{0,2}(?::=|[:=])[ \t]{0,4}[\"'`]{0,3}" + _VALUE[:-4] + b"{16,}",
+            rb"(?i)[?&](?:sig|x-(?:amz|goog)-signature)=[0-9A-Za-z%+/_-]{40,}",
         ),
-        checks.secret(rb">|[ \t][\"']?"), rest="0-9A-Za-z!#$%&*+./:=?@^_~-",
+        checks.secret(rb"(?::=|[:=])[ \t]{0,4}[\"'`]{0,3}"), rest=_CHARACTERS,
+    ),
+    Kind(
+        # Docker's, in base64.
+        "credential", "secret", _SETTINGS, (rb"\"auth\"[ \t]?:[ \t]{0,4}\"[0-9A-Za-z+/]{12,}={0,2}",),
+        checks.secret(rb":[ \t]{0,4}\""), rest=_CHARACTERS,
     ),
     Kind(
         "credential", "secret", _AT, (rb"://[^/ \t\r\n:@\"'`<>]{0,64}:[^/ \t\r\n@\"'`<>]{3,128}@",), checks.in_address,
     ),
     Kind(
         "credential", "secret", _WORD, (rb"(?i)\b(?:bearer|basic)[ \t]{1,2}[0-9A-Za-z+/._~-]{16,}=*",),
-        checks.secret(rb"[ \t]{1,2}"), rest="0-9A-Za-z!#$%&*+./:=?@^_~-",
+        checks.secret(rb"[ \t]{1,2}"), rest=_CHARACTERS,
     ),
 )  # fmt: skip
 

@@ -4,6 +4,7 @@ What Unicode itself says about a character decides: its value as a digit, its ca
 digits of every script are digits, dashes are dashes, and what is not seen is not there.
 """
 
+import binascii
 import functools
 import re
 import unicodedata
@@ -19,7 +20,15 @@ _ESCAPE = re.compile(
     r"|%([0-9A-Fa-f]{2})|&#[xX]0{0,32}([0-9A-Fa-f]{1,6})(?![0-9A-Fa-f]);?"
     r"|\\([01][0-7]{2})|&#0{0,32}([0-9]{1,7})(?![0-9]);?|\\([nrt]|[ -$'-/:-@\[-`{-~])|&([A-Za-z]{2,24};)"
 )
-_NAMED_ESCAPES = {"n": "\n", "r": "\r", "t": "\t"}
+_NAMED_ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "~": " "}  # the last one of RTF
+#: What only a mail has that is written for old servers (RFC 2045, 6.7; RFC 2047): lines that go on, and escapes.
+_OF_MAIL = re.compile(r"=\r?\n|=3D[\"'\s]|=C2=A0|=\?[\w-]{2,20}\?[BbQq]\?")
+_MAIL_WORD = re.compile(r"=\?[\w-]{2,20}\?([BbQq])\?([!->@-~]{1,512})\?=|(?:=[0-9A-F]{2})+|=\r?\n")
+#: The same of RTF: formats and groups, and characters in hexadecimal.
+_OF_RTF, _RTF_WORD = (
+    re.compile(r"\\(?:rtf1|par|pard|plain)\b"),
+    re.compile(r"\\'([0-9a-f]{2})|\\[a-z]{1,32}-?[0-9]{0,10} ?|[{}]"),
+)
 #: What a form sends, where a plus is a blank; in front of it and behind it stands what may be a group of a number.
 #: Each beginning looks no farther than the next one: many of them would take the square of their number.
 _FORM = re.compile(r"(?:[?&=][^\s+?&=]*|\btel:[^\s+:]*)\+\S*")
@@ -141,10 +150,25 @@ def _unescaped(match: re.Match[str]) -> str:
     return chr(code) if code < 0x110000 and not 0xD800 <= code < 0xE000 else "?"
 
 
+def _of_mail(match: re.Match[str]) -> str:
+    kind, word = match.groups()
+    if kind in ("B", "b"):
+        try:
+            return binascii.a2b_base64(word).decode("utf-8", "replace")
+        except binascii.Error:
+            return match[0]
+    quoted = match[0] if word is None else word.replace("_", " ")
+    return binascii.a2b_qp(quoted.encode("utf-8", "surrogatepass")).decode("utf-8", "replace")
+
+
 def undisguised(text: str) -> str | None:
     """The text without escapes, also nested ones, and with blanks for the pluses of a form; None without any."""
     bare = text
-    if "\\" in text or "%" in text or "&" in text:
+    if "=" in text and _OF_MAIL.search(text):
+        bare = _MAIL_WORD.sub(_of_mail, bare)
+    if "\\" in text and _OF_RTF.search(text):
+        bare = _RTF_WORD.sub(lambda match: chr(int(match[1], 16)) if match[1] else "", bare)
+    if "\\" in bare or "%" in bare or "&" in bare:
         for _ in range(_DEPTH):
             before = bare
             bare = _ESCAPE.sub(_unescaped, bare)

@@ -67,9 +67,12 @@ HINTS: dict[str, bytes] = {
     rb"|pwd|secret|(?:api|access|account)[_ -]?key|token|bearer|basic[ \t]"
     rb"|kennwort|wachtwoord|mot de passe|contrase.a|senha|has.o"
     rb"|[a-z]{6}[0-9]{2}[a-z][0-9]{2}[a-z][0-9]{3}[a-z]",
+    # Apart from "word": they are seldom, and its patterns are searched with all the more states the more there are.
+    "settings": rb"(?i)identified (?:by|as|with)|\bcurl |[?&]sig=|-signature=|_(?:token|pat)[\"'`\]]{0,2}[ \t]{0,2}:?="
+    rb"|_token[\"'`]{0,1}[ \t]{0,2}:|\"auth\"|\blogin[ \t\r\n]|</key>|[ \t\n]value[ \t]{0,2}=|\bpassword[ \t]{1,4}'",
     "key": rb"[spr]k[-_]|A[KS]IA|gh[pousr]_|github_pat_|glpat-|xox[abeprs]-|AIza|hf_|npm_|pypi-|SG\.|eyJ|-----BEGIN"
     rb"|gsk_|nvapi-|xai-|do[opr]_v1_|whsec_|hv[sb]\.|glsa_|glc_|dckr_pat_|r8_|lin_api_|ya29\.|tgp_v1_|sq0|AGE-SECRET"
-    rb"|hooks\.slack",
+    rb"|hooks\.slack|LS0tLS1CRUdJTi|PuTTY-U|ATATT3|shp[a-z]{2}_|dapi[0-9a-f]|key-[0-9a-f]|SK[0-9a-f]{4}|:AA|[78]Q~",
 }
 
 

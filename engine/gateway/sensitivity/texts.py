@@ -41,6 +41,11 @@ _SEARCHABLE = re.compile(rb'"|[0-9]{7}')
 #: because that is what makes the pattern quick.
 _FILE = re.compile(r"64,(?<=(?i:;base64,))\s{0,8}[\w+/%-]{8}")
 _LONGEST_FILE_MARK = 32
+#: And in a mail's part, behind the lines of its head.
+_PART_OF_MAIL = re.compile(
+    r"ncoding:[ \t]?(?i:base64)[ \t\r]{0,8}\n(?:[!-9;-~]{1,64}:[^\n]{0,998}\n|[ \t][^\n]{1,998}\n){0,8}\r?\n[\w+/]{16}"
+)
+_LONGEST_HEAD = 4096
 
 
 class UnreadableError(Exception):
@@ -110,8 +115,11 @@ class Texts:
                 await turns.give()
         for text in self.all:
             for start in range(0, len(text), SLICE_BYTES):
-                if _FILE.search(text, start, start + SLICE_BYTES + _LONGEST_FILE_MARK):
+                stop = start + SLICE_BYTES
+                if _FILE.search(text, start, stop + _LONGEST_FILE_MARK):
                     self.unreadable = "a file"
+                elif _PART_OF_MAIL.search(text, start, stop + _LONGEST_HEAD):
+                    self.unreadable = "a mail's part in base64"
                 if turns.due():
                     await turns.give()
 

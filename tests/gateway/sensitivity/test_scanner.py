@@ -87,6 +87,8 @@ ORDINARY = [
     "trace 9c4657683828399be19c4657683828ab 6f94f457ee8f389501363778570b6f94",
     "03 12 25 33 41, 01 02 03 04 05 06, 07 45 12 33 98 21, 01-12-13-24-35",
     "bornés, renaissance 12, pass-through 1234567, <secret> --secret-key",
+    'PAD_TOKEN=<pad> MAX_TOKEN=4096 EOS_TOKEN: </s> SELECT a AS \'b1\' curl -u user:password https://x, "auth": "none"',
+    "the password 'remember me' and login anna, <td value='12345678'>, key-value-pair-0123456789, &sig=1",
     r"matches \d{3}-\d{2}-\d{4} and C:\100\200\300 and x = [1\.0, 2\.0]; see t=00:00+01:00&n=12+34",
 ]
 
@@ -170,6 +172,24 @@ WRITTEN = [
     ("credential", "postgres://bob:~.hunter22~@localhost/x"),
     ("credential", "password: abc123xyz%20secret: ~def456uvw~"),
     ("credential", "https://bob:~hunter:22~@db.example.com/x"),
+    ("credential", "password: |\n  ~hunter22~\n"),
+    ("credential", "Password:\r\n~hunter22~\r\n"),
+    ("credential", "userPassword:: ~c2VjcmV0MTIz~"),
+    ("credential", "os.environ['DB_PASSWORD'] = '~hunter22~'"),
+    ("credential", "<key>password</key>\n  <string>~hunter22~</string>"),
+    ("credential", '<input type="password" name="pw" value="~hunter22~">'),
+    ("credential", '<add key="DbPassword" value="~hunter22~"/>'),
+    ("credential", "CREATE USER anna WITH PASSWORD '~hunter22~';"),
+    ("credential", "CREATE USER anna IDENTIFIED WITH sha2 BY '~hunter22~'"),
+    ("credential", "machine example.com login anna password ~hunter22~"),
+    ("credential", "curl -s -u anna:~hunter22~ https://example.com"),
+    ("credential", "GITHUB_TOKEN=~0123456789abcdef0123456789abcdef01234567~"),
+    ("credential", "https://x.blob.core.windows.net/a?sv=2020&sig=~Zm9vYmFyYmF6cXV4Zm9vYmFyYmF6cXV4Zm9vYmFy%3D~"),
+    ("credential", "https://s3.example/k?X-Amz-Signature=~" + "0aeed9bb" * 8 + "~"),
+    ("credential", '{"auths":{"x":{"auth":"~YW5uYTpodW50ZXIyMg==~"}}}'),
+    ("api_key", "dapi0123456789abcdef0123456789abcdef"),
+    ("api_key", "shpat_0123456789abcdef0123456789abcdef"),
+    ("api_key", "123456789:AAHdqTcvCH1vGWJxfSeofSAs0K5PALDsaw1"),
     ("date_of_birth", "born on ~2nd January 1990~"),
     ("date_of_birth", "born on the ~2nd of January 1990~"),
     ("date_of_birth", "DOB=~02-JAN-1990~"),
@@ -208,6 +228,39 @@ def test_finds_it_as_it_is_written(kind: str, text: str, scanner: Scanner) -> No
     value = text.split("~")[1] if "~" in text else text
     text = text.replace("~", "")
     assert value in {text[one.start : one.end] for one in scanner.find(text) if one.kind == kind}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "client-key-data: LS0tLS1CRUdJTiBSU0EgUFJJVkFURSBLRVktLS0tLQpNSUlF",
+        "tls.key: LS0tLS1CRUdJTiBQUklWQVRFIEtFWS0tLS0tCg==",
+        "LS0tLS1CRUdJTiBPUEVOU1NIIFBSSVZBVEUgS0VZLS0tLS0K",
+        "PuTTY-User-Key-File-3: ssh-ed25519\nEncryption: none",
+    ],
+)
+def test_private_keys_in_other_spellings(text: str, scanner: Scanner) -> None:
+    assert {one.kind for one in scanner.find(text)} == {"private_key"}
+
+
+def test_a_key_may_hold_tildes(scanner: Scanner) -> None:
+    key = "aBc8Q~dEfGhIjKlMnOpQrStUvWxYz0123456789_"  # Azure's
+    assert scanner.find(f"AZURE={key} x") == [("api_key", 6, 6 + len(key))]
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("email", "mail to anna.schm=\nidt@exam=\r\nple.com, please"),
+        ("email", "Reply-To: =?utf-8?Q?anna=40example.com?="),
+        ("email", "To: =?UTF-8?B?QW5uYSA8YW5uYUBleGFtcGxlLmNvbT4=?="),
+        ("credit_card", "4111=C2=A01111=C2=A01111=C2=A01111 is the card"),
+        ("credit_card", r"{\rtf1\ansi\pard Card: {\b 4111}\~{\b 1111}\~1111\~1111\par}"),
+        ("email", r"{\rtf1\ansi anna\'40example.com\par}"),
+    ],
+)
+def test_mails_and_rtf_are_read_as_programs_for_them_read_them(kind: str, text: str, scanner: Scanner) -> None:
+    assert (kind, -1) in {(one.kind, one.start) for one in scanner.find(text)}
 
 
 @pytest.mark.parametrize(

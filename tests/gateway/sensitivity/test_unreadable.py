@@ -114,6 +114,21 @@ def test_other_places(fields: dict[str, Any]) -> None:
     assert stays(fields)
 
 
+@pytest.mark.parametrize("before", ["", LONG])
+@pytest.mark.parametrize(
+    "head",
+    [
+        "Content-Type: text/html; charset=utf-8\r\nContent-Transfer-Encoding: base64\r\n\r\n",
+        "content-transfer-encoding:BASE64\nContent-Type: text/plain;\n charset=utf-8\n\n",
+    ],
+)
+def test_a_mails_part_in_base64(before: str, head: str) -> None:
+    part = head + "SGVsbG8sIG15IGNhcmQgaXMgNDExMSAxMTExIDExMTEgMTExMQ=="
+    assert stays({"messages": [{"role": "user", "content": f"{before}--b\r\n{part}"}]})
+    spoken_of = "The line Content-Transfer-Encoding: base64\n\nsays that a part is in base64."
+    assert clear(POLICY, json.dumps({"prompt": before + spoken_of}).encode()).zones is None
+
+
 @pytest.mark.parametrize("before", ["", " ", "hello\n", LONG])
 @pytest.mark.parametrize(
     "url",
