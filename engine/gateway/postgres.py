@@ -11,8 +11,9 @@ import functools
 import hashlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from tokenmill.engine.gateway.store import Claim, Connection, Cursor, StoreUnavailableError
@@ -24,10 +25,14 @@ try:
 except ImportError as problem:
     raise MissingDependencyError("psycopg", "postgres", "a store in PostgreSQL") from problem
 
+T = TypeVar("T")
+
 #: Seconds to wait for the server when connecting: at first, and when it was lost.
 CONNECT_TIMEOUT_S, RECONNECT_TIMEOUT_S = 10, 2
-#: Seconds for which nobody tries to connect again when that has just failed: an event loop may be the one that waits.
+#: Seconds for which nobody tries to connect again when that has just failed.
 NOT_AGAIN_S = 1.0
+#: Seconds that an event loop waits for a statement's answer, and for a new connection.
+PATIENCE_S, SOON_S = 2.0, 0.05
 #: Seconds for which a name must have been free to be inherited. Who lives looks after his names twice a second.
 DEAD_AFTER_S = 1.2
 #: The same from when the server was found again: all were without it then, and come back one after the other.
@@ -48,21 +53,49 @@ _WRITERS = 0x746F6B656E6D696C
 _ENCODINGS = frozenset({"UTF8", "SQL_ASCII"})
 
 
+class _Hurried(psycopg.Connection[Any]):
+    """A connection that is closed when a statement waits longer for the server than an event loop may."""
+
+    def wait(self, gen: "Generator[Any, Any, T]", *args: Any, **options: Any) -> T:
+        """See psycopg."""
+        return super().wait(self._in_time(gen), *args, **options)
+
+    def _in_time(self, waiting: "Generator[Any, Any, T]") -> "Generator[Any, Any, T]":
+        """The same waiting, which psycopg looks after every tenth of a second."""
+        end = time.monotonic() + PATIENCE_S
+        try:
+            state = next(waiting)
+            while True:
+                ready = yield state
+                if not ready and time.monotonic() > end:
+                    self.pgconn.finish()
+                    raise psycopg.OperationalError(f"no answer within {PATIENCE_S:g} s")
+                state = waiting.send(ready)
+        except StopIteration as ended:
+            result: T = ended.value
+            return result
+
+
 class PostgresConnection:
     """A connection that takes statements as the store writes them, and is made anew when it broke.
 
     Args:
         url: `postgresql://...`.
         timeout_s: How long to wait for the server now.
+        waits: It may wait for the server as long as that takes; otherwise it gives up soon, and another thread connects
+            anew: it is for an event loop, whose streams all stand still meanwhile.
 
     Raises:
         ConfigurationError: The database cannot keep every text.
         StoreUnavailableError: The server does not let us in, here or when a statement is to be run.
     """
 
-    def __init__(self, url: str, timeout_s: int = CONNECT_TIMEOUT_S) -> None:
+    def __init__(self, url: str, timeout_s: int = CONNECT_TIMEOUT_S, waits: bool = True) -> None:
         self._url = url
         self._again_at = float("-inf")
+        self._kind: type[psycopg.Connection[Any]] = psycopg.Connection if waits else _Hurried
+        #: The connection that another thread makes.
+        self._coming: Future[psycopg.Connection[Any]] | None = None
         self._raw = self._connect(timeout_s)
 
     @property
@@ -74,8 +107,32 @@ class PostgresConnection:
     def raw(self) -> "psycopg.Connection[Any]":
         """psycopg's own connection, unbroken as far as is known."""
         if self.broken:
-            self._raw = self._connect(RECONNECT_TIMEOUT_S)
+            self._raw = self._connect(RECONNECT_TIMEOUT_S) if self._kind is psycopg.Connection else self._come()
         return self._raw
+
+    def _come(self) -> "psycopg.Connection[Any]":
+        """A new connection that another thread has made, or makes at once."""
+        self._refuse_too_soon()
+        coming, patience_s = self._coming, 0.0
+        if coming is None:
+            coming, patience_s = Future(), SOON_S
+            self._coming = coming
+            threading.Thread(target=self._fetch, args=(coming,), name="store-connector", daemon=True).start()
+        try:
+            raw = coming.result(patience_s)
+        except TimeoutError:
+            raise StoreUnavailableError(f"{shown(self._url)} does not answer; see governance.store") from None
+        except ConfigurationError:
+            self._coming = None
+            raise
+        self._coming = None
+        return raw
+
+    def _fetch(self, coming: "Future[psycopg.Connection[Any]]") -> None:
+        try:
+            coming.set_result(self._connect(RECONNECT_TIMEOUT_S))
+        except Exception as error:  # noqa: BLE001 - it goes to whoever asks for the connection
+            coming.set_exception(error)
 
     def execute(self, statement: str, parameters: Sequence[Any] = (), /) -> Cursor:
         """See `store.Connection`."""
@@ -143,10 +200,15 @@ class PostgresConnection:
     def close(self) -> None:
         """See `store.Connection`."""
         self._raw.close()
+        if self._coming is not None:
+            self._coming.add_done_callback(_close)
 
-    def _connect(self, timeout_s: int) -> "psycopg.Connection[Any]":
+    def _refuse_too_soon(self) -> None:
         if time.monotonic() < self._again_at:
             raise StoreUnavailableError(f"{shown(self._url)} could not be reached a moment ago; see governance.store")
+
+    def _connect(self, timeout_s: int) -> "psycopg.Connection[Any]":
+        self._refuse_too_soon()
         try:
             said = conninfo_to_dict(self._url)
             added = {name: value for name, value in _NOTICE_LOSS.items() if name not in said}
@@ -157,7 +219,7 @@ class PostgresConnection:
                 client_encoding="utf8",
                 **added,
             )
-            raw = psycopg.connect(place, autocommit=True)
+            raw = self._kind.connect(place, autocommit=True)
             raw.execute(f"SET idle_in_transaction_session_timeout = {round(STOPPED_AFTER_S * 1000)}")
         except psycopg.Error as error:
             self._again_at = time.monotonic() + NOT_AGAIN_S
@@ -227,7 +289,7 @@ class Postgres:
 
     def connect(self, writes: bool = False, waits: bool = True) -> PostgresConnection:
         """See `store.Database`."""
-        connection = PostgresConnection(self._url)
+        connection = PostgresConnection(self._url, waits=waits)
         if writes:
             self._refuse_shared_sessions(connection)
         return connection
@@ -328,6 +390,12 @@ class Postgres:
         self._free_since.clear()
         self._found_again_at = time.monotonic()
         return session
+
+
+def _close(coming: "Future[psycopg.Connection[Any]]") -> None:
+    """Closes a connection that nobody waits for any more."""
+    if coming.exception() is None:
+        coming.result().close()
 
 
 class _Held:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from tokenmill.engine.gateway.backlog import Backlog
-from tokenmill.engine.gateway.store_jobs import Job, deliver, deliver_failure, set_results, wanted
+from tokenmill.engine.gateway.store_jobs import Job, Unanswered, deliver, deliver_failure, set_results, wanted
 from tokenmill.engine.gateway.store_schema import make_tables
 from tokenmill.errors import ConfigurationError
 
@@ -44,6 +44,8 @@ SLOW_S, SLOW_FOR_S = 0.005, 1.0
 TIDY_AFTER = 1000
 #: How long what nobody waits for may wait for company, in seconds: a transaction of its own costs ten times as much.
 POSTED_WAIT_S = 0.005
+#: How long a coroutine waits for a server that takes what is to be written and does not answer, in seconds.
+ANSWER_WAIT_S = 10.0
 
 
 class StoreUnavailableError(ConfigurationError):
@@ -212,6 +214,7 @@ class Store:
         place: Path of an SQLite file, made with its folder where it is missing, readable for its owner alone; or
             `postgresql://...`.
         schema: Statements that make the tables in an empty database.
+        in_loop: `reader` is for an event loop: it does not wait for a server that does not answer.
 
     Attributes:
         local: Reading takes microseconds: an event loop may do it for every request.
@@ -221,7 +224,7 @@ class Store:
         MissingDependencyError: PostgreSQL is asked for and its client library is absent.
     """
 
-    def __init__(self, place: Path | str, schema: Sequence[str]) -> None:
+    def __init__(self, place: Path | str, schema: Sequence[str], in_loop: bool = False) -> None:
         self.place = place
         self._queue: queue.SimpleQueue[list[Job] | None] = queue.SimpleQueue()
         #: How many lists the thread has not done yet: until it has, what comes later queues behind them.
@@ -239,6 +242,8 @@ class Store:
         self._handing_over = False
         self._timer: asyncio.TimerHandle | None = None
         self._database = _database(place)
+        #: What coroutines wait for that a server does.
+        self._unanswered = Unanswered(ANSWER_WAIT_S, self._silence)
         self.local = self._database.local
         with contextlib.ExitStack() as undo:
             undo.callback(self._database.close)
@@ -252,9 +257,13 @@ class Store:
                 make_tables(self._writer, schema, self._database.shown)
             undo.pop_all()
         #: For reading, in the thread that made the store; sees everything that is committed.
-        self.reader = self._database.connect()
+        self.reader = self._database.connect(waits=self.local or not in_loop)
         self._thread = threading.Thread(target=self._run, name="store-writer", daemon=True)
         self._thread.start()
+
+    def _silence(self) -> StoreUnavailableError:
+        problem = f"{self._database.shown} has not answered for {ANSWER_WAIT_S:g} s; see governance.store"
+        return StoreUnavailableError(problem, perhaps_done=True)
 
     @contextlib.contextmanager
     def usable(self) -> Iterator[None]:
@@ -283,6 +292,8 @@ class Store:
     def write_item(self, collector: Collector, item: Any, alone: bool = False) -> "asyncio.Future[Any]":
         """`write` for one of many things that are done at less cost together: `collector(connection, items)`.
 
+        A server that does not answer for long is a `StoreUnavailableError`.
+
         Items that stand next to each other in the order of submission, with the same collector, are done together.
 
         Args:
@@ -293,6 +304,8 @@ class Store:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
         self._gathered.append(Job(collector, item, future, loop))
+        if not self.local:
+            self._unanswered.add(loop, future)
         if self._handing_over:
             return future
         if alone:

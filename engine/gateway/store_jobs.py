@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
@@ -32,11 +33,46 @@ class Job:
         self.dispensable = dispensable
 
 
+class Unanswered:
+    """What coroutines wait for, and for how long they do.
+
+    Args:
+        patience_s: How long, a second more or less.
+        silence: What they are told then.
+    """
+
+    def __init__(self, patience_s: float, silence: Callable[[], Exception]) -> None:
+        self._patience_s = patience_s
+        self._silence = silence
+        #: Until when; the earliest first.
+        self._waiting: deque[tuple[float, asyncio.Future[Any]]] = deque()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def add(self, loop: asyncio.AbstractEventLoop, future: "asyncio.Future[Any]") -> None:
+        """Looks after one more; call it in its loop."""
+        self._waiting.append((loop.time() + self._patience_s, future))
+        if self._loop is not loop:
+            self._loop = loop
+            loop.call_later(1.0, self._look)
+
+    def _look(self) -> None:
+        assert self._loop is not None
+        waiting, now = self._waiting, self._loop.time()
+        while waiting and (waiting[0][1].done() or waiting[0][0] <= now):
+            _, future = waiting.popleft()
+            if not future.done():
+                future.set_exception(self._silence())
+        if waiting:
+            self._loop.call_later(1.0, self._look)
+        else:
+            self._loop = None
+
+
 def wanted(job: Job) -> bool:
     """Whether it is still to be done; a program that waits for it cannot call it off any more."""
     if isinstance(job.waiter, Future):
         return job.waiter.set_running_or_notify_cancel()
-    return job.waiter is None or not job.waiter.cancelled()
+    return job.waiter is None or not job.waiter.done()
 
 
 def deliver(batch: Sequence[Job], results: list[Any]) -> None:

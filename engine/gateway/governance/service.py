@@ -76,7 +76,7 @@ class Governance:
         Raises:
             ConfigurationError: The store cannot be used.
         """
-        self._store = Store(self.options.store, SCHEMA)
+        self._store = Store(self.options.store, SCHEMA, in_loop=True)
         self._long_reads = LongReads(self._store)
         with self._store.usable():
             self._worker = WorkerLock(self._store)

@@ -109,6 +109,20 @@ class PostgresServer:
             self._start()
 
     @contextlib.contextmanager
+    def silent(self) -> Iterator[None]:
+        """The server meanwhile takes connections and does nothing more, as one whose disk does not answer."""
+        first = self._process.pid
+        children = Path(f"/proc/{first}/task/{first}/children").read_text().split()
+        processes = [first, *map(int, children)]
+        for process in processes:
+            os.kill(process, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for process in processes:
+                os.kill(process, signal.SIGCONT)
+
+    @contextlib.contextmanager
     def pooled(self, program: str, url: str, mode: str, settings: Mapping[str, int]) -> Iterator[str]:
         """A PgBouncer before one database meanwhile; gives the URL through it."""
         import psycopg
