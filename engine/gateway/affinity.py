@@ -4,9 +4,11 @@ A prompt's bytes are cut into blocks, and each block is named by a hash of itsel
 cache blocks). A bounded table remembers which backends were sent which blocks, the least recently used forgotten.
 """
 
+import hashlib
 from collections.abc import Iterable
 
 from tokenmill.engine.gateway.body import Body
+from tokenmill.engine.gateway.pipeline import Exchange
 from tokenmill.engine.gateway.portfolio import Target
 
 #: Bytes in a block: about eight of vLLM's blocks of 16 tokens.
@@ -17,10 +19,41 @@ MAX_BLOCKS = 128
 MAX_ENTRIES = 50_000
 
 _PROMPT_FIELDS = ("messages", "prompt", "input")
+_KINDS = ("organisation", "team", "app", "key")
 
 
-def prompt_blocks(body: Body | None, model: str | None) -> list[int]:
-    """The names of a request's whole prompt blocks, in order; empty for a short prompt."""
+def owner(exchange: Exchange, target: Target) -> str | None:
+    """Whose cache a request may find prompts in at a backend; None: everybody's.
+
+    Where a key has no account of the kind that `prefix_cache` names, the nearest one below counts: a key by itself.
+    """
+    shared_by, principal = target.backend.prefix_cache, exchange.principal
+    if shared_by is None or principal is None:
+        return None
+    chain = (principal.organisation, principal.team, principal.app, principal.key)
+    return next(one for one in chain[_KINDS.index(shared_by) :] if one is not None)
+
+
+def salt(exchange: Exchange, target: Target) -> str | None:
+    """vLLM's `cache_salt` for a request; None: as the client wrote it.
+
+    What the client says itself is a part of it: he may divide his owner's cache further, and see no other.
+    """
+    whose = owner(exchange, target)
+    if whose is None or exchange.body is None:
+        return None
+    said = exchange.body.raw_field("cache_salt") or b"null"
+    return hashlib.blake2b(whose.encode() + b"\0" + said, digest_size=16).hexdigest()
+
+
+def prompt_blocks(body: Body | None, model: str | None, whose: str | None = None) -> list[int]:
+    """The names of a request's whole prompt blocks, in order; empty for a short prompt.
+
+    Args:
+        body: The request's.
+        model: The model that is asked.
+        whose: Whose cache they may be in; None: everybody's. Where a prompt goes tells nobody what others asked.
+    """
     if body is None:
         return []
     for name in _PROMPT_FIELDS:
@@ -31,7 +64,7 @@ def prompt_blocks(body: Body | None, model: str | None) -> list[int]:
         return []
     text = bytes(field[: BLOCK_BYTES * MAX_BLOCKS])
     # Tool definitions stand before the messages in every chat template.
-    chain = hash((model, body.raw_field("tools")))
+    chain = hash((model, body.raw_field("tools"), whose))
     blocks = []
     for start in range(0, len(text) - BLOCK_BYTES + 1, BLOCK_BYTES):
         chain = hash((chain, text[start : start + BLOCK_BYTES]))

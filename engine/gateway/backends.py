@@ -47,6 +47,7 @@ class Backend:
         max_output_tokens: Most tokens of one answer; None: not known.
         capabilities: What its models can do beyond text in and text out.
         quality: Share of requests that it is expected to answer well, 0 to 1; None: not stated.
+        prefix_cache: Whose requests find each other's prompts in its cache (`affinity.owner`); None: everybody's.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Backend:
     quality: float | None = None
     prefix: str = ""
     below_v1: bool = True
+    prefix_cache: Literal["organisation", "team", "app", "key"] | None = None
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.base_url)

@@ -166,6 +166,12 @@ class Backend(Section):
     capabilities: list[Capability] = Field(
         default_factory=list, description="What it can do beyond text in, text out; requests that need more avoid it."
     )
+    prefix_cache: Literal["organisation", "team", "app", "key"] | None = Field(
+        None,
+        description="Whose requests share the prompts in vLLM's prefix cache, e.g. those of one `team`; default: all. "
+        "Who shares it can tell by the time to the first token what others have asked. With `governance`; sends "
+        "`cache_salt`, which servers other than vLLM may refuse.",
+    )
 
     @field_validator("name")
     @classmethod

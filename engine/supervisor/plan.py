@@ -229,4 +229,5 @@ def _common(name: str, tier: str, backend: LocalBackend | RemoteBackend, quality
         "max_output_tokens": backend.max_output_tokens,
         "capabilities": tuple(backend.capabilities),
         "quality": quality,
+        "prefix_cache": backend.prefix_cache,
     }
