@@ -9,7 +9,8 @@ from typing import Any
 
 import orjson
 
-from tokenmill.engine.gateway.api_error import ApiError, Headers, invalid_json, quote
+from tokenmill.engine.gateway import anthropic_effort
+from tokenmill.engine.gateway.api_error import ApiError, Headers, UntranslatableError, invalid_json, quote
 
 PATH = b"/v1/messages"
 #: Paths of that API itself: their requests and answers pass as they are.
@@ -40,8 +41,8 @@ FINISH = {
 _TRANSLATED = frozenset(
     {
         *("model", "messages", "max_tokens", "max_completion_tokens", "stop", "user"),
-        *("temperature", "top_p", "top_k", "stream", "stream_options", "thinking"),
-        *("tools", "tool_choice", "parallel_tool_calls"),
+        *("temperature", "top_p", "top_k", "stream", "stream_options", "thinking", "output_config"),
+        *("tools", "tool_choice", "parallel_tool_calls", "reasoning_effort", "response_format"),
     }
 )
 #: Fields that change nothing of an answer; a seed promises nothing.
@@ -59,11 +60,14 @@ _NO_COUNTERPART: dict[str, Any] = {
     "logit_bias": {},
     "presence_penalty": 0,
     "frequency_penalty": 0,
-    "response_format": {"type": "text"},
     "modalities": ["text"],
+    "verbosity": "medium",
     "functions": [],
     "function_call": "auto",
 }
+_THERE = "in the API of this model's backend"
+#: What a PDF begins with that stands in a message itself.
+_PDF = "data:application/pdf;base64,"
 #: What an error in the midst of an answer would have been as a status.
 STATUS = {
     "invalid_request_error": 400,
@@ -77,10 +81,6 @@ STATUS = {
 }
 
 
-class UntranslatableError(ApiError):
-    """400: this API cannot do what is asked for; a backend with another might."""
-
-
 def headers(forward: Headers, api_key: str | None, *, own: bool = False) -> Headers:
     """A client's headers as this API wants them; `own`: it speaks this API itself, of the version that it names."""
     kept = [header for header in forward if header[0] not in CREDENTIALS and header[0] != b"anthropic-version"]
@@ -91,12 +91,13 @@ def headers(forward: Headers, api_key: str | None, *, own: bool = False) -> Head
     return kept
 
 
-def request(raw: bytes, model: str) -> bytes:
+def request(raw: bytes, model: str, longest: int | None = None) -> bytes:
     """A chat completion request as a Messages request.
 
     Args:
         raw: The body, valid JSON.
         model: The backend's own name of the model.
+        longest: Most tokens of an answer that does not say how long it may be; None: `DEFAULT_MAX_TOKENS`.
 
     Raises:
         ApiError: 400 for what this API cannot do or is malformed.
@@ -109,12 +110,12 @@ def request(raw: bytes, model: str) -> bytes:
         known = name in _TRANSLATED or name in _OF_NO_EFFECT
         if not known and value is not None and (name not in _NO_COUNTERPART or value != _NO_COUNTERPART[name]):
             name = quote(name)  # noqa: PLW2901
-            raise _refusal(f"`{name}` has no counterpart in the API of this model's backend; leave it out.", name)
+            raise UntranslatableError(f"`{name}` has no counterpart {_THERE}; leave it out.", name)
     try:
         system, messages = _messages(asked.get("messages"))
         body: dict[str, Any] = {
             "model": model,
-            "max_tokens": asked.get("max_completion_tokens") or asked.get("max_tokens") or DEFAULT_MAX_TOKENS,
+            "max_tokens": asked.get("max_completion_tokens") or asked.get("max_tokens") or None,
             "messages": messages,
         }
         if system:
@@ -123,7 +124,9 @@ def request(raw: bytes, model: str) -> bytes:
         stop = asked.get("stop")
         if stop:
             body["stop_sequences"] = [stop] if isinstance(stop, str) else stop
-        for name in ("temperature", "top_p", "top_k", "stream", "thinking"):
+            if not all(text.strip() for text in body["stop_sequences"]):
+                raise UntranslatableError(f"A `stop` of white space alone has no counterpart {_THERE}.", "stop")
+        for name in ("temperature", "top_p", "top_k", "stream", "thinking", "output_config"):
             if asked.get(name) is not None:
                 body[name] = asked[name]
         if asked.get("user"):
@@ -131,13 +134,27 @@ def request(raw: bytes, model: str) -> bytes:
         if asked.get("tools"):
             body["tools"] = [_tool(tool) for tool in asked["tools"]]
             body.update(_tool_choice(asked))
+        if asked.get("response_format"):
+            _set_format(body, asked["response_format"])
+        effort = asked.get("reasoning_effort")
+        thoughts_tokens = 0 if effort is None else anthropic_effort.apply(body, effort)
+        body["max_tokens"] = body["max_tokens"] or longest or DEFAULT_MAX_TOKENS + thoughts_tokens
     except (KeyError, TypeError, AttributeError, ValueError):
-        raise _refusal("The request is not a well-formed chat completion request.", "messages") from None
+        raise UntranslatableError("The request is not a well-formed chat completion request.", "messages") from None
     return orjson.dumps(body)
 
 
-def _refusal(message: str, param: str) -> ApiError:
-    return UntranslatableError(400, message, code="unsupported_value", param=param)
+def _set_format(body: dict[str, Any], asked: dict[str, Any]) -> None:
+    """The shape that an answer is to have; that API knows schemas alone."""
+    kind = asked["type"]
+    if kind == "json_schema":
+        shape = {"type": "json_schema", "schema": asked["json_schema"]["schema"]}
+        body["output_config"] = {**body.get("output_config", {}), "format": shape}
+    elif kind != "text":
+        raise UntranslatableError(
+            f"A `response_format` of type `{quote(str(kind))}` has no counterpart {_THERE}; ask for a `json_schema`.",
+            "response_format",
+        )
 
 
 def _messages(asked: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -152,7 +169,7 @@ def _messages(asked: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
             system += _system(message["content"])
             continue
         if role not in ("user", "assistant", "tool"):
-            raise _refusal(
+            raise UntranslatableError(
                 f"A message's role is `{quote(str(role))}`; it must be system, developer, user, assistant or tool.",
                 "messages",
             )
@@ -161,18 +178,21 @@ def _messages(asked: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
                 {
                     "type": "tool_result",
                     "tool_use_id": message["tool_call_id"],
-                    "content": _text(message["content"]),
+                    "content": _result(message["content"]),
                 }
             ]
         else:
             blocks = _blocks(message.get("content"))
             if role == "assistant":
+                blocks += _blocks(message.get("refusal"))
                 # Where it thinks and calls tools, that API wants its thoughts back as they were, and before all else.
                 blocks[:0] = [thought for block in message.get("thinking_blocks") or () if (thought := thoughts(block))]
             for call in message.get("tool_calls") or ():
                 function = call["function"]
-                given = orjson.loads(function["arguments"] or "{}")
+                given = _arguments(function["arguments"])
                 blocks.append({"type": "tool_use", "id": call["id"], "name": function["name"], "input": given})
+            if role == "assistant" and not blocks:
+                continue  # an answer without a word, as one that was broken off; that API takes none
         speaker = "assistant" if role == "assistant" else "user"
         if messages and messages[-1]["role"] == speaker:
             messages[-1]["content"].extend(blocks)
@@ -196,8 +216,27 @@ def thoughts(block: dict[str, Any]) -> dict[str, Any] | None:
 def _system(content: Any) -> list[dict[str, Any]]:
     """A message's text as one block, or as those whose end its client wants to have cached."""
     if not isinstance(content, str) and any("cache_control" in part for part in content):
-        return [_block(part) for part in content]
+        return _blocks(content)
     return [{"type": "text", "text": _text(content)}]
+
+
+def _arguments(said: str) -> dict[str, Any]:
+    """Arguments of a call as an object; what is none, as a call that was broken off, in the words that API names.
+
+    Source: https://platform.claude.com/docs/en/agents-and-tools/tool-use/fine-grained-tool-streaming.
+    """
+    try:
+        given = orjson.loads(said or "{}")
+    except orjson.JSONDecodeError:
+        given = said
+    return given if isinstance(given, dict) else {"INVALID_JSON": said}
+
+
+def _result(content: Any) -> str | list[dict[str, Any]]:
+    """What a tool said: text, or blocks where there is more to it than text."""
+    if isinstance(content, list) and any(part["type"] != "text" or "cache_control" in part for part in content):
+        return _blocks(content)
+    return _text(content or "")
 
 
 def _text(content: Any) -> str:
@@ -207,11 +246,10 @@ def _text(content: Any) -> str:
 
 
 def _blocks(content: Any) -> list[dict[str, Any]]:
-    if content is None or content == "":
-        return []
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    return [_block(part) for part in content]
+    """Content as blocks, without texts of white space alone, which that API refuses."""
+    parts = [{"type": "text", "text": content or ""}] if content is None or isinstance(content, str) else content
+    blocks = [_block(part) for part in parts]
+    return [block for block in blocks if block["type"] != "text" or block["text"].strip()]
 
 
 def _block(part: dict[str, Any]) -> dict[str, Any]:
@@ -219,16 +257,28 @@ def _block(part: dict[str, Any]) -> dict[str, Any]:
     marked = {"cache_control": part["cache_control"]} if part.get("cache_control") else {}
     if kind == "text":
         return {"type": "text", "text": part["text"], **marked}
+    if kind == "refusal":
+        return {"type": "text", "text": part["refusal"]}
+    if kind == "file" and str(part["file"].get("file_data")).startswith(_PDF):
+        file: dict[str, Any] = part["file"]
+        source = {"type": "base64", "media_type": "application/pdf", "data": file["file_data"].removeprefix(_PDF)}
+        title = {"title": file["filename"]} if file.get("filename") else {}
+        return {"type": "document", "source": source, **title, **marked}
     if kind == "image_url":
         url: str = part["image_url"]["url"]
         if not url.startswith("data:"):
             return {"type": "image", "source": {"type": "url", "url": url}, **marked}
         media, _, data = url.removeprefix("data:").partition(";base64,")
         return {"type": "image", "source": {"type": "base64", "media_type": media, "data": data}, **marked}
-    raise _refusal(f"Content of type `{kind}` has no counterpart in the API of this model's backend.", "messages")
+    raise UntranslatableError(f"Content of type `{quote(str(kind))}` has no counterpart {_THERE}.", "messages")
 
 
 def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+    if "input_schema" in tool and "function" not in tool:
+        return tool  # some clients describe their tools to every Claude in that API's words
+    if tool.get("type", "function") != "function":
+        kind = quote(str(tool["type"]))
+        raise UntranslatableError(f"A tool of type `{kind}` has no counterpart {_THERE}; send functions.", "tools")
     function = tool["function"]
     made = {"name": function["name"], "input_schema": function.get("parameters") or {"type": "object"}}
     if function.get("description"):
@@ -241,6 +291,9 @@ def _tool(tool: dict[str, Any]) -> dict[str, Any]:
 def _tool_choice(asked: dict[str, Any]) -> dict[str, Any]:
     choice = asked.get("tool_choice")
     made: dict[str, Any] | None = None
+    if isinstance(choice, dict) and choice["type"] != "function":
+        kind = quote(str(choice["type"]))
+        raise UntranslatableError(f"A `tool_choice` of type `{kind}` has no counterpart {_THERE}.", "tool_choice")
     if isinstance(choice, dict):
         made = {"type": "tool", "name": choice["function"]["name"]}
     elif choice is not None:

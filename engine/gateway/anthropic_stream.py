@@ -85,6 +85,8 @@ class _Translator:
         self._common: dict[str, Any] = {}
         self._counted: dict[str, Any] = {}
         self._calls: dict[int, int] = {}
+        #: The call that is coming, where nothing of its arguments has come yet.
+        self._bare: int | None = None
         #: The block of thoughts that is coming, and the parts of its text.
         self._thoughts: dict[str, Any] = {}
         self._thinking: list[str] = []
@@ -119,7 +121,7 @@ class _Translator:
         self._thoughts = block if block["type"] in ("thinking", "redacted_thinking") else {}
         if block["type"] != "tool_use":
             return b""
-        index = self._calls[event["index"]] = len(self._calls)
+        self._bare = index = self._calls[event["index"]] = len(self._calls)
         function = {"name": block["name"], "arguments": ""}
         return self._chunk(
             {"tool_calls": [{"index": index, "id": block["id"], "type": "function", "function": function}]}
@@ -135,12 +137,22 @@ class _Translator:
             self._thinking.append(delta["thinking"])
             return self._chunk({"reasoning_content": delta["thinking"]})
         if delta["type"] == "input_json_delta":
-            call = {"index": self._calls[event["index"]], "function": {"arguments": delta["partial_json"]}}
-            return self._chunk({"tool_calls": [call]})
+            if delta["partial_json"]:
+                self._bare = None
+            return self._arguments(self._calls[event["index"]], delta["partial_json"])
         return b""
 
+    def _arguments(self, index: int, text: str) -> bytes:
+        return self._chunk({"tool_calls": [{"index": index, "function": {"arguments": text}}]})
+
     def _on_content_block_stop(self, _: dict[str, Any]) -> bytes:
-        """Thoughts have come as they came; for the next turn's sake the whole block follows, with its signature."""
+        """Thoughts have come as they came; for the next turn's sake the whole block follows, with its signature.
+
+        A call without arguments has none there, and an empty object in OpenAI's streams.
+        """
+        if self._bare is not None:
+            index, self._bare = self._bare, None
+            return self._arguments(index, "{}")
         block = {**self._thoughts, "thinking": "".join(self._thinking)} if self._thoughts else None
         self._thoughts, self._thinking = {}, []
         thought = None if block is None else thoughts(block)

@@ -57,6 +57,13 @@ class ApiError(Exception):
         return {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
 
 
+class UntranslatableError(ApiError):
+    """400: the API of this backend cannot do what is asked for; a backend with another might."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(400, message, code="unsupported_value", param=param)
+
+
 def quote(text: str, limit: int = 100) -> str:
     """A client's text fit to be repeated in a message: printable, at most `limit` characters."""
     shown = text if len(text) <= limit else text[:limit] + "..."

@@ -13,13 +13,14 @@ from typing import Any
 
 import orjson
 
-from tokenmill.engine.gateway import anthropic, anthropic_stream, first_event
+from tokenmill.engine.gateway import affinity, anthropic, anthropic_stream, first_event
 from tokenmill.engine.gateway.api_error import (
     EVENT_STREAM,
     EVENT_STREAM_TYPE,
     JSON,
     ApiError,
     Headers,
+    UntranslatableError,
     retry_after,
     unavailable,
     with_error_object,
@@ -27,6 +28,7 @@ from tokenmill.engine.gateway.api_error import (
 from tokenmill.engine.gateway.balance import Balancer, refusal
 from tokenmill.engine.gateway.breaker import RetryBudget
 from tokenmill.engine.gateway.connection import ConnectFailedError, CutError, NoAnswerError, SilenceError
+from tokenmill.engine.gateway.defaults import defaults_for
 from tokenmill.engine.gateway.fallback import Failure, Trouble, Way, trouble_of
 from tokenmill.engine.gateway.kept import PATH as RESPONSES
 from tokenmill.engine.gateway.kept import Kept
@@ -118,7 +120,7 @@ class Forwarder:
                 answer, trouble = self._unavailable(target, "cannot be reached"), "unsent"
             except NoAnswerError:
                 answer, trouble = self._unavailable(target, "closed the connection without an answer"), "failed"
-            except anthropic.UntranslatableError as error:
+            except UntranslatableError as error:
                 answer, trouble = error, "unsent"  # a backend that speaks OpenAI's protocol may do it
             except ApiError as error:
                 answer, trouble = error, "lost" if error.status in _LOST else "final"
@@ -202,6 +204,10 @@ class Forwarder:
         changes: dict[str, Any] = {} if counting is None else {"stream_options": counting}
         if name != exchange.model:
             changes["model"] = name
+        if target.backend.defaults and exchange.body is not None:
+            changes |= defaults_for(target.backend.defaults, exchange.endpoint, exchange.body)
+        if (salt := affinity.salt(exchange, target)) is not None:
+            changes["cache_salt"] = salt
         if changes and exchange.body is not None:
             payload = exchange.body.with_fields(changes)
         elif changes and exchange.form is not None and name is not None:
@@ -308,8 +314,10 @@ def _in_messages(exchange: Exchange, target: Target, route: Route) -> bytes:
     name = _upstream_model(exchange, target, route)
     if exchange.endpoint != "/v1/chat/completions" or exchange.body is None or name is None:
         what = f"The backend of this model ({target.backend.name}) offers chat completions and messages only."
-        raise anthropic.UntranslatableError(400, what)
-    return anthropic.request(exchange.payload, name)
+        raise UntranslatableError(what)
+    added = defaults_for(target.backend.defaults, exchange.endpoint, exchange.body)
+    payload = exchange.body.with_fields(added) if added else exchange.payload
+    return anthropic.request(payload, name, target.backend.max_output_tokens)
 
 
 def _redirected(lease: Lease, status: int) -> Reply:

@@ -19,9 +19,11 @@ class FakeAnthropic(FakeUpstream):
 
     Attributes:
         version: Of the API, which every request must name.
+        says: What it answers to a text.
     """
 
     version = "2023-06-01"
+    says = "You said {text}"
 
     async def _list(self, request: web.Request) -> web.Response:
         said = request.headers
@@ -41,11 +43,11 @@ class FakeAnthropic(FakeUpstream):
             return problem
         tool = (asked.get("tools") or [None])[0]
         text = "".join(block["text"] for block in asked["messages"][-1]["content"] if block["type"] == "text")
-        text = f"You said {text}"
+        text = self.says.format(text=text)
         content: list[dict[str, Any]] = [{"type": "text", "text": text}]
         if tool is not None:
             content.append({"type": "tool_use", "id": "toolu_1", "name": tool["name"], "input": {"city": "Bern"}})
-        if asked.get("thinking"):
+        if asked.get("thinking", {}).get("type") == "enabled":
             content[:0] = THOUGHTS
         reason = "tool_use" if tool else "max_tokens" if asked["max_tokens"] < 5 else "end_turn"
         usage = {"input_tokens": 7, "cache_read_input_tokens": 3, "cache_creation_input_tokens": 2, "output_tokens": 5}
@@ -92,7 +94,7 @@ class FakeAnthropic(FakeUpstream):
             return error(400, "invalid_request_error", "anthropic-version: header is required")
         unknown = set(asked) - {
             *("model", "max_tokens", "messages", "system", "stop_sequences", "temperature", "top_p", "top_k"),
-            *("stream", "metadata", "tools", "tool_choice", "thinking"),
+            *("stream", "metadata", "tools", "tool_choice", "thinking", "output_config"),
         }
         if unknown or not isinstance(asked.get("max_tokens"), int):
             return error(400, "invalid_request_error", f"extra inputs: {sorted(unknown)}")
