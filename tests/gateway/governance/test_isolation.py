@@ -8,7 +8,10 @@ import pytest
 from tests.gateway.governance.governed import CHAT, MASTER_KEY, Governed, options
 from tests.gateway.running import RunningGateway, wait_until
 from tests.gateway.upstream import FakeUpstream
+from tokenmill.engine.gateway.affinity import prompt_blocks
 from tokenmill.engine.gateway.backends import Backend
+from tokenmill.engine.gateway.body import Body
+from tokenmill.engine.gateway.governance.accounts import Limits
 from tokenmill.engine.gateway.governance.schema import SCHEMA
 from tokenmill.engine.gateway.sensitivity.settings import SensitivitySettings
 from tokenmill.engine.gateway.settings import Settings
@@ -18,7 +21,7 @@ from tokenmill.engine.gateway.store import Store
 @pytest.fixture(scope="module")
 def governed(shared_upstream: FakeUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Governed]:
     place = str(tmp_path_factory.mktemp("isolation") / "gateway.db")
-    backend = Backend("a", shared_upstream.url, "utility", api_key="the-accounts-own")
+    backend = Backend("a", shared_upstream.url, "utility", api_key="the-accounts-own", prefix_cache="team")
     settings = Settings(probe_interval_s=0.1, default_model="tiny")
     policy = SensitivitySettings()
     with RunningGateway(
@@ -105,3 +108,26 @@ def test_the_audit_trail_holds_no_data_of_a_path_and_no_long_one(governed: Gover
     wait_until(lambda: bool(told()))
     assert [json.loads(details)["endpoint"] for details in told()] == ["other"]
     assert "anna" not in "".join(told())
+
+
+def test_a_team_has_a_prefix_cache_of_its_own(governed: Governed, upstream: FakeUpstream) -> None:
+    one, other = governed.team(Limits()), governed.team(Limits())
+    keys = [governed.key(parent=parent)[1] for parent in (one, one, other, None, None)]
+    for key in keys:
+        for said in ({}, {"cache_salt": None}, {"cache_salt": "mine"}):
+            assert governed.ask(key, {"model": "tiny", "messages": [], **said})[0] == 200
+    salts = [json.loads(body)["cache_salt"] for _, _, body in upstream.books.requests]
+    by_key = [tuple(salts[start : start + 3]) for start in range(0, len(salts), 3)]
+    assert by_key[0] == by_key[1]
+    assert len({salt for key in by_key[1:] for salt in key}) == 4 * 3 - 4  # null is nothing
+    assert all(len(salt) <= 128 and salt.isalnum() for salt in salts)
+    assert not any(team in salt for salt in salts for team in (one, other))
+
+
+def test_where_a_prompt_goes_does_not_tell_what_others_asked() -> None:
+    body = Body(json.dumps({"messages": "word " * 1000}).encode())
+    everybodys, one, other = (prompt_blocks(body, "m", whose) for whose in (None, "a", "b"))
+    assert one == prompt_blocks(body, "m", "a")
+    assert len(one) > 8
+    assert set(one).isdisjoint(other)
+    assert set(one).isdisjoint(everybodys)
