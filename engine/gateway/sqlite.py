@@ -122,11 +122,11 @@ class Sqlite:
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
             self._order = real.with_name(real.name + ".lock")
             self._announced = _open_lock(self._order)
+            self._begin_log()
         except OSError as error:
             raise ConfigurationError(
                 f"{path} cannot be opened: {(error.strerror or str(error)).lower()}; name another file"
             ) from None
-        self._begin_log()
 
     def _begin_log(self) -> None:
         """Makes the file one with a write-ahead log, which it stays.
@@ -147,13 +147,16 @@ class Sqlite:
 
     def connect(self, writes: bool = False, waits: bool = True) -> SqliteConnection:
         """See `store.Database`."""
-        connection = sqlite3.connect(
-            self._path,
-            isolation_level=None,
-            check_same_thread=False,
-            timeout=_PATIENCE_S,
-            factory=SqliteConnection,
-        )
+        try:
+            connection = sqlite3.connect(
+                self._path,
+                isolation_level=None,
+                check_same_thread=False,
+                timeout=_PATIENCE_S,
+                factory=SqliteConnection,
+            )
+        except sqlite3.Error as error:
+            raise self._unusable(error) from None
         connection.prepare(_open_lock(self._order) if writes else -1)
         checkpoint = f"wal_autocheckpoint={_CHECKPOINT_PAGES if waits else 0}"
         try:
@@ -164,8 +167,11 @@ class Sqlite:
                 connection.execute("PRAGMA busy_timeout=0")
         except sqlite3.Error as error:
             connection.close()
-            raise ConfigurationError(f"{self._path} cannot be used: {error}; name another file") from None
+            raise self._unusable(error) from None
         return connection
+
+    def _unusable(self, error: sqlite3.Error) -> ConfigurationError:
+        return ConfigurationError(f"{self._path} cannot be used: {error}; name another file")
 
     @contextlib.contextmanager
     def transaction(self, connection: Connection, waits: bool = True) -> Iterator[None]:

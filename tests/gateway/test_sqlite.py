@@ -1,6 +1,7 @@
 """Opening the store's SQLite file, by several at once."""
 
 import contextlib
+import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from tests.gateway.running import wait_until
 from tokenmill.engine.gateway import sqlite
 from tokenmill.engine.gateway.sqlite import Sqlite
 from tokenmill.engine.gateway.store import Connection, Store, StoreUnavailableError
+from tokenmill.errors import ConfigurationError
 
 
 def test_a_new_file_is_opened_by_many_at_once(tmp_path: Path) -> None:
@@ -117,3 +119,11 @@ def test_a_log_that_a_long_reader_had_grow_becomes_small_again(tmp_path: Path, m
         write()
         assert log.stat().st_size < 300_000
     database.close()
+
+
+def test_what_can_be_opened_and_is_no_file_is_one_line(tmp_path: Path) -> None:
+    """SQLite refuses a pipe with its first look at it, before any statement."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(ConfigurationError, match="cannot be used: disk I/O error"):
+        Store(pipe, [])

@@ -1,5 +1,6 @@
 """A PostgreSQL server that others set up or use otherwise: it works, or is refused in one line."""
 
+import asyncio
 import contextlib
 import os
 import shutil
@@ -11,6 +12,7 @@ import pytest
 
 from tests.gateway.governance.postgres_server import PostgresServer
 from tests.gateway.running import wait_until
+from tokenmill.engine.gateway import store as store_module
 from tokenmill.engine.gateway.admin import tables
 from tokenmill.engine.gateway.governance import accounts, audit
 from tokenmill.engine.gateway.governance.accounts import Limits
@@ -109,6 +111,31 @@ def test_a_server_that_became_read_only_is_left_for_the_one_in_its_place(url: st
     demote()
     store.post_item(make, "later")
     wait_until(lambda: "later" in [team.name for team in accounts.every(store.reader)])
+    store.close()
+
+
+def test_who_waits_for_a_table_that_another_keeps_is_told_so(
+    url: str, root: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As while an administrator rewrites it: nobody waits for good, and what was not begun by then is not done."""
+    monkeypatch.setattr(store_module, "ANSWER_WAIT_S", 0.5)
+    store = Store(url, SCHEMA)
+
+    async def make_both() -> list[object]:
+        begun = store.write(lambda connection: make_team(connection, "begun"))
+        first = asyncio.ensure_future(begun)
+        await asyncio.to_thread(wait_until, lambda: root.execute(waits).fetchone() == (1,))
+        return await asyncio.gather(first, store.write(make_team), return_exceptions=True)
+
+    waits = "SELECT count(*) FROM pg_locks WHERE locktype = 'relation' AND NOT granted"
+    with psycopg.connect(url) as keeper:
+        keeper.execute("LOCK TABLE accounts")
+        for result in asyncio.run(make_both()):
+            assert isinstance(result, StoreUnavailableError)
+            assert result.perhaps_done
+            assert "has not answered for 0.5 s" in str(result)
+    store.write_now(lambda connection: make_team(connection, "later"))
+    assert sorted(team.name for team in accounts.every(store.reader)) == ["begun", "later"]
     store.close()
 
 
