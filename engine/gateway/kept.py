@@ -23,7 +23,7 @@ from tokenmill.engine.gateway.principal import Principal
 from tokenmill.engine.gateway.upstream import Answer
 
 PATH = "/v1/responses"
-_FIELD = "previous_response_id"
+_FIELD, _CONVERSATION = "previous_response_id", "conversation"
 #: By it vLLM's clients may choose what their response is called.
 _CHOSEN = "request_id"
 #: Responses remembered.
@@ -130,6 +130,15 @@ class Kept:
                 f"`{_CHOSEN}` would name the response, perhaps like another's; where keys are asked for, leave it out.",
                 code="invalid_field",
                 param=_CHOSEN,
+            )
+        principal = exchange.principal
+        if principal is not None and principal.key != MASTER and body.raw_field(_CONVERSATION) not in (None, b"null"):
+            raise ApiError(
+                400,
+                f"`{_CONVERSATION}` names what a backend keeps for its whole account, and nobody could tell whose of "
+                f"the gateway's keys it is; go on from a response by `{_FIELD}`.",
+                code="invalid_field",
+                param=_CONVERSATION,
             )
         raw = body.raw_field(_FIELD)
         if raw is None or raw == b"null":

@@ -8,12 +8,12 @@ import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from tokenmill.engine.gateway import anthropic
 from tokenmill.engine.gateway.api_error import EVENT_STREAM_TYPE, ApiError, Headers, unavailable
 from tokenmill.engine.gateway.connection import ConnectFailedError, CutError, NoAnswerError, SilenceError
 from tokenmill.engine.gateway.forward import whole, with_key
 from tokenmill.engine.gateway.governance.identify import CREDENTIALS
 from tokenmill.engine.gateway.heads import without
-from tokenmill.engine.gateway.hints import strip
 from tokenmill.engine.gateway.kept import Kept, is_same_server, not_found
 from tokenmill.engine.gateway.pipeline import Exchange, Reply
 from tokenmill.engine.gateway.portfolio import Portfolio, Target
@@ -24,8 +24,9 @@ _PATH = re.compile(r"/v1/responses/([A-Za-z0-9_~:@-][A-Za-z0-9_.~:@-]{0,255})(/c
 _METHODS: Mapping[str, tuple[str, ...]] = {"": ("GET", "DELETE"), "/cancel": ("POST",), "/input_items": ("GET",)}
 #: Paths of that form that name no response.
 _OTHERS = frozenset({"/v1/responses/input_tokens", "/v1/responses/compact"})
-#: A body is not passed on: none of these paths reads one.
-_OF_A_BODY = frozenset({b"content-type", b"content-encoding"})
+#: What is passed on: none of these paths reads a body, and no policy has searched what else a client or a proxy says,
+#: which is nothing to a server that may stand in the cloud.
+_PASSED = anthropic.CREDENTIALS | {b"accept", b"accept-encoding", b"openai-beta"}
 
 
 class About(NamedTuple):
@@ -67,8 +68,7 @@ class Stored:
         asked = about(exchange.endpoint)
         assert asked is not None, "the path is about a response"
         exchange.target = target = self._holder(asked.response, exchange)
-        strip(exchange)
-        exchange.forward = without(exchange.forward, _OF_A_BODY)
+        exchange.forward = [header for header in exchange.forward if header[0] in _PASSED]
         if exchange.principal is not None:
             exchange.forward = without(exchange.forward, CREDENTIALS)
         exchange.attempts = 1

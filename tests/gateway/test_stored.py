@@ -211,6 +211,34 @@ def test_nobody_names_his_response_like_anothers(governed: Governed) -> None:
     assert governed.ask(key, {**body, "request_id": None}, PATH)[0] == 200
 
 
+@pytest.mark.parametrize("said", ["conv_theirs", {"id": "conv_theirs"}])
+def test_no_key_goes_on_with_a_conversation_of_the_account(
+    governed: Governed, servers: list[Responding], said: Any
+) -> None:
+    key = governed.key()[1]
+    status, _, answer = governed.ask(key, {"model": "tiny", "input": "hi", "conversation": said}, PATH)
+    assert (status, json.loads(answer)["error"]["param"]) == (400, "conversation")
+    assert not any(server.kept for server in servers)
+    made(governed, key, conversation=None)
+    made(governed, MASTER_KEY, conversation=said)
+
+
+def test_a_server_learns_nothing_of_who_reads(governed: Governed, servers: list[Responding]) -> None:
+    key = governed.key()[1]
+    name = made(governed, key)
+    said = {
+        "x-forwarded-for": "203.0.113.7",
+        "x-forwarded-user": "anna",
+        "cookie": "a=b",
+        "x-request-id": "anna@b.example",
+    }
+    headers = {"authorization": f"Bearer {key}", "openai-beta": "responses=v1", **said}
+    assert governed.gateway.send("GET", f"{PATH}/{name}", headers=headers)[0] == 200
+    _, _, seen = holder(servers, name).asked[-1]
+    assert seen["openai-beta"] == "responses=v1"
+    assert not (said.keys() | {"authorization"}) & seen.keys()
+
+
 def test_a_gateway_that_is_started_anew_knows_whose_they_are(servers: list[Responding], tmp_path: Path) -> None:
     place = str(tmp_path / "books.db")
     store = Store(place, SCHEMA)
