@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from tokenmill.engine.gateway.money import Prices
@@ -23,6 +23,7 @@ class Backend:
         base_url: `http(s)://host[:port][/prefix]`, with or without a final `/v1`. A prefix that names a version itself
             (`/v1beta/openai`, `/api/v3`) is followed by the rest of OpenAI's paths, without `/v1`.
         tier: The tier it belongs to; a tier's name is accepted as a model name.
+        defaults: What chat completions get that do not say it themselves, by field.
         below_v1: Whether its paths are below `/v1`; if not, they follow the base URL without it.
         models: Public names of the models it serves. Empty: its own `/v1/models` says (asked by the health probe).
         model_names: Public model name to the backend's own name, where they differ; the request's `model` is
@@ -73,6 +74,7 @@ class Backend:
     quality: float | None = None
     prefix: str = ""
     below_v1: bool = True
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     prefix_cache: Literal["organisation", "team", "app", "key"] | None = None
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from pydantic import Discriminator, Field, Tag, ValidationError, field_validator
 from tokenmill.engine.gateway import yaml_file
 from tokenmill.engine.gateway.backends import Capability
 from tokenmill.engine.gateway.config_problems import explain, shown
+from tokenmill.engine.gateway.defaults import LENGTHS, NEVER
 from tokenmill.engine.gateway.governance.section import Governance
 from tokenmill.engine.gateway.observability.section import Observability
 from tokenmill.engine.gateway.router.section import Routing
@@ -254,6 +255,10 @@ class RemoteBackend(Backend):
         default_factory=dict,
         description="Public model name to the server's own name for it; default: what its `/v1/models` lists.",
     )
+    defaults: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Fields that chat completions get which lack them, e.g. `{temperature: 0.2, max_tokens: 4096}`.",
+    )
     prefix: str = Field(
         "",
         description="What the public names of the models that it lists begin with, e.g. `openai/`; not with `models`.",
@@ -293,6 +298,16 @@ class RemoteBackend(Backend):
         strange = re.search(r"[\s\x00-\x1f\x7f\\]", value) or not parts.path.isascii() if usable else False
         if not usable or strange or parts.query or parts.fragment:
             raise ValueError(f"{value!r} is not http(s)://host[:port][/prefix]")
+        return value
+
+    @field_validator("defaults")
+    @classmethod
+    def _defaults_decide_nothing(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name, default in value.items():
+            if name.casefold() in NEVER:
+                raise ValueError(f"{name[:40]!r} is for clients to say; leave it out")
+            if name in LENGTHS and (type(default) is not int or default < 1):
+                raise ValueError(f"{name!r} is {shown(default)}, not a number of tokens above 0")
         return value
 
     @model_validator(mode="after")

@@ -19,6 +19,7 @@ from tokenmill import env
 from tokenmill.engine.gateway import litellm_include, litellm_prices
 from tokenmill.engine.gateway.admin.duration import milliseconds
 from tokenmill.engine.gateway.config import Config, RemoteBackend, Server
+from tokenmill.engine.gateway.defaults import LENGTHS, NEVER
 from tokenmill.engine.gateway.foreign_file import ForeignFile, dotted
 from tokenmill.engine.gateway.governance.options import MAKE_A_KEY, SHORTEST_MASTER_KEY
 from tokenmill.engine.gateway.governance.section import Governance
@@ -34,6 +35,31 @@ _STRATEGIES = ("simple-shuffle", "least-busy")
 _WEIGHTS = ("weight", "rpm", "tpm")
 #: Of another's weight so much has who gets nothing while that one can take it.
 _SPARE = 1e-9
+#: Fields of a deployment that its requests get where they lack them; so they do all that is in its `extra_body`.
+_DEFAULTS = (
+    *("temperature", "top_p", "top_k", "min_p", "seed", "stop", "logit_bias", "max_tokens", "max_completion_tokens"),
+    *("frequency_penalty", "presence_penalty", "repetition_penalty", "reasoning_effort", "thinking", "verbosity"),
+    *("parallel_tool_calls", "chat_template_kwargs"),
+)
+#: Those of them that Anthropic's API has a counterpart of.
+_OF_ANTHROPIC = frozenset(
+    {
+        *("temperature", "top_p", "top_k", "stop", "max_tokens", "max_completion_tokens", "reasoning_effort"),
+        *("thinking", "parallel_tool_calls"),
+    }
+)
+_RETRIED = "a request is sent again to other backends, as often as `router_settings.num_retries` says"
+_OLLAMA = "Ollama takes it in its own protocol only; state it in the model's Modelfile, or OLLAMA_CONTEXT_LENGTH there"
+#: Why some parameters of deployments are not used.
+_PARAMETER_REASONS: Mapping[str, str] = {
+    "drop_params": "every field passes to the backend untouched",
+    "additional_drop_params": "every field passes to the backend untouched",
+    "max_retries": _RETRIED,
+    "num_retries": _RETRIED,
+    "num_ctx": _OLLAMA,
+    "keep_alive": _OLLAMA,
+    "order": "all deployments of a model share its load; give the others a model_name and name it in `fallbacks`",
+}
 #: How Azure's clients are known where they have no key.
 _ENTRA = ("azure_ad_token", "tenant_id", "client_id", "azure_username")
 _MASTER_KEY: Place = ("general_settings", "master_key")
@@ -302,6 +328,7 @@ class _Importer:
             "prefix": name[:-1] if wildcard else "",
             **self._key(parameters, provider),
             **self._limits(parameters),
+            "defaults": self._defaults(parameters, provider) or None,
             "region": source.text((*parameters, "region_name")),
             **self._describer.describe(place, name, prefix, upstream),
         }
@@ -378,6 +405,32 @@ class _Importer:
             return {"api_key": key} if key else {}
         inside = source.inside(variable)
         return {"api_key": inside} if inside else {"api_key_env": variable}
+
+    def _defaults(self, parameters: Place, provider: Provider) -> dict[str, Any]:
+        """Fields of requests that the file gives to those that lack them."""
+        source = self._source
+        found: dict[str, Any] = {}
+        source.kind((*parameters, "extra_body"), dict, "a mapping of fields")
+        places = [
+            *((field,) for field in _DEFAULTS),
+            *(("extra_body", key) for key in source.keys((*parameters, "extra_body"))),
+        ]
+        for inside in places:
+            place, name = (*parameters, *inside), str(inside[-1])
+            if source.peek(place) is None:
+                continue
+            if name in NEVER or (provider.protocol == "anthropic" and name not in _OF_ANTHROPIC):
+                source.leave(
+                    place, "clients say it themselves" if name in NEVER else "Anthropic's API does not know it"
+                )
+            elif name in LENGTHS:
+                found[name] = source.whole(place, 1, 10**9)
+            else:
+                found[name] = source.raw(place) if source.variable(place) is None else source.text(place)
+        for field, reason in _PARAMETER_REASONS.items():
+            if source.peek((*parameters, field)) is not None:
+                source.leave((*parameters, field), reason)
+        return {name: value for name, value in found.items() if value is not None}
 
     def _limits(self, parameters: Place) -> dict[str, Any]:
         source = self._source

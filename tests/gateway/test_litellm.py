@@ -125,7 +125,7 @@ def test_allowed_failures_and_zeros_mean_what_they_mean_there(tmp_path: Path) ->
 def test_what_is_not_understood_is_listed_and_nothing_else(tmp_path: Path) -> None:
     text = (
         "model_list:\n"
-        + model("a", "model: openai/a, api_key: k, temperature: 0.1, tags: [x]", ", model_info: {id: one, mode: chat}")
+        + model("a", "model: openai/a, api_key: k, mock_response: hi, tags: [x]", ", model_info: {id: one, mode: chat}")
         + model("b", "model: bedrock/b, aws_region_name: r")
         + model("c/*", "model: 'gemini/*', api_key: k")
         + "router_settings:\n  routing_strategy: latency-based-routing\n  retry_policy: {TimeoutErrorRetries: 3}\n"
@@ -136,7 +136,7 @@ def test_what_is_not_understood_is_listed_and_nothing_else(tmp_path: Path) -> No
     assert imported.config.observability.request_log
     left = [line.removeprefix(f"{tmp_path}/proxy.yaml:") for line in imported.left_out]
     assert [line.partition(": not understood")[0] for line in left] == [
-        "2: model_list[0].litellm_params.temperature",
+        "2: model_list[0].litellm_params.mock_response",
         "2: model_list[0].litellm_params.tags",
         "2: model_list[0].model_info.id",
         "3: model_list[1]",
@@ -215,7 +215,7 @@ def test_files_are_included_as_litellm_does_it() -> None:
     assert (make_plan(imported.config).settings().most_retries, imported.config.observability.request_log) == (1, False)
     assert [line.partition(": not")[0] for line in imported.left_out] == [
         f"{FILES}/parts/models.yaml:7: litellm_settings.set_verbose",
-        f"{FILES}/parts/more.yaml:6: model_list[1].litellm_params.temperature",
+        f"{FILES}/parts/more.yaml:6: model_list[1].litellm_params.mock_response",
     ]
 
 
@@ -379,6 +379,31 @@ def test_what_lacks_a_variable_is_left_out_as_others_are_served(tmp_path: Path) 
         "5: model_list[3]; the variable TM_UNSET is not set; export it",
     ]
     assert found[3].startswith("6: model_list[4].litellm_params.api_key; the variable TM_UNSET is not set; nothing is")
+
+
+def test_requests_get_what_a_deployment_says_and_they_do_not(tmp_path: Path) -> None:
+    extra = "extra_body: {chat_template_kwargs: {enable_thinking: false}, model: x}"
+    text = "model_list:\n" + "".join(
+        model(name, said)
+        for name, said in (
+            ("a", f"model: openai/x, temperature: 0.2, max_tokens: '256', stop: [END], order: 1, {extra}"),
+            ("b", "model: anthropic/x, api_key: k, thinking: {type: enabled, budget_tokens: 1024}, seed: 1"),
+            ("c", "model: ollama/x, num_ctx: 8192"),
+        )
+    )
+    imported = convert(tmp_path, text)
+    assert [backends(imported.config, name)[0].defaults for name in "abc"] == [
+        {
+            "temperature": 0.2,
+            "stop": ["END"],
+            "max_tokens": 256,
+            "chat_template_kwargs": {"enable_thinking": False},
+        },
+        {"thinking": {"type": "enabled", "budget_tokens": 1024}},
+        {},
+    ]
+    left = [line.partition("litellm_params.")[2].partition(":")[0] for line in imported.left_out]
+    assert sorted(left) == ["extra_body.model", "num_ctx", "order", "seed"]
 
 
 def test_names_that_are_nowhere_are_listed(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from tokenmill.engine.gateway import defaults
 from tokenmill.engine.gateway.body import MOST_ITEMS, Body, most_items
 from tokenmill.engine.gateway.governance.media import ENOUGH_TOKENS, UNSEEN_TOKENS, media_tokens
 from tokenmill.engine.gateway.pipeline import Exchange
@@ -83,6 +84,8 @@ class Asked(NamedTuple):
         window, longest = target.context_window, target.backend.max_output_tokens
         if each is None:
             each = longest or window or completion_bound
+            if target.backend.defaults:
+                each = max(each, defaults.longest(target.backend.defaults))
         if longest is not None and longest < each:
             each = longest
         if window is not None:
