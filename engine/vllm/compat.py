@@ -92,6 +92,43 @@ GPTQ_LINEAR_METHOD = PrivateName(
     "linear",
     "applies a GPTQ checkpoint's per-layer rules",
 )
+GPTQ_EXPERTS = PrivateName(
+    "vllm.model_executor.layers.quantization.auto_gptq:AutoGPTQMoEMethod",
+    "linear",
+    "loads experts of GPTQ checkpoints; has no kernel for INT4 on x86 CPUs",
+    ("0.32",),
+)
+AWQ_EXPERTS = PrivateName(
+    "vllm.model_executor.layers.quantization.auto_awq:AutoAWQMoEMethod",
+    "linear",
+    "the same of AWQ checkpoints",
+    ("0.32",),
+)
+PACKED_EXPERTS = PrivateName(
+    "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_wna16:"
+    "CompressedTensorsWNA16MoEMethod",
+    "linear",
+    "the same of compressed-tensors checkpoints",
+    ("0.32",),
+)
+GPTQ_EXPERTS_CHECK = PrivateName(
+    "vllm.model_executor.layers.quantization.auto_gptq:check_moe_marlin_supports_layer",
+    "linear",
+    "decides between the method above and one in another layout",
+    ("0.32",),
+)
+AWQ_EXPERTS_CHECK = PrivateName(
+    "vllm.model_executor.layers.quantization.auto_awq:check_moe_marlin_supports_layer",
+    "linear",
+    "the same of AWQ checkpoints",
+    ("0.32",),
+)
+EXPERTS_CHECK = PrivateName(
+    "vllm.model_executor.layers.quantization.utils.marlin_utils:check_moe_marlin_supports_layer",
+    "linear",
+    "the same of AutoRound checkpoints, which look it up at each call",
+    ("0.32",),
+)
 LOAD_WEIGHTS = PrivateName(
     "vllm.model_executor.model_loader.default_loader:DefaultModelLoader.load_weights",
     "linear",
@@ -119,6 +156,12 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     MP_LINEAR_KERNEL,
     AUTO_GPTQ_CONFIG,
     GPTQ_LINEAR_METHOD,
+    GPTQ_EXPERTS,
+    AWQ_EXPERTS,
+    PACKED_EXPERTS,
+    GPTQ_EXPERTS_CHECK,
+    AWQ_EXPERTS_CHECK,
+    EXPERTS_CHECK,
     LOAD_WEIGHTS,
     PREPARE_WEIGHTS,
     SERVE_SUBCOMMAND,

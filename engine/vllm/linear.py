@@ -22,4 +22,8 @@ def install() -> HookStatus:
         from tokenmill.engine.vllm import linear_gptq
 
         linear_gptq.install()
+        if compat.on_cpu():
+            from tokenmill.engine.vllm import linear_experts
+
+            linear_experts.install()
     return HookStatus("linear", "active", "ready for INT4 layers (GPTQ, AWQ, compressed-tensors)")

@@ -33,7 +33,7 @@ from vllm.model_executor.parameter import (
 )
 from vllm.scalar_type import scalar_types
 
-from tokenmill.engine.vllm import linear_kernel
+from tokenmill.engine.vllm import compat, linear_kernel
 from tokenmill.errors import CheckpointError
 from tokenmill.kernels.int4_gemm.weight import CODES_PER_WORD, Int4Weight
 from tokenmill.quant.format import STOCK_GPTQ_GROUP_SIZES, check_gptq
@@ -112,17 +112,17 @@ class WideGPTQConfig(AutoGPTQConfig):  # type: ignore[misc]
         return self.desc_act and self.group_size != -1
 
     def get_quant_method(self, layer: Any, prefix: str) -> Any:
-        """Ours for a linear layer, stock's for experts.
+        """Ours for a linear layer; for experts what stands in stock's place (see linear_experts.py).
 
         Raises:
-            CheckpointError: Experts have zero points or an act-order.
+            CheckpointError: Experts have an act-order or, but on a CPU, zero points.
         """
         if not isinstance(layer, RoutedExperts):
             return get_linear_quant_method(self, layer, prefix, WideGPTQMethod)
         if get_dynamic_override(self, prefix) is not False:
             of_layer = deepcopy(self)
             override_config(of_layer, prefix)
-            if not of_layer.is_sym or of_layer.has_order:
+            if of_layer.has_order or not (of_layer.is_sym or compat.on_cpu()):
                 raise CheckpointError(
                     f"{prefix}: experts in {of_layer.scheme} cannot be loaded; quantize them with sym=True and "
                     "desc_act=False"
