@@ -9,7 +9,7 @@ import asyncio
 import codecs
 import functools
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 import msgspec
 
@@ -36,6 +36,39 @@ DECISIVE = frozenset(
     }
 )
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+#: The fields of a longer body are counted while it is parsed: millions of them take seconds.
+_COUNTED_BYTES = 64 * 1024
+
+
+class _Name(str):
+    """A field's name, of which msgspec tells as it meets it."""
+
+    __slots__ = ()
+
+
+class _TooManyError(Exception):
+    """There are more fields than any API has."""
+
+
+def _fields(raw: bytes) -> dict[str, msgspec.Raw]:
+    """The top-level fields; raises what msgspec does, and `_TooManyError`."""
+    if len(raw) <= _COUNTED_BYTES:
+        found = _FIELDS.decode(raw)
+        if len(found) > MOST_FIELDS:
+            raise _TooManyError
+        return found
+    left = MOST_FIELDS
+
+    def count(_kind: type, name: str) -> _Name:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise _TooManyError
+        return _Name(name)
+
+    # 25 microseconds more, a tenth of what a body of that length takes anyhow.
+    counted = msgspec.json.decode(raw, type=dict[_Name, msgspec.Raw], dec_hook=count)
+    return {str(name): value for name, value in counted.items()}
 
 
 @functools.cache
@@ -108,16 +141,16 @@ class Body:
         if not raw:
             raise ApiError(400, "The request body is empty; send a JSON object.", code="invalid_json")
         try:
-            self._fields = _FIELDS.decode(raw)
+            self._fields = _fields(raw)
         except msgspec.ValidationError:
             raise ApiError(400, "The request body must be a JSON object.", code="invalid_json") from None
         except msgspec.DecodeError as error:
             raise invalid_json(str(error).removeprefix("JSON is malformed: ")) from None
         except RecursionError:
             raise too_deep() from None
-        if len(self._fields) > MOST_FIELDS:
-            found = f"{len(self._fields)} fields at its top; send at most {MOST_FIELDS}"
-            raise ApiError(400, f"The request body has {found}.", code="too_many_fields")
+        except _TooManyError:
+            found = f"more than {MOST_FIELDS} fields at its top; send at most {MOST_FIELDS}"
+            raise ApiError(400, f"The request body has {found}.", code="too_many_fields") from None
         names = "".join(self._fields)
         if not (names.isascii() and names.islower()):
             _check_case(self._fields)
@@ -148,11 +181,15 @@ class Body:
         """A field decoded as `kind`; None where it is absent or null.
 
         Raises:
-            ApiError: 400 with `param` when it is of another type, 400 when it is nested too deeply.
+            ApiError: 400 with `param` when it is of another type, or an object with so many members that it takes long
+                to read them; 400 when it is nested too deeply.
         """
         field = self._fields.get(name)
         if field is None:
             return None
+        if len(self.raw) > _COUNTED_BYTES and get_origin(kind) is dict and bytes(field).count(b",") > MOST_ITEMS:
+            found = f"`{name}` has more than {MOST_ITEMS} commas; send fewer members"
+            raise ApiError(400, f"{found}.", code="too_many_fields", param=name)
         decoder: msgspec.json.Decoder[T | None] = _decoder(kind)  # type: ignore[arg-type] # mypy: T may be unhashable; types are not
         try:
             return decoder.decode(field)

@@ -17,6 +17,26 @@ _REMEMBERED_S = 600
 _METHODS: Header = (b"access-control-allow-methods", b"GET, HEAD, POST, DELETE, OPTIONS")
 
 
+def encoded(origins: Collection[str]) -> frozenset[bytes]:
+    """Origins as they stand in headers."""
+    return frozenset(origin.encode() for origin in origins)
+
+
+def told(origins: Collection[bytes], origin: bytes | None) -> Headers:
+    """What every answer says where some origins may read them, the one that asked perhaps among them.
+
+    Also to others: who keeps an answer for later must not show it to one that it does not name.
+
+    Args:
+        origins: Those that may.
+        origin: The one that asks; None: none does.
+    """
+    if ANY.encode() in origins:
+        return [(b"access-control-allow-origin", b"*")] if origin is not None else []
+    vary: Header = (b"vary", b"origin")
+    return [(b"access-control-allow-origin", origin), vary] if origin is not None and origin in origins else [vary]
+
+
 class Cors:
     """Tells browsers what pages of these origins may do.
 
@@ -27,18 +47,16 @@ class Cors:
 
     def __init__(self, origins: Sequence[str], application: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
         self._any = ANY in origins
-        self._origins = frozenset(origin.encode() for origin in origins)
+        self._origins = encoded(origins)
         self._application = application
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """See ASGI."""
         fields = first_values(scope["headers"])
         origin = fields.get(b"origin")
+        allowed = told(self._origins, origin)
         if origin is None or not (self._any or origin in self._origins):
-            return self._application(scope, receive, send)
-        allowed: Headers = [(b"access-control-allow-origin", b"*" if self._any else origin)]
-        if not self._any:
-            allowed.append((b"vary", b"origin"))
+            return self._application(scope, receive, _with(allowed, scope, send) if allowed else send)
         if scope["method"] == "OPTIONS" and b"access-control-request-method" in fields:
             allowed += (_METHODS, (b"access-control-max-age", b"%d" % _REMEMBERED_S))
             asked = fields.get(b"access-control-request-headers")

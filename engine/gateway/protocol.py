@@ -20,6 +20,7 @@ import httptools
 import uvicorn
 from uvicorn.server import ServerState
 
+from tokenmill.engine.gateway import cors
 from tokenmill.engine.gateway.api_error import ApiError, Headers
 from tokenmill.engine.gateway.cycle import STATUS_LINES, Cycle
 from tokenmill.engine.gateway.heads import lines
@@ -378,6 +379,10 @@ class GatewayProtocol(asyncio.Protocol):
             return
         body = error.body()
         head = STATUS_LINES[error.status] + b"content-type: application/json\r\nconnection: close\r\n"
+        if self.settings.allowed_origins:
+            # A page of theirs is to read what is wrong, as far as the head said whose request it is.
+            origin = next((value for name, value in self._headers if name == b"origin"), None)
+            head += lines(cors.told(cors.encoded(self.settings.allowed_origins), origin))
         self._transport.write(head + b"content-length: %d\r\n\r\n" % len(body) + body)
         self._transport.close()
 

@@ -106,9 +106,26 @@ def test_utf8_is_checked_across_slices(offset: int) -> None:
             asyncio.run(check_utf8(prefix + broken))
 
 
-def test_more_fields_than_any_api_has_are_refused() -> None:
-    raw = json.dumps({f"field_{number}": number for number in range(MOST_FIELDS)}).encode()
-    assert len(Body(raw).names()) == MOST_FIELDS
-    with pytest.raises(ApiError, match=f"{MOST_FIELDS + 1} fields at its top; send at most {MOST_FIELDS}") as refused:
+@pytest.mark.parametrize("length", [0, 100_000])
+def test_more_fields_than_any_api_has_are_refused(length: int) -> None:
+    fields = {"padding": "x" * length, **{f"field_{number}": number for number in range(MOST_FIELDS - 1)}}
+    raw = json.dumps(fields).encode()
+    assert Body(raw).names() == tuple(fields)
+    with pytest.raises(ApiError, match=f"more than {MOST_FIELDS} fields at its top; send at most") as refused:
         Body(raw[:-1] + b', "one_more": 1}')
     assert refused.value.status == 400
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_millions_of_fields_are_not_looked_at(same: bool) -> None:
+    fields = b",".join(b'"%d":1' % (0 if same else number) for number in range(100_000))
+    with pytest.raises(ApiError, match="fields at its top"):
+        Body(b"{%b and what comes here does not count" % fields)
+
+
+def test_an_object_of_millions_of_members_is_not_decoded() -> None:
+    members = b",".join(b'"%d":1' % number for number in range(100_000))
+    body = Body(b'{"metadata":{%b}}' % members)
+    with pytest.raises(ApiError, match="`metadata` has more than") as refused:
+        body.get("metadata", dict[str, Any])
+    assert (refused.value.status, refused.value.param) == (400, "metadata")

@@ -86,13 +86,32 @@ def test_what_administers_stays_closed(gateway: RunningGateway, path: str, metho
 def test_other_pages_are_told_nothing(gateway: RunningGateway, origin: str) -> None:
     for method in ("OPTIONS", "GET"):
         status, headers, _ = gateway.send(method, "/v1/models", headers={**PREFLIGHT, "origin": origin})
-        assert (status, about_origins(headers)) == (204 if method == "OPTIONS" else 401, {})
+        assert (status, about_origins(headers)) == (204 if method == "OPTIONS" else 401, {"vary": "origin"})
+
+
+def test_no_cache_shows_a_page_what_was_answered_to_nobody(gateway: RunningGateway) -> None:
+    assert about_origins(gateway.get("/openapi.json")[1]) == {"vary": "origin"}
+    assert about_origins(gateway.post(CHAT, {})[1]) == {"vary": "origin"}
+
+
+@pytest.mark.parametrize(
+    ("broken", "status"), [(b"no: http\x00\r\n", b"400"), (b"x: %b\r\n" % (b"y" * 70_000), b"431")]
+)
+def test_a_page_may_read_what_is_wrong_with_a_head(gateway: RunningGateway, broken: bytes, status: bytes) -> None:
+    begin = b"POST %b HTTP/1.1\r\nhost: a\r\n" % CHAT.encode()
+    answer = gateway.raw(begin + b"origin: %b\r\n" % PAGE.encode() + broken + b"\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 " + status)
+    assert b"access-control-allow-origin: %b\r\nvary: origin\r\n" % PAGE.encode() in answer
+    for other in (b"", b"origin: https://evil.example.org\r\n"):
+        answer = gateway.raw(begin + other + broken + b"\r\n\r\n")
+        assert b"vary: origin\r\n" in answer
+        assert b"access-control" not in answer
 
 
 def test_without_the_setting_nothing_is_opened_not_even_by_a_backend(server: FakeUpstream) -> None:
     with RunningGateway(Backend("a", server.url, "t")) as gateway:
         body = {"model": "tiny", "act": {"status": 200, "body": "{}", "headers": OPEN}}
-        status, headers, _ = gateway.post(CHAT, body, origin=PAGE)
+        status, headers, _ = gateway.post(CHAT, body, origin=gateway.url)
         assert (status, about_origins(headers)) == (200, {})
         assert about_origins(gateway.send("OPTIONS", CHAT, headers=PREFLIGHT)[1]) == {}
 
