@@ -140,8 +140,10 @@ def read_usage(body: bytes, usage: Usage) -> None:
     else:
         _read_total(body, usage)
         return
-    prompt, cached = _count(prompt), _count(cached)
-    usage.prompt, usage.cached, usage.completion = prompt, cached if cached < prompt else prompt, _count(completion)
+    prompt, cached, completion = _count(prompt), _count(cached), _count(completion)
+    if not prompt and not completion:
+        return  # some servers say so of every answer: they do not count
+    usage.prompt, usage.cached, usage.completion = prompt, cached if cached < prompt else prompt, completion
     usage.exact = True
     guessed = tokens.completion_tokens_details
     if guessed is not None:
@@ -161,9 +163,10 @@ def _read_plain(body: bytes, usage: Usage) -> None:
             prompt, completion = tokens.input_tokens, tokens.output_tokens
         if prompt is not None:
             most = float(_MOST_TOKENS)
-            usage.prompt = _count(math.ceil(min(prompt, most)))
-            usage.completion = _count(math.ceil(min(completion or 0, most)))
-            usage.exact = True
+            counted = [_count(math.ceil(min(one or 0, most))) for one in (prompt, completion)]
+            if any(counted):
+                usage.prompt, usage.completion = counted
+                usage.exact = True
 
 
 def _read_total(body: bytes, usage: Usage) -> None:

@@ -269,7 +269,8 @@ class _Books:
         counted = []
         second = self._now // 1000
         for identity, window in windows:
-            old, ahead = window.drop_outside(second - WINDOW_S, second + AHEAD_S)
+            # Not only what is in the window now: it may be so for a machine whose clock is behind.
+            old, ahead = window.drop_outside(second - WINDOW_S - AHEAD_S, second + AHEAD_S)
             if old is not None:
                 self._connection.execute("DELETE FROM windows WHERE account = ? AND second <= ?", (identity, old))
             if ahead is not None:

@@ -231,13 +231,31 @@ def test_what_was_counted_in_a_minute_that_is_over_is_kept_nowhere(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key = key_with(store, Limits(requests_per_minute=9))
-    for at in (NOW, NOW + 60_000, NOW + 61_000, NOW + 180_000):
+    for at in (NOW, NOW + 180_000, NOW + 181_000, NOW + 420_000):
         monkeypatch.setattr(books, "now_ms", lambda at=at: at)
         assert ask(store, key, str(at), at=at) is None
-        if at == NOW + 61_000:
+        if at == NOW + 181_000:
             seconds = store.reader.execute("SELECT second FROM windows ORDER BY second").fetchall()
-            assert seconds == [(NOW // 1000 + 60,), (NOW // 1000 + 61,)]
-    assert store.reader.execute("SELECT second FROM windows").fetchall() == [(NOW // 1000 + 180,)]
+            assert seconds == [(NOW // 1000 + 180,), (NOW // 1000 + 181,)]
+    assert store.reader.execute("SELECT second FROM windows").fetchall() == [(NOW // 1000 + 420,)]
+
+
+def test_a_clock_that_is_ahead_frees_nobody_whose_clock_is_behind(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two gateways whose clocks differ by a minute and a half: the limit holds at each."""
+    key = key_with(store, Limits(requests_per_minute=2, tokens_per_minute=100))
+    now = now_ms()
+
+    def ask_at(at: int, call: str) -> Refusal | None:
+        monkeypatch.setattr(books, "now_ms", lambda: at)
+        return ask(store, key, call, at=at)
+
+    for second in range(2):
+        assert ask_at(now + 1000 * second, f"behind-{second}") is None
+    assert ask_at(now + 90_000, "ahead") is None
+    refusal = ask_at(now + 3000, "behind-3")
+    assert refusal is not None and refusal.limit == "requests"
 
 
 def test_a_clock_that_was_ahead_and_is_set_back_blocks_nobody(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
