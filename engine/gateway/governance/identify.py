@@ -27,6 +27,10 @@ from tokenmill.engine.gateway.store import Connection, StoreUnavailableError, no
 CREDENTIALS = frozenset(
     {b"authorization", b"x-api-key", b"api-key", b"x-litellm-api-key", b"cookie", b"proxy-authorization"}
 )
+#: Fields of vLLM and SGLang by which an engine fetches a prompt's cache from an address: that of others' prompts, too.
+_BETWEEN_ENGINES = frozenset(
+    {"kv_transfer_params", "ec_transfer_params", "bootstrap_host", "bootstrap_port", "bootstrap_room"}
+)
 #: Keys kept in memory; beyond it all are forgotten.
 MOST_KEPT = 10_000
 #: Seconds for which a version is good: of a server; of a file as long as there is no news.
@@ -169,6 +173,15 @@ class Identify:
                 "whose of the gateway's keys it is, so it is not passed on.",
                 code="path_not_allowed",
             )
+        body = exchange.body
+        for name in () if body is None else body.those_of(_BETWEEN_ENGINES):
+            if body is not None and body.raw_field(name) != b"null" and principal.key != MASTER:
+                raise ApiError(
+                    400,
+                    f"`{name}` is what engines tell each other of the caches that they fetch from; leave it out.",
+                    code="invalid_field",
+                    param=name,
+                )
         model = exchange.model if exchange.model is not None else self._default_model
         if not principal.may_ask_for(model):
             allowed = ", ".join(quote(name) for name in (principal.models or ())[:20]) or "none"

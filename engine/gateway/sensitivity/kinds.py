@@ -468,10 +468,11 @@ KINDS: tuple[Kind, ...] = (
         checks.secret(rb"(?:-u|--user)[ \t=]?[\"']?[^ \t:\"'\n]{1,64}:"), rest=_CHARACTERS,
     ),
     Kind(
-        # A variable of the environment, and what signs an address for whoever has it.
+        # A variable of the environment, a header or a tool's field, and what signs an address for whoever has it.
         "credential", "secret", _SETTINGS,
         (
-            rb"[0-9A-Z]_(?:TOKEN|PAT)[\"'`]?\]?[ \t]{0,2}(?::=|[:=])[ \t]{0,4}[\"'`]{0,3}" + _VALUE[:-4] + b"{16,}",
+            rb"(?:[0-9A-Z]_(?:TOKEN|PAT)|(?i:\bauthorization(?:_token)?|subscription[-_]key|\bx(?:-[a-z]{1,20}){0,2}-"
+            rb"(?:key|token)))[\"'`]?\]?[ \t]{0,2}(?::=|[:=])[ \t]{0,4}[\"'`]{0,3}" + _VALUE[:-4] + b"{16,}",
             rb"(?i)[?&](?:sig|x-(?:amz|goog)-signature)=[0-9A-Za-z%+/_-]{40,}",
         ),
         checks.secret(rb"(?::=|[:=])[ \t]{0,4}[\"'`]{0,3}"), rest=_CHARACTERS,

@@ -69,6 +69,7 @@ HINTS: dict[str, bytes] = {
     rb"|[a-z]{6}[0-9]{2}[a-z][0-9]{2}[a-z][0-9]{3}[a-z]",
     # Apart from "word": they are seldom, and its patterns are searched with all the more states the more there are.
     "settings": rb"(?i)identified (?:by|as|with)|\bcurl |[?&]sig=|-signature=|_(?:token|pat)[\"'`\]]{0,2}[ \t]{0,2}:?="
+    rb"|authorization|subscription[-_]key|\bx-[a-z-]{0,42}(?:key|token)"
     rb"|_token[\"'`]{0,1}[ \t]{0,2}:|\"auth\"|\blogin[ \t\r\n]|</key>|[ \t\n]value[ \t]{0,2}=|\bpassword[ \t]{1,4}'",
     "key": rb"[spr]k[-_]|A[KS]IA|gh[pousr]_|github_pat_|glpat-|xox[abeprs]-|AIza|hf_|npm_|pypi-|SG\.|eyJ|-----BEGIN"
     rb"|gsk_|nvapi-|xai-|do[opr]_v1_|whsec_|hv[sb]\.|glsa_|glc_|dckr_pat_|r8_|lin_api_|ya29\.|tgp_v1_|sq0|AGE-SECRET"

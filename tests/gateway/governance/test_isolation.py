@@ -72,6 +72,16 @@ def test_other_paths_go_on(governed: Governed, upstream: FakeUpstream, path: str
     assert [asked for asked, _, _ in upstream.books.requests] == [path]
 
 
+@pytest.mark.parametrize("field", ["kv_transfer_params", "bootstrap_host"])
+def test_no_key_has_an_engine_fetch_caches_of_others(governed: Governed, upstream: FakeUpstream, field: str) -> None:
+    _, key = governed.key()
+    ask = {"model": "tiny", "messages": []}
+    status, _, answer = governed.ask(key, {**ask, field: {"remote_host": "10.0.0.9", "remote_block_ids": [1, 2]}})
+    assert (status, json.loads(answer)["error"]["param"]) == (400, field)
+    assert not upstream.books.requests
+    assert governed.ask(key, {**ask, field: None})[0] == 200
+
+
 def test_the_gateways_own_key_is_charged_to_its_own_account(governed: Governed, upstream: FakeUpstream) -> None:
     _, key = governed.key()
     theirs = {"openai_organization": "org-theirs", "openai_project": "proj_theirs"}

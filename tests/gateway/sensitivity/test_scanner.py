@@ -88,6 +88,7 @@ ORDINARY = [
     "03 12 25 33 41, 01 02 03 04 05 06, 07 45 12 33 98 21, 01-12-13-24-35",
     "bornés, renaissance 12, pass-through 1234567, <secret> --secret-key",
     'PAD_TOKEN=<pad> MAX_TOKEN=4096 EOS_TOKEN: </s> SELECT a AS \'b1\' curl -u user:password https://x, "auth": "none"',
+    "Idempotency-Key: 8e03978e-40d5-43e8-bc93-6894a57f9324, authorization: required",
     "the password 'remember me' and login anna, <td value='12345678'>, key-value-pair-0123456789, &sig=1",
     r"matches \d{3}-\d{2}-\d{4} and C:\100\200\300 and x = [1\.0, 2\.0]; see t=00:00+01:00&n=12+34",
 ]
@@ -187,6 +188,10 @@ WRITTEN = [
     ("credential", "https://x.blob.core.windows.net/a?sv=2020&sig=~Zm9vYmFyYmF6cXV4Zm9vYmFyYmF6cXV4Zm9vYmFy%3D~"),
     ("credential", "https://s3.example/k?X-Amz-Signature=~" + "0aeed9bb" * 8 + "~"),
     ("credential", '{"auths":{"x":{"auth":"~YW5uYTpodW50ZXIyMg==~"}}}'),
+    ("credential", '"server_url": "https://x/sse", "authorization": "~abcdef0123456789abcdef~"'),
+    ("credential", '{"authorization_token": "~abcdef0123456789abcdef~"}'),
+    ("credential", "Ocp-Apim-Subscription-Key: ~0123456789abcdef0123456789abcdef~"),
+    ("credential", "X-Vendor-Token: ~0123456789abcdef0123456789abcdef~"),
     ("api_key", "dapi0123456789abcdef0123456789abcdef"),
     ("api_key", "shpat_0123456789abcdef0123456789abcdef"),
     ("api_key", "123456789:AAHdqTcvCH1vGWJxfSeofSAs0K5PALDsaw1"),
