@@ -350,7 +350,9 @@ class Gateway:
             except CutError:
                 broken = ApiError(502, "The backend broke off in the middle of its answer.", code="upstream_cut")
             except SilenceError:
-                silence = f"The backend was silent for {self.settings.read_timeout_s:g} s."
+                target = exchange.target
+                silence_s = self.settings.read_timeout_s if target is None else target.longest_silence_s
+                silence = f"The backend was silent for {silence_s:g} s."
                 broken = ApiError(504, silence, code="timeout")
         if broken is None:
             await send({"type": "http.response.body", "body": b""})

@@ -255,6 +255,9 @@ class RemoteBackend(Backend):
         default_factory=dict,
         description="Public model name to the server's own name for it; default: what its `/v1/models` lists.",
     )
+    read_timeout_seconds: float | None = Field(
+        None, description="Its own `read_timeout_seconds`; default: the server's.", gt=0, le=86_400
+    )
     defaults: dict[str, Any] = Field(
         default_factory=dict,
         description="Fields that chat completions get which lack them, e.g. `{temperature: 0.2, max_tokens: 4096}`.",

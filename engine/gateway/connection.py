@@ -46,6 +46,7 @@ class Connection(asyncio.Protocol):
         headers: Its headers, names in lower case.
         idle_since: When it went back to the pool.
         active_at: When the backend was last heard of, or last spoken to.
+        longest_silence_s: How long its backend may be silent; None: as long as any.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -58,6 +59,7 @@ class Connection(asyncio.Protocol):
         #: The backend said more than it was asked: what comes next on this connection cannot be told apart.
         self._confused = False
         self.idle_since = 0.0
+        self.longest_silence_s: float | None = None
         self._begin()
         self._complete = True
 

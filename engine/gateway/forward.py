@@ -180,8 +180,8 @@ class Forwarder:
         except SilenceError:
             lease.failed()
             lease.close()
-            silence_s = self._settings.read_timeout_s
-            raise ApiError(504, f"The backend {name} was silent for {silence_s:g} s.", code="timeout") from None
+            silence = f"The backend {name} was silent for {target.longest_silence_s:g} s."
+            raise ApiError(504, silence, code="timeout") from None
         except CutError:
             lease.failed()
             lease.close()

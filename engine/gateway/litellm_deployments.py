@@ -32,6 +32,7 @@ _OLLAMA = "Ollama takes it in its own protocol only; state it in the model's Mod
 _PARAMETER_REASONS: Mapping[str, str] = {
     "drop_params": "every field passes to the backend untouched",
     "additional_drop_params": "every field passes to the backend untouched",
+    "stream_timeout": "`timeout` is the longest silence of streams, too",
     "max_retries": _RETRIED,
     "num_retries": _RETRIED,
     "num_ctx": _OLLAMA,
@@ -106,6 +107,9 @@ class Deployments:
             **self._key(parameters, provider),
             **self._limits(parameters),
             "defaults": self._defaults(parameters, provider) or None,
+            "read_timeout_seconds": source.number((*parameters, "timeout"), 0, 86_400)
+            or source.number((*parameters, "request_timeout"), 0, 86_400)
+            or None,
             "region": source.text((*parameters, "region_name")),
             **self._describer.describe(place, name, prefix, upstream),
         }

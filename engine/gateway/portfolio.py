@@ -34,6 +34,7 @@ class Target:
         canary: The share of its tier's requests that it gets, and no more; changed by `Portfolio.set_canary`.
         pace: What it was sent in the last minute.
         origin: Where its connections go.
+        longest_silence_s: How long it may be silent while it has a request.
         reason: Why it is down, for people.
         headers: What an answer says of it: tier, name, and version where it states one.
     """
@@ -48,7 +49,8 @@ class Target:
         self.pace = Pace(
             share(backend.requests_per_minute, settings.workers), share(backend.tokens_per_minute, settings.workers)
         )
-        self.origin = Origin.of(backend.root, backend.has_version)
+        self.longest_silence_s = backend.read_timeout_s or settings.read_timeout_s
+        self.origin = Origin.of(backend.root, backend.has_version, backend.read_timeout_s)
         self.reason = "not probed yet"
         self.headers: Headers = [
             (b"x-tokenmill-tier", backend.tier.encode()),

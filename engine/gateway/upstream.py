@@ -107,6 +107,7 @@ class Origin:
         authority: What the `Host` header says.
         prefix: Path before every request's own.
         has_version: The prefix names a version: a request's own path follows without its `/v1`.
+        longest_silence_s: How long it may be silent; None: `Settings.read_timeout_s`.
     """
 
     host: str
@@ -115,15 +116,17 @@ class Origin:
     authority: bytes
     prefix: bytes
     has_version: bool = False
+    longest_silence_s: float | None = None
 
     @classmethod
-    def of(cls, root: str, has_version: bool = False) -> "Origin":
+    def of(cls, root: str, has_version: bool = False, longest_silence_s: float | None = None) -> "Origin":
         """The origin of `http(s)://host[:port][/prefix]`."""
         parts = urlsplit(root)
         tls = parts.scheme == "https"
         authority = parts.netloc.rpartition("@")[2].encode("idna")
         port = parts.port or (443 if tls else 80)
-        return cls(parts.hostname or "", port, tls, authority, parts.path.encode(), has_version)
+        prefix = parts.path.encode()
+        return cls(parts.hostname or "", port, tls, authority, prefix, has_version, longest_silence_s)
 
 
 def _why(error: Exception, limit_s: float) -> str:
@@ -280,9 +283,11 @@ class Upstream:
             self._tls = ssl.create_default_context()
         try:
             async with asyncio.timeout(self._settings.connect_timeout_s):
-                return await self._connect_to(origin, await self._names.addresses(origin.host))
+                connection = await self._connect_to(origin, await self._names.addresses(origin.host))
         except (OSError, UnicodeError) as error:
             raise ConnectFailedError(_why(error, self._settings.connect_timeout_s)) from None
+        connection.longest_silence_s = origin.longest_silence_s
+        return connection
 
     async def _connect_to(self, origin: Origin, addresses: list[str]) -> Connection:
         """Tries one after the other; the last one was the last hope."""
@@ -301,8 +306,9 @@ class Upstream:
         while True:
             await asyncio.sleep(max(0.01, min(1.0, limit / 4)))
             now = self._loop.time()
-            for connection in [one for one in self._active if one.waits and now - one.active_at > limit]:
-                connection.fail(SilenceError)
+            for connection in [one for one in self._active if one.waits]:
+                if now - connection.active_at > (connection.longest_silence_s or limit):
+                    connection.fail(SilenceError)
             for idle in self._idle.values():
                 stale = [one for one in idle if not one.usable or now - one.idle_since > POOL_KEEP_ALIVE_S]
                 for connection in stale:

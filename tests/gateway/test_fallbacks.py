@@ -156,6 +156,20 @@ def test_silence_leads_to_another_tier_and_not_to_the_same_one(servers: dict[str
         wait_until(lambda: servers["small"].books.cancelled == 1)
 
 
+def test_a_backend_may_be_silent_for_less_than_others(servers: dict[str, FakeUpstream]) -> None:
+    backends = (
+        Backend("small", servers["small"].url, "small", ("small",), read_timeout_s=0.3),
+        Backend("patient", servers["small"].url, "patient", ("small2",), {"small2": "small"}),
+        Backend("large", servers["large"].url, "large", ("large",)),
+    )
+    with RunningGateway(*backends, settings=Settings(fallbacks={"small": ("large",)})) as gateway:
+        act = {"small": {"delay_s": 3}, "large": {}}
+        assert gateway.post(CHAT, {"model": "small", "act": act})[1]["x-tokenmill-fallback"] == "large"
+        assert gateway.post(CHAT, {"model": "small2", "act": act})[0] == 200
+        act["large"] = error(500)
+        assert b"was silent for 0.3 s" in gateway.post(CHAT, {"model": "small", "act": act})[2]
+
+
 @pytest.mark.parametrize(
     "last", [{"delay_s": 5}, error(400, TOO_LONG), error(400, "filtered", "content_filter"), error(422)]
 )

@@ -406,6 +406,19 @@ def test_requests_get_what_a_deployment_says_and_they_do_not(tmp_path: Path) -> 
     assert sorted(left) == ["extra_body.model", "num_ctx", "order", "seed"]
 
 
+def test_a_deployment_may_be_silent_as_long_as_it_says(tmp_path: Path) -> None:
+    text = "model_list:\n" + "".join(
+        model(name, f"model: openai/x{said}")
+        for name, said in (("a", ", timeout: 12.5, stream_timeout: 30"), ("b", ", request_timeout: 9"), ("c", ""))
+    )
+    imported = convert(tmp_path, text + "router_settings: {timeout: 60}\n")
+    plan = make_plan(imported.config)
+    assert [one.read_timeout_s for one in plan.remotes] == [12.5, 9, None]
+    assert plan.settings().read_timeout_s == 60
+    (line,) = imported.left_out
+    assert "stream_timeout: not understood; `timeout` is the longest silence of streams, too" in line
+
+
 def test_names_that_are_nowhere_are_listed(tmp_path: Path) -> None:
     """LiteLLM serves such files; many have a fallback that was renamed, or is out-commented."""
     text = "model_list:\n" + model("a", "model: openai/a") + model("b", "model: openai/b")
