@@ -41,6 +41,9 @@ RESERVED_FLAGS: dict[str, str] = {
     "grpc": "serve over HTTP",
 }
 
+#: Longest name of a model; a request that asks for a longer one gets 404.
+_LONGEST_NAME = 1024
+
 
 class Server(Section):
     """Where clients connect, and how the gateway treats them."""
@@ -78,6 +81,11 @@ class Server(Section):
     breaker_cooldown_seconds: float = Field(
         2.0, description="How long that is the first time; it doubles with each failure after it.", gt=0, le=86_400
     )
+
+    @field_validator("default_model")
+    @classmethod
+    def _default_can_be_asked_for(cls, value: str | None) -> str | None:
+        return value if value is None else _model_name(value)
 
     @field_validator("allowed_origins")
     @classmethod
@@ -202,6 +210,15 @@ class LocalBackend(Backend):
         default_factory=dict, description="Environment variables of this server, e.g. `CUDA_VISIBLE_DEVICES`."
     )
 
+    @field_validator("served_as")
+    @classmethod
+    def _names_can_be_served(cls, value: list[str] | None) -> list[str] | None:
+        for name in value or ():
+            if name.startswith("-"):
+                raise ValueError(f"{name!r} would be an option of vLLM's; begin the name with another character")
+            _model_name(name)
+        return value
+
     @field_validator("flags")
     @classmethod
     def _flags_are_for_vllm(cls, value: dict[str, Any]) -> dict[str, Any]:
@@ -282,6 +299,14 @@ class RemoteBackend(Backend):
     health_path: str | None = Field(
         "/health", description="Path of its health probe; `null` judges it by its answers alone.", pattern=r"^/[!-~]*$"
     )
+
+    @field_validator("models")
+    @classmethod
+    def _names_can_be_asked_for(cls, value: dict[str, str]) -> dict[str, str]:
+        for public, own in value.items():
+            _model_name(public)
+            _model_name(own)
+        return value
 
     @field_validator("url")
     @classmethod
@@ -460,6 +485,14 @@ def check(file: yaml_file.YamlFile) -> Config:
     except ValidationError as error:
         problems = [problem for details in error.errors() for problem in explain(details, file)]
         raise ConfigurationError("\n".join(dict.fromkeys(problems))) from None
+
+
+def _model_name(value: str) -> str:
+    if not value or value != value.strip() or not value.isprintable() or len(value) > _LONGEST_NAME:
+        found = repr(value if len(value) <= 80 else value[:80] + "...")
+        rule = f"write 1 to {_LONGEST_NAME} printable characters without blanks around them"
+        raise ValueError(f"{found} is no model's name; {rule}")
+    return value
 
 
 def _plain_name(value: str) -> str:

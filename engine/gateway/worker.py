@@ -94,8 +94,9 @@ def serve(document: Document, listener: socket.socket) -> None:
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=int(settings.keep_alive_s),
-        timeout_graceful_shutdown=int(settings.drain_s),
     )
+    # It is declared as whole seconds, and waited for as any timeout.
+    config.timeout_graceful_shutdown = settings.drain_s  # type: ignore[assignment]
     server = Server(config)
     signal.signal(signal.SIGHUP, lambda *_: server.retire())
     spare_the_collector()
