@@ -79,6 +79,7 @@ STATUS = {
     "timeout_error": 504,
     "overloaded_error": 529,
 }
+_KINDS = {status: kind for kind, status in STATUS.items()}
 
 
 def headers(forward: Headers, api_key: str | None, *, own: bool = False) -> Headers:
@@ -365,6 +366,13 @@ def _completion(given: dict[str, Any]) -> bytes:
             "usage": usage_of(given.get("usage") or {}),
         }
     )
+
+
+def own_error(said: ApiError) -> bytes:
+    """The body of an error of the gateway's for a client of that API."""
+    kind = _KINDS.get(said.status, "invalid_request_error" if said.status < 500 else "api_error")
+    named = {name: value for name, value in said.error().items() if value is not None}
+    return orjson.dumps({"type": "error", "error": {**named, "type": kind}})
 
 
 def error(status: int | None, raw: bytes) -> tuple[int, bytes]:

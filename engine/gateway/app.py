@@ -22,7 +22,8 @@ from tokenmill.engine.gateway.api_error import EVENT_STREAM_TYPE, JSON, ApiError
 from tokenmill.engine.gateway.background import Background
 from tokenmill.engine.gateway.connection import CutError, SilenceError
 from tokenmill.engine.gateway.cors import Cors
-from tokenmill.engine.gateway.forward import Forwarder, error_event
+from tokenmill.engine.gateway.cross_site import CrossSite
+from tokenmill.engine.gateway.forward import Forwarder, error_body, error_event
 from tokenmill.engine.gateway.heads import first_values, without
 from tokenmill.engine.gateway.health import Prober
 from tokenmill.engine.gateway.kept import Kept
@@ -128,6 +129,8 @@ class Gateway:
             "/docs": self._docs,
         }
         origins = self.settings.allowed_origins
+        #: Where nobody needs a key, a page must not ask through the browser of somebody who reaches this address.
+        self._cross_site = CrossSite(origins) if identify is None else None
         #: Answers what a page of another origin may ask for too.
         self._open: Application = Cors(origins, self._http) if origins else self._http
 
@@ -204,6 +207,8 @@ class Gateway:
             asks_a_model = method in response.methods
         try:
             if asks_a_model:
+                if self._cross_site is not None and b"origin" in fields and method != "GET":
+                    self._cross_site.check(fields, scope["server"])
                 if response is None:
                     await self._inference(scope, fields, receive, send, identity, model)
                 else:
@@ -213,13 +218,13 @@ class Gateway:
         except ApiError as error:
             if asks_a_model:
                 self.metrics.refuse(path, error.status)
-            reply = _error_reply(error)
+            reply = _error_reply(error, path)
         except ClientGoneError:
             return
         except Exception:
             # Ours to repair: the client gets no traceback, the log does.
             log.exception("request %s failed", identity)
-            reply = _error_reply(ApiError(500, f"The gateway failed; its log has request {identity}."))
+            reply = _error_reply(ApiError(500, f"The gateway failed; its log has request {identity}."), path)
         await _send_whole(scope, send, reply, identity)
 
     async def _local(self, method: str, path: str, fields: Fields, response: About | None) -> Reply:
@@ -298,7 +303,7 @@ class Gateway:
                 reply = await handle(exchange)
                 outcome: Outcome = "ok" if reply.status < 400 else "failed"
             except ApiError as error:
-                reply = _error_reply(error)
+                reply = _error_reply(error, exchange.endpoint)
                 outcome = "refused" if error.status < 500 else "failed"
             exchange.status = reply.status
             if reply.chunks is None:
@@ -359,7 +364,8 @@ class Gateway:
             return "ok"
         if any(name == b"content-type" and value.startswith(EVENT_STREAM_TYPE) for name, value in head):
             gap = b"" if not chunk or chunk.endswith(b"\n\n") else b"\n\n"
-            await send({"type": "http.response.body", "body": gap + error_event(broken), "more_body": True})
+            last = gap + error_event(broken, exchange.endpoint)
+            await send({"type": "http.response.body", "body": last, "more_body": True})
         # Returning before the end of the reply makes the server break the connection.
         return "cut"
 
@@ -439,8 +445,8 @@ def _json(content: dict[str, Any], status: int = 200, headers: Headers | None = 
     return Reply(status, [JSON, *(headers or [])], orjson.dumps(content))
 
 
-def _error_reply(error: ApiError) -> Reply:
-    return Reply(error.status, [JSON, *error.headers], error.body())
+def _error_reply(error: ApiError, path: str) -> Reply:
+    return Reply(error.status, [JSON, *error.headers], error_body(error, path))
 
 
 def _head(reply: Reply, identity: str) -> Headers:

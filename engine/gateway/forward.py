@@ -11,8 +11,6 @@ import contextlib
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
-import orjson
-
 from tokenmill.engine.gateway import affinity, anthropic, anthropic_stream, first_event
 from tokenmill.engine.gateway.api_error import (
     EVENT_STREAM,
@@ -361,7 +359,15 @@ async def _relay(
         lease.close()
 
 
-def error_event(error: ApiError) -> bytes:
-    """A server-sent event that ends a broken stream; OpenAI's client raises `APIError` on it."""
-    content: dict[str, Any] = {"error": error.error()}
-    return b"data: " + orjson.dumps(content) + b"\n\n"
+def error_body(error: ApiError, endpoint: str) -> bytes:
+    """The body of an error, in the shape that clients of this endpoint read."""
+    return anthropic.own_error(error) if endpoint in anthropic.OWN_PATHS else error.body()
+
+
+def error_event(error: ApiError, endpoint: str) -> bytes:
+    """A server-sent event that ends a broken stream; OpenAI's client raises `APIError` on it.
+
+    Anthropic's passes over events without a name.
+    """
+    name = b"event: error\n" if endpoint in anthropic.OWN_PATHS else b""
+    return name + b"data: " + error_body(error, endpoint) + b"\n\n"

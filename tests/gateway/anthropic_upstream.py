@@ -66,6 +66,7 @@ class FakeAnthropic(FakeUpstream):
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await response.prepare(request)
         events = self._events(message)
+        hangs_up = text == "You said hang up"
         failed = {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}
         if text == "You said overload at once":
             events = [{"type": "ping"}, failed]
@@ -78,6 +79,9 @@ class FakeAnthropic(FakeUpstream):
             # Cut in two, as networks do.
             await response.write(text[:20].encode())
             await response.write(text[20:].encode())
+            if hangs_up and event["type"] == "content_block_start" and request.transport is not None:
+                request.transport.close()
+                return response
         await response.write_eof()
         return response
 

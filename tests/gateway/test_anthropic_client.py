@@ -84,3 +84,27 @@ def test_errors_keep_their_form(client: anthropic.Anthropic) -> None:
         client.messages.create(model="claude", max_tokens=20, messages=overload)
     assert caught.value.status_code == 529
     assert caught.value.body["error"]["type"] == "overloaded_error"  # type: ignore[index]
+
+
+def test_errors_of_the_gateway_have_that_form(client: anthropic.Anthropic, gateway: RunningGateway) -> None:
+    with pytest.raises(anthropic.NotFoundError) as caught:
+        client.messages.create(model="nobody", max_tokens=20, messages=HELLO)
+    said: Any = caught.value.body
+    assert (said["type"], said["error"]["type"], said["error"]["code"]) == (
+        "error",
+        "not_found_error",
+        "model_not_found",
+    )
+    with pytest.raises(anthropic.AuthenticationError) as refused:
+        client.with_options(api_key="sk-wrong").messages.count_tokens(model="claude", messages=HELLO)
+    assert refused.value.body["error"]["type"] == "authentication_error"  # type: ignore[index]
+    head = {"authorization": f"Bearer {MASTER_KEY}"}
+    chat = json.loads(gateway.send("POST", "/v1/chat/completions", b'{"model": "nobody"}', head)[2])
+    assert list(chat) == ["error"]
+
+
+def test_a_stream_that_breaks_off_is_an_error(client: anthropic.Anthropic) -> None:
+    said: Any = [{"role": "user", "content": [{"type": "text", "text": "hang up"}]}]
+    stream = client.messages.create(model="claude", max_tokens=20, messages=said, stream=True)
+    with pytest.raises(anthropic.APIStatusError, match="broke off"):
+        list(stream)
