@@ -290,7 +290,7 @@ class GatewayProtocol(asyncio.Protocol):
             "state": self._app_state.copy(),
         }
         keep_alive = version != "1.0" and parser.should_keep_alive() and not self._retires
-        cycle = Cycle(self, scope, keep_alive, _expects(headers))
+        cycle = Cycle(self, scope, keep_alive, version != "1.0" and _expects(headers))
         scope[ON_HANGUP] = cycle.on_hangup
         scope[ANSWER] = cycle.answer
         self._arriving = cycle
@@ -394,7 +394,7 @@ def _in_kernel(transport: asyncio.Transport) -> int:
 
 
 def _expects(headers: Headers) -> bool:
-    """Whether the client waits to be asked for the body."""
+    """Whether the client waits to be asked for the body; one of HTTP/1.0 knows no such answer."""
     if b"expect" not in map(_name_of, headers):
         return False
     return any(name == b"expect" and _EXPECTATION.fullmatch(value) for name, value in headers)

@@ -181,6 +181,9 @@ def test_expect_continue_is_answered_before_the_body(gateway: RunningGateway) ->
     body = b'{"model": "tiny", "prompt": "a"}'
     answer = gateway.raw(head + b"%d\r\n\r\n" % len(body), body, pause_s=0.1)
     assert answer.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 ")
+    # To HTTP/1.0 that would be the answer.
+    answer = gateway.raw(head.replace(b"/1.1", b"/1.0") + b"%d\r\n\r\n" % len(body), body, pause_s=0.1)
+    assert answer.startswith(b"HTTP/1.1 200 ")
 
 
 json_values = st.recursive(
