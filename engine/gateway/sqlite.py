@@ -123,6 +123,7 @@ class Sqlite:
             self._order = real.with_name(real.name + ".lock")
             self._announced = _open_lock(self._order)
             self._begin_log()
+            self._opened = self._identity()
         except OSError as error:
             raise ConfigurationError(
                 f"{path} cannot be opened: {(error.strerror or str(error)).lower()}; name another file"
@@ -245,8 +246,24 @@ class Sqlite:
         return _LockedFile(path, descriptor)
 
     def inherit(self, name: str) -> Claim | None:
-        """See `store.Database`: a process keeps its lock as long as it lives."""
+        """See `store.Database`: a process keeps its lock as long as it lives.
+
+        Raises:
+            StoreUnavailableError: What is written goes to a file that nobody will find again.
+        """
+        if self._identity() != self._opened:
+            raise StoreUnavailableError(
+                f"{self._path} was removed or replaced while it was open; stop all gateways and start them again"
+            )
         return self.claim(name)
+
+    def _identity(self) -> tuple[int, int] | None:
+        """Which file its path leads to now."""
+        try:
+            found = self._path.stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
 
     def close(self) -> None:
         """See `store.Database`."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,6 +120,24 @@ def test_a_log_that_a_long_reader_had_grow_becomes_small_again(tmp_path: Path, m
         write()
         assert log.stat().st_size < 300_000
     database.close()
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_file_that_is_removed_or_replaced_while_it_is_open_is_noticed(tmp_path: Path, copied: bool) -> None:
+    """As when a backup is put in its place: what is written goes to the old one, which nobody finds again."""
+    path = tmp_path / "gateway.db"
+    store = Store(path, [])
+    held = store.inherit("ours")
+    assert held is not None
+    held.release()
+    if copied:
+        shutil.copy(path, tmp_path / "copy")
+        (tmp_path / "copy").replace(path)
+    else:
+        path.unlink()
+    with pytest.raises(StoreUnavailableError, match="was removed or replaced while it was open; stop all gateways"):
+        store.inherit("ours")
+    store.close()
 
 
 def test_what_can_be_opened_and_is_no_file_is_one_line(tmp_path: Path) -> None:
