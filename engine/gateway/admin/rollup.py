@@ -8,19 +8,21 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from tokenmill.engine.gateway.admin import tables
 from tokenmill.engine.gateway.admin.books import Column, Span
 from tokenmill.engine.gateway.admin.books import sums as ledger_sums
+from tokenmill.engine.gateway.governance.pages import AHEAD_S
 from tokenmill.engine.gateway.governance.service import Governance
 from tokenmill.engine.gateway.store import Connection, Store, StoreUnavailableError, now_ms
 
 log = logging.getLogger("tokenmill.gateway.admin")
 
 HOUR_MS = 3_600_000
-#: An hour is closed this long after its end: rows that were on their way are committed, clocks agree.
-LAG_MS = 60_000
+#: An hour is closed this long after its end: rows that were on their way are committed, also by a clock that is behind.
+LAG_MS = 60_000 + AHEAD_S * 1000
 #: Sums older than this are not shown by anybody and go.
 KEPT_HOURS = 32 * 24
 #: Seconds between two looks for an hour that is over, and between two hours where several are to be summed.
@@ -70,6 +72,10 @@ def advance(store: Store, now: int) -> bool:
     connection = store.connect_reader()
     try:
         begun = summed_until(connection)
+        if begun * HOUR_MS > now - LAG_MS + AHEAD_S * 1000:
+            # A clock that was set back since has closed hours that were not over.
+            store.write_now(partial(_open_again, begun=begun, hour=(now - LAG_MS) // HOUR_MS))
+            return True
         query = "SELECT min(ended_at) FROM ledger WHERE ended_at >= ?"
         (first,) = connection.execute(query, (begun * HOUR_MS,)).fetchone()
         if first is None or (hour := int(first) // HOUR_MS) >= (now - LAG_MS) // HOUR_MS:
@@ -93,6 +99,12 @@ def _keep(connection: Connection, begun: int, hour: int, rows: Sequence[dict[str
     connection.execute("DELETE FROM ledger_hours WHERE hour < ?", (hour - KEPT_HOURS,))
     connection.execute("DELETE FROM ledger_summed")
     connection.execute("INSERT INTO ledger_summed (until_hour) VALUES (?)", (hour + 1,))
+
+
+def _open_again(connection: Connection, begun: int, hour: int) -> None:
+    if summed_until(connection) == begun:
+        connection.execute("DELETE FROM ledger_hours WHERE hour >= ?", (hour,))
+        connection.execute("UPDATE ledger_summed SET until_hour = ?", (hour,))
 
 
 def summed_until(connection: Connection) -> int:

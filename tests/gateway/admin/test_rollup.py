@@ -65,3 +65,19 @@ def test_an_hour_is_summed_once_even_when_two_workers_come_together(summed: Stor
     total = rollup.sums(summed.reader, None, 0)
     summed.write_now(lambda connection: rollup._keep(connection, 0, 1, [{}]))
     assert rollup.sums(summed.reader, None, 0) == total
+
+
+def test_hours_that_a_clock_closed_before_their_end_are_opened_again(summed: Store) -> None:
+    """A machine whose clock was two hours ahead has summed the hour that runs; what came later was in no sum."""
+    now = NOW - 1
+    summed.write_now(lambda connection: fill(connection, 100, 1))
+    while rollup.advance(summed, now + 2 * rollup.HOUR_MS):
+        pass
+    summed.write_now(lambda connection: fill(connection, 100, 2))
+    while rollup.advance(summed, now):
+        pass
+    assert rollup.summed_until(summed.reader) == (now - rollup.LAG_MS) // rollup.HOUR_MS
+    running = now // rollup.HOUR_MS * rollup.HOUR_MS
+    (expected,), (found,) = books.sums(summed.reader, (), Span(running)), rollup.sums(summed.reader, None, running)
+    assert found["requests"] > 0
+    assert found == {name: expected[name] for name in rollup.SUM_NAMES}
