@@ -13,6 +13,9 @@ from tokenmill.engine.gateway.api_error import Headers
 
 #: A backend is not read further while this much of its answer waits for a slow client, in bytes.
 HIGH_WATER = 256 * 1024
+#: No answer that is read whole is longer (a batch of embeddings takes some 150 MB): one without an end would take all
+#: memory, of every client's requests.
+MOST_WHOLE_BYTES = 512 * 1024 * 1024
 #: Request bodies above this are written in slices, waiting for the socket in between.
 SLICE_BYTES = 256 * 1024
 #: A longer head of an answer is no HTTP that we want to read.
@@ -180,8 +183,13 @@ class Connection(asyncio.Protocol):
             CutError, SilenceError
         """
         parts = []
+        size = 0
         while self._parts or not self._complete:
-            parts.append(await self.read())
+            parts.append(part := await self.read())
+            size += len(part)
+            if size > MOST_WHOLE_BYTES:
+                self._break()
+                raise CutError
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def reusable(self) -> bool:

@@ -241,6 +241,22 @@ def test_a_connection_whose_request_was_answered_before_its_end_takes_no_other()
     assert server.connections == 2
 
 
+def test_an_answer_without_an_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenmill.engine.gateway.connection.MOST_WHOLE_BYTES", 1_000_000)
+    head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+    most = head + b"7a120\r\n" + b"x" * 500_000 + b"\r\n7a120\r\n" + b"x" * 500_000 + b"\r\n"
+    server = Server(b"")
+
+    async def use(upstream: Upstream, origin: Origin) -> None:
+        server.answer = most + b"0\r\n\r\n"
+        assert len((await fetch(upstream, origin))[1]) == 1_000_000
+        server.answer = most + b"1\r\nx\r\n"
+        with pytest.raises(CutError):
+            await asyncio.wait_for(fetch(upstream, origin), 10)
+
+    talk(server, use)
+
+
 def test_trailers_are_no_headers() -> None:
     raw = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\nset-cookie: a=b\r\n\r\n"
 

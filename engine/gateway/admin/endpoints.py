@@ -26,6 +26,8 @@ T = TypeVar("T")
 MOST_METADATA, DEEPEST_METADATA = 16 * 1024, 240
 #: Answers and the audit trail put it some levels deeper still, and orjson writes 254.
 _LEVELS_AROUND = 254 - DEEPEST_METADATA
+#: Nobody on the way keeps an answer: it may hold a new key, or others' books.
+NOT_KEPT = {"cache-control": "no-store"}
 _WHOLE = {"type": "integer"}
 _KINDS = ("organisation", "team", "app")
 
@@ -212,7 +214,7 @@ async def ledger(call: Call) -> Any:
     if shape == "csv":
         shown = [{**row, "cost_dollars": f"{dollars(row['cost']):.8f}"} for row in rows]
         text = books.as_csv(shown, (*by, *books.SUM_NAMES[:-1], "cost_dollars"))
-        return Response(text, media_type="text/csv; charset=utf-8")
+        return Response(text, media_type="text/csv; charset=utf-8", headers=NOT_KEPT)
     return {"by": by, "rows": [{**row, "cost_dollars": dollars(row["cost"])} for row in rows]}
 
 

@@ -14,7 +14,7 @@ from starlette.routing import Route, Router
 from tokenmill.engine.gateway import metrics
 from tokenmill.engine.gateway.admin import litellm_keys, roles
 from tokenmill.engine.gateway.admin.endpoint import Call, Endpoint
-from tokenmill.engine.gateway.admin.endpoints import ENDPOINTS, Backends
+from tokenmill.engine.gateway.admin.endpoints import ENDPOINTS, NOT_KEPT, Backends
 from tokenmill.engine.gateway.admin.openapi import document
 from tokenmill.engine.gateway.api_error import ApiError, invalid_json, quote
 from tokenmill.engine.gateway.governance.identify import credential
@@ -112,7 +112,7 @@ class AdminSite:
         answer = await endpoint.run(Call(actor, self._governance, request, body, self._portfolio.virtual))
         if isinstance(answer, Response):
             return answer
-        return Response(orjson.dumps(answer), endpoint.status, media_type="application/json", headers=_NOT_KEPT)
+        return Response(orjson.dumps(answer), endpoint.status, media_type="application/json", headers=NOT_KEPT)
 
     def _actor(self, request: Request) -> roles.Actor:
         key = credential(first_values(request.scope["headers"]))
@@ -124,7 +124,7 @@ class AdminSite:
         return actor
 
     async def _metrics(self, _call: Call) -> Response:
-        return Response(await self._counted.render(), headers={**_NOT_KEPT, "content-type": CONTENT_TYPE})
+        return Response(await self._counted.render(), headers={**NOT_KEPT, "content-type": CONTENT_TYPE})
 
     async def _openapi(self, _request: Request) -> Response:
         return Response(self._document, media_type="application/json")
@@ -136,8 +136,6 @@ _NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 _EVERY_METHOD = ["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"]
 #: Paths whose clients were written for others, LiteLLM's and Prometheus: they may add to the query what they like.
 _OF_OTHERS = frozenset({"/admin/metrics", *(endpoint.path for endpoint in litellm_keys.ENDPOINTS)})
-#: Answers may hold a new key: nobody on the way keeps them.
-_NOT_KEPT = {"cache-control": "no-store"}
 
 
 def _unauthorized(message: str) -> ApiError:
@@ -192,4 +190,4 @@ def _decoded(raw: bytes, kind: type[msgspec.Struct], request: Request) -> Any:
 def answer_error(error: ApiError) -> Response:
     """The error in the API's shape."""
     headers = {name.decode(): value.decode() for name, value in error.headers}
-    return Response(error.body(), error.status, {**headers, **_NOT_KEPT}, "application/json")
+    return Response(error.body(), error.status, {**headers, **NOT_KEPT}, "application/json")

@@ -155,7 +155,9 @@ class DashboardSite:
                 "login.html.jinja", 403, problem="This is neither the master key nor one that may see all."
             )
         answer = RedirectResponse(PREFIX, 303, _HEADERS)
-        secure = "https" in (request.url.scheme, request.headers.get("x-forwarded-proto"))
+        # Of several proxies the first one says what the browser speaks.
+        outside = request.headers.get("x-forwarded-proto", "").partition(",")[0].strip().lower()
+        secure = "https" in (request.url.scheme, outside)
         answer.set_cookie(
             session.COOKIE,
             session.cookie(store.reader, self._options, actor),

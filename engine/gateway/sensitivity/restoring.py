@@ -38,6 +38,9 @@ _PROSE = ("reasoning", "summary", "thinking", "refusal", "response.reasoning", "
 #: Types of the events after which no text comes.
 _LAST = frozenset({"response.completed", "response.incomplete", "response.failed", "message_stop", "error"})
 
+#: Texts of a stream of which an end is kept back: no request has so many answers, and a server may go on for ever.
+_MOST_TEXTS = 256
+
 #: Which text of a stream: what it belongs to (a choice, a block, an item's text) first.
 _Key = tuple[Any, ...]
 
@@ -197,15 +200,16 @@ class _Restorer:
         pieces = list(_pieces(content, self._json_texts))
         for key, holder, name, is_json in pieces:
             text = self._kept.pop(key, "") + holder[name]
+            self._last.pop(key, None)
             # What an event ends goes out with it: afterwards would be too late, before it out of order.
-            keep = 0 if key[0] in ended else self._redaction.held_back(text)
+            keep = 0 if key[0] in ended or len(self._kept) >= _MOST_TEXTS else self._redaction.held_back(text)
             if keep:
                 self._kept[key] = text[len(text) - keep :]
+                self._last[key] = content, raw
                 text = text[: len(text) - keep]
             restored = self._redaction.restore_json(text) if is_json else self._redaction.restore(text)
             if restored != holder[name]:
                 holder[name], changed = restored, True
-            self._last[key] = content, raw
         # Texts that end without a last piece: what was kept back is no placeholder.
         before += b"".join([self._ending(key) for key in list(self._kept) if key[0] in ended])
         if b"[" in data and self._others(
@@ -220,7 +224,7 @@ class _Restorer:
 
     def _ending(self, key: _Key) -> bytes:
         text = self._kept.pop(key)
-        content, raw = self._last[key]
+        content, raw = self._last.pop(key)
         like = copy.deepcopy(content)
         for other, holder, name, _ in _pieces(like, self._json_texts):
             holder[name], text = (text, "") if other == key else ("", text)

@@ -109,6 +109,7 @@ def test_ledger_sums_agree_and_come_as_csv(workers: Workers) -> None:
     assert {name: total[name] for name in total} == {name: row[name] for name in total}
     status, headers, text = workers.send("GET", f"/admin/ledger?by=team&team={team}&format=csv")
     assert (status, headers["content-type"]) == (200, "text/csv; charset=utf-8")
+    assert headers["cache-control"] == "no-store"
     (line,) = csv.DictReader(io.StringIO(text.decode()))
     assert float(line["cost_dollars"]) == pytest.approx(row["cost_dollars"])
     assert workers.json("GET", "/admin/ledger?until=1")["rows"][0]["requests"] == 0

@@ -83,8 +83,9 @@ def test_the_cookie_is_for_this_site_alone(browser: Browser) -> None:
     said = browser.log_in()["set-cookie"].lower()
     assert "httponly" in said and "samesite=strict" in said and "path=/dashboard" in said
     assert "secure" not in said
-    _, headers, _ = browser.post("/dashboard/login", {"key": MASTER_KEY}, x_forwarded_proto="https")
-    assert "secure" in headers["set-cookie"].lower()
+    for outside in ("https", "https, http", "HTTPS"):
+        _, headers, _ = browser.post("/dashboard/login", {"key": MASTER_KEY}, x_forwarded_proto=outside)
+        assert "secure" in headers["set-cookie"].lower()
     assert MASTER_KEY not in said
 
 

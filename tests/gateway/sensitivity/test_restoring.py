@@ -208,6 +208,15 @@ def test_what_is_kept_back_goes_out_beside_odd_choices() -> None:
     assert said == ["a ", "[NOTE"]
 
 
+def test_a_server_cannot_have_any_number_of_ends_kept_back() -> None:
+    events = [chunk({"content": "[NO"}, index=index) for index in range(1000)]
+    out = asyncio.run(run_through(events, redacted()))
+    shown = [one["choices"][0] for one in said(out) if one["choices"][0]["delta"]["content"]]
+    assert sorted(one["index"] for one in shown) == list(range(1000))
+    assert {one["delta"]["content"] for one in shown} == {"[NO"}
+    assert out.count(b"\n\n") == 1000 + 256  # the first ones came twice: empty, and with what was kept back
+
+
 def said(stream: bytes) -> list[Any]:
     return [json.loads(line[6:]) for line in stream.decode().split("\n\n") if line.startswith("data: {")]
 
