@@ -52,10 +52,10 @@ class Background:
 
     def give_up(self, exchange: Exchange) -> None:
         """Nobody will look: what was seen of a stream is not all, so nothing was seen that could be counted."""
-        call = exchange.answering
-        if exchange.goes_on is not None and call is not None and not call.usage.exact:
-            call.usage = Usage()
+        call, goes_on = exchange.answering, exchange.goes_on is not None
         exchange.goes_on = None
+        if goes_on and exchange.principal is not None and call is not None and not call.usage.exact:
+            call.usage = Usage()
 
     async def _look(self, response: str, call: Call) -> None:
         loop = asyncio.get_running_loop()

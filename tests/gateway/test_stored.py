@@ -2,6 +2,7 @@
 
 import json
 import secrets
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,23 +68,25 @@ class Responding(FakeUpstream):
             **{"id": name, "created_at": 1, "model": "tiny", "object": "response", "error": None, "output": []},
             **{"status": "queued" if background else "completed", "background": background},
             **{"parallel_tool_calls": True, "tools": [], "tool_choice": "auto", "previous_response_id": earlier},
-            **{"usage": None if background else USAGE},
+            **{"usage": None if background or asked.get("wait") else USAGE},
         }
         self.kept[name] = response
         if not asked.get("stream"):
             return web.json_response(response)
-        return await self._events(request, response, "response.created")
+        return await self._events(request, response, "response.created", asked.get("wait", False))
 
-    async def _events(self, request: web.Request, response: dict[str, Any], kind: str) -> web.StreamResponse:
+    async def _events(
+        self, request: web.Request, response: dict[str, Any], kind: str, wait: bool = False
+    ) -> web.StreamResponse:
         """One event and, of what is being worked on, nothing more until the client goes."""
         stream = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await stream.prepare(request)
         event = {"response": response, "sequence_number": 0, "type": kind}
         await stream.write(f"event: {kind}\ndata: {json.dumps(event)}\n\n".encode())
-        if response["status"] == "queued":
-            await stream.write(b"event: response.in_progress\ndata: {}\n\n")
-            wait: Any = self._loop.create_future()
-            await wait
+        if wait or response["status"] == "queued":
+            await stream.write(b'event: response.in_progress\ndata: {"type": "response.in_progress"}\n\n')
+            never: Any = self._loop.create_future()
+            await never
         return stream
 
     def finish(self, name: str, status: str = "completed") -> None:
@@ -323,6 +326,24 @@ def test_one_without_a_count_is_charged_like_any_other(
     holder(servers, name).finish(name, status)
     (row,) = ended(governed, identity)
     assert (row.completion, row.outcome) == (completion, "ok")
+
+
+def test_a_stream_that_a_stop_cuts_is_charged_what_was_seen_of_it(servers: list[Responding], tmp_path: Path) -> None:
+    place = str(tmp_path / "books.db")
+    store = Store(place, SCHEMA)
+    settings = Settings(probe_interval_s=0.1, drain_s=0.1)
+    with RunningGateway(*backends(servers), settings=settings, governance=options(place), key=MASTER_KEY) as gateway:
+        governed = Governed(gateway, store)
+        with openai.OpenAI(base_url=gateway.url + "/v1", api_key=MASTER_KEY, max_retries=0) as client:
+            for background in (False, True):
+                fields: Any = {"background": background, "extra_body": {"wait": True}}
+                stream = client.responses.create(model="tiny", input="hi", stream=True, max_output_tokens=100, **fields)
+                events: Any = iter(stream)
+                assert [next(events).type for _ in range(2)] == ["response.created", "response.in_progress"]
+            gateway.process.send_signal(signal.SIGTERM)
+            gateway.process.wait(timeout=20)
+    assert sorted(row.completion for row in governed.ledger("master")) == [2, 100]
+    store.close()
 
 
 def test_one_that_the_gateway_does_not_live_to_see_is_charged_its_bound(
