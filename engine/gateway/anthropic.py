@@ -65,6 +65,8 @@ _NO_COUNTERPART: dict[str, Any] = {
     "functions": [],
     "function_call": "auto",
 }
+#: Whoever sends these waits for calls of them.
+_NEVER_DROPPED = frozenset({"functions", "function_call"})
 _THERE = "in the API of this model's backend"
 #: What a PDF begins with that stands in a message itself.
 _PDF = "data:application/pdf;base64,"
@@ -92,13 +94,14 @@ def headers(forward: Headers, api_key: str | None, *, own: bool = False) -> Head
     return kept
 
 
-def request(raw: bytes, model: str, longest: int | None = None) -> bytes:
+def request(raw: bytes, model: str, longest: int | None = None, drop: bool = False) -> bytes:
     """A chat completion request as a Messages request.
 
     Args:
         raw: The body, valid JSON.
         model: The backend's own name of the model.
         longest: Most tokens of an answer that does not say how long it may be; None: `DEFAULT_MAX_TOKENS`.
+        drop: Fields without a counterpart are left out, but for those that an answer cannot do without.
 
     Raises:
         ApiError: 400 for what this API cannot do or is malformed.
@@ -108,7 +111,7 @@ def request(raw: bytes, model: str, longest: int | None = None) -> bytes:
     except orjson.JSONDecodeError as problem:
         raise invalid_json(str(problem)) from None
     for name, value in asked.items():
-        known = name in _TRANSLATED or name in _OF_NO_EFFECT
+        known = name in _TRANSLATED or name in _OF_NO_EFFECT or (drop and name not in _NEVER_DROPPED)
         if not known and value is not None and (name not in _NO_COUNTERPART or value != _NO_COUNTERPART[name]):
             name = quote(name)  # noqa: PLW2901
             raise UntranslatableError(f"`{name}` has no counterpart {_THERE}; leave it out.", name)

@@ -272,6 +272,11 @@ class RemoteBackend(Backend):
         default_factory=dict,
         description="Public model name to the server's own name for it; default: what its `/v1/models` lists.",
     )
+    drop_unknown: bool = Field(
+        False,
+        description="Of `anthropic`: fields of chat completions that its API has no counterpart of are left out, but "
+        "for `functions`; default: refused with 400, or sent to another backend that knows them.",
+    )
     read_timeout_seconds: float | None = Field(
         None, description="Its own `read_timeout_seconds`; default: the server's.", gt=0, le=86_400
     )

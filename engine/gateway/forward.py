@@ -315,7 +315,7 @@ def _in_messages(exchange: Exchange, target: Target, route: Route) -> bytes:
         raise UntranslatableError(what)
     added = defaults_for(target.backend.defaults, exchange.endpoint, exchange.body)
     payload = exchange.body.with_fields(added) if added else exchange.payload
-    return anthropic.request(payload, name, target.backend.max_output_tokens)
+    return anthropic.request(payload, name, target.backend.max_output_tokens, target.backend.drop_unknown)
 
 
 def _redirected(lease: Lease, status: int) -> Reply:

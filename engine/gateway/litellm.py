@@ -21,7 +21,7 @@ from tokenmill.engine.gateway.config import Config, Server
 from tokenmill.engine.gateway.foreign_file import ForeignFile, dotted
 from tokenmill.engine.gateway.governance.options import MAKE_A_KEY, SHORTEST_MASTER_KEY
 from tokenmill.engine.gateway.governance.section import Governance
-from tokenmill.engine.gateway.litellm_deployments import Deployments, in_words
+from tokenmill.engine.gateway.litellm_deployments import DROPS, Deployments, in_words
 from tokenmill.engine.gateway.litellm_models import Describer
 from tokenmill.engine.gateway.litellm_names import Names, alias, fall_back
 from tokenmill.engine.gateway.litellm_prices import CostMap
@@ -39,8 +39,7 @@ _ORIGINS_VARIABLE = "LITELLM_CORS_ORIGINS"
 
 #: Why some fields are not used.
 _REASONS: Mapping[str, str] = {
-    "litellm_settings.drop_params": "every field passes to the backend untouched; what Anthropic's protocol has no "
-    "counterpart of is refused",
+    "litellm_settings.drop_params": DROPS,
     "litellm_settings.set_verbose": "set the variable TOKENMILL_LOG_LEVEL=debug instead",
     "litellm_settings.cache": "there is no cache here",
     **dict.fromkeys(

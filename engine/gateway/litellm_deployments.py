@@ -26,11 +26,13 @@ _OF_ANTHROPIC = frozenset(
         *("thinking", "parallel_tool_calls"),
     }
 )
+#: What `drop_params` does here.
+DROPS = "used for Anthropic's API alone; to other backends every field passes untouched"
 _RETRIED = "a request is sent again to other backends, as often as `router_settings.num_retries` says"
 _OLLAMA = "Ollama takes it in its own protocol only; state it in the model's Modelfile, or OLLAMA_CONTEXT_LENGTH there"
 #: Why some parameters of deployments are not used.
 _PARAMETER_REASONS: Mapping[str, str] = {
-    "drop_params": "every field passes to the backend untouched",
+    "drop_params": DROPS,
     "additional_drop_params": "every field passes to the backend untouched",
     "stream_timeout": "`timeout` is the longest silence of streams, too",
     "max_retries": _RETRIED,
@@ -106,6 +108,7 @@ class Deployments:
             "prefix": name[:-1] if wildcard else "",
             **self._key(parameters, provider),
             **self._limits(parameters),
+            "drop_unknown": self._drops(parameters) if provider.protocol == "anthropic" else None,
             "defaults": self._defaults(parameters, provider) or None,
             "read_timeout_seconds": source.number((*parameters, "timeout"), 0, 86_400)
             or source.number((*parameters, "request_timeout"), 0, 86_400)
@@ -238,6 +241,11 @@ class Deployments:
             if source.peek((*parameters, field)) is not None:
                 source.leave((*parameters, field), reason)
         return {name: value for name, value in found.items() if value is not None}
+
+    def _drops(self, parameters: Place) -> bool:
+        own = self._source.flag((*parameters, "drop_params"))
+        stated = self._source.peek((*parameters, "drop_params")) is not None
+        return own if stated else self._source.flag(("litellm_settings", "drop_params"))
 
     def _limits(self, parameters: Place) -> dict[str, Any]:
         source = self._source

@@ -166,6 +166,14 @@ def test_what_cannot_be_translated_goes_to_another_backend_of_the_tier() -> None
         server.stop()
 
 
+def test_what_has_no_counterpart_may_be_left_out() -> None:
+    asked = {"messages": HELLO, "n": 2, "logit_bias": {"1": 2}, "frequency_penalty": 0.5, "invented": 1, "top_k": 4}
+    body = json.loads(anthropic.request(json.dumps(asked).encode(), "real", drop=True))
+    assert set(body) == {"model", "max_tokens", "messages", "top_k"}
+    with pytest.raises(ApiError, match="functions"):
+        anthropic.request(json.dumps({"messages": HELLO, "functions": [{}]}).encode(), "real", drop=True)
+
+
 def test_models_that_nobody_names_are_those_that_it_lists() -> None:
     server = FakeAnthropic(("claude-one", "claude-two")).start()
     backend = Backend(

@@ -55,7 +55,7 @@ def test_example_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LITELLM_MASTER_KEY", MASTER)
     request = arguments.parse([str(EXAMPLE)])
     left_out = [line.partition(": ")[2] for line in request.left_out]
-    dropped = [line for line in left_out if line.startswith("litellm_settings.drop_params: not understood; every")]
+    dropped = [line for line in left_out if line.startswith("litellm_settings.drop_params: not understood; used")]
     assert len(dropped) == 1
     config = request.config
     assert list(config.tiers) == ["chat", "gpt-4o", "claude"]
@@ -417,6 +417,20 @@ def test_a_deployment_may_be_silent_as_long_as_it_says(tmp_path: Path) -> None:
     assert plan.settings().read_timeout_s == 60
     (line,) = imported.left_out
     assert "stream_timeout: not understood; `timeout` is the longest silence of streams, too" in line
+
+
+def test_anthropics_api_is_not_sent_what_it_does_not_know(tmp_path: Path) -> None:
+    text = "model_list:\n" + "".join(
+        model(name, f"model: {said}, api_key: k")
+        for name, said in (("a", "anthropic/x"), ("b", "anthropic/x, drop_params: false"), ("c", "openai/x"))
+    )
+    for general, drops in (("", [False] * 3), ("litellm_settings: {drop_params: true}\n", [True, False, False])):
+        imported = convert(tmp_path, text + general)
+        assert (make_plan(imported.config).remotes[0].drop_unknown, len(imported.left_out)) == (
+            drops[0],
+            1 + any(drops),
+        )
+        assert [backends(imported.config, name)[0].drop_unknown for name in "abc"] == drops
 
 
 def test_names_that_are_nowhere_are_listed(tmp_path: Path) -> None:
