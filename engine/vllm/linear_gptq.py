@@ -24,6 +24,7 @@ from vllm.model_executor.layers.quantization.utils.gptq_utils import (
     get_linear_quant_method,
     override_config,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.model_executor.parameter import (
     BasevLLMParameter,
@@ -160,6 +161,8 @@ class WideGPTQMethod(LinearMethodBase):  # type: ignore[misc]
         size = input_size if config.group_size == -1 else config.group_size
         layer.tokenmill_shape = (K, size)
         load = extra_weight_attrs.get("weight_loader")
+        if isinstance(layer, VocabParallelEmbedding):
+            load = _load_vocabulary(layer)
         # Some checkpoints leave g_idx out where it says nothing; then this default stays.
         first = get_tensor_model_parallel_rank() * K if input_size != K else 0
         natural = (torch.arange(first, first + K) // size).to(torch.int32)
@@ -282,6 +285,22 @@ def _load_alike(layer: Any, load: Any) -> Callable[..., None]:
                 "quantize them in one order"
             )
         parameter.loaded = True
+
+    return loader
+
+
+def _load_vocabulary(layer: Any) -> Callable[..., None]:
+    """Loads an output layer, which vLLM fills up to a multiple of 64 words; its own loader fills rows, not columns."""
+    own = layer.shard_indices
+
+    def loader(parameter: Any, loaded: torch.Tensor) -> None:
+        dim = getattr(parameter, "output_dim", None)
+        if dim is None:
+            parameter.data.copy_(loaded)
+            return
+        count = own.org_vocab_end_index - own.org_vocab_start_index
+        parameter.data.zero_()
+        parameter.data.narrow(dim, 0, count).copy_(loaded.narrow(dim, own.org_vocab_start_index, count))
 
     return loader
 

@@ -36,12 +36,12 @@ class Rank:
 def ranks(monkeypatch: pytest.MonkeyPatch) -> Rank:
     """vLLM's layers ask here for their rank; a test sets it before it makes one."""
     from vllm.model_executor import parameter
-    from vllm.model_executor.layers import linear
+    from vllm.model_executor.layers import linear, vocab_parallel_embedding
 
     from tokenmill.engine.vllm import linear_gptq
 
     place = Rank()
-    for module in (parameter, linear, linear_gptq):
+    for module in (parameter, linear, vocab_parallel_embedding, linear_gptq):
         monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: place.rank)
         monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: place.size, raising=False)
     return place
@@ -179,6 +179,25 @@ def test_a_rule_for_some_layers_is_followed() -> None:
     load(layer, write_layer(whole, scheme))
     x = torch.randn(2, 64, generator=torch.Generator().manual_seed(1))
     check(multiply(layer, x), x @ dequantize(whole, torch.float32))
+
+
+@pytest.mark.parametrize("scheme", [ASYMMETRIC, ORDERED, Scheme("gptq", 32, True)], ids=str)
+@pytest.mark.parametrize("size", [1, 2])
+def test_an_output_layer_of_any_vocabulary(scheme: Scheme, size: int, ranks: Rank) -> None:
+    """vLLM fills it up to a multiple of 64 words, of which the checkpoint has none."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    K, words = 64, 180
+    whole = weight(K, words, scheme)
+    x = torch.randn(2, K, generator=torch.Generator().manual_seed(1))
+    ranks.size, parts = size, []
+    for ranks.rank in range(size):
+        layer = ParallelLMHead(
+            words, K, params_dtype=torch.float32, quant_config=config(scheme, lm_head=True), prefix="lm_head"
+        )
+        load(layer, write_layer(whole, scheme))
+        parts.append(multiply(layer, x))
+    check(torch.cat(parts, dim=1)[:, :words], x @ dequantize(whole, torch.float32))
 
 
 @pytest.mark.usefixtures("ranks")
