@@ -162,13 +162,19 @@ class Sqlite:
         checkpoint = f"wal_autocheckpoint={_CHECKPOINT_PAGES if waits else 0}"
         try:
             limit = f"journal_size_limit={_LOG_BYTES}"
-            for setting in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", checkpoint, limit):
+            (mode,) = connection.execute("PRAGMA journal_mode=WAL").fetchone()
+            for setting in ("synchronous=NORMAL", "foreign_keys=ON", checkpoint, limit):
                 connection.execute(f"PRAGMA {setting}")
             if not waits:  # from now on
                 connection.execute("PRAGMA busy_timeout=0")
         except sqlite3.Error as error:
             connection.close()
             raise self._unusable(error) from None
+        if mode != "wal":  # readers and writers would wait for each other
+            connection.close()
+            raise ConfigurationError(
+                f"{self._path} stays in journal mode {mode}: processes share no memory there; name one on a local disk"
+            )
         return connection
 
     def _unusable(self, error: sqlite3.Error) -> ConfigurationError:

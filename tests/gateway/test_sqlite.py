@@ -146,3 +146,10 @@ def test_what_can_be_opened_and_is_no_file_is_one_line(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     with pytest.raises(ConfigurationError, match="cannot be used: disk I/O error"):
         Store(pipe, [])
+
+
+def test_a_place_without_a_write_ahead_log_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some file systems of virtual machines are; memory is such a place."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigurationError, match=r"stays in journal mode memory: .*; name one on a"):
+        Store(Path(":memory:"), [])
