@@ -48,7 +48,7 @@ def options_of(
     settings: RoutingSettings,
     groups: Groups,
 ) -> tuple[list[Option], dict[str, str]]:
-    """(the tiers that may answer, tier to reason of the others).
+    """(the tiers that may answer, tier to reason of the others that the key may ask for: it is told of no others).
 
     Args:
         portfolio: All tiers.
@@ -64,21 +64,18 @@ def options_of(
         clearance = None  # it admits everybody
     completion = _expected(features, settings)
     for tier, targets in portfolio.tiers.items():
-        kept = targets
+        kept, why = targets, ""
         if clearance is not None:
             kept = tuple([target for target in targets if clearance.admits(target)])
-            if not kept:
-                refused[tier] = f"sensitivity: {clearance.why}"
-                continue
-        kept, why = fit(kept, features)
-        if not kept:
+            why = f"sensitivity: {clearance.why}"
+        if kept:
+            kept, why = fit(kept, features)
+        if kept:
+            group = groups.of(kept) if principal is None else groups.allowed(kept, principal)
+            if group is not None:
+                found.append(_option(tier, group, features, completion, settings, groups))
+        elif principal is None or groups.allowed(targets, principal) is not None:
             refused[tier] = why
-            continue
-        group = groups.of(kept) if principal is None else groups.allowed(kept, principal)
-        if group is None:
-            refused[tier] = "key: its models do not include this tier"
-        else:
-            found.append(_option(tier, group, features, completion, settings, groups))
     return found, refused
 
 

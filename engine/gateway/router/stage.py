@@ -154,7 +154,6 @@ class Router:
         return routes
 
     def _nobody(self, exchange: Exchange, question: Question) -> ApiError:
-        reasons = question.refused.values()
         kept_away = [tier for tier, reason in question.refused.items() if reason.startswith("sensitivity")]
         able = [target for tier in kept_away for target in fit(self._portfolio.tiers[tier], question.features)[0]]
         if able and question.clearance is not None:
@@ -163,8 +162,8 @@ class Router:
                 "residency.refuse", subject_of(exchange), {**told(exchange, question.clearance), "offered": zones}
             )
             return refusal(question.clearance, zones)
-        if all(reason.startswith("key") for reason in reasons):
-            return ApiError(403, f"This key may use no tier: {described(question.refused)}.", code="model_not_allowed")
+        if not question.refused:
+            return ApiError(403, "This key's list of models names no tier that can answer.", code="model_not_allowed")
         return ApiError(400, f"No tier can take this request: {described(question.refused)}.", code="no_tier")
 
     def _dry_run(self, exchange: Exchange, wanted: str | None) -> Reply:

@@ -6,6 +6,7 @@ from tests.gateway.router.test_decisions import HARD, TWO, backend, routed
 from tokenmill.engine.gateway.api_error import ApiError
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.portfolio import Portfolio
+from tokenmill.engine.gateway.principal import Principal
 from tokenmill.engine.gateway.router.observed import Observed
 from tokenmill.engine.gateway.router.settings import RoutingSettings, Rule
 from tokenmill.engine.gateway.sensitivity.clearance import Clearance
@@ -129,6 +130,28 @@ def test_a_refusal_names_zones_that_could_serve_it() -> None:
         routed([away[0], away[2]], clearance=kept, messages=picture)
     assert (refused.value.status, refused.value.code) == (400, "no_tier")
     assert "blind: capability: needs vision; cloud: sensitivity: it holds iban" in refused.value.message
+
+
+def test_nobody_is_told_of_tiers_that_his_key_may_not_ask_for() -> None:
+    kept = Clearance(action="stay", zones=frozenset({"on-premises"}), why="it holds iban")
+    secret = backend("vast", "project-x", 1, 0.9, zone="cloud", context_window=1)
+    tiers = [backend("small", "utility", 1, 0.9, context_window=1), secret]
+    owner = Principal("k", models=("auto", "utility"))
+    for clearance in (None, kept):
+        with pytest.raises(ApiError) as refused:
+            routed(tiers, principal=owner, clearance=clearance)
+        assert (refused.value.status, refused.value.code) == (400, "no_tier")
+        assert "utility: context" in refused.value.message
+        assert "project-x" not in refused.value.message
+    for clearance in (None, kept):
+        decision = routed([backend("small", "utility", 1, 0.9), secret], principal=owner, clearance=clearance).decision
+        assert decision is not None
+        assert "project-x" not in repr(decision)
+        with pytest.raises(ApiError) as refused:
+            routed([secret], principal=owner, clearance=clearance)
+        assert (refused.value.status, refused.value.code) == (403, "model_not_allowed")
+        assert "project-x" not in refused.value.message
+        assert "cloud" not in refused.value.message
 
 
 def test_a_batch_goes_where_its_longest_input_fits() -> None:
