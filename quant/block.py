@@ -37,7 +37,7 @@ _SCALING_PAIRS: tuple[tuple[str, tuple[str, ...]], ...] = (
 #: Linears that vLLM merges, to the name of what they become.
 _MERGED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
 _MERGED |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
-SCALABLE_MODELS = ("llama", "mistral", "qwen2", "qwen3")
+SCALABLE_MODELS = ("llama", "mistral", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tokenmill import platform
 from tokenmill.errors import ConfigurationError
@@ -39,8 +40,7 @@ def quantize(argv: list[str]) -> int:
     device = arguments.device or ("cuda" if platform.gpus() else "cpu")
     _check_device(device)
     config = read_json(arguments.model / "config.json")
-    stored = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
-    scale_dtype = arguments.scale_dtype or ("float16" if stored == "float16" else "bfloat16")
+    scale_dtype = arguments.scale_dtype or ("float16" if _stored_dtype(config) == "float16" else "bfloat16")
     request = Request(
         block=BlockSettings(
             method=arguments.method,
@@ -95,6 +95,13 @@ def quantize(argv: list[str]) -> int:
             highlight=False,
         )
     return 0
+
+
+def _stored_dtype(config: dict[str, Any]) -> str:
+    """What config.json says of the dtype; of models that read pictures it may say it of their language model alone."""
+    text = config.get("text_config")
+    parts = (config, text if isinstance(text, dict) else {})
+    return str(next(filter(None, (part.get(key) for part in parts for key in ("dtype", "torch_dtype"))), "bfloat16"))
 
 
 def _check_device(name: str) -> None:

@@ -104,12 +104,13 @@ def _parse(config: Mapping[str, Any]) -> QuantizationConfig:
     raise CheckpointError(f"quant_method={method!r} is not an INT4 format; known: gptq, awq, compressed-tensors")
 
 
-def write_config(scheme: Scheme, unquantized: Sequence[str] = ("lm_head",)) -> dict[str, Any]:
+def write_config(scheme: Scheme, unquantized: Sequence[str] = ()) -> dict[str, Any]:
     """The `quantization_config` that says `scheme`, for stock vLLM, transformers and this program.
 
     Args:
         scheme: The scheme of every quantized layer; its format is one of `WRITABLE_FORMATS`.
-        unquantized: Names of linear layers that stay in floating point.
+        unquantized: Last names of modules beside the language model, in which all stays in floating point. For GPTQ
+            vLLM looks at the files' headers instead.
 
     Raises:
         CheckpointError: The format cannot be written.
@@ -140,7 +141,7 @@ def write_config(scheme: Scheme, unquantized: Sequence[str] = ("lm_head",)) -> d
             "format": "pack-quantized",
             "quantization_status": "compressed",
             "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}},
-            "ignore": list(unquantized),
+            "ignore": ["lm_head", *(rf"re:(?:.*\.)?{re.escape(name)}\..*" for name in unquantized)],
         }
     raise CheckpointError(f"format={scheme.format!r} cannot be written; use one of {', '.join(WRITABLE_FORMATS)}")
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokenmill.errors import CheckpointError
+from tokenmill.quant.architecture import auto_class, read_config, text_config
 from tokenmill.quant.kv_cache import LayerCache
 from tokenmill.quant.layer_caches import layer_caches, widest_attention
 
@@ -77,22 +78,18 @@ def model_sizes(config: Mapping[str, Any]) -> ModelSizes:
 
 def _from_transformers(config: Mapping[str, Any]) -> ModelSizes:
     import torch
-    import transformers
     from torch import nn
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
-    whole = AutoConfig.for_model(**{key: value for key, value in config.items() if key != "quantization_config"})
-    text = whole.get_text_config(decoder=True)
+    whole = read_config(config)
+    text = text_config(whole)
     if text is not whole:  # config.json says it of the whole, or the text's architecture does
         of_text = getattr(text, "tie_word_embeddings", getattr(whole, "tie_word_embeddings", True))
         text.tie_word_embeddings = whole.tie_word_embeddings = config.get("tie_word_embeddings", of_text)
-    # Before version 5 of transformers, models that hear are planned by their text alone.
-    multimodal = getattr(transformers, "AutoModelForMultimodalLM", transformers.AutoModelForImageTextToText)
-    is_multimodal = text is not whole and type(whole) in multimodal._model_mapping
+    auto, is_multimodal = auto_class(whole)
     if not is_multimodal and type(text) not in AutoModelForCausalLM._model_mapping:
         raise CheckpointError(f"config.json: model_type={text.model_type!r} is no language model of transformers")
-    auto: Any = multimodal if is_multimodal else AutoModelForCausalLM
     with torch.device("meta"):
         model: Any = auto.from_config(whole if is_multimodal else text)
     hidden = int(text.hidden_size)

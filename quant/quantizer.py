@@ -143,7 +143,8 @@ def quantize_checkpoint(
     """Quantizes every linear of every decoder block of a model and writes a checkpoint that vLLM loads.
 
     Whether stock vLLM does, or only vLLM with Tokenmill's plug-in, is said by the report.
-    Embeddings, norms and the output head stay as they are. If `out` holds an unfinished run of the same request, it is
+    Embeddings, norms and the output head stay as they are, and so do towers and projectors of models that read pictures
+    or hear. If `out` holds an unfinished run of the same request, it is
     continued, and the result has the same bytes as an uninterrupted run's.
 
     Args:
@@ -167,10 +168,16 @@ def quantize_checkpoint(
     check_apart(source, out)
     if checkpoint.quantization is not None:
         raise CheckpointError(f"{source} is already {checkpoint.quantization.default.format}; quantize the original")
-    _check_architecture(checkpoint, request.block)
     _check_scheme(request.scheme)
+    what = f"quantizing {checkpoint.path} by {request.block.method}"
+    if any(".experts." in name for name in checkpoint.tensors):
+        raise UnsupportedError(what, {request.block.method: "experts of a mixture are not quantized yet"})
     model = StreamedModel(checkpoint, request.device, request.dtype)
-    length = min(request.length, getattr(model.config, "max_position_embeddings", None) or request.length)
+    kind = str(model.text_config.model_type)
+    if request.block.scales_inputs and kind not in SCALABLE_MODELS:
+        known = ", ".join(SCALABLE_MODELS)
+        raise UnsupportedError(what, {"awq": f"model_type={kind!r}; input scaling knows {known}; use --method gptq"})
+    length = min(request.length, getattr(model.text_config, "max_position_embeddings", None) or request.length)
     sizes: list[tuple[int, int]] = []
     for index in range(model.num_blocks):
         check_linears(model.skeleton(index), request.block)
@@ -204,7 +211,7 @@ def quantize_checkpoint(
             left_out=left_out,
         )
         config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-        config["quantization_config"] = write_config(request.scheme)
+        config["quantization_config"] = write_config(request.scheme, model.unquantized())
         output.finish(source, config, asdict(report))
     checkpoint.close()
     return report
@@ -257,16 +264,6 @@ def _run(
     return errors, (count(request.evaluation, windows, nats[0]), count(request.evaluation, windows, nats[1]))
 
 
-def _check_architecture(checkpoint: Checkpoint, settings: BlockSettings) -> None:
-    kind = str(checkpoint.config.get("model_type"))
-    what = f"quantizing {checkpoint.path} by {settings.method}"
-    if settings.scales_inputs and kind not in SCALABLE_MODELS:
-        known = ", ".join(SCALABLE_MODELS)
-        raise UnsupportedError(what, {"awq": f"model_type={kind!r}; input scaling knows {known}; use --method gptq"})
-    if any(".experts." in name for name in checkpoint.tensors):
-        raise UnsupportedError(what, {settings.method: "experts of a mixture are not quantized yet"})
-
-
 def _check_scheme(scheme: Scheme) -> None:
     refusal = stock_refusal(scheme)
     if refusal is not None and not refusal.with_plugin:
@@ -307,15 +304,17 @@ def _quantize_and_write(
     block = model.block(index)
     quantized = quantize_block(block, model.forward(index, block), calibration, request.block)
     prefix = model.block_name(index)
+    stored = {name: model.stored_name(f"{prefix}.{name}") for name, _ in block.named_parameters()}
+    layers = {name: stored[f"{name}.weight"].removesuffix(".weight") for name in quantized.layers}
     tensors: dict[str, torch.Tensor] = {}
     for name, weight in quantized.layers.items():
         for part, tensor in write_layer(weight, request.scheme).items():
-            tensors[f"{prefix}.{name}.{part}"] = tensor
+            tensors[f"{layers[name]}.{part}"] = tensor
     # Norms and biases go back to the dtype that they came in; input scaling has changed some of them.
     for name, parameter in block.named_parameters():
         if name.removesuffix(".weight") not in quantized.layers:
-            tensors[f"{prefix}.{name}"] = parameter.to(_stored_dtype(model, f"{prefix}.{name}"))
-    output.write_part(index, tensors, {f"{prefix}.{name}": error for name, error in quantized.errors.items()})
+            tensors[stored[name]] = parameter.to(_stored_dtype(model, stored[name]))
+    output.write_part(index, tensors, {layers[name]: error for name, error in quantized.errors.items()})
     return quantized.recall
 
 
@@ -325,8 +324,9 @@ def _stored_dtype(model: StreamedModel, name: str) -> torch.dtype:
 
 
 def _other_tensors(model: StreamedModel) -> dict[str, torch.Tensor]:
-    """Everything outside the blocks: embeddings, the last norm, the output head."""
-    return {name: model.checkpoint.parameter(name, _stored_dtype(model, name)) for name in model.other_parameters()}
+    """Everything outside the blocks: embeddings, the last norm, the output head, and what reads pictures or sound."""
+    own = {name: model.checkpoint.parameter(name, _stored_dtype(model, name)) for name in model.other_parameters()}
+    return own | model.tensors_beside()
 
 
 def peak_bytes(device: torch.device) -> int:

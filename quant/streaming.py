@@ -2,9 +2,9 @@
 
 The architecture comes from transformers, built without weights; the weights come from a `Checkpoint`, whatever its
 format. Nothing of a model is rebuilt here: its own forward computes the embedding, what it passes to its blocks and
-the logits, while other modules stand in for the blocks. It works for every model whose body keeps its blocks in
-`layers` and passes nothing of the text to them but the hidden states (Llama, Qwen, Gemma, Phi, OPT, Granite, Cohere,
-and their like); that is checked with a few tokens before anything is computed.
+the logits, while other modules stand in for the blocks. It works for every model whose body keeps its blocks in one
+list and passes nothing of the text to them but the hidden states (Llama, Qwen, Gemma, Phi, OPT, Granite, Cohere, and
+their like, also within models that read pictures); that is checked with a few tokens before anything is computed.
 """
 
 import copy
@@ -21,6 +21,7 @@ from torch import nn
 
 from tokenmill.errors import CheckpointError, MissingDependencyError, TokenmillError
 from tokenmill.quant import nf4
+from tokenmill.quant.architecture import auto_class, beside, read_config, stored_names, text_config
 from tokenmill.quant.checkpoint import Checkpoint
 from tokenmill.quant.stand_in import (
     Call,
@@ -39,6 +40,8 @@ BlockForward = Callable[[torch.Tensor], torch.Tensor]
 _REASON_CHARACTERS = 300
 #: Tokens with which a model's structure is checked.
 _PROBE_TOKENS = 4
+#: What models call the list of their blocks; most of them the first.
+_BLOCK_LISTS = ("layers", "h", "blocks")
 
 
 class ParameterSource(Protocol):
@@ -64,26 +67,33 @@ class StreamedModel:
     """
 
     def __init__(self, checkpoint: Checkpoint, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
-        transformers = _transformers()
+        _transformers()
         self.checkpoint = checkpoint
         self.device = torch.device(device)
-        settings = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
         try:
-            config = transformers.AutoConfig.for_model(**settings)
-            self.stored_dtype: torch.dtype = getattr(torch, str(config.dtype or "bfloat16").removeprefix("torch."))
+            config = read_config(checkpoint.config)
+            self.text_config = text_config(config)
+            stored_dtype = config.dtype or self.text_config.dtype or "bfloat16"
+            self.stored_dtype: torch.dtype = getattr(torch, str(stored_dtype).removeprefix("torch."))
             self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else self.stored_dtype)
             # The fused attention that transformers prefers knows no cap on its logits and leaves it out.
-            attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
+            attention = "eager" if getattr(self.text_config, "attn_logit_softcapping", None) else None
+            auto, is_multimodal = auto_class(config)
             with parameters_without_memory():
-                self._skeleton = transformers.AutoModelForCausalLM.from_config(
-                    config, dtype=self.dtype, attn_implementation=attention
-                ).eval()
+                self._skeleton = auto.from_config(config, dtype=self.dtype, attn_implementation=attention).eval()
             self._body = self._skeleton.get_decoder()
-            self._blocks: nn.ModuleList = self._body.layers
+            self._list = next((name for name in _BLOCK_LISTS if hasattr(self._body, name)), _BLOCK_LISTS[0])
+            self._blocks: nn.ModuleList = getattr(self._body, self._list)
             self.config = config
             self._calls: dict[torch.Size, list[Call]] = {}
             self._wrap: Callable[[torch.Tensor], Any] = lambda hidden: hidden  # hidden states as a block returns them
             self._prefixes: dict[int, str] = {id(module): name for name, module in self._skeleton.named_modules()}
+            known = (*checkpoint.tensors, *(f"{layer}.weight" for layer in checkpoint.layers))
+            self._stored_names = stored_names(self._skeleton, known)
+            self._beside: tuple[str, ...] = ()
+            self._unquantized: list[str] = []
+            if is_multimodal:
+                self._set_aside()
             self._move_buffers()
             self._places = self._find_parameters()
             self._load_body()
@@ -113,32 +123,70 @@ class StreamedModel:
         """Full names of the block's parameters in the dense model."""
         return tuple(f"{self.block_name(index)}.{name}" for name, _ in self._blocks[index].named_parameters())
 
+    def stored_name(self, name: str) -> str:
+        """What the checkpoint calls a parameter of the model; the same where it has none."""
+        return self._stored_names.get(name, name)
+
     def other_parameters(self) -> tuple[str, ...]:
-        """Full names of the parameters outside the blocks; of tied ones, the one under which they are stored."""
-        return tuple(self._places)
+        """The checkpoint's names of the language model's parameters outside the blocks."""
+        return tuple(self.stored_name(name) for name in self._places)
+
+    def unquantized(self) -> tuple[str, ...]:
+        """Last names of the modules that stand beside the language model, such as `vision_tower`; may be empty."""
+        return tuple(self._unquantized)
+
+    def _set_aside(self) -> None:
+        """Takes out what stands beside the language model: it is not run, and models ask it where they compute."""
+        self._beside = beside(self._skeleton, self._prefixes[id(self._body)])
+        for path in self._beside:
+            outer, _, name = path.rpartition(".")
+            parent = self._skeleton.get_submodule(outer)
+            if name in parent._modules:
+                setattr(parent, name, StandIn(parent.get_submodule(name), _unreachable, self._wrap))
+                self._unquantized.append(name)
+
+    def tensors_beside(self) -> dict[str, torch.Tensor]:
+        """What the checkpoint has of the modules beside the language model, by its own names, as it is.
+
+        Raises:
+            CheckpointError: A tensor is damaged.
+        """
+        tensors = self.checkpoint.tensors
+        names = [stored for name, stored in self._stored_names.items() if self._is_beside(name) and stored in tensors]
+        in_nf4 = [name for name in names if nf4.is_quantized(name, tensors)]
+        taken = {part for name in in_nf4 for part in nf4.parts(name, tensors)}
+        found = {name: self.checkpoint.tensor(name) for name in names if name not in taken}
+        return found | {name: self.checkpoint.parameter(name, self.stored_dtype) for name in in_nf4}
+
+    def _is_beside(self, name: str) -> bool:
+        return any(name == path or name.startswith(f"{path}.") for path in self._beside)
 
     def left_out(self) -> tuple[str, ...]:
         """A line about each kind of tensor that the checkpoint holds and the model has no place for; may be empty."""
         own = dict(self._skeleton.named_parameters(remove_duplicate=False)) | dict(self._skeleton.named_buffers())
-        taken = {part for name in own for part in nf4.parts(name, self.checkpoint.tensors)}
+        taken = {part for name in own for part in nf4.parts(self.stored_name(name), self.checkpoint.tensors)}
         # Rotary frequencies, which old checkpoints hold, are computed.
-        spare = [n for n in self.checkpoint.tensors if n not in taken and not n.endswith("rotary_emb.inv_freq")]
+        spare = {
+            stored: name
+            for name, stored in self._stored_names.items()
+            if stored in self.checkpoint.tensors and stored not in taken and not self._is_beside(name)
+            if not stored.endswith("rotary_emb.inv_freq")
+        }
         blocks = self._prefixes[id(self._blocks)]
         index = re.compile(rf"{re.escape(blocks)}\.(\d+)\.")
-        found = {name: int(place[1]) for name in spare if (place := index.match(name))}
+        found = {stored: int(place[1]) for stored, name in spare.items() if (place := index.match(name))}
         beyond = [name for name, i in found.items() if i >= self.num_blocks]
         lines = []
         if beyond:
-            spare = [name for name in spare if name not in beyond]
             last = max(found[name] for name in beyond)
             lines.append(
                 f"{blocks}.{min(found[name] for name in beyond)} to {last} ({self._amount(beyond)}): "
                 f"config.json has num_hidden_layers={self.num_blocks}"
             )
-        if spare:
+        if rest := [name for name in spare if name not in beyond]:
             lines.append(
-                f"{self._amount(spare)} for which model_type={self.config.model_type!r} has no place: "
-                f"{', '.join(spare[:3])}{', ...' if len(spare) > 3 else ''}"
+                f"{self._amount(rest)} for which model_type={self.config.model_type!r} has no place: "
+                f"{', '.join(rest[:3])}{', ...' if len(rest) > 3 else ''}"
             )
         return tuple(lines)
 
@@ -152,7 +200,7 @@ class StreamedModel:
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(self.device)
         for name in dict(self._skeleton.named_buffers()).keys() & self._skeleton.state_dict().keys():
-            if name in self.checkpoint.tensors:
+            if self.stored_name(name) in self.checkpoint.tensors and not self._is_beside(name):
                 raise ValueError(f"it stores the buffer {name}")
 
     def _find_parameters(self) -> dict[str, tuple[str, ...]]:
@@ -160,10 +208,11 @@ class StreamedModel:
         in_blocks = {name for index in range(self.num_blocks) for name in self.block_parameters(index)}
         shared: dict[int, list[str]] = {}
         for name, parameter in self._skeleton.named_parameters(remove_duplicate=False):
-            shared.setdefault(id(parameter), []).append(name)
+            if not self._is_beside(name):
+                shared.setdefault(id(parameter), []).append(name)
         places = {}
         for names in shared.values():
-            stored = [name for name in names if self.checkpoint.has_parameter(name)]
+            stored = [name for name in names if self.checkpoint.has_parameter(self.stored_name(name))]
             if not stored:
                 kind = self.config.model_type
                 raise CheckpointError(
@@ -185,9 +234,10 @@ class StreamedModel:
 
     def _checked(self, name: str, wanted: nn.Parameter, source: ParameterSource) -> torch.Tensor:
         # A copy, because a parameter of the same dtype is the mapped file itself and blocks are changed in place.
-        found = source.parameter(name, self.dtype).to(self.device, copy=True)
+        stored = self.stored_name(name)
+        found = source.parameter(stored, self.dtype).to(self.device, copy=True)
         if found.shape != wanted.shape:
-            raise CheckpointError(f"{name} has shape {list(found.shape)}; config.json makes it {list(wanted.shape)}")
+            raise CheckpointError(f"{stored} has shape {list(found.shape)}; config.json makes it {list(wanted.shape)}")
         return found
 
     def _load_body(self) -> None:
@@ -244,11 +294,11 @@ class StreamedModel:
     def _in_place_of_blocks(self, visit: Visit) -> Iterator[None]:
         """Within it the model's forward calls `visit` instead of each block."""
         stand_ins = [StandIn(block, partial(visit, i), self._wrap) for i, block in enumerate(self._blocks)]
-        self._body.layers = nn.ModuleList(stand_ins)
+        setattr(self._body, self._list, nn.ModuleList(stand_ins))
         try:
             yield
         finally:
-            self._body.layers = self._blocks
+            setattr(self._body, self._list, self._blocks)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Token ids [batch, tokens] to the first block's hidden states."""
@@ -303,9 +353,8 @@ class StreamedModel:
         tokens = torch.linspace(1, vocabulary - 1, _PROBE_TOKENS, device=self.device).long().unsqueeze(0)
         output = run_block(self.block(0), *self._first_call(tokens))
         if isinstance(output, tuple):
-            if any(part is not None for part in output[1:]):
-                raise ValueError("its blocks return more than hidden states")
-            self._wrap = lambda hidden: (hidden, *output[1:])
+            # Besides there may be weights of attention or caches; a model that reads them does not get past the check.
+            self._wrap = lambda hidden: (hidden, *(None for _ in output[1:]))
         weights = self._head_weights()
         states = torch.randn(self.num_blocks, *self.embed(tokens).shape, generator=torch.Generator().manual_seed(0))
         states = states.to(self.device, self.dtype)
@@ -366,6 +415,10 @@ class StreamedModel:
             run = self.forward(index, self.block(index))
             hidden = [run(batch) for batch in hidden]
         return hidden
+
+
+def _unreachable(_hidden: torch.Tensor, _call: Call) -> torch.Tensor:
+    raise ValueError("it runs for text what reads pictures or sound")
 
 
 def lacks_memory(error: BaseException) -> bool:
