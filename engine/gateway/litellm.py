@@ -41,7 +41,12 @@ _ORIGINS_VARIABLE = "LITELLM_CORS_ORIGINS"
 _REASONS: Mapping[str, str] = {
     "litellm_settings.drop_params": DROPS,
     "litellm_settings.set_verbose": "set the variable TOKENMILL_LOG_LEVEL=debug instead",
-    "litellm_settings.cache": "there is no cache here",
+    **dict.fromkeys(("litellm_settings.cache", "litellm_settings.cache_params"), "there is no cache here"),
+    "litellm_settings.telemetry": "nothing is told to anybody",
+    **dict.fromkeys(
+        ("litellm_settings.turn_off_message_logging", "general_settings.store_prompts_in_spend_logs"),
+        "prompts stand in no ledger, log or trace",
+    ),
     **dict.fromkeys(
         ("litellm_settings.callbacks", "litellm_settings.success_callback", "litellm_settings.failure_callback"),
         "Prometheus' figures are at /metrics; traces need `observability.traces` in our own format",
@@ -59,7 +64,10 @@ _REASONS: Mapping[str, str] = {
         ("general_settings.custom_auth", "general_settings.enable_jwt_auth"),
         "keys are checked here, where there is a master_key; without one everybody may ask for everything",
     ),
-    "general_settings.background_health_checks": "backends are always watched",
+    **dict.fromkeys(
+        ("general_settings.background_health_checks", "general_settings.health_check_interval"),
+        "backends are always watched",
+    ),
     "general_settings.store_model_in_db": "models are those of this file",
 }
 
@@ -213,7 +221,8 @@ class _Importer:
         """LiteLLM shares a group's load by weight, else by rpm, else by tpm.
 
         Beside a weight, one of 0 or none at all gets nothing while the others can take it. What has no rpm or tpm is
-        not limited, so these count only where every deployment states them.
+        not limited, so these count only where every deployment states them. Of a higher `order` than another, a
+        deployment gets what that one cannot take.
         """
         source = self._source
         if source.problems:
@@ -222,10 +231,18 @@ class _Importer:
             values = [source.number((*place, field), 0, 1e12) for place in places]
             stated = [value for value in values if value]
             if len(places) > 1 and (all(values) or (field == "weight" and stated)):
-                spare = max(min(stated) * _SPARE, sys.float_info.min)
                 for backend, value in zip(backends, values, strict=True):
-                    backend["weight"] = value or spare
-                return
+                    backend["weight"] = value or min(stated) * _SPARE
+                break
+        orders = [source.number((*place, "order"), -1e9, 1e9) for place in places]
+        ranks = sorted({order for order in orders if order is not None})
+        for backend, order in zip(backends, orders, strict=True):
+            # Of each order's load the next one gets so much; who states none comes last.
+            behind = 0 if not ranks else ranks.index(order) if order is not None else len(ranks)
+            if behind:
+                backend["weight"] = backend.get("weight", 1.0) * _SPARE**behind
+            if "weight" in backend:
+                backend["weight"] = max(backend["weight"], sys.float_info.min)
 
     def _server(self) -> dict[str, Any]:
         source = self._source

@@ -39,7 +39,7 @@ _PARAMETER_REASONS: Mapping[str, str] = {
     "num_retries": _RETRIED,
     "num_ctx": _OLLAMA,
     "keep_alive": _OLLAMA,
-    "order": "all deployments of a model share its load; give the others a model_name and name it in `fallbacks`",
+    "cooldown_time": "`router_settings.cooldown_time` is that of all",
 }
 #: How Azure's clients are known where they have no key.
 _ENTRA = ("azure_ad_token", "tenant_id", "client_id", "azure_username")
@@ -87,6 +87,8 @@ class Deployments:
             # LiteLLM serves the others; files with a dozen providers are shared by people who have two keys.
             source.leave(place, f"the variable {unset[:60]} is not set; export it")
             return None
+        if provider.azure:
+            source.raw((*parameters, "api_version"))  # that API has none
         found = self._address(place, parameters, prefix, upstream, provider)
         if found is None:
             return None
@@ -107,7 +109,7 @@ class Deployments:
             "models": {} if wildcard else {name: upstream},
             "prefix": name[:-1] if wildcard else "",
             **self._key(parameters, provider),
-            **self._limits(parameters),
+            **self._limits(place),
             "drop_unknown": self._drops(parameters) if provider.protocol == "anthropic" else None,
             "defaults": self._defaults(parameters, provider) or None,
             "read_timeout_seconds": source.number((*parameters, "timeout"), 0, 86_400)
@@ -247,16 +249,22 @@ class Deployments:
         stated = self._source.peek((*parameters, "drop_params")) is not None
         return own if stated else self._source.flag(("litellm_settings", "drop_params"))
 
-    def _limits(self, parameters: Place) -> dict[str, Any]:
+    def _limits(self, place: Place) -> dict[str, Any]:
         source = self._source
+        parameters: Place = (*place, "litellm_params")
         source.number((*parameters, "weight"), 0, 1e9)
         return {
-            "requests_per_minute": source.whole((*parameters, "rpm"), 1, 10**9),
-            "tokens_per_minute": source.whole((*parameters, "tpm"), 1, 10**12),
+            "requests_per_minute": self._limit(place, "rpm", 10**9),
+            "tokens_per_minute": self._limit(place, "tpm", 10**12),
             "max_concurrency": source.whole((*parameters, "max_parallel_requests"), 1, 10**6)
             or source.whole(("general_settings", "max_parallel_requests"), 1, 10**6)
             or source.whole(("router_settings", "default_max_parallel_requests"), 1, 10**6),
         }
+
+    def _limit(self, place: Place, name: str, most: int) -> int | None:
+        """What LiteLLM reads at any of three places, the more important first."""
+        places = ((*place, "litellm_params", name), (*place, name), (*place, "model_info", name))
+        return next((found for found in [self._source.whole(at, 1, most) for at in places] if found is not None), None)
 
 
 def in_words(details: ErrorDetails) -> str:

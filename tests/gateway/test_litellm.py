@@ -1,6 +1,7 @@
 """LiteLLM's files: what they say is what is served, what is not understood is listed, what is wrong is one line."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,8 +10,11 @@ from hypothesis import strategies as st
 
 from tokenmill import env
 from tokenmill.engine.gateway import litellm, litellm_prices, yaml_file
+from tokenmill.engine.gateway.balance import Balancer
 from tokenmill.engine.gateway.config import Config, RemoteBackend, Server
 from tokenmill.engine.gateway.governance.options import digest
+from tokenmill.engine.gateway.portfolio import Portfolio
+from tokenmill.engine.gateway.settings import Settings
 from tokenmill.engine.gateway.upstream import Origin
 from tokenmill.engine.supervisor import arguments
 from tokenmill.engine.supervisor.main import main
@@ -386,7 +390,7 @@ def test_requests_get_what_a_deployment_says_and_they_do_not(tmp_path: Path) -> 
     text = "model_list:\n" + "".join(
         model(name, said)
         for name, said in (
-            ("a", f"model: openai/x, temperature: 0.2, max_tokens: '256', stop: [END], order: 1, {extra}"),
+            ("a", f"model: openai/x, temperature: 0.2, max_tokens: '256', stop: [END], cooldown_time: 1, {extra}"),
             ("b", "model: anthropic/x, api_key: k, thinking: {type: enabled, budget_tokens: 1024}, seed: 1"),
             ("c", "model: ollama/x, num_ctx: 8192"),
         )
@@ -403,7 +407,7 @@ def test_requests_get_what_a_deployment_says_and_they_do_not(tmp_path: Path) -> 
         {},
     ]
     left = [line.partition("litellm_params.")[2].partition(":")[0] for line in imported.left_out]
-    assert sorted(left) == ["extra_body.model", "num_ctx", "order", "seed"]
+    assert sorted(left) == ["cooldown_time", "extra_body.model", "num_ctx", "seed"]
 
 
 def test_a_deployment_may_be_silent_as_long_as_it_says(tmp_path: Path) -> None:
@@ -566,6 +570,42 @@ def test_beside_a_weight_none_means_nothing_as_in_litellm(tmp_path: Path, other:
     text = text.replace("weight: 0.5", "weight: 1e-320")
     assert convert(tmp_path, text).config.tiers["a"].backends[0].weight > 0
     assert 0 < spare < 1e-8
+
+
+def test_limits_stand_at_any_of_three_places(tmp_path: Path) -> None:
+    listed = "model_list:\n" + "".join(
+        model("a", f"model: openai/x{said}", more)
+        for said, more in (
+            ("", ", rpm: 3, model_info: {tpm: 7, rpm: 4}"),
+            (", rpm: 2", ", rpm: 3"),
+            (", tpm: 5", ", model_info: {rpm: 4}"),
+        )
+    )
+    imported = convert(tmp_path, listed)
+    found = [(one.requests_per_minute, one.tokens_per_minute) for one in imported.config.tiers["a"].backends]
+    assert (found, imported.left_out) == ([(3, 7), (2, None), (4, 5)], ())
+
+
+def test_a_higher_order_gets_what_the_lower_cannot_take(tmp_path: Path) -> None:
+    """Such files put what is free first; what is dear gets nothing as long as that can take it."""
+    text = "model_list:\n" + "".join(
+        model("a", f"model: openai/x, {rest}")
+        for rest in ("order: 90", "order: 1, weight: 3", "order: 1, weight: 1", "rpm: 1", "order: 2, weight: 1")
+    )
+    imported = convert(tmp_path, text + model("b", "model: openai/x, order: 1"))
+    third, first, second, last, behind = [one.weight for one in imported.config.tiers["a"].backends]
+    assert (first, second, imported.config.tiers["b"].backends[0].weight) == (3, 1, 1)
+    assert 1e-10 < behind < 1e-8
+    assert 0 < third < behind * 1e-8
+    assert 0 < last < third
+    assert not imported.left_out
+    drawn = Balancer()
+    portfolio = Portfolio(make_plan(imported.config).remotes, Settings())
+    exchange = SimpleNamespace(body=None, principal=None, model="a", fields={})
+    (route,) = portfolio.routes("a")
+    cheap = [drawn.choose(route, exchange) for _ in range(50)]  # type: ignore[arg-type]
+    assert {one.backend.name for one in cheap if one is not None} == {"a-2", "a-3"}
+    assert drawn.choose(route, exchange, route.targets[1:3]).backend.name == "a-5"  # type: ignore[arg-type, union-attr]
 
 
 def test_addresses_and_keys_come_from_the_usual_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
