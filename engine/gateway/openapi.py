@@ -34,6 +34,13 @@ INFERENCE_PATHS: dict[str, tuple[str, dict[str, Any]]] = {
     "/v1/responses": ("A response in OpenAI's newer API.", {"input": {"type": "string"}}),
 }
 
+#: What may be asked about a response that a backend keeps, for those that it was given to.
+_OF_RESPONSES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "": ("A response that a backend keeps, also as a stream (`stream=true`), or its end.", ("get", "delete")),
+    "/cancel": ("Cancels a response that is made in the background.", ("post",)),
+    "/input_items": ("What a response was made from.", ("get",)),
+}
+
 _ERROR_REFERENCE = {"$ref": "#/components/schemas/Error"}
 
 
@@ -113,6 +120,12 @@ def _content() -> dict[str, Any]:
             "schema": {"type": "string"},
         }
     ]
+    response_id = {"name": "response", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+    of_response = _errors(401, 404, 405, 502, 503, 504)
+    for path, (summary, methods) in _OF_RESPONSES.items():
+        answers = {"200": _answer("The backend's answer, untouched."), **of_response}
+        operation = {"summary": summary, "parameters": [response_id], "responses": answers}
+        paths[f"/v1/responses/{{response}}{path}"] = dict.fromkeys(methods, operation)
     paths["/v1/models"] = _get(
         "Every model that a backend serves.", {"200": _answer("Those that the key may ask for."), **_errors(401)}
     )

@@ -328,6 +328,25 @@ def test_one_without_a_count_is_charged_like_any_other(
     assert (row.completion, row.outcome) == (completion, "ok")
 
 
+def test_a_worker_that_is_replaced_sees_it_through(servers: list[Responding], tmp_path: Path) -> None:
+    place = str(tmp_path / "books.db")
+    store = Store(place, SCHEMA)
+    settings = Settings(probe_interval_s=0.1, drain_s=0.1)
+    with RunningGateway(*backends(servers), settings=settings, governance=options(place), key=MASTER_KEY) as gateway:
+        governed = Governed(gateway, store)
+        identity, key = governed.key()
+        name = made(governed, key, background=True)
+        gateway.process.send_signal(signal.SIGHUP)
+        looked = len(holder(servers, name).asked)
+        wait_until(lambda: len(holder(servers, name).asked) > looked + 1)
+        assert gateway.process.poll() is None
+        holder(servers, name).finish(name)
+        assert gateway.process.wait(timeout=30) == 0
+    (row,) = governed.ledger(identity)
+    assert (row.completion, row.exact) == (20, True)
+    store.close()
+
+
 def test_a_stream_that_a_stop_cuts_is_charged_what_was_seen_of_it(servers: list[Responding], tmp_path: Path) -> None:
     place = str(tmp_path / "books.db")
     store = Store(place, SCHEMA)
