@@ -76,6 +76,9 @@ class Deployments:
             if source.peek((*parameters, "model")) in (None, ""):
                 source.problem(parameters, "model is missing; add it")
             return None
+        if model == "*":
+            source.leave(place, "`*` is any model of any provider; write one deployment each, as of `openai/*`")
+            return None
         prefix, upstream = split(model, source.text((*parameters, "custom_llm_provider")))
         provider = PROVIDERS.get(prefix)
         if provider is None:
