@@ -56,7 +56,7 @@ def panel_facts(
         if hooks not in shown:  # the same machine, the same hooks: once is enough
             shown.append(hooks)
             facts += _labelled("Ours in vLLM" if len(shown) == 1 else f"Ours in {engine.name}", hooks)
-    facts.append(Fact("Pages", f"{url}/docs  /ready  /metrics" + ("  /dashboard" if governed else "")))
+    facts.append(Fact("Pages", f"{url}/docs  /ready  " + ("/admin/metrics  /dashboard" if governed else "/metrics")))
     facts.append(Fact("Logs", str(logs)))
     return facts
 

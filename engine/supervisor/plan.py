@@ -129,7 +129,7 @@ def make_plan(config: Config, engine_arguments: Sequence[str] = ()) -> Plan:
         {name: tuple(tier.context_window_fallbacks) for name, tier in tiers if tier.context_window_fallbacks},
         {name: tuple(tier.content_policy_fallbacks) for name, tier in tiers if tier.content_policy_fallbacks},
         None if config.governance is None else config.governance.options(),
-        config.observability.options(),
+        config.observability.options(config.governance is not None),
         None if config.routing is None else config.routing.settings(),
         None if config.sensitivity is None else config.sensitivity.settings(),
     )

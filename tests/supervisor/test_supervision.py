@@ -83,7 +83,7 @@ governance: {{store: {tmp_path / "gateway.db"}, master_key: 0123456789abcdef}}
     try:
         running.wait_ready()
         until(lambda: "away: cannot be served yet: away: " in running.text, 10, "the line")
-        assert f"{running.url}/docs  /ready  /metrics  /dashboard" in running.text
+        assert f"{running.url}/docs  /ready  /admin/metrics  /dashboard" in running.text
         assert '-H "Authorization: Bearer $KEY"' in running.text
         assert "one: cannot" not in running.text
     finally:

@@ -28,10 +28,10 @@ class Observability(Section):
     trace_share: float = Field(
         1.0, description="Share of the requests without a `traceparent` of their own that are traced.", ge=0, le=1
     )
-    open_metrics: bool = Field(
-        True,
-        description="Whether `/metrics` answers everybody; it names teams, apps and their cost. `/admin/metrics` "
-        "always wants a key with a role.",
+    open_metrics: bool | None = Field(
+        None,
+        description="Whether `/metrics` answers everybody; it names teams, apps and their cost. Default: only without "
+        "`governance`. `/admin/metrics` always wants a key with a role.",
     )
     accounts: int = Field(
         50,
@@ -53,8 +53,11 @@ class Observability(Section):
             raise ValueError(f"{value!r} is not http(s)://host[:port]/path")
         return value
 
-    def options(self) -> Options:
-        """What the gateway processes are told."""
-        return Options(
-            self.request_log, self.log_bodies, self.traces, self.trace_share, self.open_metrics, self.accounts
-        )
+    def options(self, keys: bool) -> Options:
+        """What the gateway processes are told.
+
+        Args:
+            keys: Requests need one: metrics tell who asks then.
+        """
+        opened = not keys if self.open_metrics is None else self.open_metrics
+        return Options(self.request_log, self.log_bodies, self.traces, self.trace_share, opened, self.accounts)

@@ -46,6 +46,21 @@ def test_master_key_reaches_the_workers_as_a_hash_alone(tmp_path: Path, monkeypa
     assert digest(KEY) not in repr(found)
 
 
+@pytest.mark.parametrize(
+    ("sections", "opened"),
+    [
+        ("", True),
+        ("observability: {open_metrics: false}", False),
+        (f"governance: {{store: x.db, master_key: {KEY}}}", False),
+        (f"governance: {{store: x.db, master_key: {KEY}}}\nobservability: {{open_metrics: true}}", True),
+    ],
+)
+def test_metrics_that_name_teams_are_for_nobody_without_a_key(tmp_path: Path, sections: str, opened: bool) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("tiers: {a: {backends: [{url: 'http://h'}]}}\n" + sections)
+    assert make_plan(config.load(path)).observability.open_metrics is opened
+
+
 @pytest.mark.parametrize(("key", "guessable"), [("sk-1234", True), ("a" * 15, True), ("a" * 16, False)])
 def test_short_master_key_is_marked(tmp_path: Path, key: str, guessable: bool) -> None:
     """Where it is taken; a long one is not slowed down because short ones would be taken."""
