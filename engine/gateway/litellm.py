@@ -37,11 +37,21 @@ _MASTER_KEY: Place = ("general_settings", "master_key")
 _MASTER_VARIABLE = "LITELLM_MASTER_KEY"
 _ORIGINS_VARIABLE = "LITELLM_CORS_ORIGINS"
 
+#: Of all keys together, there.
+_BUDGETS = ("max_budget", "budget_duration", "max_internal_user_budget", "max_end_user_budget")
 #: Why some fields are not used.
 _REASONS: Mapping[str, str] = {
     "litellm_settings.drop_params": DROPS,
     "litellm_settings.set_verbose": "set the variable TOKENMILL_LOG_LEVEL=debug instead",
     **dict.fromkeys(("litellm_settings.cache", "litellm_settings.cache_params"), "there is no cache here"),
+    **dict.fromkeys(
+        (f"{section}.{name}" for section in ("litellm_settings", "general_settings") for name in _BUDGETS),
+        "no budget binds all keys together here; give one to each key or team",
+    ),
+    **dict.fromkeys(
+        ("litellm_settings.master_key", "router_settings.master_key"),
+        "it belongs into general_settings; without one there everybody may ask for everything",
+    ),
     "litellm_settings.telemetry": "nothing is told to anybody",
     **dict.fromkeys(
         ("litellm_settings.turn_off_message_logging", "general_settings.store_prompts_in_spend_logs"),
@@ -49,7 +59,8 @@ _REASONS: Mapping[str, str] = {
     ),
     **dict.fromkeys(
         ("litellm_settings.callbacks", "litellm_settings.success_callback", "litellm_settings.failure_callback"),
-        "Prometheus' figures are at /metrics; traces need `observability.traces` in our own format",
+        "Prometheus' figures are at /metrics, with a master key at /admin/metrics; traces need `observability.traces` "
+        "in our own format",
     ),
     "router_settings.redis_host": "workers share limits through the store, no Redis is needed",
     "router_settings.redis_port": "workers share limits through the store, no Redis is needed",

@@ -586,6 +586,16 @@ def test_limits_stand_at_any_of_three_places(tmp_path: Path) -> None:
     assert (found, imported.left_out) == ([(3, 7), (2, None), (4, 5)], ())
 
 
+def test_what_binds_nobody_here_says_so(tmp_path: Path) -> None:
+    text = "model_list:\n" + model("a", "model: openai/x")
+    text += "litellm_settings: {max_budget: 5, master_key: sk-elsewhere}\ngeneral_settings: {budget_duration: 30d}\n"
+    imported = convert(tmp_path, text)
+    assert imported.config.governance is None
+    first, second, third = [line.partition("; ")[2] for line in imported.left_out]
+    assert first == third == "no budget binds all keys together here; give one to each key or team"
+    assert second == "it belongs into general_settings; without one there everybody may ask for everything"
+
+
 def test_a_higher_order_gets_what_the_lower_cannot_take(tmp_path: Path) -> None:
     """Such files put what is free first; what is dear gets nothing as long as that can take it."""
     text = "model_list:\n" + "".join(
