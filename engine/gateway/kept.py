@@ -27,7 +27,7 @@ _FIELD, _CONVERSATION = "previous_response_id", "conversation"
 #: By it vLLM's clients may choose what their response is called.
 _CHOSEN = "request_id"
 #: Responses remembered.
-SLOTS = 1 << 16
+SLOTS = 1 << 18
 #: Bytes that tell one response, one backend and one owner from others.
 _TAG_BYTES = 8
 SLOT_BYTES = 3 * _TAG_BYTES

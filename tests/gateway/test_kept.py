@@ -152,7 +152,7 @@ def test_it_is_bounded_and_a_full_disk_is_no_reason_to_fail(tmp_path: Path) -> N
     one, other = (Target(Backend(name, "http://127.0.0.1:1", "t"), Settings()) for name in ("one", "other"))
     kept = Kept(tmp_path / "folder" / "kept")
     exchange = Exchange(PATH, [], b"", body=None, model=None, request_id="", forward=[])
-    for number in range(2 * SLOTS):
+    for number in range(SLOTS + 1000):
         kept.learn(b'{"id":"resp_%d"}' % number, one if number % 2 else other, exchange)
     assert (tmp_path / "folder" / "kept").stat().st_size == SLOTS * SLOT_BYTES
     (tmp_path / "file").write_bytes(b"")
