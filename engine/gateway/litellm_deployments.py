@@ -188,7 +188,7 @@ class Deployments:
             return None
         address = address or next((one for name in provider.bases if (one := source.lookup(name))), provider.base)
         if address is None:
-            source.problem(parameters, f"{prefix} needs the server's address; add api_base")
+            source.leave(place, f"{prefix} needs the server's address; add api_base")
             return None
         found = served_at(prefix, address) if "://" in address else None
         if "://" not in address:

@@ -367,6 +367,7 @@ def test_what_lacks_a_variable_is_left_out_as_others_are_served(tmp_path: Path) 
             ("c", "model: openai/x, api_key: os.environ/TM_UNSET"),
             ("d", "model: ollama/x, api_base: os.environ/TM_UNSET"),
             ("e", "model: hosted_vllm/x, api_base: 'http://h/v1', api_key: os.environ/TM_UNSET"),
+            ("f", "model: azure/x, api_key: k"),
         )
     )
     imported = convert(tmp_path, text + "router_settings: {fallbacks: [{a: [b, e]}]}\n")
@@ -382,6 +383,7 @@ def test_what_lacks_a_variable_is_left_out_as_others_are_served(tmp_path: Path) 
         "4: model_list[2]; the variable TM_UNSET is not set; export it",
         "5: model_list[3]; the variable TM_UNSET is not set; export it",
     ]
+    assert found[4] == "7: model_list[5]; azure needs the server's address; add api_base"
     assert found[3].startswith("6: model_list[4].litellm_params.api_key; the variable TM_UNSET is not set; nothing is")
 
 
