@@ -150,8 +150,9 @@ def _content() -> dict[str, Any]:
             "title": "Tokenmill gateway",
             "version": __version__,
             "description": "OpenAI's API in front of one or more tiers. Any other `POST /v1/...` goes to the backend "
-            "of its `model` as it is. Fields, chunks and errors of the backends pass untouched. Where governance is "
-            "configured, /admin/openapi.json says how keys and budgets are administrated, and /dashboard shows them.",
+            "of its `model` as it is, but for what that keeps for its account, where keys are asked for. Fields, "
+            "chunks and errors of the backends pass untouched. Where governance is configured, /admin/openapi.json "
+            "says how keys and budgets are administrated, and /dashboard shows them.",
         },
         "paths": paths,
         "components": {
