@@ -4,6 +4,8 @@ Requests, answers and errors are translated field by field; what has no counterp
 refused with 400 rather than dropped. Format: https://docs.anthropic.com/en/api/messages.
 """
 
+import contextlib
+import re
 import time
 from typing import Any
 
@@ -67,6 +69,12 @@ _NO_COUNTERPART: dict[str, Any] = {
 }
 #: Whoever sends these waits for calls of them.
 _NEVER_DROPPED = frozenset({"functions", "function_call"})
+#: What is so at Claude where nobody says it; other servers have defaults of their own.
+_USUAL: dict[str, Any] = {"temperature": 1, "top_p": 1, "top_k": -1}
+#: Users that are addresses or telephone numbers, which that API refuses, or longer than it takes.
+_PERSONAL = re.compile(r".*@.*|\+?[\d ()-]{7,}|.{257,}", re.DOTALL)
+#: What may not stand there in an id of a call; some models have `functions.weather:0`.
+_NOT_IN_IDS = re.compile(r"[^a-zA-Z0-9_-]")
 _THERE = "in the API of this model's backend"
 #: What a PDF begins with that stands in a message itself.
 _PDF = "data:application/pdf;base64,"
@@ -81,12 +89,13 @@ STATUS = {
     "timeout_error": 504,
     "overloaded_error": 529,
 }
+_NOT_KEPT = CREDENTIALS | {b"anthropic-version"}
 _KINDS = {status: kind for kind, status in STATUS.items()}
 
 
 def headers(forward: Headers, api_key: str | None, *, own: bool = False) -> Headers:
     """A client's headers as this API wants them; `own`: it speaks this API itself, of the version that it names."""
-    kept = [header for header in forward if header[0] not in CREDENTIALS and header[0] != b"anthropic-version"]
+    kept = [header for header in forward if header[0] not in _NOT_KEPT]
     said = dict(reversed(forward))
     kept.append((b"anthropic-version", said.get(b"anthropic-version", VERSION) if own else VERSION))
     given = said.get(b"authorization", b"").removeprefix(b"Bearer ") or said.get(b"x-api-key", b"")
@@ -127,21 +136,28 @@ def request(raw: bytes, model: str, longest: int | None = None, drop: bool = Fal
             body["system"] = system if marked else "\n\n".join(block["text"] for block in system)
         stop = asked.get("stop")
         if stop:
-            body["stop_sequences"] = [stop] if isinstance(stop, str) else stop
-            if not all(text.strip() for text in body["stop_sequences"]):
+            stops = [stop] if isinstance(stop, str) else stop
+            body["stop_sequences"] = [text for text in stops if text.strip()]
+            if len(body["stop_sequences"]) < len(stops) and not drop:
                 raise UntranslatableError(f"A `stop` of white space alone has no counterpart {_THERE}.", "stop")
+        usual = _USUAL if "claude" in model.lower() else {}
         for name in ("temperature", "top_p", "top_k", "stream", "thinking", "output_config"):
-            if asked.get(name) is not None:
+            # Newer models take no two ways of sampling at once, or none; many clients always state what is usual.
+            if asked.get(name) is not None and asked[name] != usual.get(name):
                 body[name] = asked[name]
-        if asked.get("user"):
+        if asked.get("user") and not _PERSONAL.fullmatch(asked["user"]):
             body["metadata"] = {"user_id": asked["user"]}
         if asked.get("tools"):
             body["tools"] = [_tool(tool) for tool in asked["tools"]]
             body.update(_tool_choice(asked))
-        if asked.get("response_format"):
-            _set_format(body, asked["response_format"])
-        effort = asked.get("reasoning_effort")
-        thoughts_tokens = 0 if effort is None else anthropic_effort.apply(body, effort)
+        thoughts_tokens = 0
+        dropping = contextlib.suppress(UntranslatableError) if drop else contextlib.nullcontext()
+        with dropping:
+            if asked.get("response_format"):
+                _set_format(body, asked["response_format"])
+        with dropping:
+            if asked.get("reasoning_effort") is not None:
+                thoughts_tokens = anthropic_effort.apply(body, asked["reasoning_effort"])
         body["max_tokens"] = body["max_tokens"] or longest or DEFAULT_MAX_TOKENS + thoughts_tokens
     except (KeyError, TypeError, AttributeError, ValueError):
         raise UntranslatableError("The request is not a well-formed chat completion request.", "messages") from None
@@ -181,7 +197,7 @@ def _messages(asked: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
             blocks: list[dict[str, Any]] = [
                 {
                     "type": "tool_result",
-                    "tool_use_id": message["tool_call_id"],
+                    "tool_use_id": _NOT_IN_IDS.sub("_", message["tool_call_id"]),
                     "content": _result(message["content"]),
                 }
             ]
@@ -194,7 +210,8 @@ def _messages(asked: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
             for call in message.get("tool_calls") or ():
                 function = call["function"]
                 given = _arguments(function["arguments"])
-                blocks.append({"type": "tool_use", "id": call["id"], "name": function["name"], "input": given})
+                identity = _NOT_IN_IDS.sub("_", call["id"])
+                blocks.append({"type": "tool_use", "id": identity, "name": function["name"], "input": given})
             if role == "assistant" and not blocks:
                 continue  # an answer without a word, as one that was broken off; that API takes none
         speaker = "assistant" if role == "assistant" else "user"
@@ -284,7 +301,7 @@ def _tool(tool: dict[str, Any]) -> dict[str, Any]:
         kind = quote(str(tool["type"]))
         raise UntranslatableError(f"A tool of type `{kind}` has no counterpart {_THERE}; send functions.", "tools")
     function = tool["function"]
-    made = {"name": function["name"], "input_schema": function.get("parameters") or {"type": "object"}}
+    made = {"name": function["name"], "input_schema": {"type": "object", **(function.get("parameters") or {})}}
     if function.get("description"):
         made["description"] = function["description"]
     if tool.get("cache_control"):

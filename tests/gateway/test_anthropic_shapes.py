@@ -122,6 +122,14 @@ def test_what_has_no_counterpart_is_named(model: str, asked: dict[str, Any]) -> 
     assert f"`{raised.value.param}`" in raised.value.message or raised.value.param == "tools"
 
 
+def test_what_may_be_dropped_is() -> None:
+    said = {"reasoning_effort": "minimal", "response_format": {"type": "json_object"}, "stop": ["\n", "END"]}
+    raw = json.dumps({"messages": HELLO, **said}).encode()
+    body = json.loads(anthropic.request(raw, MODEL, drop=True))
+    assert body.keys() == {"model", "max_tokens", "messages", "stop_sequences"}
+    assert body["stop_sequences"] == ["END"]
+
+
 def test_answers_may_be_as_long_as_the_backend_makes_them() -> None:
     assert (
         json.loads(anthropic.request(json.dumps({"messages": HELLO}).encode(), MODEL, 64_000))["max_tokens"] == 64_000
@@ -178,6 +186,30 @@ def test_pictures_that_tools_give_and_pdfs() -> None:
 def test_tools_in_the_words_of_that_api() -> None:
     tool = {"name": "weather", "description": "d", "input_schema": {"type": "object"}}
     assert translated(tools=[tool])["tools"] == [tool]
+    untyped = {"type": "function", "function": {"name": "f", "parameters": {"properties": {}}}}
+    assert translated(tools=[untyped])["tools"][0]["input_schema"] == {"type": "object", "properties": {}}
+
+
+def test_ids_of_other_models_calls() -> None:
+    identity = "functions.f:0"
+    said = {"role": "tool", "tool_call_id": identity, "content": "one"}
+    body = translated(messages=[*HELLO, {"role": "assistant", "tool_calls": [_call(identity, "{}")]}, said])
+    ids = (body["messages"][1]["content"][0]["id"], body["messages"][2]["content"][0]["tool_use_id"])
+    assert ids == ("functions_f_0", "functions_f_0")
+
+
+def test_what_is_usual_is_not_said() -> None:
+    body = translated(temperature=1.0, top_p=1, top_k=-1)
+    assert body.keys() == {"model", "max_tokens", "messages"}
+    assert translated("another", top_p=1)["top_p"] == 1
+    assert translated(temperature=0, top_p=0.9).keys() == {"model", "max_tokens", "messages", "temperature", "top_p"}
+
+
+@pytest.mark.parametrize(
+    ("user", "told"), [("u-1", True), ("a@example.com", False), ("+41 44 668 18 00", False), ("x" * 257, False)]
+)
+def test_users_that_api_refuses_are_not_named(user: str, told: bool) -> None:
+    assert ("metadata" in translated(user=user)) is told
 
 
 def test_a_call_without_arguments_has_an_empty_object_in_a_stream_too() -> None:
