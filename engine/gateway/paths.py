@@ -34,7 +34,7 @@ _OF_AN_ACCOUNT = frozenset(
     }
 )
 _OF_ONE_TOO = ("/v1/audio/voice", "/v1/chat/completions/chatcmpl", "/v1/messages/batches")
-_ASKS_A_MODEL = frozenset({"/v1/agents/completions"})
+_ASKS_A_MODEL = frozenset({"/v1/agents/completions", "/v1/videos/generations", "/v1/videos/sync"})
 
 
 def is_of_an_account(path: str) -> bool:

@@ -64,7 +64,15 @@ def test_no_key_reaches_what_is_kept_for_the_whole_account(
 
 
 @pytest.mark.parametrize(
-    "path", [CHAT, "/v1/responses/compact", "/v1/audio/speech", "/v1/agents/completions", "/v1/future/thing"]
+    "path",
+    [
+        CHAT,
+        "/v1/responses/compact",
+        "/v1/audio/speech",
+        "/v1/agents/completions",
+        "/v1/videos/sync",
+        "/v1/future/thing",
+    ],
 )
 def test_other_paths_go_on(governed: Governed, upstream: FakeUpstream, path: str) -> None:
     _, key = governed.key()
