@@ -50,13 +50,8 @@ class _TooManyError(Exception):
     """There are more fields than any API has."""
 
 
-def _fields(raw: bytes) -> dict[str, msgspec.Raw]:
+def _counted(raw: bytes) -> dict[str, msgspec.Raw]:
     """The top-level fields; raises what msgspec does, and `_TooManyError`."""
-    if len(raw) <= _COUNTED_BYTES:
-        found = _FIELDS.decode(raw)
-        if len(found) > MOST_FIELDS:
-            raise _TooManyError
-        return found
     left = MOST_FIELDS
 
     def count(_kind: type, name: str) -> _Name:
@@ -141,7 +136,9 @@ class Body:
         if not raw:
             raise ApiError(400, "The request body is empty; send a JSON object.", code="invalid_json")
         try:
-            self._fields = _fields(raw)
+            self._fields = fields = _FIELDS.decode(raw) if len(raw) <= _COUNTED_BYTES else _counted(raw)
+            if len(fields) > MOST_FIELDS:
+                raise _TooManyError
         except msgspec.ValidationError:
             raise ApiError(400, "The request body must be a JSON object.", code="invalid_json") from None
         except msgspec.DecodeError as error:
@@ -151,9 +148,9 @@ class Body:
         except _TooManyError:
             found = f"more than {MOST_FIELDS} fields at its top; send at most {MOST_FIELDS}"
             raise ApiError(400, f"The request body has {found}.", code="too_many_fields") from None
-        names = "".join(self._fields)
+        names = "".join(fields)
         if not (names.isascii() and names.islower()):
-            _check_case(self._fields)
+            _check_case(fields)
         self.raw = raw
 
     def __contains__(self, name: str) -> bool:
