@@ -25,6 +25,7 @@ class Backend:
         tier: The tier it belongs to; a tier's name is accepted as a model name.
         defaults: What chat completions get that do not say it themselves, by field.
         read_timeout_s: Longest silence, before and during its answer; None: as for all.
+        info: What else clients are told of its models, by field; see `model_info`.
         drop_unknown: Of Anthropic's: what its API has no counterpart of is left out of a chat completion, not refused.
         below_v1: Whether its paths are below `/v1`; if not, they follow the base URL without it.
         models: Public names of the models it serves. Empty: its own `/v1/models` says (asked by the health probe).
@@ -76,6 +77,7 @@ class Backend:
     quality: float | None = None
     prefix: str = ""
     below_v1: bool = True
+    info: Mapping[str, Any] = field(default_factory=dict)
     drop_unknown: bool = False
     read_timeout_s: float | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)

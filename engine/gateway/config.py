@@ -272,6 +272,10 @@ class RemoteBackend(Backend):
         default_factory=dict,
         description="Public model name to the server's own name for it; default: what its `/v1/models` lists.",
     )
+    info: dict[str, Any] = Field(
+        default_factory=dict,
+        description="What else `/model/info` tells of its models, e.g. `{description: fast, supports_pdf: true}`.",
+    )
     drop_unknown: bool = Field(
         False,
         description="Of `anthropic`: fields of chat completions that its API has no counterpart of are left out, but "

@@ -26,6 +26,25 @@ _OF_ANTHROPIC = frozenset(
         *("thinking", "parallel_tool_calls"),
     }
 )
+#: Fields of `model_info` that are told as this gateway knows them.
+_READ = frozenset(
+    {
+        *("id", "base_model", "rpm", "tpm", "version", "max_input_tokens", "max_output_tokens", "max_tokens"),
+        *("supports_function_calling", "supports_vision", "supports_audio_input", "supports_response_schema"),
+        *("input_cost_per_token", "output_cost_per_token", "cache_read_input_token_cost"),
+    }
+)
+#: By what LiteLLM's own fields begin that do something there: they are listed.
+_MEANS_SOMETHING = (
+    "input_cost",
+    "output_cost",
+    "cache_",
+    "health_check",
+    "disable_",
+    "access",
+    "team",
+    "supported_env",
+)
 #: What `drop_params` does here.
 DROPS = "used for Anthropic's API alone; to other backends every field passes untouched"
 _RETRIED = "a request is sent again to other backends, as often as `router_settings.num_retries` says"
@@ -120,6 +139,7 @@ class Deployments:
             or None,
             "region": source.text((*parameters, "region_name")),
             **self._describer.describe(place, name, prefix, upstream),
+            "info": self._info((*place, "model_info")) or None,
         }
         backend = {field: value for field, value in backend.items() if value is not None or field == "health_path"}
         try:
@@ -246,6 +266,15 @@ class Deployments:
             if source.peek((*parameters, field)) is not None:
                 source.leave((*parameters, field), reason)
         return {name: value for name, value in found.items() if value is not None}
+
+    def _info(self, place: Place) -> dict[str, Any]:
+        """What a deployment tells clients of its model that nothing here goes by."""
+        source = self._source
+        return {
+            name: source.raw((*place, name))
+            for name in source.keys(place)
+            if name not in _READ and not name.startswith(_MEANS_SOMETHING) and source.variable((*place, name)) is None
+        }
 
     def _drops(self, parameters: Place) -> bool:
         own = self._source.flag((*parameters, "drop_params"))

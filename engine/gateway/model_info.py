@@ -41,9 +41,12 @@ def _info(name: str, target: Target) -> dict[str, Any]:
     backend = target.backend
     able = backend.capabilities
     return {
+        **backend.info,
         "key": backend.upstream_model(name),
         "litellm_provider": backend.protocol,
-        "mode": next((mode for capability, mode in _MODES.items() if capability in able), "chat"),
+        "mode": next(
+            (mode for capability, mode in _MODES.items() if capability in able), backend.info.get("mode", "chat")
+        ),
         # What is not known is null: clients take their own default then, where 0 would be a window of nothing.
         "max_tokens": backend.max_output_tokens,
         "max_input_tokens": target.context_window,

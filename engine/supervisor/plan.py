@@ -196,6 +196,7 @@ def _remote(name: str, tier: str, backend: RemoteBackend, quality: float | None)
     return Backend(
         base_url=backend.url,
         below_v1=backend.below_v1,
+        info=backend.info,
         drop_unknown=backend.drop_unknown,
         read_timeout_s=backend.read_timeout_seconds,
         defaults=backend.defaults,

@@ -588,6 +588,18 @@ def test_limits_stand_at_any_of_three_places(tmp_path: Path) -> None:
     assert (found, imported.left_out) == ([(3, 7), (2, None), (4, 5)], ())
 
 
+def test_what_a_model_is_said_to_be_is_told(tmp_path: Path) -> None:
+    info = "model_info: {id: x, description: fast, supports_reasoning: true, mode: tts, access_groups: [beta]}"
+    imported = convert(tmp_path, "model_list:\n" + model("a", "model: openai/x", f", {info}"))
+    assert make_plan(imported.config).remotes[0].info == {
+        "description": "fast",
+        "supports_reasoning": True,
+        "mode": "tts",
+    }
+    left = [line.partition("model_info.")[2].partition(":")[0] for line in imported.left_out]
+    assert left == ["id", "access_groups"]
+
+
 def test_what_binds_nobody_here_says_so(tmp_path: Path) -> None:
     text = "model_list:\n" + model("a", "model: openai/x")
     text += "litellm_settings: {max_budget: 5, master_key: sk-elsewhere}\ngeneral_settings: {budget_duration: 30d}\n"

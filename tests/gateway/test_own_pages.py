@@ -111,6 +111,7 @@ def test_litellms_clients_read_what_models_are(upstream: FakeUpstream) -> None:
         context_window=8192,
         max_output_tokens=1024,
         capabilities=("tools", "vision"),
+        info={"description": "fast", "mode": "other"},
     )
     other = Backend("b", upstream.url, "other", models=("embed",), capabilities=("embeddings",))
     with RunningGateway(one, other) as gateway:
@@ -124,7 +125,8 @@ def test_litellms_clients_read_what_models_are(upstream: FakeUpstream) -> None:
     assert (info["max_input_tokens"], info["max_output_tokens"], info["max_tokens"]) == (8192, 1024, 1024)
     assert (info["input_cost_per_token"], info["output_cost_per_token"]) == (2.5e-6, 1e-5)
     assert info["cache_read_input_token_cost"] == 1.25e-6
-    assert (info["supports_vision"], info["supports_function_calling"], info["mode"]) == (True, True, "chat")
+    assert info["description"] == "fast"
+    assert (info["supports_vision"], info["supports_function_calling"], info["mode"]) == (True, True, "other")
     assert (second["model_name"], second["model_info"]["mode"]) == ("embed", "embedding")
     assert (second["model_info"]["max_input_tokens"], second["model_info"]["max_output_tokens"]) == (
         4096,
