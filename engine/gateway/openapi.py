@@ -32,6 +32,14 @@ INFERENCE_PATHS: dict[str, tuple[str, dict[str, Any]]] = {
         {},
     ),
     "/v1/responses": ("A response in OpenAI's newer API.", {"input": {"type": "string"}}),
+    "/v1/messages": (
+        "A message in Anthropic's API, whole or as server-sent events (`stream`), where the backend has it.",
+        {"messages": {"type": "array", "items": {"type": "object"}, "minItems": 1}, "stream": {"type": "boolean"}},
+    ),
+    "/v1/messages/count_tokens": (
+        "How many tokens such a message's prompt has.",
+        {"messages": {"type": "array", "items": {"type": "object"}, "minItems": 1}},
+    ),
 }
 
 #: What may be asked about a response that a backend keeps, for those that it was given to.

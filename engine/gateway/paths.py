@@ -18,7 +18,8 @@ _BARE = frozenset(
         "/moderations",
     }
 )
-_OPENAI = "/openai/v1/"
+#: Before `/v1`; LiteLLM passes Anthropic's clients on below its name.
+_BEFORE = re.compile(r"/openai(?=/v1/)|/anthropic(?=/v1/messages(?:/count_tokens)?$)")
 #: Of these whatever is below, too.
 _ABOVE = ("/models/", "/responses/")
 _DEPLOYMENT = re.compile(r"/(?:openai/deployments|engines)/(.+?)(/(?:chat/completions|completions|embeddings))")
@@ -50,12 +51,12 @@ def is_of_an_account(path: str) -> bool:
 def usual(path: str) -> tuple[str, str | None]:
     """(the path as it is served here, the model that it names), of a path that is not served as it stands.
 
-    Known are OpenAI's paths without `/v1`, its own and Azure's `/openai/v1/...`, and Azure's and LiteLLM's
-    `/openai/deployments/MODEL/...` and `/engines/MODEL/...`; any other path comes back as it is.
+    Known are OpenAI's paths without `/v1`, its own and Azure's `/openai/v1/...`, LiteLLM's `/anthropic/v1/messages`,
+    and Azure's and LiteLLM's `/openai/deployments/MODEL/...` and `/engines/MODEL/...`; any other comes back as it is.
     """
     if path in _BARE or path.startswith(_ABOVE):
         return "/v1" + path, None
-    if path.startswith(_OPENAI):
-        return path.removeprefix("/openai"), None
+    if (before := _BEFORE.match(path)) is not None:
+        return path[before.end() :], None
     found = _DEPLOYMENT.fullmatch(path)
     return (path, None) if found is None else ("/v1" + found[2], found[1])

@@ -53,6 +53,17 @@ def test_a_message(client: anthropic.Anthropic, server: FakeAnthropic) -> None:
     assert sent == {"model": "claude-real", "max_tokens": 20, "messages": HELLO}
 
 
+def test_paths_that_its_users_know_from_elsewhere(gateway: RunningGateway) -> None:
+    below = f"{gateway.url}/anthropic"
+    with anthropic.Anthropic(base_url=below, api_key=MASTER_KEY, max_retries=0, timeout=20) as client:
+        assert client.messages.create(model="claude", max_tokens=20, messages=HELLO).stop_reason == "end_turn"
+        with pytest.raises(anthropic.NotFoundError):
+            client.models.list()
+    assert gateway.get("/v1/messages")[0] == 405
+    described = json.loads(gateway.get("/openapi.json")[2])["paths"]
+    assert {"/v1/messages", "/v1/messages/count_tokens"} <= described.keys()
+
+
 def test_a_stream(client: anthropic.Anthropic) -> None:
     with client.messages.stream(model="claude", max_tokens=20, messages=HELLO) as stream:
         assert "".join(stream.text_stream) == "You said hello"
