@@ -113,7 +113,7 @@ def test_a_client_with_a_key_of_his_own_is_told_that_it_is_wrong(servers: dict[s
 def test_a_thing_that_is_kept_at_a_backend_is_not_looked_for_elsewhere(
     gateway: RunningGateway, servers: dict[str, FakeUpstream]
 ) -> None:
-    assert gateway.post("/v1/responses/r1/cancel", {"model": "small", "act": {"small": error(404)}})[0] == 404
+    assert gateway.post("/v1/batches/b1/cancel", {"model": "small", "act": {"small": error(404)}})[0] == 404
     assert gateway.post("/v1/responses", {"model": "small", "act": {"small": error(404)}})[0] == 404
     assert asked(servers) == {"small": 2}
 
