@@ -13,6 +13,8 @@ from tokenmill.errors import ConfigurationError
 #: Bytes of the default texts: about 128 sequences of 2048 tokens, and enough held-out text for three digits.
 _CALIBRATION_BYTES = 2_000_000
 _EVALUATION_BYTES = 100_000
+#: Of rows, which may be more than memory holds: more than any text needs for a token.
+_ROW_CHARACTERS_PER_TOKEN = 64
 
 
 def quantize(argv: list[str]) -> int:
@@ -50,8 +52,16 @@ def quantize(argv: list[str]) -> int:
             gptq=GptqOptions(**of_gptq),
         ),
         format=arguments.format,
-        calibration=_text(arguments.calibration, "train", _CALIBRATION_BYTES),
-        evaluation=None if arguments.no_evaluation else _text(arguments.evaluation, "held_out", _EVALUATION_BYTES),
+        calibration=_text(
+            arguments.calibration,
+            "train",
+            _CALIBRATION_BYTES,
+            arguments.model,
+            arguments.samples * arguments.length * _ROW_CHARACTERS_PER_TOKEN,
+        ),
+        evaluation=None
+        if arguments.no_evaluation
+        else _text(arguments.evaluation, "held_out", _EVALUATION_BYTES, arguments.model),
         num_samples=arguments.samples,
         length=arguments.length,
         device=device,
@@ -157,7 +167,8 @@ def _quantize_parser() -> argparse.ArgumentParser:
     parser.add_argument("--act-order", choices=orders, default=none, help=order)
     damping = "GPTQ: share of the Hessian's mean diagonal, 0..1 (default: 0.01)"
     parser.add_argument("--damping", type=float, default=none, help=damping)
-    parser.add_argument("--calibration", type=Path, help="text file; default: Python's standard library")
+    kinds_of_text = "text file, or rows (.jsonl, .jsonl.gz, .json) with text, messages, or prompt and completion"
+    parser.add_argument("--calibration", type=Path, help=f"{kinds_of_text}; default: Python's standard library")
     parser.add_argument("--evaluation", type=Path, help="text file; default: held-out files of the standard library")
     parser.add_argument("--no-evaluation", action="store_true", help="do not measure perplexity")
     parser.add_argument("--samples", type=int, default=128, help="most calibration sequences")
@@ -168,15 +179,24 @@ def _quantize_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _text(file: Path | None, part: str, max_bytes: int) -> str:
+def _text(file: Path | None, part: str, max_bytes: int, model: Path, max_characters: int | None = None) -> str:
+    """The text of a file, or the default one; of rows no more than `max_characters`, by the model's chat template."""
     if file is None:
         from tokenmill.speculative.pair.corpus import calibration_text
 
         return calibration_text("train" if part == "train" else "held_out", max_bytes)
+    from tokenmill.quant.streaming import load_tokenizer
+    from tokenmill.quant.text_rows import chat_template, holds_rows, read_rows
+
+    if file.suffix.lower() in (".parquet", ".arrow"):
+        raise ConfigurationError(f"{file} is not read; write its rows as .jsonl")
     try:
-        text = file.read_text(encoding="utf-8")
+        if holds_rows(file):
+            text = read_rows(file, chat_template(lambda: load_tokenizer(model)), max_characters)
+        else:
+            text = file.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigurationError(f"{file} cannot be read: {error.strerror}") from None
+        raise ConfigurationError(f"{file} cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"{file} is not UTF-8 text: byte {error.start} is {error.reason}") from None
     if not text.strip():
