@@ -121,6 +121,15 @@ PROVIDERS: Mapping[str, Provider] = {
     "llamafile": Provider(
         "http://127.0.0.1:8080/v1", ("LLAMAFILE_API_KEY",), bases=("LLAMAFILE_API_BASE",), as_it_is=True
     ),
+    "docker_model_runner": Provider(
+        "http://localhost:22088/engines/llama.cpp",
+        ("DOCKER_MODEL_RUNNER_API_KEY",),
+        bases=("DOCKER_MODEL_RUNNER_API_BASE",),
+    ),
+    # A TGI server; which of its partners Hugging Face's own router asks, LiteLLM looks up.
+    "huggingface": Provider(None),
+    # The address that LiteLLM has for it is no more.
+    "github": Provider(None, ("GITHUB_API_KEY",), bases=("GITHUB_API_BASE",), as_it_is=True),
     "litellm_proxy": Provider(None, ("LITELLM_PROXY_API_KEY",), bases=("LITELLM_PROXY_API_BASE",)),
     "text-completion-hosted_vllm": _VLLM,
 }
