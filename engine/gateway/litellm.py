@@ -184,7 +184,8 @@ class _Importer:
         """Says why, of each deployment."""
         place: Place = ("model_list",)
         reasons = [(at, why) for at, why in self._source.left_over() if at[:1] == place and why]
-        for at, why in reasons or [(place, "no deployment can be served; add one")]:
+        none = "no deployment can be served; add one (models that LiteLLM keeps in its database are not read)"
+        for at, why in reasons or [(place, none)]:
             self._source.problem(at, why)
 
     def _environment(self) -> dict[str, str]:
