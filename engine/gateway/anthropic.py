@@ -150,15 +150,15 @@ def request(raw: bytes, model: str, longest: int | None = None, drop: bool = Fal
         if asked.get("tools"):
             body["tools"] = [_tool(tool) for tool in asked["tools"]]
             body.update(_tool_choice(asked))
-        thoughts_tokens = 0
         dropping = contextlib.suppress(UntranslatableError) if drop else contextlib.nullcontext()
         with dropping:
             if asked.get("response_format"):
                 _set_format(body, asked["response_format"])
         with dropping:
             if asked.get("reasoning_effort") is not None:
-                thoughts_tokens = anthropic_effort.apply(body, asked["reasoning_effort"])
-        body["max_tokens"] = body["max_tokens"] or longest or DEFAULT_MAX_TOKENS + thoughts_tokens
+                anthropic_effort.apply(body, asked["reasoning_effort"])
+        budget = body.get("thinking", {}).get("budget_tokens") or 0  # `max_tokens` holds thoughts, too
+        body["max_tokens"] = body["max_tokens"] or longest or DEFAULT_MAX_TOKENS + budget
     except (KeyError, TypeError, AttributeError, ValueError):
         raise UntranslatableError("The request is not a well-formed chat completion request.", "messages") from None
     return orjson.dumps(body)

@@ -19,15 +19,12 @@ _LEVELS = ("low", "medium", "high", "xhigh", "max")
 _BUDGETS = {"low": 1024, "medium": 2048, "high": 4096}
 
 
-def apply(body: dict[str, Any], effort: Any) -> int:
+def apply(body: dict[str, Any], effort: Any) -> None:
     """Has a Messages request think as hard as is asked for; the client's own `thinking` goes before.
 
     Args:
         body: The request; changed.
         effort: `reasoning_effort`.
-
-    Returns:
-        Tokens that the answer's `max_tokens` has to hold besides, for thoughts.
 
     Raises:
         UntranslatableError: The model has nothing for it.
@@ -37,11 +34,11 @@ def apply(body: dict[str, Any], effort: Any) -> int:
     version = (int(found[1]), int(found[2] or 0)) if found else (0, 0)
     if version >= _FIRST_THAT_THINKS and effort == "none":
         body.setdefault("thinking", {"type": "disabled"})
-        return 0
+        return
     if version >= _FIRST_THAT_ADAPTS and effort in _LEVELS:
         body.setdefault("thinking", {"type": "adaptive"})
         body["output_config"] = {"effort": effort, **body.get("output_config", {})}
-        return 0
+        return
     if version < _FIRST_THAT_THINKS or effort not in _BUDGETS or "thinking" in body:
         said = f"`reasoning_effort` `{quote(str(effort))}` has no counterpart for the model {quote(model)}"
         raise UntranslatableError(f"{said}; leave it out, or send Anthropic's `thinking`.", "reasoning_effort")
@@ -50,4 +47,3 @@ def apply(body: dict[str, Any], effort: Any) -> int:
         said = f"`reasoning_effort` `{effort}` takes up to {budget} tokens of the answer's {body['max_tokens']}"
         raise UntranslatableError(f"{said}; raise `max_completion_tokens`, or lower the effort.", "reasoning_effort")
     body["thinking"] = {"type": "enabled", "budget_tokens": budget}
-    return budget

@@ -135,6 +135,7 @@ def test_answers_may_be_as_long_as_the_backend_makes_them() -> None:
         json.loads(anthropic.request(json.dumps({"messages": HELLO}).encode(), MODEL, 64_000))["max_tokens"] == 64_000
     )
     assert translated(max_tokens=7)["max_tokens"] == 7
+    assert translated(thinking={"type": "enabled", "budget_tokens": 8000})["max_tokens"] == 4096 + 8000
 
 
 def test_words_that_are_none_are_left_out() -> None:
