@@ -29,6 +29,14 @@ _OF_RTF, _RTF_WORD = (
     re.compile(r"\\(?:rtf1|par|pard|plain)\b"),
     re.compile(r"\\'([0-9a-f]{2})|\\[a-z]{1,32}-?[0-9]{0,10} ?|[{}]"),
 )
+#: Marks of HTML that a reader does not see between two characters: mail programs put `<wbr>` into long addresses. The
+#: others count between digits and beside an `@`: elsewhere they part words.
+_TAG = r"/?(?:span|SPAN|strong|font|FONT|b|i|em|u|mark|small)(?:\s[^<>]{0,512})?>"
+_MORE = rf"(?:<{_TAG}){{0,4}}"
+_INLINE = re.compile(  # the literal stands first because that is what makes the pattern quick
+    rf"<(?=[/wWsSfFbieum])(?:(?:wbr|WBR)\s?/?>|(?<=[0-9]<){_TAG}{_MORE}( ?){_MORE}(?=[0-9])|{_TAG}{_MORE}(?=@)"
+    rf"|(?<=@<){_TAG}{_MORE})"
+)
 #: What a form sends, where a plus is a blank; in front of it and behind it stands what may be a group of a number.
 #: Each beginning looks no farther than the next one: many of them would take the square of their number.
 _FORM = re.compile(r"(?:[?&=][^\s+?&=]*|\btel:[^\s+:]*)\+\S*")
@@ -168,6 +176,8 @@ def undisguised(text: str) -> str | None:
         bare = _MAIL_WORD.sub(_of_mail, bare)
     if "\\" in text and _OF_RTF.search(text):
         bare = _RTF_WORD.sub(lambda match: chr(int(match[1], 16)) if match[1] else "", bare)
+    if "<" in bare:
+        bare = _INLINE.sub(lambda match: match[1] or "", bare)
     if "\\" in bare or "%" in bare or "&" in bare:
         for _ in range(_DEPTH):
             before = bare

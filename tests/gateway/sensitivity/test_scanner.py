@@ -261,6 +261,9 @@ def test_a_key_may_hold_tildes(scanner: Scanner) -> None:
         ("email", "To: =?UTF-8?B?QW5uYSA8YW5uYUBleGFtcGxlLmNvbT4=?="),
         ("credit_card", "4111=C2=A01111=C2=A01111=C2=A01111 is the card"),
         ("credit_card", r"{\rtf1\ansi\pard Card: {\b 4111}\~{\b 1111}\~1111\~1111\par}"),
+        ("email", "write to anna.schmidt@<wbr>example<wbr/>.com"),
+        ("email", 'anna<span style="color:red">@example.com</span>'),
+        ("credit_card", "<b>4111</b> <b>1111</b> <b>1111</b> <b>1111</b>"),
         ("email", r"{\rtf1\ansi anna\'40example.com\par}"),
     ],
 )
@@ -282,6 +285,12 @@ def test_mails_and_rtf_are_read_as_programs_for_them_read_them(kind: str, text: 
 def test_an_address_that_is_not_seen_whole_has_no_place(text: str, scanner: Scanner) -> None:
     """A placeholder for what stands in the text would leave half an escape, or half an address."""
     assert {(one.kind, one.start) for one in scanner.find(text)} == {("email", -1)}
+
+
+def test_marks_of_html_that_part_words_part_addresses(scanner: Scanner) -> None:
+    text = "<b>Mail</b>bob@example.com<span>Phone</span> <b>ann@example.com</b><i>x</i>"
+    found = [text[one.start : one.end] for one in scanner.find(text)]
+    assert found == ["bob@example.com", "ann@example.com"]
 
 
 def test_numbers_with_dashes_are_telephone_numbers(scanner: Scanner) -> None:
