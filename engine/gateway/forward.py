@@ -47,13 +47,15 @@ _LOST = (502, 504)
 class Lease:
     """One request's hold on a backend: counted while open, its outcome reported once."""
 
-    __slots__ = ("_answer", "_breaker", "_open", "call", "target")
+    __slots__ = ("_answer", "_breaker", "_open", "call", "lasts", "target")
 
     def __init__(self, call: Call) -> None:
         self.call = call
         self.target = target = call.target
         self._breaker = target.breaker(call.model)
         self._open = True
+        #: The backend goes on with the work when it has answered.
+        self.lasts = False
         self._answer: Answer | None = None
         target.outstanding += 1
         target.pace.sent()
@@ -74,6 +76,13 @@ class Lease:
     def failed(self) -> None:
         """The backend did not."""
         self._breaker.failed()
+
+    def done(self) -> None:
+        """The answer was read to its end, or is given up: frees the backend's slot, unless it goes on."""
+        if not self.lasts:
+            self.close()
+        elif self._answer is not None:
+            self._answer.close()
 
     def close(self, _exchange: Exchange | None = None) -> None:
         """Frees the backend's slot; closes the connection if the answer was not read to its end."""
@@ -227,16 +236,15 @@ class Forwarder:
                 error = await first_event.error_in(answer)
                 if exchange.endpoint == RESPONSES:
                     await self._kept.learn_streamed(answer, target, exchange)
+                    lease.lasts = exchange.goes_on is not None
             lease.heard(answer.status if error is None else error.status)
             return Reply(answer.status, answer.headers, None, answer.chunks(), error)
         body = await answer.read()
         lease.heard(answer.status)
         if answer.status < 400 and exchange.endpoint == RESPONSES:
             self._kept.learn(body, target, exchange)
-        if exchange.goes_on is None:
-            lease.close()
-        else:
-            answer.close()  # the backend's slot is taken until it has done the work
+        lease.lasts = exchange.goes_on is not None
+        lease.done()
         return self._with_retry_after(whole(answer, body))
 
     async def _ask_anthropic(
@@ -356,7 +364,7 @@ async def _relay(
         raise
     finally:
         usage.finish()
-        lease.close()
+        lease.done()
 
 
 def error_body(error: ApiError, endpoint: str) -> bytes:

@@ -63,8 +63,7 @@ class Kept:
         with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             response = _ANSWER.decode(said)
             self._keep(response.id, target, exchange)
-            if response.status in _UNFINISHED:
-                exchange.goes_on = response.id
+            exchange.goes_on = response.id if response.status in _UNFINISHED else None
 
     async def learn_streamed(self, answer: Answer, target: Target, exchange: Exchange) -> None:
         """The same of a stream, of which all stays to be read. Waits for its first event where half of that has come.
@@ -78,8 +77,7 @@ class Kept:
             if found is not None:
                 name = found[1].decode("utf-8", "replace")
                 self._keep(name, target, exchange)
-                if is_background(exchange):
-                    exchange.goes_on = name
+                exchange.goes_on = name if is_background(exchange) else None
             if found is not None or said.count(b"\n") >= _LINES or len(said) > _MOST_BYTES or not await answer.more():
                 return
 

@@ -317,6 +317,29 @@ def test_so_is_one_whose_client_leaves_its_stream(governed: Governed, servers: l
     assert (row.prompt, row.completion, row.exact, row.outcome) == (30, 20, True, "gone")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_its_backend_has_no_room_for_another_until_then(
+    servers: list[Responding], tmp_path: Path, stream: bool
+) -> None:
+    backend = Backend("b", servers[0].url, "t", ("tiny",), max_concurrency=1)
+    place = str(tmp_path / "books.db")
+    store = Store(place, SCHEMA)
+    with RunningGateway(backend, governance=options(place), key=MASTER_KEY) as gateway:
+        governed = Governed(gateway, store)
+        with openai.OpenAI(base_url=gateway.url + "/v1", api_key=MASTER_KEY, max_retries=0) as client:
+            answer: Any = client.responses.create(model="tiny", input="hi", background=True, stream=stream)
+            if stream:
+                next(iter(answer))
+                answer.close()
+                wait_until(lambda: servers[0].books.open == 0)
+        body = {"model": "tiny", "input": "hi"}
+        assert governed.ask(MASTER_KEY, body, PATH)[0] in (429, 503)
+        (name,) = servers[0].kept
+        servers[0].finish(name)
+        wait_until(lambda: governed.ask(MASTER_KEY, body, PATH)[0] == 200)
+    store.close()
+
+
 @pytest.mark.parametrize(("status", "completion"), [("failed", 0), ("cancelled", 100)])
 def test_one_without_a_count_is_charged_like_any_other(
     governed: Governed, servers: list[Responding], status: str, completion: int
