@@ -21,6 +21,7 @@ from tokenmill.errors import ConfigurationError, MissingDependencyError
 
 try:
     import psycopg
+    from psycopg import waiting
     from psycopg.conninfo import conninfo_to_dict, make_conninfo
 except ImportError as problem:
     raise MissingDependencyError("psycopg", "postgres", "a store in PostgreSQL") from problem
@@ -33,6 +34,7 @@ CONNECT_TIMEOUT_S, RECONNECT_TIMEOUT_S = 10, 2
 NOT_AGAIN_S = 1.0
 #: Seconds that an event loop waits for a statement's answer, and for a new connection.
 PATIENCE_S, SOON_S = 2.0, 0.05
+_LOOK_EVERY_S = 0.1
 #: Seconds for which a name must have been free to be inherited. Who lives looks after his names twice a second.
 DEAD_AFTER_S = 1.2
 #: The same from when the server was found again: all were without it then, and come back one after the other.
@@ -56,21 +58,21 @@ _ENCODINGS = frozenset({"UTF8", "SQL_ASCII"})
 class _Hurried(psycopg.Connection[Any]):
     """A connection that is closed when a statement waits longer for the server than an event loop may."""
 
-    def wait(self, gen: "Generator[Any, Any, T]", *args: Any, **options: Any) -> T:
-        """See psycopg."""
-        return super().wait(self._in_time(gen), *args, **options)
+    def wait(self, gen: "Generator[Any, Any, T]", *_: Any, **__: Any) -> T:
+        """See psycopg; of its ways to wait, the one that looks after the statement in every version."""
+        return waiting.wait_poll(self._in_time(gen), self.pgconn.socket, _LOOK_EVERY_S)
 
-    def _in_time(self, waiting: "Generator[Any, Any, T]") -> "Generator[Any, Any, T]":
-        """The same waiting, which psycopg looks after every tenth of a second."""
+    def _in_time(self, statement: "Generator[Any, Any, T]") -> "Generator[Any, Any, T]":
+        """The same statement, given up in time."""
         end = time.monotonic() + PATIENCE_S
         try:
-            state = next(waiting)
+            state = next(statement)
             while True:
                 ready = yield state
                 if not ready and time.monotonic() > end:
                     self.pgconn.finish()
                     raise psycopg.OperationalError(f"no answer within {PATIENCE_S:g} s")
-                state = waiting.send(ready)
+                state = statement.send(ready)
         except StopIteration as ended:
             result: T = ended.value
             return result

@@ -112,6 +112,7 @@ class PostgresServer:
     def silent(self) -> Iterator[None]:
         """The server meanwhile takes connections and does nothing more, as one whose disk does not answer."""
         first = self._process.pid
+        os.kill(first, signal.SIGSTOP)  # from now on it starts no others
         children = Path(f"/proc/{first}/task/{first}/children").read_text().split()
         processes = [first, *map(int, children)]
         for process in processes:

@@ -188,16 +188,16 @@ def test_server_that_is_gone_is_said_to_be_so(
 
 
 def test_a_server_that_is_silent_stops_nobody_who_does_not_need_it(
-    place: str, store: Store, postgres: PostgresServer, shared_upstream: FakeUpstream
+    place: str, store: Store, postgres: PostgresServer, upstream: FakeUpstream
 ) -> None:
     """It takes connections and statements and answers none: streams go on, and new requests get 503."""
-    backend = Backend("a", shared_upstream.url, "utility")
+    backend = Backend("a", upstream.url, "utility")
     with RunningGateway(backend, governance=options(place), key=MASTER_KEY) as gateway:
         _, key = Governed(gateway, store).key()
         long = {"model": "tiny", "stream": True, "act": {"chunks": 20, "interval_s": 0.2}}
         with ThreadPoolExecutor(1) as threads:
             stream = threads.submit(gateway.post, CHAT, long, authorization=f"Bearer {key}")
-            wait_until(lambda: shared_upstream.books.open == 1)
+            wait_until(lambda: upstream.books.open == 1)
             with postgres.silent():
                 # The first may be reserved for; the others are not let in.
                 for _ in range(3):
@@ -205,7 +205,7 @@ def test_a_server_that_is_silent_stops_nobody_who_does_not_need_it(
                     assert (status, headers["retry-after"]) == (503, "2")
                 assert gateway.get("/health")[0] == 200
                 assert stream.result()[2].endswith(b"data: [DONE]\n\n")
-        wait_until(lambda: gateway.post(CHAT, {"model": "tiny"}, authorization=f"Bearer {key}")[0] == 200)
+        wait_until(lambda: gateway.post(CHAT, {"model": "tiny"}, authorization=f"Bearer {key}")[0] == 200, 30)
         wait_until(lambda: store.reader.execute("SELECT 1 FROM reservations").fetchone() is None)
 
 
