@@ -10,12 +10,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation, apply_moe_activation
 
 from tokenmill import env
 from tokenmill.engine.vllm import compat, hooks, linear_kernel
 from tokenmill.errors import CheckpointError, InputError
+from tokenmill.kernels import library
 from tokenmill.kernels.int4_gemm import op
 from tokenmill.quant.format import Scheme
 from tokenmill.quant.pack import form_layer
@@ -138,6 +140,13 @@ class Int4Experts(FusedMoEMethodBase):  # type: ignore[misc]
             shared_experts: Computed by vLLM.
             shared_experts_input: Likewise.
         """
+        if torch.compiler.is_compiling():  # which rows an expert gets is no matter of shapes
+            out: torch.Tensor = torch.ops.tokenmill.int4_experts(x, topk_weights, topk_ids, layer.layer_name)
+            return out
+        return self.multiply(layer, x, topk_weights, topk_ids)
+
+    def multiply(self, layer: Any, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
+        """What `apply` returns."""
         ids = topk_ids if layer.expert_map is None else layer.expert_map[topk_ids.long()]
         places = torch.argsort(ids.flatten(), stable=True)
         counts = torch.bincount(ids.flatten().clamp(min=-1) + 1, minlength=layer.local_num_experts + 1).tolist()
@@ -163,7 +172,9 @@ class Int4Experts(FusedMoEMethodBase):  # type: ignore[misc]
 
     def _activate(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
         width = x.shape[1] // 2 if layer.activation.is_gated else x.shape[1]
-        return apply_moe_activation(layer.activation, x.new_empty(x.shape[0], width), x)
+        out = x.new_empty(x.shape[0], width)
+        apply_moe_activation(layer.activation, out, x)
+        return out
 
 
 class GPTQExperts(Int4Experts, _GPTQ):  # type: ignore[misc]
@@ -219,6 +230,20 @@ class PackedExperts(Int4Experts, _PACKED):  # type: ignore[misc]
         """The files' own shapes are those of gate and up apart, and of all ranks."""
         N, words = tensors["weight_packed"].shape
         return {**tensors, "weight_shape": torch.tensor([N, words * self.packed_factor])}
+
+
+def _op(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer_name: str) -> torch.Tensor:
+    """`Int4Experts.multiply` of the layer with this name in the engine that runs."""
+    layer = get_forward_context().no_compile_layers[layer_name].routed_experts
+    out: torch.Tensor = layer.quant_method.multiply(layer, x, topk_weights, topk_ids)
+    return out
+
+
+library.define(
+    "int4_experts(Tensor x, Tensor topk_weights, Tensor topk_ids, str layer_name) -> Tensor",
+    _op,
+    lambda x, *arguments: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
 
 
 @contextmanager

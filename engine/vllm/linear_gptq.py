@@ -173,7 +173,12 @@ class WideGPTQMethod(LinearMethodBase):  # type: ignore[misc]
         if reason is not None:
             if not self._stock_can(K):
                 raise CheckpointError(f"{linear_kernel.layer_name(layer)} is {config.scheme}: {reason}")
-            self.stock = AutoGPTQLinearMethod(config)
+            try:
+                self.stock = AutoGPTQLinearMethod(config)
+            except ValueError as error:  # it speaks of Marlin, on a CPU too
+                raise CheckpointError(
+                    f"{linear_kernel.layer_name(layer)} is {config.scheme}: {reason}; nor does vLLM's own ({error})"
+                ) from None
             self.stock.create_weights(
                 layer, K, output_partition_sizes, input_size, output_size, params_dtype, **extra_weight_attrs
             )

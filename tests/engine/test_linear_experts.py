@@ -108,6 +108,20 @@ def test_experts_of_every_format(scheme: Scheme) -> None:
     assert sum(parameter.numel() for parameter in layer.parameters()) == 0, "the packed copy serves alone"
 
 
+def test_a_compiled_model_calls_them_as_one_operator() -> None:
+    """Of which layer, vLLM's context says: engines that share a process have layers of one name."""
+    from vllm.forward_context import override_forward_context
+
+    ours, layer, _ = loaded(FORMATS[0])
+    ours.process_weights_after_loading(layer)
+    layer.quant_method = ours
+    wanted = ours.apply(layer, X, WEIGHTS, IDS)
+    compiled = torch.compile(lambda x, w, i: ours.apply(layer, x, w, i), fullgraph=True, backend="eager")
+    context: Any = SimpleNamespace(no_compile_layers={layer.layer_name: SimpleNamespace(routed_experts=layer)})
+    with override_forward_context(context):
+        torch.testing.assert_close(compiled(X, WEIGHTS, IDS), wanted, rtol=0, atol=0)
+
+
 def test_experts_of_other_ranks_are_left_to_them() -> None:
     """Of five experts this rank has the last three."""
     ours, layer, exact = loaded(FORMATS[0], expert_map=torch.tensor([-1, -1, 0, 1, 2], dtype=torch.int32))
@@ -189,18 +203,24 @@ def test_log_probabilities_of_two_ranks_equal_the_dequantized_checkpoint(tmp_pat
 
     torch.manual_seed(0)
     source, _ = tiny_pair()
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 64, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "moe_intermediate_size": 64,
+        "num_hidden_layers": 2,
+    }
+    heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
+    experts: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
     config = Qwen3MoeConfig(vocab_size=4096, max_position_embeddings=512, **sizes, **heads, **experts)
-    model = Qwen3MoeForCausalLM(config).float()
+    model: Any = Qwen3MoeForCausalLM(config)  # type: ignore[no-untyped-call]
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path)
     scheme = Scheme("gptq", 32, False)
-    quantized, exact = {}, {}
+    quantized: dict[str, torch.Tensor] = {}
+    exact: dict[str, torch.Tensor] = {}
     for name, tensor in load_file(tmp_path / "model.safetensors").items():
         exact[name] = tensor.half().float()
         if name.endswith("_proj.weight"):

@@ -163,6 +163,13 @@ def test_rules_for_more_bits_are_left_to_the_layers() -> None:
     assert config(RAGGED, dynamic={"+:.*down_proj": {"bits": 8, "group_size": 32}}).dynamic
 
 
+@pytest.mark.usefixtures("ranks")
+def test_a_layer_of_more_bits_that_nothing_here_can_run_is_named() -> None:
+    made = config(Scheme("gptq", 32, True), dynamic={"+:.*down_proj": {"bits": 8}})
+    with pytest.raises(CheckpointError, match=r"^model\.down_proj is 8-bit GPTQ.*our kernel takes 4 bits, not 8; nor"):
+        rows_of(made, 64, 32)
+
+
 def test_a_shard_that_cuts_a_word_is_refused(ranks: Rank) -> None:
     ranks.size = 2
     with pytest.raises(CheckpointError, match=r"model\.down_proj is 4-bit GPTQ.*: a shard has 68 features.*smaller"):
