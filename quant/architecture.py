@@ -8,8 +8,6 @@ than transformers' modules, which it renames as it loads. What is written keeps 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
-
 
 def read_config(settings: Mapping[str, Any]) -> Any:
     """The configuration that a config.json describes; what its quantization_config says is left away."""
@@ -43,7 +41,7 @@ def auto_class(config: Any) -> tuple[Any, bool]:
     return (multimodal if is_multimodal else transformers.AutoModelForCausalLM), is_multimodal
 
 
-def stored_names(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
+def stored_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
     """What the model calls the tensors of a checkpoint, to what the checkpoint calls them.
 
     Args:
@@ -65,7 +63,7 @@ def stored_names(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def beside(model: nn.Module, language: str) -> tuple[str, ...]:
+def beside(model: Any, language: str) -> tuple[str, ...]:
     """Paths of the modules and parameters that stand beside the language model and its output head, outermost only.
 
     Args:
