@@ -112,16 +112,21 @@ class PostgresServer:
     def silent(self) -> Iterator[None]:
         """The server meanwhile takes connections and does nothing more, as one whose disk does not answer."""
         first = self._process.pid
-        os.kill(first, signal.SIGSTOP)  # from now on it starts no others
+        self._signal(first, signal.SIGSTOP)  # from now on it starts no others
         children = Path(f"/proc/{first}/task/{first}/children").read_text().split()
         processes = [first, *map(int, children)]
-        for process in processes:
-            os.kill(process, signal.SIGSTOP)
         try:
+            for process in processes:
+                self._signal(process, signal.SIGSTOP)
             yield
         finally:
             for process in processes:
-                os.kill(process, signal.SIGCONT)
+                self._signal(process, signal.SIGCONT)
+
+    @staticmethod
+    def _signal(process: int, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(process, number)
 
     @contextlib.contextmanager
     def pooled(self, program: str, url: str, mode: str, settings: Mapping[str, int]) -> Iterator[str]:
