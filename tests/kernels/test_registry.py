@@ -38,6 +38,15 @@ def test_takes_the_first_that_can(spec: OpSpec) -> None:
     assert registry.choose(spec, spec.problem()).run() == "triton ran"
 
 
+def test_the_order_is_a_gpus_kernels_first_and_the_reference_last(spec: OpSpec) -> None:
+    able = dict.fromkeys(("cpu", "triton", "cuda"), spec.implementations["triton"])
+    shown = []
+    while able:
+        shown.append(str(registry.explain(dataclasses.replace(spec, implementations=able), spec.problem()).chosen))
+        del able[shown[-1]]
+    assert shown == ["cuda", "triton", "cpu"]
+
+
 def test_a_named_one_never_falls_back(spec: OpSpec) -> None:
     with pytest.raises(UnsupportedError, match="T=32 is not 0") as caught:
         registry.choose(spec, spec.problem(), "cuda")
@@ -71,6 +80,15 @@ def test_logs_the_choice_and_the_refusals_once(spec: OpSpec, caplog: pytest.LogC
         registry.choose(spec, problem)
         registry.choose(spec, problem)
     assert caplog.messages == [f"{spec.name}: triton (cuda: T=32 is not 0; pass no drafts)"]
+
+
+def test_a_choice_with_other_refusals_is_logged_again(spec: OpSpec, caplog: pytest.LogCaptureFixture) -> None:
+    problem = dataclasses.replace(spec.problem(), op=spec.name)
+    alone = dataclasses.replace(spec, implementations={"triton": spec.implementations["triton"]})
+    with caplog.at_level(logging.INFO, logger="tokenmill.kernels.registry"):
+        registry.choose(alone, problem)
+        registry.choose(spec, problem)
+    assert caplog.messages == [f"{spec.name}: triton", f"{spec.name}: triton (cuda: T=32 is not 0; pass no drafts)"]
 
 
 def test_explain_lists_every_refusal_also_behind_the_chosen(spec: OpSpec) -> None:
