@@ -275,6 +275,9 @@ def test_automatic_choice_explains_itself() -> None:
         (lambda w: op.prepare(w, torch.bfloat16)(torch.zeros((), dtype=torch.bfloat16)), r"x is torch.bfloat16 \[\]"),
         # Kernels would write four bytes where the buffer has two.
         (lambda w: op.int4_gemm(torch.zeros(2, 256), w, out=torch.zeros(2, 32, dtype=torch.float16)), "out is float16"),
+        (lambda w: op.prepare(w, torch.float32)(torch.zeros(2, 256), torch.zeros(2, 32).half()), "torch.float16"),
+        (lambda w: op.prepare(w, torch.float32)(torch.zeros(2, 256), torch.zeros(2, 31)), r"out is .* \[2, 31\]"),
+        (lambda w: op.prepare(w, torch.float32)(torch.zeros(2, 256), torch.zeros(32, 2).t()), "contiguous"),
         (lambda w: op.int4_gemm(torch.zeros(2, 256, requires_grad=True), w), "x asks for a gradient"),
         (lambda w: op.prepare(w, torch.float32)(torch.zeros(2, 256, requires_grad=True)), "x asks for a gradient"),
     ],
@@ -326,6 +329,7 @@ def test_a_bias_of_another_form_is_brought_into_that_of_the_layer() -> None:
     x = activations(3, 256, torch.bfloat16)
     expected = op.prepare(weight, torch.bfloat16)(x)
     assert_bit_equal(op.prepare(replace(weight, bias=wide[:, 0]), torch.bfloat16)(x), expected)
+    assert_bit_equal(op.prepare(replace(weight, bias=wide.bfloat16()[:, 0]), torch.bfloat16)(x), expected)
     assert_bit_equal(op.int4_gemm(x, replace(weight, bias=wide[:, 0].contiguous())), expected)
 
 
