@@ -32,6 +32,7 @@ from tokenmill.engine.gateway.portfolio import Portfolio
 from tokenmill.engine.gateway.principal import Principal
 from tokenmill.engine.gateway.request import (
     ANSWER,
+    BREAK_OFF,
     ON_HANGUP,
     ClientGoneError,
     Fields,
@@ -319,6 +320,7 @@ class Gateway:
         except Exception:
             exchange.outcome = "failed"
             if not exchange.status:
+                self._background.give_up(exchange)
                 raise
             # The reply has begun: all that can be done is to break it off, by returning before its end.
             log.exception("request %s failed in the middle of its reply", identity)
@@ -326,6 +328,7 @@ class Gateway:
             hangup.stop()
             try:
                 if exchange.goes_on is not None:
+                    scope[BREAK_OFF]()  # its client does not wait for that
                     await self._background.watch(exchange)
             finally:
                 self._end(exchange)

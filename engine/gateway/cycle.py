@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 from tokenmill.engine.gateway.heads import layout
-from tokenmill.engine.gateway.request import ANSWER, ON_HANGUP
+from tokenmill.engine.gateway.request import ANSWER, BREAK_OFF, ON_HANGUP
 
 if TYPE_CHECKING:
     from tokenmill.engine.gateway.protocol import GatewayProtocol
@@ -139,13 +139,13 @@ class Cycle:
             if not self.begun and not self._gone:
                 log.error("a request was not answered")
                 await self._fail()
-            elif not self.complete and not self._gone:
-                # An answer that is broken off on purpose: the client must see that it is not whole.
-                self._connection.close()
+            else:
+                self.break_off()
         finally:
             # It leads back here: nothing that a request leaves may need the collector.
             self.scope.pop(ON_HANGUP, None)
             self.scope.pop(ANSWER, None)
+            self.scope.pop(BREAK_OFF, None)
 
     async def _fail(self) -> None:
         headers = [(b"content-length", b"0"), (b"connection", b"close")]
@@ -205,6 +205,11 @@ class Cycle:
             self._begin(status, headers)
             self._body(body, False)
         return True
+
+    def break_off(self) -> None:
+        """Ends the connection of an answer that has begun: the client must see that it is not whole."""
+        if self.begun and not self.complete and not self._gone:
+            self._connection.close()
 
     def _begin(self, status: int, headers: Collection[tuple[bytes, bytes]]) -> None:
         """Writes the head, or keeps it to be written together with the body."""

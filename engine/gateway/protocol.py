@@ -24,7 +24,7 @@ from tokenmill.engine.gateway import cors
 from tokenmill.engine.gateway.api_error import ApiError, Headers
 from tokenmill.engine.gateway.cycle import STATUS_LINES, Cycle
 from tokenmill.engine.gateway.heads import lines
-from tokenmill.engine.gateway.request import ANSWER, ON_HANGUP
+from tokenmill.engine.gateway.request import ANSWER, BREAK_OFF, ON_HANGUP
 from tokenmill.engine.gateway.settings import Settings
 
 _ASGI = {"version": "3.0", "spec_version": "2.3"}
@@ -293,6 +293,7 @@ class GatewayProtocol(asyncio.Protocol):
         cycle = Cycle(self, scope, keep_alive, version != "1.0" and _expects(headers))
         scope[ON_HANGUP] = cycle.on_hangup
         scope[ANSWER] = cycle.answer
+        scope[BREAK_OFF] = cycle.break_off
         self._arriving = cycle
         if self._running is None:
             self._start(cycle)

@@ -27,6 +27,9 @@ ON_HANGUP = "tokenmill.on_hangup"
 #: A member of a scope: call it with status, headers and body of a whole answer instead of sending ASGI's two messages.
 #: It does not wait for a client that takes nothing at the moment, but returns False, and nothing has been done.
 ANSWER = "tokenmill.answer"
+#: A member of a scope: call it to break the connection of an answer that has begun and will not come to its end, where
+#: the application does not return at once. Of an answer that is whole it does nothing.
+BREAK_OFF = "tokenmill.break_off"
 #: No model has a longer name, and no path is longer: both go into logs, traces and the audit trail.
 MOST_OF_A_NAME = 1024
 #: How much of a body that is too long is read and dropped before the refusal, so that a client that sends it all

@@ -35,6 +35,8 @@ class Responding(FakeUpstream):
         super().__init__()
         self.kept: dict[str, dict[str, Any]] = {}
         self.asked: list[tuple[str, str, dict[str, str]]] = []
+        #: Streams end in their midst, not the work.
+        self.breaks_off = False
 
     def _add_routes(self, application: web.Application) -> None:
         for method, path in (("GET", ""), ("DELETE", ""), ("POST", "/cancel"), ("GET", "/input_items")):
@@ -83,7 +85,9 @@ class Responding(FakeUpstream):
         await stream.prepare(request)
         event = {"response": response, "sequence_number": 0, "type": kind}
         await stream.write(f"event: {kind}\ndata: {json.dumps(event)}\n\n".encode())
-        if wait or response["status"] == "queued":
+        if self.breaks_off:
+            request.transport.close()  # type: ignore[union-attr]
+        elif wait or response["status"] == "queued":
             await stream.write(b'event: response.in_progress\ndata: {"type": "response.in_progress"}\n\n')
             never: Any = self._loop.create_future()
             await never
@@ -315,6 +319,21 @@ def test_so_is_one_whose_client_leaves_its_stream(governed: Governed, servers: l
     holder(servers, name).finish(name)
     (row,) = ended(governed, identity)
     assert (row.prompt, row.completion, row.exact, row.outcome) == (30, 20, True, "gone")
+
+
+def test_a_stream_that_breaks_off_ends_there_for_its_client(governed: Governed, servers: list[Responding]) -> None:
+    identity, key = governed.key()
+    for server in servers:
+        server.breaks_off = True
+    body = json.dumps({"model": "tiny", "input": "hi", "background": True, "stream": True, "max_output_tokens": 100})
+    head = f"POST {PATH} HTTP/1.1\r\nhost: a\r\nauthorization: Bearer {key}\r\ncontent-length: {len(body)}\r\n\r\n"
+    answer = governed.gateway.raw((head + body).encode())
+    assert b"response.created" in answer and b"upstream_cut" in answer and not answer.endswith(b"0\r\n\r\n")
+    assert governed.ledger(identity) == []
+    (name,) = [name for server in servers for name in server.kept]
+    holder(servers, name).finish(name)
+    (row,) = ended(governed, identity)
+    assert (row.completion, row.exact, row.outcome) == (20, True, "cut")
 
 
 @pytest.mark.parametrize("stream", [False, True])
