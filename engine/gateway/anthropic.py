@@ -1,7 +1,8 @@
-"""Chat completions on a backend that speaks Anthropic's Messages API; `anthropic_stream` has the streams.
+"""Chat completions on a backend that speaks Anthropic's Messages API.
 
 Requests, answers and errors are translated field by field; what has no counterpart there and may change the answer is
-refused with 400 rather than dropped. Format: https://docs.anthropic.com/en/api/messages.
+refused with 400, unless it is to be dropped. `anthropic_messages` has the messages, `anthropic_stream` the streams.
+Format: https://docs.anthropic.com/en/api/messages.
 """
 
 import contextlib
@@ -12,7 +13,9 @@ from typing import Any
 import orjson
 
 from tokenmill.engine.gateway import anthropic_effort
+from tokenmill.engine.gateway.anthropic_messages import THERE, messages_of, thoughts
 from tokenmill.engine.gateway.api_error import ApiError, Headers, UntranslatableError, invalid_json, quote
+from tokenmill.engine.gateway.body import too_deep
 
 PATH = b"/v1/messages"
 #: Paths of that API itself: their requests and answers pass as they are.
@@ -73,11 +76,6 @@ _NEVER_DROPPED = frozenset({"functions", "function_call"})
 _USUAL: dict[str, Any] = {"temperature": 1, "top_p": 1, "top_k": -1}
 #: Users that are addresses or telephone numbers, which that API refuses, or longer than it takes.
 _PERSONAL = re.compile(r".*@.*|\+?[\d ()-]{7,}|.{257,}", re.DOTALL)
-#: What may not stand there in an id of a call; some models have `functions.weather:0`.
-_NOT_IN_IDS = re.compile(r"[^a-zA-Z0-9_-]")
-_THERE = "in the API of this model's backend"
-#: What a PDF begins with that stands in a message itself.
-_PDF = "data:application/pdf;base64,"
 #: What an error in the midst of an answer would have been as a status.
 STATUS = {
     "invalid_request_error": 400,
@@ -123,9 +121,9 @@ def request(raw: bytes, model: str, longest: int | None = None, drop: bool = Fal
         known = name in _TRANSLATED or name in _OF_NO_EFFECT or (drop and name not in _NEVER_DROPPED)
         if not known and value is not None and (name not in _NO_COUNTERPART or value != _NO_COUNTERPART[name]):
             name = quote(name)  # noqa: PLW2901
-            raise UntranslatableError(f"`{name}` has no counterpart {_THERE}; leave it out.", name)
+            raise UntranslatableError(f"`{name}` has no counterpart {THERE}; leave it out.", name)
     try:
-        system, messages = _messages(asked.get("messages"))
+        system, messages = messages_of(asked.get("messages"))
         body: dict[str, Any] = {
             "model": model,
             "max_tokens": asked.get("max_completion_tokens") or asked.get("max_tokens") or None,
@@ -139,7 +137,7 @@ def request(raw: bytes, model: str, longest: int | None = None, drop: bool = Fal
             stops = [stop] if isinstance(stop, str) else stop
             body["stop_sequences"] = [text for text in stops if text.strip()]
             if len(body["stop_sequences"]) < len(stops) and not drop:
-                raise UntranslatableError(f"A `stop` of white space alone has no counterpart {_THERE}.", "stop")
+                raise UntranslatableError(f"A `stop` of white space alone has no counterpart {THERE}.", "stop")
         usual = _USUAL if "claude" in model.lower() else {}
         for name in ("temperature", "top_p", "top_k", "stream", "thinking", "output_config"):
             # Newer models take no two ways of sampling at once, or none; many clients always state what is usual.
@@ -161,7 +159,10 @@ def request(raw: bytes, model: str, longest: int | None = None, drop: bool = Fal
         body["max_tokens"] = body["max_tokens"] or longest or DEFAULT_MAX_TOKENS + budget
     except (KeyError, TypeError, AttributeError, ValueError):
         raise UntranslatableError("The request is not a well-formed chat completion request.", "messages") from None
-    return orjson.dumps(body)
+    try:
+        return orjson.dumps(body)
+    except orjson.JSONEncodeError:
+        raise too_deep() from None
 
 
 def _set_format(body: dict[str, Any], asked: dict[str, Any]) -> None:
@@ -172,126 +173,9 @@ def _set_format(body: dict[str, Any], asked: dict[str, Any]) -> None:
         body["output_config"] = {**body.get("output_config", {}), "format": shape}
     elif kind != "text":
         raise UntranslatableError(
-            f"A `response_format` of type `{quote(str(kind))}` has no counterpart {_THERE}; ask for a `json_schema`.",
+            f"A `response_format` of type `{quote(str(kind))}` has no counterpart {THERE}; ask for a `json_schema`.",
             "response_format",
         )
-
-
-def _messages(asked: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The system prompt's blocks, and the messages: neighbours of one role become one, as this API wants them."""
-    if not isinstance(asked, list):
-        raise TypeError("messages must be a list")
-    system: list[dict[str, Any]] = []
-    messages: list[dict[str, Any]] = []
-    for message in asked:
-        role = message["role"]
-        if role in ("system", "developer"):
-            system += _system(message["content"])
-            continue
-        if role not in ("user", "assistant", "tool"):
-            raise UntranslatableError(
-                f"A message's role is `{quote(str(role))}`; it must be system, developer, user, assistant or tool.",
-                "messages",
-            )
-        if role == "tool":
-            blocks: list[dict[str, Any]] = [
-                {
-                    "type": "tool_result",
-                    "tool_use_id": _NOT_IN_IDS.sub("_", message["tool_call_id"]),
-                    "content": _result(message["content"]),
-                }
-            ]
-        else:
-            blocks = _blocks(message.get("content"))
-            if role == "assistant":
-                blocks += _blocks(message.get("refusal"))
-                # Where it thinks and calls tools, that API wants its thoughts back as they were, and before all else.
-                blocks[:0] = [thought for block in message.get("thinking_blocks") or () if (thought := thoughts(block))]
-            for call in message.get("tool_calls") or ():
-                function = call["function"]
-                given = _arguments(function["arguments"])
-                identity = _NOT_IN_IDS.sub("_", call["id"])
-                blocks.append({"type": "tool_use", "id": identity, "name": function["name"], "input": given})
-            if role == "assistant" and not blocks:
-                continue  # an answer without a word, as one that was broken off; that API takes none
-        speaker = "assistant" if role == "assistant" else "user"
-        if messages and messages[-1]["role"] == speaker:
-            messages[-1]["content"].extend(blocks)
-        else:
-            messages.append({"role": speaker, "content": blocks})
-    return system, messages
-
-
-def thoughts(block: dict[str, Any]) -> dict[str, Any] | None:
-    """A block of thoughts as it goes to and fro, in LiteLLM's `thinking_blocks`; None: it is none that counts.
-
-    Without the signature, as other models' are, it is refused there.
-    """
-    if block["type"] == "thinking" and block.get("signature"):
-        return {"type": "thinking", "thinking": block["thinking"], "signature": block["signature"]}
-    if block["type"] == "redacted_thinking":
-        return {"type": "redacted_thinking", "data": block["data"]}
-    return None
-
-
-def _system(content: Any) -> list[dict[str, Any]]:
-    """A message's text as one block, or as those whose end its client wants to have cached."""
-    if not isinstance(content, str) and any("cache_control" in part for part in content):
-        return _blocks(content)
-    return [{"type": "text", "text": _text(content)}]
-
-
-def _arguments(said: str) -> dict[str, Any]:
-    """Arguments of a call as an object; what is none, as a call that was broken off, in the words that API names.
-
-    Source: https://platform.claude.com/docs/en/agents-and-tools/tool-use/fine-grained-tool-streaming.
-    """
-    try:
-        given = orjson.loads(said or "{}")
-    except orjson.JSONDecodeError:
-        given = said
-    return given if isinstance(given, dict) else {"INVALID_JSON": said}
-
-
-def _result(content: Any) -> str | list[dict[str, Any]]:
-    """What a tool said: text, or blocks where there is more to it than text."""
-    if isinstance(content, list) and any(part["type"] != "text" or "cache_control" in part for part in content):
-        return _blocks(content)
-    return _text(content or "")
-
-
-def _text(content: Any) -> str:
-    if isinstance(content, str):
-        return content
-    return "".join(part["text"] for part in content)
-
-
-def _blocks(content: Any) -> list[dict[str, Any]]:
-    """Content as blocks, without texts of white space alone, which that API refuses."""
-    parts = [{"type": "text", "text": content or ""}] if content is None or isinstance(content, str) else content
-    blocks = [_block(part) for part in parts]
-    return [block for block in blocks if block["type"] != "text" or block["text"].strip()]
-
-
-def _block(part: dict[str, Any]) -> dict[str, Any]:
-    kind = part["type"]
-    marked = {"cache_control": part["cache_control"]} if part.get("cache_control") else {}
-    if kind == "text":
-        return {"type": "text", "text": part["text"], **marked}
-    if kind == "refusal":
-        return {"type": "text", "text": part["refusal"]}
-    if kind == "file" and str(part["file"].get("file_data")).startswith(_PDF):
-        file: dict[str, Any] = part["file"]
-        source = {"type": "base64", "media_type": "application/pdf", "data": file["file_data"].removeprefix(_PDF)}
-        title = {"title": file["filename"]} if file.get("filename") else {}
-        return {"type": "document", "source": source, **title, **marked}
-    if kind == "image_url":
-        url: str = part["image_url"]["url"]
-        if not url.startswith("data:"):
-            return {"type": "image", "source": {"type": "url", "url": url}, **marked}
-        media, _, data = url.removeprefix("data:").partition(";base64,")
-        return {"type": "image", "source": {"type": "base64", "media_type": media, "data": data}, **marked}
-    raise UntranslatableError(f"Content of type `{quote(str(kind))}` has no counterpart {_THERE}.", "messages")
 
 
 def _tool(tool: dict[str, Any]) -> dict[str, Any]:
@@ -299,7 +183,7 @@ def _tool(tool: dict[str, Any]) -> dict[str, Any]:
         return tool  # some clients describe their tools to every Claude in that API's words
     if tool.get("type", "function") != "function":
         kind = quote(str(tool["type"]))
-        raise UntranslatableError(f"A tool of type `{kind}` has no counterpart {_THERE}; send functions.", "tools")
+        raise UntranslatableError(f"A tool of type `{kind}` has no counterpart {THERE}; send functions.", "tools")
     function = tool["function"]
     made = {"name": function["name"], "input_schema": {"type": "object", **(function.get("parameters") or {})}}
     if function.get("description"):
@@ -314,7 +198,7 @@ def _tool_choice(asked: dict[str, Any]) -> dict[str, Any]:
     made: dict[str, Any] | None = None
     if isinstance(choice, dict) and choice["type"] != "function":
         kind = quote(str(choice["type"]))
-        raise UntranslatableError(f"A `tool_choice` of type `{kind}` has no counterpart {_THERE}.", "tool_choice")
+        raise UntranslatableError(f"A `tool_choice` of type `{kind}` has no counterpart {THERE}.", "tool_choice")
     if isinstance(choice, dict):
         made = {"type": "tool", "name": choice["function"]["name"]}
     elif choice is not None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import orjson
 
-from tokenmill.engine.gateway.anthropic import FINISH, error, thoughts, usage_of
+from tokenmill.engine.gateway.anthropic import FINISH, error, usage_of
+from tokenmill.engine.gateway.anthropic_messages import thoughts
 from tokenmill.engine.gateway.connection import CutError, NoAnswerError
 from tokenmill.engine.gateway.sse import LONGEST
 

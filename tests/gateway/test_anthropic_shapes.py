@@ -12,7 +12,7 @@ import pytest
 from tests.gateway.anthropic_upstream import FakeAnthropic
 from tests.gateway.running import RunningGateway
 from tokenmill.engine.gateway import anthropic, anthropic_stream
-from tokenmill.engine.gateway.api_error import UntranslatableError
+from tokenmill.engine.gateway.api_error import ApiError, UntranslatableError
 from tokenmill.engine.gateway.backends import Backend
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
@@ -239,6 +239,14 @@ def test_a_call_without_arguments_has_an_empty_object_in_a_stream_too() -> None:
         for call in json.loads(line[6:])["choices"][0]["delta"].get("tool_calls", ()) if line[6:7] == b"{" else ():
             said[call["index"]] += call["function"]["arguments"]
     assert said == {0: "{}", 1: '{"a": 1}'}
+
+
+def test_what_is_nested_too_deeply_for_that_api_is_the_clients_mistake() -> None:
+    deep = '{"a":' * 300 + "1" + "}" * 300
+    tool = {"type": "function", "function": {"name": "f", "parameters": json.loads(deep)}}
+    for asked in ({"tools": [tool]}, {"messages": [*HELLO, {"role": "assistant", "tool_calls": [_call("1", deep)]}]}):
+        with pytest.raises(ApiError, match="nested too deeply"):
+            translated(**asked)
 
 
 def _text(text: str) -> dict[str, Any]:
