@@ -23,11 +23,16 @@ _ESCAPE = re.compile(
 _NAMED_ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "~": " "}  # the last one of RTF
 #: What only a mail has that is written for old servers (RFC 2045, 6.7; RFC 2047): lines that go on, and escapes.
 _OF_MAIL = re.compile(r"=\r?\n|=3D[\"'\s]|=C2=A0|=\?[\w-]{2,20}\?[BbQq]\?")
-_MAIL_WORD = re.compile(r"=\?[\w-]{2,20}\?([BbQq])\?([!->@-~]{1,512})\?=|(?:=[0-9A-F]{2})+|=\r?\n")
+#: Mail programs escape neither digits nor letters: `card=4111` and `iban=DE89` of a form are none of their escapes.
+_MAIL_WORD = re.compile(
+    r"=\?[\w-]{2,20}\?([BbQq])\?([!->@-~]{1,512})\?=|(?:=[89A-F][0-9A-F]){2,}|=(?:[89][0-9A-F](?!\d)"
+    r"|(?![A-F]{2}\d\d)[A-F][0-9A-F]|[2-7][A-F]|0[AD]|40(?=[A-Za-z])|(?:20|09)(?=[\r\n=]|\Z)|\r?\n)"
+)
 #: The same of RTF: formats and groups, and characters in hexadecimal.
 _OF_RTF, _RTF_WORD = (
     re.compile(r"\\(?:rtf1|par|pard|plain)\b"),
-    re.compile(r"\\'([0-9a-f]{2})|\\[a-z]{1,32}-?[0-9]{0,10} ?|[{}]"),
+    # `\n`, `\r` and `\t` are no words of RTF but others' ends of lines.
+    re.compile(r"\\'([0-9a-f]{2})|\\(?![nrt](?![a-z]))[a-z]{1,32}-?[0-9]{0,10} ?|[{}]"),
 )
 #: Marks of HTML that a reader does not see between two characters: mail programs put `<wbr>` into long addresses. The
 #: others count between digits and beside an `@`: elsewhere they part words.

@@ -272,6 +272,19 @@ def test_mails_and_rtf_are_read_as_programs_for_them_read_them(kind: str, text: 
 
 
 @pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("credit_card", "dGVzdA==\ncard=4111%201111%201111%201111&x=1"),
+        ("iban", "dGVzdA==\niban=DE89%203704%200044%200532%200130%2000&x=1"),
+        ("phone", "dGVzdA==\nphone=202%20555%200143&x=1"),
+        ("credit_card", r"in a \par: paid by\n4111%201111%201111%201111"),
+    ],
+)
+def test_what_looks_like_an_escape_of_mails_or_rtf_hides_nothing(kind: str, text: str, scanner: Scanner) -> None:
+    assert (kind, -1) in {(one.kind, one.start) for one in scanner.find(text)}
+
+
+@pytest.mark.parametrize(
     "text",
     [
         r'{"to": "j\u00f6rg@firma.de"}',
