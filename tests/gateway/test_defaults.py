@@ -32,6 +32,14 @@ def test_the_clients_word_goes_first(said: dict[str, Any], added: set[str]) -> N
     assert not defaults_for(DEFAULTS, "/v1/embeddings", body)
 
 
+def test_who_says_how_hard_to_think_gets_no_other_word_for_it() -> None:
+    thinking = {"thinking": {"type": "enabled", "budget_tokens": 2048}, "temperature": 1}
+    body = Body(json.dumps({"messages": HELLO, "reasoning_effort": "low"}).encode())
+    assert defaults_for(thinking, PATH, body) == {"temperature": 1}
+    body = Body(json.dumps({"messages": HELLO, "thinking": {"type": "disabled"}}).encode())
+    assert defaults_for({"reasoning_effort": "high"}, PATH, body) == {}
+
+
 def test_the_longest_answer_that_they_allow() -> None:
     assert [longest(one) for one in (DEFAULTS, {"temperature": 1}, {})] == [256, 0, 0]
 
