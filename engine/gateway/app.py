@@ -6,7 +6,6 @@ through the pipeline (`pipeline.py`); the few other paths are answered here, or 
 """
 
 import asyncio
-import contextlib
 import logging
 import os
 import re
@@ -15,23 +14,19 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol
 from urllib.parse import unquote
 
-import orjson
-
 from tokenmill.engine.gateway import metrics, model_info, openapi, paths
-from tokenmill.engine.gateway.api_error import EVENT_STREAM_TYPE, JSON, ApiError, Headers, model_not_found
+from tokenmill.engine.gateway.api_error import JSON, ApiError, Headers, model_not_found
 from tokenmill.engine.gateway.background import Background
-from tokenmill.engine.gateway.connection import CutError, SilenceError
 from tokenmill.engine.gateway.cors import Cors
 from tokenmill.engine.gateway.cross_site import CrossSite
-from tokenmill.engine.gateway.forward import Forwarder, error_body, error_event
-from tokenmill.engine.gateway.heads import first_values, without
+from tokenmill.engine.gateway.forward import Forwarder
+from tokenmill.engine.gateway.heads import first_values
 from tokenmill.engine.gateway.health import Prober
 from tokenmill.engine.gateway.kept import Kept
 from tokenmill.engine.gateway.pipeline import Exchange, Handler, Outcome, Reply, Stage, compose
 from tokenmill.engine.gateway.portfolio import Portfolio
 from tokenmill.engine.gateway.principal import Principal
 from tokenmill.engine.gateway.request import (
-    ANSWER,
     BREAK_OFF,
     ON_HANGUP,
     ClientGoneError,
@@ -44,6 +39,7 @@ from tokenmill.engine.gateway.request import (
     request_id,
     with_model,
 )
+from tokenmill.engine.gateway.sending import error_reply, json_reply, send_stream, send_whole
 from tokenmill.engine.gateway.stored import About, Stored, about
 from tokenmill.engine.gateway.upstream import Upstream, forwarded_headers
 from tokenmill.errors import TokenmillError
@@ -62,7 +58,6 @@ _PASSED_PATH = re.compile(r"/v1(/[A-Za-z0-9_~:@-][A-Za-z0-9_.~:@-]*)+")
 #: Paths by which whoever runs an engine changes it; they are none for its clients.
 _OPERATORS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 _MODEL_PREFIX = "/v1/models/"
-_REQUEST_ID = frozenset({b"x-request-id"})
 #: What the known inference paths answer to another method than POST.
 _POST_ONLY = frozenset({*BARE_PATHS, *(path for path in openapi.INFERENCE_PATHS)})
 
@@ -219,14 +214,14 @@ class Gateway:
         except ApiError as error:
             if asks_a_model:
                 self.metrics.refuse(path, error.status)
-            reply = _error_reply(error, path)
+            reply = error_reply(error, path)
         except ClientGoneError:
             return
         except Exception:
             # Ours to repair: the client gets no traceback, the log does.
             log.exception("request %s failed", identity)
-            reply = _error_reply(ApiError(500, f"The gateway failed; its log has request {identity}."), path)
-        await _send_whole(scope, send, reply, identity)
+            reply = error_reply(ApiError(500, f"The gateway failed; its log has request {identity}."), path)
+        await send_whole(scope, send, reply, identity)
 
     async def _local(self, method: str, path: str, fields: Fields, response: About | None) -> Reply:
         """An answer of the gateway's own; raises 404 or 405."""
@@ -254,8 +249,8 @@ class Gateway:
         models = self._models(fields)
         if path in model_info.PATHS:
             names = [listed["id"] for listed in models]
-            return _json({"data": model_info.described(names, self.portfolio.targets)})
-        return self._model(model, models) if model else _json({"object": "list", "data": models})
+            return json_reply({"data": model_info.described(names, self.portfolio.targets)})
+        return self._model(model, models) if model else json_reply({"object": "list", "data": models})
 
     async def _inference(
         self, scope: Scope, fields: Fields, receive: Receive, send: Send, identity: str, model: str | None
@@ -304,13 +299,13 @@ class Gateway:
                 reply = await handle(exchange)
                 outcome: Outcome = "ok" if reply.status < 400 else "failed"
             except ApiError as error:
-                reply = _error_reply(error, exchange.endpoint)
+                reply = error_reply(error, exchange.endpoint)
                 outcome = "refused" if error.status < 500 else "failed"
             exchange.status = reply.status
             if reply.chunks is None:
-                await _send_whole(scope, send, reply, identity)
+                await send_whole(scope, send, reply, identity)
             else:
-                outcome = await self._stream(send, reply, exchange)
+                outcome = await send_stream(send, reply, exchange, self.settings)
             exchange.outcome = outcome
         except asyncio.CancelledError:
             exchange.outcome = "gone" if hangup.happened else "cut"
@@ -339,49 +334,16 @@ class Gateway:
         except Exception:
             log.exception("request %s: what had to be done at its end failed", exchange.request_id)
 
-    async def _stream(self, send: Send, reply: Reply, exchange: Exchange) -> Outcome:
-        """Relays a stream's bytes as they come. A broken one ends with an error event and a broken connection."""
-        assert reply.chunks is not None
-        head = _head(reply, exchange.request_id)
-        await send({"type": "http.response.start", "status": reply.status, "headers": head})
-        broken: ApiError | None = None
-        chunk = b""
-        async with contextlib.aclosing(reply.chunks) as chunks:
-            try:
-                async for chunk in chunks:
-                    exchange.last_chunk_at = now = time.perf_counter()
-                    if not exchange.first_chunk_at:
-                        exchange.first_chunk_at = now
-                    for tap in exchange.taps:
-                        tap(chunk)
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            except CutError:
-                broken = ApiError(502, "The backend broke off in the middle of its answer.", code="upstream_cut")
-            except SilenceError:
-                target = exchange.target
-                silence_s = self.settings.read_timeout_s if target is None else target.longest_silence_s
-                silence = f"The backend was silent for {silence_s:g} s."
-                broken = ApiError(504, silence, code="timeout")
-        if broken is None:
-            await send({"type": "http.response.body", "body": b""})
-            return "ok"
-        if any(name == b"content-type" and value.startswith(EVENT_STREAM_TYPE) for name, value in head):
-            gap = b"" if not chunk or chunk.endswith(b"\n\n") else b"\n\n"
-            last = gap + error_event(broken, exchange.endpoint)
-            await send({"type": "http.response.body", "body": last, "more_body": True})
-        # Returning before the end of the reply makes the server break the connection.
-        return "cut"
-
     async def _health(self) -> Reply:
-        return _json({"status": "ok"})
+        return json_reply({"status": "ok"})
 
     async def _ready(self) -> Reply:
         # Workers share a port and each sees the backends with its own eyes; who asks must be able to tell them apart.
         unready, worker = self.portfolio.unready_tiers(), os.getpid()
         if not unready:
-            return _json({"status": "ready", "worker": worker})
+            return json_reply({"status": "ready", "worker": worker})
         wait = (b"retry-after", str(self.settings.retry_after_s).encode())
-        return _json({"status": "not ready", "tiers": unready, "worker": worker}, 503, [wait])
+        return json_reply({"status": "not ready", "tiers": unready, "worker": worker}, 503, [wait])
 
     async def _metrics(self) -> Reply:
         if not self.metrics.for_all:
@@ -399,7 +361,7 @@ class Gateway:
     def _model(self, name: str, models: list[dict[str, Any]]) -> Reply:
         for model in models:
             if model["id"] == name:
-                return _json(model)
+                return json_reply(model)
         raise model_not_found(name)
 
     async def _openapi(self) -> Reply:
@@ -442,32 +404,3 @@ def _is_passed(path: str) -> bool:
 
 def _shown(path: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in unquote(path)[:100])
-
-
-def _json(content: dict[str, Any], status: int = 200, headers: Headers | None = None) -> Reply:
-    return Reply(status, [JSON, *(headers or [])], orjson.dumps(content))
-
-
-def _error_reply(error: ApiError, path: str) -> Reply:
-    return Reply(error.status, [JSON, *error.headers], error_body(error, path))
-
-
-def _head(reply: Reply, identity: str) -> Headers:
-    """The reply's headers with the request's id; a backend's own id goes on under another name."""
-    ours = identity.encode()
-    head = without(reply.headers, _REQUEST_ID)
-    if len(head) < len(reply.headers):
-        others = [value for name, value in reply.headers if name == b"x-request-id" and value != ours]
-        head += [(b"x-upstream-request-id", value) for value in others]
-    head.append((b"x-request-id", ours))
-    return head
-
-
-async def _send_whole(scope: Scope, send: Send, reply: Reply, identity: str) -> None:
-    body = reply.body or b""
-    head = _head(reply, identity)
-    if reply.status != 204:
-        head.append((b"content-length", str(len(body)).encode()))
-    if not scope[ANSWER](reply.status, head, body):
-        await send({"type": "http.response.start", "status": reply.status, "headers": head})
-        await send({"type": "http.response.body", "body": body})

@@ -365,17 +365,3 @@ async def _relay(
     finally:
         usage.finish()
         lease.done()
-
-
-def error_body(error: ApiError, endpoint: str) -> bytes:
-    """The body of an error, in the shape that clients of this endpoint read."""
-    return anthropic.own_error(error) if endpoint in anthropic.OWN_PATHS else error.body()
-
-
-def error_event(error: ApiError, endpoint: str) -> bytes:
-    """A server-sent event that ends a broken stream; OpenAI's client raises `APIError` on it.
-
-    Anthropic's passes over events without a name.
-    """
-    name = b"event: error\n" if endpoint in anthropic.OWN_PATHS else b""
-    return name + b"data: " + error_body(error, endpoint) + b"\n\n"
