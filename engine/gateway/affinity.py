@@ -34,6 +34,13 @@ def owner(exchange: Exchange, target: Target) -> str | None:
     return next(one for one in chain[_KINDS.index(shared_by) :] if one is not None)
 
 
+def owner_among(exchange: Exchange, targets: Iterable[Target]) -> str | None:
+    """Who alone may learn where a request's prompt goes, among backends of which some divide their caches."""
+    if exchange.principal is None:
+        return None
+    return next((found for target in targets if (found := owner(exchange, target)) is not None), None)
+
+
 def salt(exchange: Exchange, target: Target) -> str | None:
     """vLLM's `cache_salt` for a request; None: as the client wrote it.
 

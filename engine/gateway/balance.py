@@ -11,7 +11,7 @@ that are down, whose circuit is open or that are full are not asked.
 import random
 from collections.abc import Collection, Sequence
 
-from tokenmill.engine.gateway.affinity import PrefixTable, owner, prompt_blocks
+from tokenmill.engine.gateway.affinity import PrefixTable, owner_among, prompt_blocks
 from tokenmill.engine.gateway.api_error import ApiError, retry_after, unavailable
 from tokenmill.engine.gateway.pipeline import Exchange
 from tokenmill.engine.gateway.portfolio import Route, Target
@@ -44,7 +44,7 @@ class Balancer:
             if len(usable) == 1:
                 return usable[0]
             if usable:
-                blocks = prompt_blocks(exchange.body, model, owner(exchange, usable[0]))
+                blocks = prompt_blocks(exchange.body, model, owner_among(exchange, usable))
                 chosen = self._holder(usable, blocks) or _lightest(usable)
                 self._prefixes.record(blocks, chosen)
                 return chosen

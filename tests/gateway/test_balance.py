@@ -10,6 +10,7 @@ from tokenmill.engine.gateway.balance import IMBALANCE, Balancer, refusal
 from tokenmill.engine.gateway.body import Body
 from tokenmill.engine.gateway.pipeline import Exchange
 from tokenmill.engine.gateway.portfolio import Portfolio, Route, Target
+from tokenmill.engine.gateway.principal import Principal
 from tokenmill.engine.gateway.settings import Settings
 
 SETTINGS = Settings(breaker_failures=2)
@@ -211,6 +212,20 @@ def test_same_prefix_goes_where_it_was() -> None:
             seen.setdefault(str(user), set()).add(target.backend.name)
     assert all(len(names) == 1 for names in seen.values())
     assert len({name for names in seen.values() for name in names}) > 1
+
+
+@pytest.mark.parametrize("divided", ["a", "b"])
+def test_teams_learn_nothing_of_each_other_where_one_backend_divides_its_cache(divided: str) -> None:
+    _, route = portfolio(*(backend(name, prefix_cache="team" if name == divided else None) for name in "ab"))
+    balancer, (first, second) = Balancer(), route.targets
+    second.outstanding = 1
+    asked = {team: ask("the same long prompt " * 100) for team in ("one", "other")}
+    for team, exchange in asked.items():
+        exchange.principal = Principal("key", team=team)
+    assert balancer.choose(route, asked["one"]) is first
+    first.outstanding, second.outstanding = 1, 0
+    assert balancer.choose(route, asked["other"]) is second
+    assert balancer.choose(route, asked["one"]) is first
 
 
 def test_affinity_yields_to_load() -> None:
