@@ -323,6 +323,7 @@ class Gateway:
             hangup.stop()
             try:
                 if exchange.goes_on is not None:
+                    exchange.answered_at = time.perf_counter()
                     scope[BREAK_OFF]()  # its client does not wait for that
                     await self._background.watch(exchange)
             finally:

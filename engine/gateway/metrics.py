@@ -142,7 +142,7 @@ class Metrics:
         self._owned_requests.add(whose := (team, app, tier))
         if target is None:
             return
-        self._duration.observe(where, time.perf_counter() - exchange.started)
+        self._duration.observe(where, exchange.seconds)
         self._consumption.count(team, app, exchange)
         if exchange.first_chunk_at:
             waited = exchange.first_chunk_at - exchange.started

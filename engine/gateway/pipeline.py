@@ -131,6 +131,7 @@ class Exchange:
         meter: Have the backend count a stream's tokens even where the client did not ask for it; the client does
             not see the count.
         outcome: How it ended; `open` until then.
+        answered_at: `time.perf_counter()` of its reply's end, where the exchange goes on after it; else 0.0.
         goes_on: Id of the response that its backend goes on with after the answer; None: it does not.
         taps: Called with every chunk of a streamed reply as it is sent.
         notes: What stages keep about this request, by the stage's name.
@@ -149,6 +150,7 @@ class Exchange:
     decision: "Decision | None" = None
     meter = False
     outcome: Outcome = "open"
+    answered_at = 0.0
     goes_on: str | None = None
 
     def __init__(
@@ -202,6 +204,11 @@ class Exchange:
             sum(usage.accepted for usage in usages),
             sum(usage.rejected for usage in usages),
         )
+
+    @property
+    def seconds(self) -> float:
+        """From its head to its reply's end, or until now."""
+        return (self.answered_at or time.perf_counter()) - self.started
 
     @property
     def target_path(self) -> bytes:

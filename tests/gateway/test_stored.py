@@ -3,6 +3,7 @@
 import json
 import secrets
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -302,6 +303,25 @@ def test_a_background_response_is_settled_when_it_is_there(governed: Governed, s
     (row,) = ended(governed, identity)
     assert (row.prompt, row.completion, row.exact, row.outcome) == (30, 20, True, "ok")
     assert governed.account(identity).reserved == 0
+
+
+def test_its_request_took_as_long_as_its_client_waited(governed: Governed, servers: list[Responding]) -> None:
+    identity, key = governed.key()
+    begun = time.monotonic()
+    name = made(governed, key, background=True)
+    kept = holder(servers, name)
+    wait_until(lambda: kept.asked)
+    waited = time.monotonic() - begun
+    kept.finish(name)
+    ended(governed, identity)
+    headers = {"authorization": f"Bearer {MASTER_KEY}"}
+
+    def seconds() -> list[float]:
+        lines = governed.gateway.send("GET", "/admin/metrics", headers=headers)[2].decode().splitlines()
+        return [float(line.split()[-1]) for line in lines if line.startswith("tokenmill_request_duration_seconds_sum")]
+
+    wait_until(seconds)
+    assert sum(seconds()) <= waited
 
 
 @pytest.mark.parametrize("read", [False, True])

@@ -1,6 +1,5 @@
 """The last routing decisions of a worker, for people: where each request went, and why. No text of any prompt."""
 
-import time
 from collections import deque
 from typing import Any, NamedTuple
 
@@ -42,7 +41,7 @@ class Decisions:
             self._ring.append(
                 _Noted(
                     now_ms(),
-                    time.perf_counter() - exchange.started,
+                    exchange.seconds,
                     exchange.request_id[:128],
                     (exchange.model or "")[:100],
                     (principal.team or "") if principal else "",

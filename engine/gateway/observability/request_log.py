@@ -6,7 +6,6 @@ Never a header or a key, and no prompt unless the policy says so.
 import asyncio
 import os
 import sys
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
@@ -97,7 +96,7 @@ def describe(exchange: Exchange) -> dict[str, Any]:
         "endpoint": exchange.endpoint,
         "status": exchange.status,
         "outcome": exchange.outcome,
-        "seconds": round(time.perf_counter() - exchange.started, 6),
+        "seconds": round(exchange.seconds, 6),
         "first_token_seconds": round(first - exchange.started, 6) if first else None,
         "key": principal.key if principal else None,
         "organisation": principal.organisation if principal else None,
