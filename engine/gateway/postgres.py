@@ -116,17 +116,14 @@ class PostgresConnection:
         """A new connection that another thread has made, or makes at once."""
         self._refuse_too_soon()
         coming, patience_s = self._coming, 0.0
-        if coming is None:
+        if coming is None or (coming.done() and coming.exception() is not None):  # that one's failure is long ago
             coming, patience_s = Future(), SOON_S
-            self._coming = coming
             threading.Thread(target=self._fetch, args=(coming,), name="store-connector", daemon=True).start()
+            self._coming = coming
         try:
             raw = coming.result(patience_s)
         except TimeoutError:
             raise StoreUnavailableError(f"{shown(self._url)} does not answer; see governance.store") from None
-        except ConfigurationError:
-            self._coming = None
-            raise
         self._coming = None
         return raw
 

@@ -4,6 +4,8 @@ import contextlib
 import http.client
 import json
 import socket
+import threading
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -207,6 +209,30 @@ def test_a_server_that_is_silent_stops_nobody_who_does_not_need_it(
                 assert stream.result()[2].endswith(b"data: [DONE]\n\n")
         wait_until(lambda: gateway.post(CHAT, {"model": "tiny"}, authorization=f"Bearer {key}")[0] == 200, 30)
         wait_until(lambda: store.reader.execute("SELECT 1 FROM reservations").fetchone() is None)
+
+
+def test_nobody_is_refused_for_what_failed_long_ago(place: str, postgres: PostgresServer) -> None:
+    """An event loop's connection is made by a thread; its failure is told to nobody once it is to be tried again."""
+    from tokenmill.engine.gateway.postgres import NOT_AGAIN_S, PostgresConnection
+
+    with contextlib.closing(PostgresConnection(place, waits=False)) as connection:
+        connection.raw.close()
+        with postgres.silent():
+            with pytest.raises(StoreUnavailableError, match="does not answer"):
+                connection.execute("SELECT 1")
+            wait_until(lambda: all(thread.name != "store-connector" for thread in threading.enumerate()))
+        time.sleep(NOT_AGAIN_S)
+        refusals = []
+
+        def answers() -> bool:
+            try:
+                return connection.execute("SELECT 1").fetchone() == (1,)
+            except StoreUnavailableError as error:
+                refusals.append(str(error))
+                return False
+
+        wait_until(answers)
+        assert all("does not answer" in refusal for refusal in refusals), refusals  # it may take a moment to connect
 
 
 def log_in(gateway: RunningGateway, key: str = MASTER_KEY) -> tuple[int, dict[str, str], bytes]:
