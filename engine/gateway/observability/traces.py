@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from tokenmill.engine.gateway.heads import without
 from tokenmill.engine.gateway.observability.decisions import was_escalated
 from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply
+from tokenmill.engine.gateway.stored import about
 from tokenmill.errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class Traces:
         from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
         flags = TraceFlags(TraceFlags.SAMPLED)
-        operation = OPERATIONS.get(exchange.endpoint, exchange.endpoint.removeprefix("/v1/"))
+        operation = operation_of(exchange.endpoint)
         failed = exchange.outcome in ("failed", "cut")
         self._processor.on_end(
             ReadableSpan(
@@ -117,6 +118,13 @@ class Traces:
                 end_time=time.time_ns(),
             )
         )
+
+
+def operation_of(endpoint: str) -> str:
+    """What a path asks for. Spans are found and counted by it: it holds no ids of responses."""
+    if about(endpoint) is not None:
+        return "stored_response"
+    return OPERATIONS.get(endpoint, endpoint.removeprefix("/v1/"))
 
 
 def attributes(exchange: Exchange, operation: str) -> "dict[str, AttributeValue]":

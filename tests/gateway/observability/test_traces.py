@@ -15,7 +15,7 @@ from tests.gateway.upstream import FakeUpstream
 from tokenmill.engine.gateway.api_error import Headers
 from tokenmill.engine.gateway.app import Gateway
 from tokenmill.engine.gateway.backends import Backend
-from tokenmill.engine.gateway.observability.traces import Traces, attributes
+from tokenmill.engine.gateway.observability.traces import Traces, attributes, operation_of
 from tokenmill.engine.gateway.pipeline import Call, Exchange, Reply, Usage
 from tokenmill.engine.gateway.portfolio import Portfolio, Target
 from tokenmill.engine.gateway.request import ANSWER, ON_HANGUP
@@ -103,6 +103,11 @@ def test_a_span_says_which_model_answered_and_what_was_cached() -> None:
     assert {name: found[name] for name in expected} == expected
     exchange.status = 503
     assert "gen_ai.response.model" not in attributes(exchange, "chat")
+
+
+def test_ids_of_responses_name_no_spans() -> None:
+    paths = ("/v1/responses", "/v1/responses/resp_1", "/v1/responses/resp_2/cancel", "/v1/audio/speech")
+    assert [operation_of(path) for path in paths] == ["chat", "stored_response", "stored_response", "audio/speech"]
 
 
 @pytest.mark.parametrize(("header", "passed"), [(f"00-{TRACE}-{PARENT}-01".encode(), "a=b"), (b"garbage", None)])
