@@ -141,7 +141,7 @@ def write_config(scheme: Scheme, unquantized: Sequence[str] = ()) -> dict[str, A
             "format": "pack-quantized",
             "quantization_status": "compressed",
             "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}},
-            "ignore": ["lm_head", *(rf"re:(?:.*\.)?{re.escape(name)}\..*" for name in unquantized)],
+            "ignore": ["lm_head", *(rf"re:(?:.*\.)?{re.escape(name)}(?:\..*)?$" for name in unquantized)],
         }
     raise CheckpointError(f"format={scheme.format!r} cannot be written; use one of {', '.join(WRITABLE_FORMATS)}")
 

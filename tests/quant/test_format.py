@@ -65,6 +65,14 @@ def test_what_is_written_is_read_back(name: str, group_size: int, symmetric: boo
     assert parse_config(write_config(scheme)).scheme("model.layers.0.mlp.up_proj") == scheme
 
 
+def test_what_stands_beside_the_language_model_is_left_whole_and_alone() -> None:
+    """A projector may be a linear itself, as in Fuyu and BLIP-2; a name that only begins alike is another's."""
+    parsed = parse_config(write_config(Scheme("pack-quantized", 32, True), ("projection", "visual")))
+    left = ("projection", "model.projection", "visual.blocks.0.proj", "model.visual.blocks.0.proj")
+    assert [parsed.scheme(name) for name in left] == [None] * 4
+    assert all(parsed.scheme(f"model.layers.0.{name}") for name in ("projection_in", "visuals.up_proj", "q_projection"))
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
