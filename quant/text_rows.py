@@ -6,6 +6,7 @@ chat template makes text of, or `prompt` and `completion`.
 
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -78,8 +79,8 @@ def _rows(file: Path) -> Generator[tuple[str, Any], None, None]:
                 except (json.JSONDecodeError, RecursionError) as error:
                     raise ConfigurationError(f"{file}, line {number}: no JSON: {error}; {_FORMS}") from None
                 yield f"{file}, line {number}", row
-        except EOFError:
-            raise ConfigurationError(f"{file} is cut short; copy it again") from None
+        except (EOFError, zlib.error):
+            raise ConfigurationError(f"{file} is cut short or damaged; copy it again") from None
 
 
 def _text(row: Any, template: Template) -> str:

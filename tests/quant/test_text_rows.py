@@ -90,7 +90,10 @@ def test_files_that_are_no_lists_or_cut_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="holds no list of rows but dict"):
         read_rows(tmp_path / "rows.json", chat_template(Tokenizer))
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 1000)[:40])
-    with pytest.raises(ConfigurationError, match="is cut short; copy it again"):
+    with pytest.raises(ConfigurationError, match="is cut short or damaged; copy it again"):
+        read_rows(tmp_path / "rows.jsonl.gz", chat_template(Tokenizer))
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(b"")[:10] + b"\xff" * 50)
+    with pytest.raises(ConfigurationError, match="is cut short or damaged; copy it again"):
         read_rows(tmp_path / "rows.jsonl.gz", chat_template(Tokenizer))
 
 
