@@ -412,9 +412,10 @@ KINDS: tuple[Kind, ...] = (
             rb"|AIza[0-9A-Za-z_-]{35}|hf_[0-9A-Za-z]{20,}|npm_[0-9A-Za-z]{30,}|pypi-[0-9A-Za-z_-]{30,}"
             rb"|SG\.[0-9A-Za-z_-]{16,}\.[0-9A-Za-z_-]{16,}"
             rb"|(?:gsk_|nvapi-|xai-|do[opr]_v1_|whsec_|hv[sb]\.|glsa_|glc_|dckr_pat_|r8_|lin_api_|ya29\.|tgp_v1_|sq0[a-z]{3}-"
-            rb"|AGE-SECRET-KEY-1|ATATT3|shp(?:at|ss|ca|pa)_)[0-9A-Za-z_=-]{20,}|dapi[0-9a-f]{32}|key-[0-9a-f]{32}"
+            rb"|AGE-SECRET-KEY-1|ATATT3|shp(?:at|ss|ca|pa)_)[0-9A-Za-z_=-]{20,}|dapi[0-9a-f]{32}"
             rb"|SK[0-9a-f]{32}|[0-9]{8,10}:AA[0-9A-Za-z_-]{32,33}|[0-9A-Za-z_.~-]{3}[78]Q~[0-9A-Za-z_.~-]{31,34}|hooks\.slack\.com/services/[0-9A-Z]{6,16}/[0-9A-Z]{6,16}/[0-9A-Za-z]{16,}"
             rb"|eyJ[0-9A-Za-z_-]{16,}(?:\.[0-9A-Za-z_-]*){0,2})",
+            rb"(?:\A|[^0-9A-Za-z_-])key-[0-9a-f]{32}",  # others' have a name before it, such as a cache's
         ),
         checks.key, rest="0-9A-Za-z_.-",
     ),

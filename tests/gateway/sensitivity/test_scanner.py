@@ -89,6 +89,7 @@ ORDINARY = [
     "bornés, renaissance 12, pass-through 1234567, <secret> --secret-key",
     'PAD_TOKEN=<pad> MAX_TOKEN=4096 EOS_TOKEN: </s> SELECT a AS \'b1\' curl -u user:password https://x, "auth": "none"',
     "Idempotency-Key: 8e03978e-40d5-43e8-bc93-6894a57f9324, authorization: required",
+    "key: v1-cache-key-d41d8cd98f00b204e9800998ecf8427e, pip_key-d41d8cd98f00b204e9800998ecf8427e",
     "the password 'remember me' and login anna, <td value='12345678'>, key-value-pair-0123456789, &sig=1",
     r"matches \d{3}-\d{2}-\d{4} and C:\100\200\300 and x = [1\.0, 2\.0]; see t=00:00+01:00&n=12+34",
 ]
@@ -246,6 +247,11 @@ def test_finds_it_as_it_is_written(kind: str, text: str, scanner: Scanner) -> No
 )
 def test_private_keys_in_other_spellings(text: str, scanner: Scanner) -> None:
     assert {one.kind for one in scanner.find(text)} == {"private_key"}
+
+
+def test_a_key_of_mailgun_has_no_name_before_it(scanner: Scanner) -> None:
+    key = "key-d41d8cd98f00b204e9800998ecf8427e"  # as caches of builds have
+    assert scanner.find(f"MAILGUN={key} x") == [("api_key", 8, 8 + len(key))]
 
 
 def test_a_key_may_hold_tildes(scanner: Scanner) -> None:
