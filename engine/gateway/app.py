@@ -265,7 +265,9 @@ class Gateway:
         if model is not None:
             payload = await with_model(payload, model)
             scope["query_string"] = b""  # Azure's `api-version`
-        await self._answer(scope, send, await exchange_of(scope, fields, payload, identity, started), self._handle)
+        exchange = await exchange_of(scope, fields, payload, identity, started)
+        del payload  # the exchange has it, as long as it is needed
+        await self._answer(scope, send, exchange, self._handle)
 
     async def _of_response(self, scope: Scope, fields: Fields, receive: Receive, send: Send, identity: str) -> None:
         """Answers a request about a response that a backend keeps."""
@@ -323,7 +325,7 @@ class Gateway:
             hangup.stop()
             try:
                 if exchange.goes_on is not None:
-                    exchange.answered_at = time.perf_counter()
+                    exchange.answered()
                     scope[BREAK_OFF]()  # its client does not wait for that
                     await self._background.watch(exchange)
             finally:

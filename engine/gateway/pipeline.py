@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from tokenmill.engine.gateway.portfolio import Route, Target
     from tokenmill.engine.gateway.principal import Principal
 
+#: Of a longer body a log shows the beginning.
+MOST_LOGGED = 64 * 1024
 #: How a request ended. `refused`: by the gateway itself (an `ApiError`); `failed`: the backend answered with an error
 #: or not at all; `cut`: the backend broke off after its answer began; `gone`: the client hung up.
 Outcome = Literal["open", "ok", "refused", "failed", "cut", "gone"]
@@ -223,6 +225,15 @@ class Exchange:
     def on_end(self, action: Callable[["Exchange"], None]) -> None:
         """Has `action(exchange)` called once when the request has ended, in reverse order of registration."""
         self._at_end.append(action)
+
+    def answered(self) -> None:
+        """The reply has ended, and the exchange goes on, perhaps for hours: its body, of megabytes, is given up.
+
+        Of `payload` as much stays as a log may show.
+        """
+        self.answered_at = time.perf_counter()
+        self.body = None
+        self.payload = self.payload[:MOST_LOGGED]
 
     def end(self) -> None:
         """Runs what `on_end` collected; called by the server alone. One action's failure does not stop the others."""

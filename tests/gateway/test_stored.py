@@ -324,6 +324,20 @@ def test_its_request_took_as_long_as_its_client_waited(governed: Governed, serve
     assert sum(seconds()) <= waited
 
 
+def test_its_prompt_is_not_kept_for_as_long(governed: Governed) -> None:
+    key, prompt = governed.key()[1], "x" * 4_000_000
+    made(governed, key, background=True, input=prompt)
+    before = _memory_kb(governed.gateway.process.pid)
+    for _ in range(20):
+        made(governed, key, background=True, input=prompt)
+    assert _memory_kb(governed.gateway.process.pid) - before < 10 * len(prompt) // 1024
+
+
+def _memory_kb(pid: int) -> int:
+    """The memory that a process has."""
+    return int(Path(f"/proc/{pid}/status").read_text(encoding="utf-8").partition("VmRSS:")[2].split()[0])
+
+
 @pytest.mark.parametrize("read", [False, True])
 def test_so_is_one_whose_client_leaves_its_stream(governed: Governed, servers: list[Responding], read: bool) -> None:
     identity, key = governed.key()

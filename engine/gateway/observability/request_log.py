@@ -13,12 +13,10 @@ from typing import Any
 import orjson
 
 from tokenmill.engine.gateway.observability.decisions import was_escalated
-from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply
+from tokenmill.engine.gateway.pipeline import MOST_LOGGED, Exchange, Handler, Reply
 
 #: Lines wait this long to be written together.
 FLUSH_S = 0.05
-#: Most bytes of a body in a line.
-MOST_BODY = 64 * 1024
 #: More lines than this wait for nobody: a reader that is stuck must not eat the memory.
 MOST_WAITING = 10_000
 
@@ -63,7 +61,7 @@ class RequestLog:
             return
         line = describe(exchange)
         if self._bodies:
-            line["body"] = exchange.payload[:MOST_BODY].decode("utf-8", "replace")
+            line["body"] = exchange.payload[:MOST_LOGGED].decode("utf-8", "replace")
         self._waiting.append(line)
 
     async def _keep_writing(self) -> None:
