@@ -29,6 +29,7 @@ from typing import Any
 
 from tokenmill.bench import http_load, rows
 from tokenmill.engine.gateway.backends import Backend
+from tokenmill.engine.gateway.database import Connection
 from tokenmill.engine.gateway.governance import accounts, keys
 from tokenmill.engine.gateway.governance.accounts import Limits
 from tokenmill.engine.gateway.governance.options import Options, digest
@@ -36,7 +37,7 @@ from tokenmill.engine.gateway.governance.schema import SCHEMA
 from tokenmill.engine.gateway.money import Prices, micro_cents
 from tokenmill.engine.gateway.router.settings import RoutingSettings
 from tokenmill.engine.gateway.settings import Document
-from tokenmill.engine.gateway.store import Connection, Store
+from tokenmill.engine.gateway.store import Store
 
 PROMPT = b'{"model":"tiny","messages":[{"role":"user","content":"%s"}],"max_tokens":50%s}'
 STREAM = b',"stream":true'

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar, cast
 
-from tokenmill.engine.gateway.store import Connection, Cursor, Store
+from tokenmill.engine.gateway.database import Connection, Cursor
+from tokenmill.engine.gateway.store import Store
 
 T = TypeVar("T")
 
@@ -74,7 +75,7 @@ class _Read:
                     self._connection = None
 
     def execute(self, statement: str, parameters: Sequence[Any] = (), /) -> Cursor:
-        """See `store.Connection`."""
+        """See `database.Connection`."""
         if self._given_up or self._connection is None:
             raise _GivenUpError
         return self._connection.execute(statement, parameters)

@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from tokenmill.engine.gateway.store import Claim, Connection, Cursor, StoreUnavailableError
+from tokenmill.engine.gateway.database import Claim, Connection, Cursor, StoreUnavailableError
 from tokenmill.errors import ConfigurationError, MissingDependencyError
 
 try:
@@ -134,13 +134,13 @@ class PostgresConnection:
             coming.set_exception(error)
 
     def execute(self, statement: str, parameters: Sequence[Any] = (), /) -> Cursor:
-        """See `store.Connection`."""
+        """See `database.Connection`."""
         raw = self.raw
         with self._watched():
             return raw.execute(_translated(statement), parameters)
 
     def executemany(self, statement: str, parameters: Sequence[Sequence[Any]], /) -> object:
-        """See `store.Connection`."""
+        """See `database.Connection`."""
         if parameters:
             raw = self.raw
             with self._watched():
@@ -172,32 +172,32 @@ class PostgresConnection:
         return number
 
     def make(self, statement: str) -> None:
-        """See `store.Connection`."""
+        """See `database.Connection`."""
         self.execute(statement)
 
     def has(self, table: str) -> bool:
-        """See `store.Connection`."""
+        """See `database.Connection`."""
         found: bool = self.execute("SELECT to_regclass(?) IS NOT NULL", (table,)).fetchone()[0]
         return found
 
     def announce(self) -> None:
-        """See `store.Connection`: nobody could tell."""
+        """See `database.Connection`: nobody could tell."""
 
     def version(self) -> object:
-        """See `store.Connection`: cannot be told."""
+        """See `database.Connection`: cannot be told."""
         return None
 
     def beside(self) -> contextlib.AbstractContextManager[None]:
-        """See `store.Connection`."""
+        """See `database.Connection`."""
         return contextlib.nullcontext()
 
     def interrupt(self) -> None:
-        """See `store.Connection`."""
+        """See `database.Connection`."""
         with contextlib.suppress(psycopg.Error):  # a server that cannot be reached does no work for us
             self._raw.cancel_safe(timeout=RECONNECT_TIMEOUT_S)
 
     def close(self) -> None:
-        """See `store.Connection`."""
+        """See `database.Connection`."""
         self._raw.close()
         if self._coming is not None:
             self._coming.add_done_callback(_close)
@@ -287,7 +287,7 @@ class Postgres:
         return shown(self._url)
 
     def connect(self, writes: bool = False, waits: bool = True) -> PostgresConnection:
-        """See `store.Database`."""
+        """See `database.Database`."""
         connection = PostgresConnection(self._url, waits=waits)
         if writes:
             self._refuse_shared_sessions(connection)
@@ -314,21 +314,21 @@ class Postgres:
 
     @contextlib.contextmanager
     def transaction(self, connection: Connection, waits: bool = True) -> Iterator[None]:
-        """See `store.Database`; always waits."""
+        """See `database.Database`; always waits."""
         assert isinstance(connection, PostgresConnection)
         with connection.transaction():
             connection.execute("SELECT pg_advisory_xact_lock(?)", (_WRITERS,))
             yield
 
     def news(self) -> object:
-        """See `store.Database`: asking takes too long."""
+        """See `database.Database`: asking takes too long."""
         return None
 
     def tidy(self) -> None:
-        """See `store.Database`: the server does so itself."""
+        """See `database.Database`: the server does so itself."""
 
     def claim(self, name: str) -> Claim | None:
-        """See `store.Database`."""
+        """See `database.Database`."""
         with self._guard:
             return self._take(name)
 
@@ -344,7 +344,7 @@ class Postgres:
         return _Held(self, name)
 
     def inherit(self, name: str) -> Claim | None:
-        """See `store.Database`: a name that has been free for a while."""
+        """See `database.Database`: a name that has been free for a while."""
         with self._guard:
             session = self._living_session()
             if not session.execute(_IS_FREE, _lock_words(name)).fetchone()[0]:
@@ -366,7 +366,7 @@ class Postgres:
                     self._session.execute("SELECT pg_advisory_unlock(?)", (_lock_number(name),))
 
     def close(self) -> None:
-        """See `store.Database`."""
+        """See `database.Database`."""
         if self._session is not None:
             self._session.close()
 
@@ -403,7 +403,7 @@ class _Held:
         self._name = name
 
     def release(self) -> None:
-        """See `store.Claim`."""
+        """See `database.Claim`."""
         self._database.release(self._name)
 
 

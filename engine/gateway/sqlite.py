@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tokenmill.engine.gateway.store import Claim, Connection, StoreUnavailableError
+from tokenmill.engine.gateway.database import Claim, Connection, StoreUnavailableError
 from tokenmill.errors import ConfigurationError
 
 #: Pages in the write-ahead log before they are copied into the file, which waits for the disk: 16 MiB. A connection
@@ -66,32 +66,32 @@ class SqliteConnection(sqlite3.Connection):
         self._serial = next(self._serials)
 
     def make(self, statement: str) -> None:
-        """See `store.Connection`."""
+        """See `database.Connection`."""
         self.execute(statement.replace(_CLUSTERED, "WITHOUT ROWID"))
 
     def has(self, table: str) -> bool:
-        """See `store.Connection`."""
+        """See `database.Connection`."""
         query = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?"
         return self.execute(query, (table,)).fetchone() is not None
 
     def announce(self) -> None:
-        """See `store.Connection`."""
+        """See `database.Connection`."""
         self.announces = True
 
     def version(self) -> object:
-        """See `store.Connection`."""
+        """See `database.Connection`."""
         (changed,) = self.execute("PRAGMA data_version").fetchone()
         return self._serial, changed, self.total_changes - self.beside_count, self.rollbacks
 
     @contextlib.contextmanager
     def beside(self) -> Iterator[None]:
-        """See `store.Connection`."""
+        """See `database.Connection`."""
         before = self.total_changes
         yield
         self.beside_count += self.total_changes - before
 
     def close(self) -> None:
-        """See `store.Connection`."""
+        """See `database.Connection`."""
         super().close()
         order, self.order = self.order, -1
         if order >= 0:
@@ -147,7 +147,7 @@ class Sqlite:
         return str(self._path)
 
     def connect(self, writes: bool = False, waits: bool = True) -> SqliteConnection:
-        """See `store.Database`."""
+        """See `database.Database`."""
         try:
             connection = sqlite3.connect(
                 self._path,
@@ -182,7 +182,7 @@ class Sqlite:
 
     @contextlib.contextmanager
     def transaction(self, connection: Connection, waits: bool = True) -> Iterator[None]:
-        """See `store.Database`.
+        """See `database.Database`.
 
         Raises:
             StoreUnavailableError: Nothing can be written now.
@@ -221,11 +221,11 @@ class Sqlite:
             fcntl.flock(order, fcntl.LOCK_UN)
 
     def news(self) -> object:
-        """See `store.Database`: a number in the file whose lock orders the writers."""
+        """See `database.Database`: a number in the file whose lock orders the writers."""
         return os.pread(self._announced, _NEWS_BYTES, 0)
 
     def tidy(self) -> None:
-        """See `store.Database`: copies the write-ahead log into the file, most of it while others go on writing."""
+        """See `database.Database`: copies the write-ahead log into the file, most of it while others go on writing."""
         with ThreadPoolExecutor(1, "store-copier", initializer=_give_way) as patient:
             patient.submit(self._copy_log).result()
         with contextlib.closing(self.connect(writes=True)) as connection:
@@ -241,7 +241,7 @@ class Sqlite:
             connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
 
     def claim(self, name: str) -> Claim | None:
-        """See `store.Database`; the kernel frees the lock of a process that dies."""
+        """See `database.Database`; the kernel frees the lock of a process that dies."""
         path = self._claims / name
         descriptor = _open_lock(path)
         try:
@@ -252,7 +252,7 @@ class Sqlite:
         return _LockedFile(path, descriptor)
 
     def inherit(self, name: str) -> Claim | None:
-        """See `store.Database`: a process keeps its lock as long as it lives.
+        """See `database.Database`: a process keeps its lock as long as it lives.
 
         Raises:
             StoreUnavailableError: What is written goes to a file that nobody will find again.
@@ -272,7 +272,7 @@ class Sqlite:
         return found.st_dev, found.st_ino
 
     def close(self) -> None:
-        """See `store.Database`."""
+        """See `database.Database`."""
         os.close(self._announced)
 
 
@@ -282,7 +282,7 @@ class _LockedFile:
         self._descriptor = descriptor
 
     def release(self) -> None:
-        """See `store.Claim`."""
+        """See `database.Claim`."""
         self._path.unlink(missing_ok=True)
         os.close(self._descriptor)
 

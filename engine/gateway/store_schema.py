@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from tokenmill.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from tokenmill.engine.gateway.store import Connection
+    from tokenmill.engine.gateway.database import Connection
 
 #: What made each version of the tables from the one before; both databases take the statements.
 CHANGES: Mapping[int, Sequence[str]] = {

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from tests.gateway.governance.conftest import postgres, store
+from tokenmill.engine.gateway.database import Connection
 from tokenmill.engine.gateway.long_reads import AT_ONCE, LongReads
-from tokenmill.engine.gateway.store import Connection, Store
+from tokenmill.engine.gateway.store import Store
 
 __all__ = ["postgres", "store"]
 

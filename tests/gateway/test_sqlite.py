@@ -11,8 +11,9 @@ import pytest
 
 from tests.gateway.running import wait_until
 from tokenmill.engine.gateway import sqlite
+from tokenmill.engine.gateway.database import Connection, StoreUnavailableError
 from tokenmill.engine.gateway.sqlite import Sqlite
-from tokenmill.engine.gateway.store import Connection, Store, StoreUnavailableError
+from tokenmill.engine.gateway.store import Store
 from tokenmill.errors import ConfigurationError
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, get_args
 
-from tokenmill.engine.gateway.store import Connection
+from tokenmill.engine.gateway.database import Connection
 
 Column = Literal["organisation", "team", "app", "key", "tier", "backend", "model", "outcome", "kind", "day"]
 COLUMNS: tuple[Column, ...] = get_args(Column)

@@ -5,11 +5,11 @@ import contextlib
 import logging
 
 from tokenmill.engine.gateway.admin import tables
+from tokenmill.engine.gateway.database import Connection, StoreUnavailableError
 from tokenmill.engine.gateway.governance import audit
 from tokenmill.engine.gateway.governance.service import Governance
 from tokenmill.engine.gateway.portfolio import Portfolio
 from tokenmill.engine.gateway.seldom import Seldom
-from tokenmill.engine.gateway.store import Connection, StoreUnavailableError
 
 log = logging.getLogger("tokenmill.gateway.admin")
 

@@ -13,11 +13,12 @@ from rich.table import Table
 
 from tokenmill.engine.gateway.admin import books, canaries, keyring, roles, tables, views
 from tokenmill.engine.gateway.admin.duration import milliseconds
+from tokenmill.engine.gateway.database import now_ms
 from tokenmill.engine.gateway.governance import accounts, audit, keys
 from tokenmill.engine.gateway.governance.accounts import Kind, Limits
 from tokenmill.engine.gateway.governance.schema import SCHEMA
 from tokenmill.engine.gateway.money import dollars, micro_cents
-from tokenmill.engine.gateway.store import Store, now_ms
+from tokenmill.engine.gateway.store import Store
 from tokenmill.errors import CheckpointError, ConfigurationError, InputError
 
 ACTOR = "admin command"

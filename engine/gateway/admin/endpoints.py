@@ -13,11 +13,11 @@ from tokenmill.engine.gateway.admin.bodies import AccountBody, CanaryBody, KeyBo
 from tokenmill.engine.gateway.admin.duration import milliseconds
 from tokenmill.engine.gateway.admin.endpoint import Call, Endpoint, Parameter
 from tokenmill.engine.gateway.api_error import ApiError, quote
+from tokenmill.engine.gateway.database import Connection
 from tokenmill.engine.gateway.governance import accounts, audit, keys
 from tokenmill.engine.gateway.money import dollars
 from tokenmill.engine.gateway.portfolio import Portfolio
 from tokenmill.engine.gateway.request import ON_HANGUP, ClientGoneError
-from tokenmill.engine.gateway.store import Connection
 from tokenmill.errors import CheckpointError
 
 T = TypeVar("T")

@@ -6,10 +6,10 @@ from typing import Any
 
 import orjson
 
+from tokenmill.engine.gateway.database import Connection, now_ms
 from tokenmill.engine.gateway.governance import accounts, audit, keys
 from tokenmill.engine.gateway.governance.keys import Key
 from tokenmill.engine.gateway.governance.options import digest
-from tokenmill.engine.gateway.store import Connection, now_ms
 from tokenmill.errors import InputError
 
 

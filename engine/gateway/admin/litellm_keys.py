@@ -15,12 +15,12 @@ from tokenmill.engine.gateway.admin.duration import milliseconds, moment
 from tokenmill.engine.gateway.admin.endpoint import Call, Endpoint, Parameter
 from tokenmill.engine.gateway.admin.endpoints import checked_metadata
 from tokenmill.engine.gateway.api_error import ApiError, quote
+from tokenmill.engine.gateway.database import Connection, now_ms
 from tokenmill.engine.gateway.governance import accounts, keys
 from tokenmill.engine.gateway.governance.accounts import Limits
 from tokenmill.engine.gateway.governance.keys import Key
 from tokenmill.engine.gateway.governance.options import digest
 from tokenmill.engine.gateway.money import micro_cents
-from tokenmill.engine.gateway.store import Connection, now_ms
 
 #: What some say is so here without them: a key without a role may ask models and about itself, and nothing else.
 _AS_IT_IS: Mapping[str, tuple[Any, ...]] = {

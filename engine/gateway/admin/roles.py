@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from tokenmill.engine.gateway.database import Connection, now_ms
 from tokenmill.engine.gateway.governance import accounts, audit, keys
 from tokenmill.engine.gateway.governance.accounts import MASTER
 from tokenmill.engine.gateway.governance.guesses import Guesses
 from tokenmill.engine.gateway.governance.options import digest
-from tokenmill.engine.gateway.store import Connection, now_ms
 from tokenmill.errors import InputError
 
 #: `admin` may do everything; `auditor` may look at everything; `team-admin` may make, list and revoke keys and see the

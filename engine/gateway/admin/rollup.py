@@ -14,9 +14,10 @@ from typing import Any
 from tokenmill.engine.gateway.admin import tables
 from tokenmill.engine.gateway.admin.books import Column, Span
 from tokenmill.engine.gateway.admin.books import sums as ledger_sums
+from tokenmill.engine.gateway.database import Connection, StoreUnavailableError, now_ms
 from tokenmill.engine.gateway.governance.pages import AHEAD_S
 from tokenmill.engine.gateway.governance.service import Governance
-from tokenmill.engine.gateway.store import Connection, Store, StoreUnavailableError, now_ms
+from tokenmill.engine.gateway.store import Store
 
 log = logging.getLogger("tokenmill.gateway.admin")
 

@@ -12,10 +12,10 @@ from tokenmill.engine.gateway.admin import roles
 from tokenmill.engine.gateway.admin.books import Column
 from tokenmill.engine.gateway.admin.endpoint import Call
 from tokenmill.engine.gateway.api_error import ApiError
+from tokenmill.engine.gateway.database import Connection
 from tokenmill.engine.gateway.governance import accounts, keys
 from tokenmill.engine.gateway.governance.keys import Key
 from tokenmill.engine.gateway.principal import Principal
-from tokenmill.engine.gateway.store import Connection
 from tokenmill.errors import InputError
 
 #: What a key's metadata confines it to; see `sensitivity.stages`.

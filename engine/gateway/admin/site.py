@@ -17,6 +17,7 @@ from tokenmill.engine.gateway.admin.endpoint import Call, Endpoint
 from tokenmill.engine.gateway.admin.endpoints import ENDPOINTS, NOT_KEPT, Backends
 from tokenmill.engine.gateway.admin.openapi import document
 from tokenmill.engine.gateway.api_error import ApiError, invalid_json, quote
+from tokenmill.engine.gateway.database import StoreUnavailableError
 from tokenmill.engine.gateway.governance.identify import credential
 from tokenmill.engine.gateway.governance.service import Governance
 from tokenmill.engine.gateway.heads import first_values
@@ -24,7 +25,6 @@ from tokenmill.engine.gateway.metrics import Metrics
 from tokenmill.engine.gateway.portfolio import Portfolio
 from tokenmill.engine.gateway.request import ClientGoneError, Receive, Scope, Send, read_body, request_id
 from tokenmill.engine.gateway.settings import Settings
-from tokenmill.engine.gateway.store import StoreUnavailableError
 from tokenmill.errors import InputError
 
 log = logging.getLogger("tokenmill.gateway.admin")

@@ -2,7 +2,8 @@
 
 import secrets
 
-from tokenmill.engine.gateway.store import Connection, Store
+from tokenmill.engine.gateway.database import Connection
+from tokenmill.engine.gateway.store import Store
 
 TABLES = {
     # What a key may do at `/admin`; a key without a row may only ask models.

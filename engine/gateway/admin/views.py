@@ -4,11 +4,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from tokenmill.engine.gateway.admin import duration, keyring, roles
+from tokenmill.engine.gateway.database import Connection, now_ms
 from tokenmill.engine.gateway.governance import accounts
 from tokenmill.engine.gateway.governance.accounts import Account
 from tokenmill.engine.gateway.governance.keys import Key
 from tokenmill.engine.gateway.money import dollars
-from tokenmill.engine.gateway.store import Connection, now_ms
 
 
 def iso(at: int | None) -> str | None:

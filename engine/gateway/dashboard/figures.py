@@ -7,6 +7,7 @@ from typing import Any
 
 from tokenmill.engine.gateway.admin import books, canaries, rollup
 from tokenmill.engine.gateway.admin.books import Minute
+from tokenmill.engine.gateway.database import Connection, now_ms
 from tokenmill.engine.gateway.governance import accounts
 from tokenmill.engine.gateway.governance.accounts import Account
 from tokenmill.engine.gateway.governance.service import Governance
@@ -16,7 +17,6 @@ from tokenmill.engine.gateway.observability.gpus import Gpu, gpus
 from tokenmill.engine.gateway.observability.quantiles import quantiles
 from tokenmill.engine.gateway.observability.shared import Seen
 from tokenmill.engine.gateway.observability.snapshot import Family, total
-from tokenmill.engine.gateway.store import Connection, now_ms
 
 HOUR_MS = 3_600_000
 #: Spans that can be chosen for the sums: what stands in the address, and its length.

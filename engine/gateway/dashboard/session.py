@@ -10,10 +10,10 @@ import secrets
 
 from tokenmill.engine.gateway.admin import keyring, roles
 from tokenmill.engine.gateway.admin.roles import Actor
+from tokenmill.engine.gateway.database import Connection, now_ms
 from tokenmill.engine.gateway.governance import keys
 from tokenmill.engine.gateway.governance.accounts import MASTER
 from tokenmill.engine.gateway.governance.options import Options
-from tokenmill.engine.gateway.store import Connection, now_ms
 from tokenmill.errors import InputError
 
 COOKIE = "tokenmill_session"

@@ -20,10 +20,10 @@ from tokenmill.engine.gateway.admin.views import iso
 from tokenmill.engine.gateway.api_error import ApiError
 from tokenmill.engine.gateway.dashboard import charts, session
 from tokenmill.engine.gateway.dashboard.figures import SPANS, Figures, Sources, collect, used_share
+from tokenmill.engine.gateway.database import StoreUnavailableError
 from tokenmill.engine.gateway.heads import first_values
 from tokenmill.engine.gateway.request import ClientGoneError, Receive, Scope, Send, read_body
 from tokenmill.engine.gateway.settings import Settings
-from tokenmill.engine.gateway.store import StoreUnavailableError
 
 log = logging.getLogger("tokenmill.gateway.dashboard")
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from tokenmill.engine.gateway.database import Connection, now_ms, placeholders
 from tokenmill.engine.gateway.governance import audit
-from tokenmill.engine.gateway.store import Connection, now_ms, placeholders
 from tokenmill.errors import InputError
 
 Kind = Literal["organisation", "team", "app", "key"]

@@ -15,7 +15,7 @@ from typing import Any
 
 import orjson
 
-from tokenmill.engine.gateway.store import Connection, now_ms
+from tokenmill.engine.gateway.database import Connection, now_ms
 from tokenmill.errors import CheckpointError
 
 #: What stands before the first row.

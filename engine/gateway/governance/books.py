@@ -17,6 +17,7 @@ from typing import Any
 
 import orjson
 
+from tokenmill.engine.gateway.database import Connection, now_ms, placeholders
 from tokenmill.engine.gateway.governance import accounts, audit
 from tokenmill.engine.gateway.governance.budgets import (
     WINDOW_S,
@@ -28,7 +29,6 @@ from tokenmill.engine.gateway.governance.budgets import (
     Spending,
 )
 from tokenmill.engine.gateway.governance.pages import AHEAD_S, Kept, Page, Window
-from tokenmill.engine.gateway.store import Connection, now_ms, placeholders
 
 #: Kind of the one row that every request has in the ledger.
 ANSWER = "answer"

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
 
 from tokenmill.engine.gateway.api_error import ApiError, quote
+from tokenmill.engine.gateway.database import Connection, StoreUnavailableError, now_ms
 from tokenmill.engine.gateway.governance import accounts, audit, keys
 from tokenmill.engine.gateway.governance.accounts import MASTER
 from tokenmill.engine.gateway.governance.keys import Key
@@ -21,7 +22,6 @@ from tokenmill.engine.gateway.openapi import INFERENCE_PATHS
 from tokenmill.engine.gateway.paths import is_of_an_account
 from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply
 from tokenmill.engine.gateway.principal import Principal
-from tokenmill.engine.gateway.store import Connection, StoreUnavailableError, now_ms
 
 #: Headers that hold a client's credentials for the gateway: they end here.
 CREDENTIALS = frozenset(

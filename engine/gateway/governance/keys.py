@@ -11,10 +11,10 @@ from typing import Any
 
 import orjson
 
+from tokenmill.engine.gateway.database import Connection, now_ms
 from tokenmill.engine.gateway.governance import accounts, audit
 from tokenmill.engine.gateway.governance.accounts import Limits
 from tokenmill.engine.gateway.governance.options import digest
-from tokenmill.engine.gateway.store import Connection, now_ms
 from tokenmill.errors import InputError
 
 PREFIX = "sk-"

@@ -7,9 +7,9 @@ has changed anything in the database, which the database says (`store.Connection
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from tokenmill.engine.gateway.database import Connection
 from tokenmill.engine.gateway.governance.accounts import Account
 from tokenmill.engine.gateway.governance.budgets import WINDOW_S, Refusal, Reservation
-from tokenmill.engine.gateway.store import Connection
 
 #: Accounts kept between transactions; beyond it all are forgotten.
 MOST_KEPT = 10_000

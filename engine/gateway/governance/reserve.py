@@ -4,6 +4,7 @@ import functools
 import itertools
 
 from tokenmill.engine.gateway.api_error import ApiError, Header, Headers, quote, retry_after
+from tokenmill.engine.gateway.database import StoreUnavailableError, now_ms
 from tokenmill.engine.gateway.governance import bounds, budgets, charges, identify, narrowing
 from tokenmill.engine.gateway.governance.bounds import Bound
 from tokenmill.engine.gateway.governance.budgets import Granted, Refusal, Reservation, Settlement, Spending
@@ -12,7 +13,6 @@ from tokenmill.engine.gateway.money import MICRO_CENTS_PER_DOLLAR, dollars
 from tokenmill.engine.gateway.observability.consumption import CHARGED
 from tokenmill.engine.gateway.pipeline import Exchange, Handler, Reply
 from tokenmill.engine.gateway.portfolio import Target
-from tokenmill.engine.gateway.store import StoreUnavailableError, now_ms
 
 #: Seconds after which a limit is whole again, the request that was just counted included.
 _RESET_S = budgets.WINDOW_S + 1

@@ -5,8 +5,9 @@ import contextlib
 import time
 from functools import partial
 
+from tokenmill.engine.gateway.database import Connection
 from tokenmill.engine.gateway.governance import audit
-from tokenmill.engine.gateway.store import Connection, Store
+from tokenmill.engine.gateway.store import Store
 
 DAY_MS = 86_400_000
 #: Rows removed in one transaction: the requests' own writes go in between.

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 
 from tokenmill.engine.gateway.api_error import ApiError, unavailable
+from tokenmill.engine.gateway.database import Connection, StoreUnavailableError, now_ms
 from tokenmill.engine.gateway.governance import accounts, books, retention, workers
 from tokenmill.engine.gateway.governance.accounts import MASTER, Limits
 from tokenmill.engine.gateway.governance.guesses import Guesses
@@ -16,7 +17,7 @@ from tokenmill.engine.gateway.governance.schema import SCHEMA
 from tokenmill.engine.gateway.governance.workers import WorkerLock
 from tokenmill.engine.gateway.long_reads import LongReads
 from tokenmill.engine.gateway.seldom import Seldom
-from tokenmill.engine.gateway.store import Connection, Store, StoreUnavailableError, now_ms
+from tokenmill.engine.gateway.store import Store
 
 log = logging.getLogger("tokenmill.gateway.governance")
 

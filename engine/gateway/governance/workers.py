@@ -10,9 +10,10 @@ import uuid
 from functools import partial
 from typing import Any
 
+from tokenmill.engine.gateway.database import Claim, Connection, now_ms
 from tokenmill.engine.gateway.governance import audit, books
 from tokenmill.engine.gateway.governance.budgets import Spending
-from tokenmill.engine.gateway.store import Claim, Connection, Store, now_ms
+from tokenmill.engine.gateway.store import Store
 
 
 class WorkerLock:

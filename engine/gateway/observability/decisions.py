@@ -3,9 +3,9 @@
 from collections import deque
 from typing import Any, NamedTuple
 
+from tokenmill.engine.gateway.database import now_ms
 from tokenmill.engine.gateway.decision import Decision
 from tokenmill.engine.gateway.pipeline import Exchange
-from tokenmill.engine.gateway.store import now_ms
 
 #: Where `router.escalation` notes what became of a request.
 ESCALATION = "escalation"

@@ -10,10 +10,10 @@ import pytest
 from tokenmill.engine.gateway.admin import canaries, rollup
 from tokenmill.engine.gateway.admin.canaries import Canaries
 from tokenmill.engine.gateway.admin.rollup import Rollup
+from tokenmill.engine.gateway.database import StoreUnavailableError
 from tokenmill.engine.gateway.governance.service import Governance
 from tokenmill.engine.gateway.portfolio import Portfolio
 from tokenmill.engine.gateway.settings import Settings
-from tokenmill.engine.gateway.store import StoreUnavailableError
 
 
 class GoneStore:

@@ -6,7 +6,8 @@ import pytest
 
 from tokenmill.engine.gateway.admin import books, rollup, tables
 from tokenmill.engine.gateway.admin.books import Column, Span
-from tokenmill.engine.gateway.store import Connection, Store
+from tokenmill.engine.gateway.database import Connection
+from tokenmill.engine.gateway.store import Store
 
 NOW = 1_800_000_000_000
 

@@ -11,11 +11,12 @@ from tokenmill import cli
 from tokenmill.engine.gateway.admin import books, canaries, endpoints, keyring, roles, tables, views
 from tokenmill.engine.gateway.admin.endpoint import Call
 from tokenmill.engine.gateway.admin.roles import Actor
+from tokenmill.engine.gateway.database import now_ms
 from tokenmill.engine.gateway.governance import accounts, audit, keys
 from tokenmill.engine.gateway.governance.accounts import Account, Limits
 from tokenmill.engine.gateway.governance.guesses import Guesses
 from tokenmill.engine.gateway.governance.options import Options, digest
-from tokenmill.engine.gateway.store import Store, now_ms
+from tokenmill.engine.gateway.store import Store
 from tokenmill.errors import InputError
 
 if TYPE_CHECKING:

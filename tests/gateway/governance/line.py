@@ -4,7 +4,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Literal
 
-from tokenmill.engine.gateway.store import Connection, Store, StoreUnavailableError
+from tokenmill.engine.gateway.database import Connection, StoreUnavailableError
+from tokenmill.engine.gateway.store import Store
 
 
 class Line:

@@ -10,11 +10,12 @@ import threading
 import uuid
 from pathlib import Path
 
+from tokenmill.engine.gateway.database import now_ms
 from tokenmill.engine.gateway.governance import accounts, books
 from tokenmill.engine.gateway.governance.budgets import Refusal, Reservation, Spending
 from tokenmill.engine.gateway.governance.schema import SCHEMA
 from tokenmill.engine.gateway.governance.workers import WorkerLock
-from tokenmill.engine.gateway.store import Store, now_ms
+from tokenmill.engine.gateway.store import Store
 
 
 def spend(store: Store, worker: str, key: str, journal: Path, seed: int) -> None:

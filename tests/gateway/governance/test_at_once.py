@@ -13,12 +13,13 @@ import pytest
 
 from tests.gateway.governance.conftest import KINDS, new_place
 from tests.gateway.governance.test_budgets import NOW, end, key_with
+from tokenmill.engine.gateway.database import Connection
 from tokenmill.engine.gateway.governance import accounts, books, keys
 from tokenmill.engine.gateway.governance.accounts import Limits
 from tokenmill.engine.gateway.governance.budgets import WINDOW_S, Granted, Reservation, Settlement, Spending
 from tokenmill.engine.gateway.governance.pages import Kept, Window
 from tokenmill.engine.gateway.governance.schema import SCHEMA
-from tokenmill.engine.gateway.store import TIDY_AFTER, Connection, Store
+from tokenmill.engine.gateway.store import TIDY_AFTER, Store
 
 
 def where(_connection: Connection, items: list[Any]) -> list[str]:

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tokenmill.engine.gateway.database import Connection, Cursor
 from tokenmill.engine.gateway.governance import audit
 from tokenmill.engine.gateway.governance.schema import AUDIT, AUDIT_HEAD
 from tokenmill.engine.gateway.sqlite import SqliteConnection
-from tokenmill.engine.gateway.store import Connection, Cursor, Store
+from tokenmill.engine.gateway.store import Store
 from tokenmill.errors import CheckpointError
 
 ROWS = 8

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from tests.gateway.running import wait_until
+from tokenmill.engine.gateway.database import now_ms
 from tokenmill.engine.gateway.governance import accounts, audit, books, keys, workers
 from tokenmill.engine.gateway.governance.accounts import Limits
 from tokenmill.engine.gateway.governance.budgets import Granted, Part, Rate, Refusal, Reservation, Spending
 from tokenmill.engine.gateway.governance.workers import WorkerLock
-from tokenmill.engine.gateway.store import Store, now_ms
+from tokenmill.engine.gateway.store import Store
 from tokenmill.errors import InputError
 
 SPENDER = Path(__file__).with_name("spender.py")

@@ -16,6 +16,7 @@ from tests.gateway.governance.test_at_once import reservation
 from tests.gateway.governance.test_budgets import key_with
 from tests.gateway.running import wait_until
 from tokenmill.engine.gateway.api_error import ApiError
+from tokenmill.engine.gateway.database import Connection
 from tokenmill.engine.gateway.governance import accounts, audit, books, identify, keys
 from tokenmill.engine.gateway.governance.accounts import Limits
 from tokenmill.engine.gateway.governance.audit import Entry
@@ -26,7 +27,7 @@ from tokenmill.engine.gateway.governance.options import Options, digest
 from tokenmill.engine.gateway.governance.pages import Kept
 from tokenmill.engine.gateway.governance.schema import SCHEMA
 from tokenmill.engine.gateway.governance.service import Governance
-from tokenmill.engine.gateway.store import Connection, Store
+from tokenmill.engine.gateway.store import Store
 
 
 def decide(store: Store, *subjects: str) -> None:

@@ -9,12 +9,13 @@ import pytest
 from tests.gateway.governance.governed import MASTER_KEY, options
 from tests.gateway.governance.test_budgets import HOUR, ask, end, key_with
 from tokenmill.engine.gateway.api_error import ApiError
+from tokenmill.engine.gateway.database import now_ms
 from tokenmill.engine.gateway.governance import accounts, identify, keys
 from tokenmill.engine.gateway.governance.accounts import MASTER, Limits
 from tokenmill.engine.gateway.governance.guesses import Guesses
 from tokenmill.engine.gateway.governance.identify import Identities, credential
 from tokenmill.engine.gateway.principal import Principal
-from tokenmill.engine.gateway.store import Store, now_ms
+from tokenmill.engine.gateway.store import Store
 
 
 @pytest.mark.parametrize(

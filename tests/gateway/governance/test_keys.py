@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from tokenmill.engine.gateway.database import now_ms
 from tokenmill.engine.gateway.governance import accounts, keys
 from tokenmill.engine.gateway.governance.accounts import Limits
 from tokenmill.engine.gateway.governance.schema import SCHEMA
-from tokenmill.engine.gateway.store import Store, now_ms
+from tokenmill.engine.gateway.store import Store
 from tokenmill.errors import ConfigurationError, InputError
 
 

@@ -19,12 +19,13 @@ from tests.gateway.governance.test_budgets import ask, end, key_with
 from tests.gateway.running import RunningGateway, lowered, wait_until
 from tests.gateway.upstream import FakeUpstream
 from tokenmill.engine.gateway.backends import Backend
+from tokenmill.engine.gateway.database import StoreUnavailableError
 from tokenmill.engine.gateway.governance import accounts, workers
 from tokenmill.engine.gateway.governance.accounts import Limits
 from tokenmill.engine.gateway.governance.schema import SCHEMA
 from tokenmill.engine.gateway.governance.workers import WorkerLock
 from tokenmill.engine.gateway.money import Prices
-from tokenmill.engine.gateway.store import Store, StoreUnavailableError
+from tokenmill.engine.gateway.store import Store
 
 _CLAIMS = (
     "SELECT pid FROM pg_locks JOIN pg_database ON oid = database "

@@ -14,10 +14,11 @@ from tests.gateway.governance.postgres_server import PostgresServer
 from tests.gateway.running import wait_until
 from tokenmill.engine.gateway import store as store_module
 from tokenmill.engine.gateway.admin import tables
+from tokenmill.engine.gateway.database import Connection, StoreUnavailableError
 from tokenmill.engine.gateway.governance import accounts, audit
 from tokenmill.engine.gateway.governance.accounts import Limits
 from tokenmill.engine.gateway.governance.schema import SCHEMA
-from tokenmill.engine.gateway.store import Connection, Store, StoreUnavailableError
+from tokenmill.engine.gateway.store import Store
 from tokenmill.errors import ConfigurationError
 
 psycopg = pytest.importorskip("psycopg")

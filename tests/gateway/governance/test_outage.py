@@ -22,6 +22,7 @@ from tests.gateway.upstream import FakeUpstream
 from tokenmill.engine.gateway.api_error import ApiError
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.backlog import AGAIN_S, Backlog
+from tokenmill.engine.gateway.database import StoreUnavailableError
 from tokenmill.engine.gateway.governance import accounts, books
 from tokenmill.engine.gateway.governance.accounts import MASTER, Limits
 from tokenmill.engine.gateway.governance.budgets import Granted
@@ -32,7 +33,7 @@ from tokenmill.engine.gateway.governance.service import Governance
 from tokenmill.engine.gateway.pipeline import Exchange, Reply
 from tokenmill.engine.gateway.portfolio import Route
 from tokenmill.engine.gateway.principal import Principal
-from tokenmill.engine.gateway.store import Store, StoreUnavailableError
+from tokenmill.engine.gateway.store import Store
 
 
 @dataclass(frozen=True)

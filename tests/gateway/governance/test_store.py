@@ -16,12 +16,13 @@ from tests.gateway.governance.postgres_server import PostgresServer
 from tests.gateway.governance.test_budgets import NOW, ask, end, key_with
 from tests.gateway.running import wait_until
 from tokenmill.engine.gateway.admin import books
+from tokenmill.engine.gateway.database import Connection, now_ms
 from tokenmill.engine.gateway.governance import accounts, audit, keys, retention, workers
 from tokenmill.engine.gateway.governance.accounts import Limits
 from tokenmill.engine.gateway.governance.retention import DAY_MS
 from tokenmill.engine.gateway.governance.schema import SCHEMA
 from tokenmill.engine.gateway.governance.workers import WorkerLock
-from tokenmill.engine.gateway.store import Connection, Store, now_ms
+from tokenmill.engine.gateway.store import Store
 from tokenmill.engine.gateway.store_schema import SCHEMA_VERSION
 from tokenmill.errors import ConfigurationError
 
