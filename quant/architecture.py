@@ -8,6 +8,9 @@ than transformers' modules, which it renames as it loads. What is written keeps 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+#: Linears in the blocks that stay in floating point, here and in vLLM: they choose experts, or weigh them.
+ROUTERS = ("gate", "router", "shared_expert_gate")
+
 
 def read_config(settings: Mapping[str, Any]) -> Any:
     """The configuration that a config.json describes; what its quantization_config says is left away."""

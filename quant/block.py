@@ -7,7 +7,7 @@ the already quantized sets before it produce.
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -16,10 +16,12 @@ from torch import nn
 from tokenmill.errors import InputError
 from tokenmill.kernels.int4_gemm.weight import Int4Weight, dequantize
 from tokenmill.quant import awq
+from tokenmill.quant.architecture import ROUTERS
+from tokenmill.quant.experts import MIN_ROWS, SeparateExperts, expert_inputs
 from tokenmill.quant.gptq import GptqOptions, gptq, relative_error
 from tokenmill.quant.recall import Recall
 from tokenmill.quant.rtn import round_to_nearest
-from tokenmill.quant.streaming import BlockForward
+from tokenmill.quant.stand_in import BlockForward
 
 #: rtn: nearest codes, no calibration. gptq: error compensation. awq: input scaling, then nearest codes.
 #: awq-gptq: input scaling, then error compensation.
@@ -80,7 +82,8 @@ class QuantizedBlock:
 
     Attributes:
         layers: The INT4 weight of each linear, by its name within the block.
-        errors: Relative square error of each linear's output, by its name; empty without calibration.
+        errors: Relative square error of each linear's output, by its name; empty without calibration, and without
+            experts that too few tokens reach.
         recall: What its parts gave for the batches; None without calibration.
     """
 
@@ -94,21 +97,36 @@ class _SetReachedError(Exception):
 
 
 def linears(block: nn.Module) -> dict[str, nn.Linear]:
-    """Every linear of the block, by its name within it."""
-    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    """Every linear of the block that is quantized, by its name within it: all but those that choose experts."""
+    return {
+        name: module
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in ROUTERS
+    }
+
+
+def mixtures(block: nn.Module) -> dict[str, SeparateExperts]:
+    """The modules of the block that hold experts, by their names within it."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, SeparateExperts)}
 
 
 def check_linears(block: nn.Module, settings: BlockSettings) -> None:
     """Refuses a block that cannot be quantized as wanted; it needs no weights.
 
     Raises:
-        InputError: There is no linear, or there are experts, or the group size does not divide an input size; the
-            message names the linear.
+        InputError: There is no linear, or there are experts in a form that is not known, or the group size does not
+            divide an input size; the message names the linear.
     """
     found = linears(block)
     for name, parameter in block.named_parameters():
         if parameter.dim() > 2 and not isinstance(block.get_submodule(name.rpartition(".")[0]), nn.Conv1d):
-            raise InputError(f"{name} is {parameter.dim()}-dimensional; experts of a mixture are not quantized yet")
+            raise InputError(
+                f"{name} is {parameter.dim()}-dimensional; experts are quantized where files have gate, up and down of "
+                "each, as Mixtral's and Qwen3-MoE's do"
+            )
+    separate = tuple(f"{name}." for name in mixtures(block))
+    if kept := [name for name in found if ".experts." in f".{name}" and not name.startswith(separate)]:
+        raise InputError(f"{kept[0]} is an expert; they are quantized where transformers merges them, as Mixtral's")
     if not found:
         raise InputError("a block of the model has no linear layer; there is nothing to quantize")
     for name, module in found.items():
@@ -134,6 +152,8 @@ def groups_by_input(
 ) -> list[tuple[str, ...]]:
     """Names of the linears that read the same tensor, set by set in the order in which they run.
 
+    All linears of a mixture's experts are one set, because which of them run depends on the tokens.
+
     Args:
         block: The decoder block.
         run: Its function.
@@ -151,7 +171,16 @@ def groups_by_input(
 
         return hook
 
-    hooks = [module.register_forward_pre_hook(note(name)) for name, module in linears(block).items()]  # type: ignore[arg-type]
+    def note_experts(name: str, experts: SeparateExperts) -> object:
+        names = [linear for own in experts.sets(name) for linear in own]
+        return lambda _module, _inputs: sets.append((torch.empty(0), names))
+
+    apart = mixtures(block)
+    of_experts = {linear for name, experts in apart.items() for own in experts.sets(name) for linear in own}
+    singles = ((name, module) for name, module in linears(block).items() if name not in of_experts)
+    hooks = [module.register_forward_pre_hook(note(name)) for name, module in singles]  # type: ignore[arg-type]
+    for name, experts in apart.items():
+        hooks.append(experts.register_forward_pre_hook(note_experts(name, experts)))  # type: ignore[arg-type]
     if calls is not None:
         for name, module in block.named_children():
             hooks.append(module.register_forward_pre_hook(lambda _module, _inputs, name=name: calls.update([name])))
@@ -240,15 +269,10 @@ def quantize_block(
     """
     check_linears(block, settings)
     found = linears(block)
-    layers: dict[str, Int4Weight] = {}
-    errors: dict[str, float] = {}
+    result = QuantizedBlock({}, {})
     recall: Recall | None = None
     if not settings.needs_calibration:
-        for name, module in found.items():
-            group_size = module.in_features if settings.group_size == -1 else settings.group_size
-            weight = module.weight.T
-            layers[name] = round_to_nearest(weight, group_size, settings.symmetric, settings.scale_dtype)
-            module.weight.copy_(dequantize(layers[name], module.weight.dtype).T)
+        _round_to_nearest(found, tuple(found), settings, result)
     else:
         calls: Counter[str] = Counter()
         sets = groups_by_input(block, run, batches[0], calls)
@@ -257,17 +281,69 @@ def quantize_block(
         recall = Recall(block, sets, calls)
         run = recall.run(run)
         for index, names in enumerate(sets):
-            hessian = input_hessian(found[names[0]], run, batches)
-            weights = [found[name].weight.T.float() for name in names]
-            together = _quantize_linear(torch.cat(weights, dim=1), hessian, settings)
-            column = 0
-            for name, weight in zip(names, weights, strict=True):
-                layers[name] = _columns(together, column, column + weight.shape[1])
-                errors[name] = relative_error(weight, layers[name], hessian)
-                found[name].weight.copy_(dequantize(layers[name], found[name].weight.dtype).T)
-                column += weight.shape[1]
+            experts = next((name for name in mixtures(block) if names[0].startswith(f"{name}.")), None)
+            if experts is not None:
+                _quantize_experts(block, experts, run, batches, settings, result)
+            else:
+                _quantize_set(found, names, input_hessian(found[names[0]], run, batches), settings, result)
             recall.finish(index)
-    return QuantizedBlock(layers, errors, recall)
+    return replace(result, recall=recall)
+
+
+def _round_to_nearest(
+    found: dict[str, nn.Linear], names: Sequence[str], settings: BlockSettings, result: QuantizedBlock
+) -> None:
+    for name in names:
+        module = found[name]
+        group_size = module.in_features if settings.group_size == -1 else settings.group_size
+        weight = round_to_nearest(module.weight.T, group_size, settings.symmetric, settings.scale_dtype)
+        result.layers[name] = weight
+        module.weight.copy_(dequantize(weight, module.weight.dtype).T)
+
+
+def _quantize_set(
+    found: dict[str, nn.Linear],
+    names: Sequence[str],
+    hessian: torch.Tensor,
+    settings: BlockSettings,
+    result: QuantizedBlock,
+) -> None:
+    """Quantizes linears that read the same."""
+    weights = [found[name].weight.T.float() for name in names]
+    together = _quantize_linear(torch.cat(weights, dim=1), hessian, settings)
+    column = 0
+    for name, weight in zip(names, weights, strict=True):
+        result.layers[name] = _columns(together, column, column + weight.shape[1])
+        result.errors[name] = relative_error(weight, result.layers[name], hessian)
+        found[name].weight.copy_(dequantize(result.layers[name], found[name].weight.dtype).T)
+        column += weight.shape[1]
+
+
+def _quantize_experts(
+    block: nn.Module,
+    name: str,
+    run: BlockForward,
+    batches: Sequence[torch.Tensor],
+    settings: BlockSettings,
+    result: QuantizedBlock,
+) -> None:
+    """Quantizes gate and up of all experts, then their downs, which see what the quantized ones give.
+
+    A pass over the batches looks at as many experts as have Hessians that take no more memory than the block itself.
+    """
+    found, experts = linears(block), mixtures(block)[name]
+    room = sum(parameter.numel() * parameter.element_size() for parameter in block.parameters())
+    sets = experts.sets(name)
+    for of_down in (False, True):
+        own = sets[len(experts) :] if of_down else sets[: len(experts)]
+        at_once = max(1, room // (4 * found[own[0][0]].in_features ** 2))
+        for start in range(0, len(experts), at_once):
+            chosen = range(start, min(start + at_once, len(experts)))
+            for expert, inputs in zip(chosen, expert_inputs(experts, chosen, of_down, run, batches), strict=True):
+                if inputs.rows < MIN_ROWS:
+                    _round_to_nearest(found, own[expert], settings, result)
+                else:
+                    _quantize_set(found, own[expert], inputs.hessian, settings, result)
 
 
 def _quantize_linear(weight: torch.Tensor, hessian: torch.Tensor, settings: BlockSettings) -> Int4Weight:

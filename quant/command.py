@@ -26,7 +26,6 @@ def quantize(argv: list[str]) -> int:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from tokenmill.quant.block import BlockSettings
-    from tokenmill.quant.format import STOCK_VLLM
     from tokenmill.quant.gptq import GptqOptions
     from tokenmill.quant.json_file import read_json
     from tokenmill.quant.quantizer import Request, quantize_checkpoint
@@ -81,6 +80,15 @@ def quantize(argv: list[str]) -> int:
 
         with _out_of_memory(device):
             report = quantize_checkpoint(arguments.model, arguments.out, request, arguments.overwrite, progress, notice)
+    _print_report(console, arguments, report)
+    return 0
+
+
+def _print_report(console: Any, arguments: argparse.Namespace, report: Any) -> None:
+    """What a `Report` says, in a line for each subject."""
+    from tokenmill.quant.experts import MIN_ROWS
+    from tokenmill.quant.format import STOCK_VLLM
+
     ratio = report.bytes_before / report.bytes_after
     console.print(f"size        {_bytes(report.bytes_before)} -> {_bytes(report.bytes_after)} ({ratio:.2f}x smaller)")
     if report.before is not None and report.after is not None:
@@ -95,6 +103,13 @@ def quantize(argv: list[str]) -> int:
         console.print(
             f"layer loss  {mean:.3e} of the output's power on average, {max(report.errors.values()):.3e} at most"
         )
+    if report.rounded_experts:
+        console.print(
+            f"experts     {report.rounded_experts} of them are rounded to nearest: fewer than {MIN_ROWS} tokens of the "
+            "calibration reach each; more --samples reach more",
+            soft_wrap=True,
+            highlight=False,
+        )
     console.print(f"cost        {report.seconds:.1f} s, {_bytes(report.peak_bytes)} at the peak")
     console.print(f"written     {arguments.out} ({arguments.format})")
     if (refusal := report.stock_refusal) is not None:
@@ -104,7 +119,6 @@ def quantize(argv: list[str]) -> int:
             soft_wrap=True,
             highlight=False,
         )
-    return 0
 
 
 def _stored_dtype(config: dict[str, Any]) -> str:

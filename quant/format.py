@@ -104,13 +104,14 @@ def _parse(config: Mapping[str, Any]) -> QuantizationConfig:
     raise CheckpointError(f"quant_method={method!r} is not an INT4 format; known: gptq, awq, compressed-tensors")
 
 
-def write_config(scheme: Scheme, unquantized: Sequence[str] = ()) -> dict[str, Any]:
+def write_config(scheme: Scheme, unquantized: Sequence[str] = (), routers: Sequence[str] = ()) -> dict[str, Any]:
     """The `quantization_config` that says `scheme`, for stock vLLM, transformers and this program.
 
     Args:
         scheme: The scheme of every quantized layer; its format is one of `WRITABLE_FORMATS`.
         unquantized: Last names of modules beside the language model, in which all stays in floating point. For GPTQ
             vLLM looks at the files' headers instead.
+        routers: Last names of what chooses experts in the blocks, which stays in floating point, too; likewise.
 
     Raises:
         CheckpointError: The format cannot be written.
@@ -141,7 +142,11 @@ def write_config(scheme: Scheme, unquantized: Sequence[str] = ()) -> dict[str, A
             "format": "pack-quantized",
             "quantization_status": "compressed",
             "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}},
-            "ignore": ["lm_head", *(rf"re:(?:.*\.)?{re.escape(name)}(?:\..*)?$" for name in unquantized)],
+            "ignore": [
+                "lm_head",
+                *(rf"re:(?:.*\.)?{re.escape(name)}(?:\..*)?$" for name in unquantized),
+                *(rf"re:.*\.{re.escape(name)}$" for name in routers),
+            ],
         }
     raise CheckpointError(f"format={scheme.format!r} cannot be written; use one of {', '.join(WRITABLE_FORMATS)}")
 
@@ -161,12 +166,15 @@ class StockRefusal:
     with_plugin: bool = True
 
 
-def stock_refusal(scheme: Scheme, sizes: Iterable[tuple[int, int]] = ()) -> StockRefusal | None:
+def stock_refusal(
+    scheme: Scheme, sizes: Iterable[tuple[int, int]] = (), has_experts: bool = False
+) -> StockRefusal | None:
     """Why vLLM 0.32 without Tokenmill's plug-in does not load what `write_config` and `write_layer` make of a scheme.
 
     Args:
         scheme: The scheme of every quantized layer; its format is one of `WRITABLE_FORMATS`.
         sizes: (K, N) of the layers as vLLM runs them: query, key and value in one, gate and up in one.
+        has_experts: Whether some of the layers are experts of a mixture.
 
     Returns:
         The first reason, those that hold on every device first; None where it loads.
@@ -174,9 +182,14 @@ def stock_refusal(scheme: Scheme, sizes: Iterable[tuple[int, int]] = ()) -> Stoc
     if scheme.format == "pack-quantized" and scheme.act_order:
         remedy = "use --act-order static or group-aware, or --format gptq"
         return StockRefusal("pack-quantized with a dynamic act-order", remedy, with_plugin=False)
+    if has_experts and scheme.act_order:
+        remedy = "use --act-order static or group-aware"
+        return StockRefusal("a mixture of experts with a dynamic act-order", remedy, with_plugin=False)
     if scheme.format == "gptq":
         if not scheme.symmetric:
-            return StockRefusal("asymmetric GPTQ (sym=False)", "use --format pack-quantized or --symmetric")
+            remedy = "use --format pack-quantized or --symmetric"
+            # The plug-in has such experts on a CPU alone.
+            return StockRefusal("asymmetric GPTQ (sym=False)", remedy + (", on a GPU always" if has_experts else ""))
         if scheme.act_order and scheme.group_size != -1:  # with one group there is nothing to order
             return StockRefusal(
                 "GPTQ with a dynamic act-order (desc_act=True)", "use --act-order static or group-aware"
@@ -190,6 +203,8 @@ def stock_refusal(scheme: Scheme, sizes: Iterable[tuple[int, int]] = ()) -> Stoc
         if size % _STOCK_CPU_MULTIPLE:
             reason = f"INT4 layers with sizes such as {size}, no multiple of {_STOCK_CPU_MULTIPLE}, on a CPU"
             return StockRefusal(reason, "use the plug-in")
+    if has_experts:
+        return StockRefusal("INT4 experts on a CPU", "use the plug-in")
     return None
 
 

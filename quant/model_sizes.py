@@ -13,12 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokenmill.errors import CheckpointError
-from tokenmill.quant.architecture import auto_class, read_config, text_config
+from tokenmill.quant.architecture import ROUTERS, auto_class, read_config, text_config
 from tokenmill.quant.kv_cache import LayerCache
 from tokenmill.quant.layer_caches import layer_caches, widest_attention
 
-#: Linears in the blocks that stay in floating point: they choose experts.
-_ROUTERS = ("gate", "router", "shared_expert_gate")
 _IN_A_BLOCK = re.compile(r"\.\d+\.")
 
 
@@ -104,7 +102,7 @@ def _from_transformers(config: Mapping[str, Any]) -> ModelSizes:
         module, size = modules[path], parameter.numel()
         is_expert = parameter.dim() == 3 and ".experts." in name
         is_linear = (
-            isinstance(module, nn.Linear | Conv1D) and own == "weight" and path.rpartition(".")[2] not in _ROUTERS
+            isinstance(module, nn.Linear | Conv1D) and own == "weight" and path.rpartition(".")[2] not in ROUTERS
         )
         if id(parameter) not in language:
             towers += size

@@ -19,7 +19,15 @@ import torch
 from tokenmill import __version__
 from tokenmill.errors import CheckpointError, ConfigurationError, InputError, UnsupportedError
 from tokenmill.kernels.int4_gemm.weight import dequantize
-from tokenmill.quant.block import SCALABLE_MODELS, BlockSettings, check_linears, quantize_block, served_sizes
+from tokenmill.quant.block import (
+    SCALABLE_MODELS,
+    BlockSettings,
+    check_linears,
+    linears,
+    mixtures,
+    quantize_block,
+    served_sizes,
+)
 from tokenmill.quant.checkpoint import Checkpoint
 from tokenmill.quant.evaluate import Perplexity, count, negative_log_likelihood, text_windows
 from tokenmill.quant.format import STOCK_VLLM, Scheme, StockRefusal, stock_refusal, write_config
@@ -82,6 +90,7 @@ class Report:
         peak_bytes: Most memory held: of the GPU, or of the process on a CPU.
         stock_refusal: Why stock vLLM does not load the result, only vLLM with Tokenmill's plug-in; None if it does.
         left_out: Lines about tensors of the source that the result does not have.
+        rounded_experts: How many experts are rounded to nearest, because the calibration has too few tokens for them.
     """
 
     bytes_before: int
@@ -93,6 +102,7 @@ class Report:
     peak_bytes: int
     stock_refusal: StockRefusal | None
     left_out: tuple[str, ...] = ()
+    rounded_experts: int = 0
 
 
 class _BlockFile:
@@ -143,9 +153,9 @@ def quantize_checkpoint(
     """Quantizes every linear of every decoder block of a model and writes a checkpoint that vLLM loads.
 
     Whether stock vLLM does, or only vLLM with Tokenmill's plug-in, is said by the report.
-    Embeddings, norms and the output head stay as they are, and so do towers and projectors of models that read pictures
-    or hear. If `out` holds an unfinished run of the same request, it is
-    continued, and the result has the same bytes as an uninterrupted run's.
+    Embeddings, norms, what chooses experts and the output head stay as they are, and so do towers and projectors of
+    models that read pictures or hear. If `out` holds an unfinished run of the same request, it is continued, and the
+    result has the same bytes as an uninterrupted run's.
 
     Args:
         source: Model directory: dense or bitsandbytes NF4.
@@ -170,8 +180,6 @@ def quantize_checkpoint(
         raise CheckpointError(f"{source} is already {checkpoint.quantization.default.format}; quantize the original")
     _check_scheme(request.scheme)
     what = f"quantizing {checkpoint.path} by {request.block.method}"
-    if any(".experts." in name for name in checkpoint.tensors):
-        raise UnsupportedError(what, {request.block.method: "experts of a mixture are not quantized yet"})
     model = StreamedModel(checkpoint, request.device, request.dtype)
     kind = str(model.text_config.model_type)
     if request.block.scales_inputs and kind not in SCALABLE_MODELS:
@@ -179,9 +187,12 @@ def quantize_checkpoint(
         raise UnsupportedError(what, {"awq": f"model_type={kind!r}; input scaling knows {known}; use --method gptq"})
     length = min(request.length, getattr(model.text_config, "max_position_embeddings", None) or request.length)
     sizes: list[tuple[int, int]] = []
+    has_experts = False
     for index in range(model.num_blocks):
         check_linears(model.skeleton(index), request.block)
         sizes += served_sizes(model.skeleton(index))
+        has_experts = has_experts or bool(mixtures(model.skeleton(index)))
+    _check_scheme(request.scheme, has_experts)
     batches: list[torch.Tensor] = []
     if request.block.needs_calibration:
         batches = calibration_batches(model, request.calibration, request.num_samples, length)
@@ -207,11 +218,12 @@ def quantize_checkpoint(
             errors=errors,
             seconds=time.perf_counter() - started,
             peak_bytes=peak_bytes(model.device),
-            stock_refusal=stock_refusal(request.scheme, sizes),
+            stock_refusal=stock_refusal(request.scheme, sizes, has_experts),
             left_out=left_out,
+            rounded_experts=rounded_experts(model, errors) if request.block.needs_calibration else 0,
         )
         config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-        config["quantization_config"] = write_config(request.scheme, model.unquantized())
+        config["quantization_config"] = write_config(request.scheme, model.unquantized(), routers(model))
         output.finish(source, config, asdict(report))
     checkpoint.close()
     return report
@@ -264,8 +276,8 @@ def _run(
     return errors, (count(request.evaluation, windows, nats[0]), count(request.evaluation, windows, nats[1]))
 
 
-def _check_scheme(scheme: Scheme) -> None:
-    refusal = stock_refusal(scheme)
+def _check_scheme(scheme: Scheme, has_experts: bool = False) -> None:
+    refusal = stock_refusal(scheme, has_experts=has_experts)
     if refusal is not None and not refusal.with_plugin:
         raise ConfigurationError(f"{refusal.reason} is not loaded by vLLM {STOCK_VLLM}; {refusal.remedy}")
 
@@ -314,8 +326,33 @@ def _quantize_and_write(
     for name, parameter in block.named_parameters():
         if name.removesuffix(".weight") not in quantized.layers:
             tensors[stored[name]] = parameter.to(_stored_dtype(model, stored[name]))
+    buffers = [model.stored_name(f"{prefix}.{name}") for name in model.block_buffers(index)]
+    tensors |= {name: model.checkpoint.tensor(name) for name in buffers}
     output.write_part(index, tensors, {layers[name]: error for name, error in quantized.errors.items()})
     return quantized.recall
+
+
+def routers(model: StreamedModel) -> tuple[str, ...]:
+    """Last names of the matrices in the blocks that are not quantized, as the checkpoint calls them."""
+    names = set()
+    for index in range(model.num_blocks):
+        block = model.skeleton(index)
+        quantized = linears(block)
+        for name, parameter in block.named_parameters():
+            path, _, own = name.rpartition(".")
+            if own == "weight" and parameter.dim() == 2 and path not in quantized:
+                names.add(model.stored_name(f"{model.block_name(index)}.{name}").split(".")[-2])
+    return tuple(sorted(names))
+
+
+def rounded_experts(model: StreamedModel, errors: Mapping[str, float]) -> int:
+    """Number of experts that were rounded to nearest: of which no error is known."""
+    count = 0
+    for index in range(model.num_blocks):
+        for name, experts in mixtures(model.skeleton(index)).items():
+            downs = (f"{model.block_name(index)}.{names[0]}.weight" for names in experts.sets(name)[len(experts) :])
+            count += sum(model.stored_name(down).removesuffix(".weight") not in errors for down in downs)
+    return count
 
 
 def _stored_dtype(model: StreamedModel, name: str) -> torch.dtype:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokenmill.quant.streaming import BlockForward
+from tokenmill.quant.stand_in import BlockForward
 
 #: Bytes that are kept of a block: half of the hidden states that 128 x 2048 tokens of an 8B model have in bfloat16. Of
 #: the batches beyond, parts are computed again.

@@ -26,6 +26,8 @@ class FirstBlockReachedError(Exception):
         self.call = call
 
 
+#: Hidden states [batch, tokens, hidden] to hidden states.
+BlockForward = Callable[[torch.Tensor], torch.Tensor]
 #: (index of a block, hidden states that reach it, the other arguments) -> hidden states for the next.
 Visit = Callable[[int, torch.Tensor, Call], torch.Tensor]
 

@@ -23,7 +23,9 @@ from tokenmill.errors import CheckpointError, MissingDependencyError, TokenmillE
 from tokenmill.quant import nf4
 from tokenmill.quant.architecture import auto_class, beside, read_config, stored_names, text_config
 from tokenmill.quant.checkpoint import Checkpoint
+from tokenmill.quant.experts import separate
 from tokenmill.quant.stand_in import (
+    BlockForward,
     Call,
     FirstBlockReachedError,
     StandIn,
@@ -32,9 +34,6 @@ from tokenmill.quant.stand_in import (
     run_block,
     same,
 )
-
-#: Hidden states [batch, tokens, hidden] to hidden states.
-BlockForward = Callable[[torch.Tensor], torch.Tensor]
 
 #: Of what transformers says when it refuses something: it goes on with all that it would have taken.
 _REASON_CHARACTERS = 300
@@ -81,6 +80,7 @@ class StreamedModel:
             auto, is_multimodal = auto_class(config)
             with parameters_without_memory():
                 self._skeleton = auto.from_config(config, dtype=self.dtype, attn_implementation=attention).eval()
+                separate(self._skeleton)
             self._body = self._skeleton.get_decoder()
             self._list = next((name for name in _BLOCK_LISTS if hasattr(self._body, name)), _BLOCK_LISTS[0])
             self._blocks: nn.ModuleList = getattr(self._body, self._list)
@@ -199,9 +199,19 @@ class StreamedModel:
         for module in self._skeleton.modules():
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(self.device)
+        blocks = self._prefixes[id(self._blocks)] + "."
         for name in dict(self._skeleton.named_buffers()).keys() & self._skeleton.state_dict().keys():
-            if self.stored_name(name) in self.checkpoint.tensors and not self._is_beside(name):
+            if self._is_stored(name) and not self._is_beside(name) and not name.startswith(blocks):
                 raise ValueError(f"it stores the buffer {name}")
+
+    def _is_stored(self, name: str) -> bool:
+        return self.stored_name(name) in self.checkpoint.tensors
+
+    def block_buffers(self, index: int) -> tuple[str, ...]:
+        """Names within the block of the buffers that the checkpoint has, such as what corrects a router's choice."""
+        prefix, block = self.block_name(index), self._blocks[index]
+        kept = block.state_dict().keys()
+        return tuple(name for name, _ in block.named_buffers() if name in kept and self._is_stored(f"{prefix}.{name}"))
 
     def _find_parameters(self) -> dict[str, tuple[str, ...]]:
         """What the checkpoint calls each parameter outside the blocks, to all its places in the model."""
@@ -261,6 +271,10 @@ class StreamedModel:
             name: self._checked(f"{prefix}.{name}", parameter, source or self.checkpoint)
             for name, parameter in block.named_parameters()
         }
+        for name in self.block_buffers(index):  # in the dtype of the file, on which a router's choice depends
+            stored = self.stored_name(f"{prefix}.{name}")
+            dtype = self.checkpoint.tensor(stored).dtype
+            weights[name] = (source or self.checkpoint).parameter(stored, dtype).to(self.device, copy=True)
         loaded = copy.deepcopy(block)
         loaded.load_state_dict(weights, strict=False, assign=True)
         return loaded.requires_grad_(False)

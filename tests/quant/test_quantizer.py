@@ -316,7 +316,7 @@ def test_a_weight_that_is_not_finite_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_blocks_without_linears_or_with_experts_are_refused() -> None:
+def test_blocks_without_linears_or_with_merged_experts_are_refused() -> None:
     class Experts(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -327,7 +327,7 @@ def test_blocks_without_linears_or_with_experts_are_refused() -> None:
     with pytest.raises(InputError, match="has no linear layer; there is nothing to quantize"):
         check_linears(torch.nn.Sequential(convolution), settings())
     with pytest.raises(
-        InputError, match=r"1.gate_up_proj is 3-dimensional; experts of a mixture are not quantized yet"
+        InputError, match=r"1.gate_up_proj is 3-dimensional; experts are quantized where files have gate, up and down"
     ):
         check_linears(torch.nn.Sequential(linear, Experts()), settings())
 
