@@ -5,8 +5,6 @@ configuration", or asks for a GPU's capability. The methods here load what vLLM'
 loaders, pack each expert as a linear layer is packed, and multiply each by the rows that were routed to it.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation, apply
 
 from tokenmill import env
 from tokenmill.engine.vllm import compat, hooks, linear_kernel
-from tokenmill.errors import CheckpointError, InputError
+from tokenmill.errors import CheckpointError
 from tokenmill.kernels import library
 from tokenmill.kernels.int4_gemm import op
 from tokenmill.quant.format import Scheme
@@ -106,7 +104,7 @@ class Int4Experts(FusedMoEMethodBase):  # type: ignore[misc]
                 name = f"{layer.layer_name}.{expert}.{product}"
                 if bool(tensors[self.names[1]].isnan().all()):
                     raise CheckpointError(f"{name} is missing; the checkpoint is incomplete")
-                with _naming(name):
+                with linear_kernel.naming(name):
                     weight = form_layer(name, self._with_shape(tensors), self.scheme)
                     packed = op.prepare(weight, layer.params_dtype, device=weight.device, activation_bits=bits)
                 self.prepared[product].append(packed)
@@ -244,15 +242,6 @@ library.define(
     _op,
     lambda x, *arguments: torch.empty_like(x, memory_format=torch.contiguous_format),
 )
-
-
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Says of which expert the checkpoint is damaged when a value is refused inside."""
-    try:
-        yield
-    except InputError as error:
-        raise CheckpointError(f"{name}: {error}") from None
 
 
 def install() -> None:

@@ -243,7 +243,7 @@ class WideGPTQMethod(LinearMethodBase):  # type: ignore[misc]
             linear_kernel.release(layer, "g_idx")
             return
         zeros = None if config.is_sym else layer.qzeros.data
-        with linear_kernel.naming(layer):
+        with linear_kernel.naming(linear_kernel.layer_name(layer)):
             weight = local_weight(layer.qweight.data, layer.scales.data, zeros, g_idx, size)
             self.prepared = linear_kernel.prepare(weight, layer.scales.dtype)
         for short in ("qweight", "qzeros", "scales", "g_idx"):

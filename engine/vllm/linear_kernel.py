@@ -71,7 +71,7 @@ class TokenmillLinearKernel(MPLinearKernel):  # type: ignore[misc]
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Packs the layer and lets go of the checkpoint's tensors."""
         names = [self.w_q_name, self.w_s_name, self.w_zp_name, getattr(self, "w_gidx_name", None)]
-        with naming(layer):
+        with naming(layer_name(layer)):
             self.prepared = prepare(self._canonical(layer), self.config.act_type)
         for name in names:
             release(layer, name)
@@ -108,12 +108,12 @@ def layer_name(layer: torch.nn.Module) -> str:
 
 
 @contextmanager
-def naming(layer: torch.nn.Module) -> Iterator[None]:
-    """Says of which layer the checkpoint is damaged when a value or a shape is refused inside."""
+def naming(name: str) -> Iterator[None]:
+    """Says of which layer, or part of one, the checkpoint is damaged when a value or a shape is refused inside."""
     try:
         yield
     except InputError as error:
-        raise CheckpointError(f"{layer_name(layer)}: {error}") from None
+        raise CheckpointError(f"{name}: {error}") from None
 
 
 def prepare(weight: Int4Weight, dtype: torch.dtype) -> op.PreparedInt4:
