@@ -7,7 +7,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from tokenmill.engine.gateway import config
+from tokenmill.engine.gateway import backend_section, config
 from tokenmill.engine.gateway.governance.section import Governance
 from tokenmill.engine.gateway.observability.section import Observability
 from tokenmill.engine.gateway.router.section import Escalation, Routing, Rule
@@ -19,10 +19,10 @@ SECTIONS: tuple[tuple[type[Section], str, str], ...] = (
     (config.Config, "The file", ""),
     (config.Server, "`server`", ""),
     (config.Tier, "`tiers.NAME`", ""),
-    (config.Price, "`tiers.NAME.backends[].price`", ""),
-    (config.LocalBackend, "`tiers.NAME.backends[]`: a local vLLM server", "A backend without `url`."),
-    (config.Speculation, "`tiers.NAME.backends[].speculation`", ""),
-    (config.RemoteBackend, "`tiers.NAME.backends[]`: a server elsewhere", "A backend with `url`."),
+    (backend_section.Price, "`tiers.NAME.backends[].price`", ""),
+    (backend_section.LocalBackend, "`tiers.NAME.backends[]`: a local vLLM server", "A backend without `url`."),
+    (backend_section.Speculation, "`tiers.NAME.backends[].speculation`", ""),
+    (backend_section.RemoteBackend, "`tiers.NAME.backends[]`: a server elsewhere", "A backend with `url`."),
     (Governance, "`governance`", ""),
     (Observability, "`observability`", ""),
     (Routing, "`routing`", "See [routing.md](routing.md)."),
@@ -61,7 +61,7 @@ def markdown() -> str:
         rows = ["| field | type | default | meaning |", "|---|---|---|---|"]
         rows += [_row(name, field) for name, field in section.model_fields.items()]
         parts.append("\n".join([f"## {heading}", "", intro, "", *rows, ""]))
-    reserved = [f"| `{flag}` | {remedy} |" for flag, remedy in config.RESERVED_FLAGS.items()]
+    reserved = [f"| `{flag}` | {remedy} |" for flag, remedy in backend_section.RESERVED_FLAGS.items()]
     parts.append(
         "\n".join(["## Flags that are not vLLM's to decide here", "", "| flag | instead |", "|---|---|", *reserved, ""])
     )

@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from tokenmill.engine.gateway.config import RemoteBackend
+from tokenmill.engine.gateway.backend_section import RemoteBackend
 from tokenmill.engine.gateway.defaults import LENGTHS, NEVER
 from tokenmill.engine.gateway.foreign_file import ForeignFile
 from tokenmill.engine.gateway.litellm_models import Describer

@@ -12,7 +12,7 @@ from tokenmill.engine.gateway.body import Body, check_utf8, parsed
 from tokenmill.engine.gateway.form import Form, form_of, is_form
 from tokenmill.engine.gateway.heads import without
 from tokenmill.engine.gateway.pipeline import Exchange
-from tokenmill.engine.gateway.settings import Settings
+from tokenmill.engine.gateway.settings import MOST_OF_A_NAME, Settings
 from tokenmill.engine.gateway.upstream import forwarded_headers
 
 Scope = MutableMapping[str, Any]
@@ -30,8 +30,6 @@ ANSWER = "tokenmill.answer"
 #: A member of a scope: call it to break the connection of an answer that has begun and will not come to its end, where
 #: the application does not return at once. Of an answer that is whole it does nothing.
 BREAK_OFF = "tokenmill.break_off"
-#: No model has a longer name, and no path is longer: both go into logs, traces and the audit trail.
-MOST_OF_A_NAME = 1024
 #: How much of a body that is too long is read and dropped before the refusal, so that a client that sends it all
 #: first reads the refusal and not a reset connection.
 DRAINED = 4

@@ -13,6 +13,9 @@ from tokenmill.engine.gateway.router.settings import RoutingSettings
 from tokenmill.engine.gateway.sensitivity.settings import SensitivitySettings
 from tokenmill.errors import ConfigurationError
 
+#: No model has a longer name, and no path is longer: both go into logs, traces and the audit trail.
+MOST_OF_A_NAME = 1024
+
 
 @dataclass(frozen=True)
 class Settings:

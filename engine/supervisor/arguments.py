@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from tokenmill.engine.gateway import config as configuration
 from tokenmill.engine.gateway import litellm, yaml_file
-from tokenmill.engine.gateway.config import Config, LocalBackend, Server, Speculation, Tier
+from tokenmill.engine.gateway.backend_section import RESERVED_FLAGS, LocalBackend, Speculation
+from tokenmill.engine.gateway.config import Config, Server, Tier
 from tokenmill.errors import ConfigurationError
 
 #: The tier of a model that is named on the command line.
@@ -21,8 +22,8 @@ BUNDLED_NAME = "tiny-pair"
 #: Most tokens drafted per step by the bundled draft model, and by another unless --draft-tokens says otherwise.
 DRAFT_TOKENS = 3
 #: vLLM flags that would move its server away from the gateway in front of it.
-_REFUSED = {name: remedy for name, remedy in configuration.RESERVED_FLAGS.items() if name in ("uds", "grpc")} | {
-    name: remedy for name, remedy in configuration.RESERVED_FLAGS.items() if name.startswith("ssl-")
+_REFUSED = {name: remedy for name, remedy in RESERVED_FLAGS.items() if name in ("uds", "grpc")} | {
+    name: remedy for name, remedy in RESERVED_FLAGS.items() if name.startswith("ssl-")
 }
 
 DESCRIPTION = """\

@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from tokenmill.engine.gateway.backend_section import LocalBackend
 from tokenmill.engine.gateway.backends import Backend
-from tokenmill.engine.gateway.config import LocalBackend
 from tokenmill.engine.supervisor.display import Fact
 from tokenmill.engine.supervisor.plan import Engine
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tokenmill.engine.gateway.backend_section import LocalBackend, Price, RemoteBackend, Speculation
 from tokenmill.engine.gateway.backends import Backend
-from tokenmill.engine.gateway.config import Config, LocalBackend, Price, RemoteBackend, Server, Speculation
+from tokenmill.engine.gateway.config import Config, Server
 from tokenmill.engine.gateway.governance.options import Options
 from tokenmill.engine.gateway.money import Prices, micro_cents
 from tokenmill.engine.gateway.observability.options import Options as ObservabilityOptions

@@ -6,7 +6,8 @@ import pytest
 
 from tokenmill import env
 from tokenmill.engine.gateway import litellm, litellm_prices, yaml_file
-from tokenmill.engine.gateway.config import Config, RemoteBackend
+from tokenmill.engine.gateway.backend_section import RemoteBackend
+from tokenmill.engine.gateway.config import Config
 
 
 @pytest.fixture(autouse=True)

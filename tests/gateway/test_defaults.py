@@ -8,9 +8,9 @@ import pytest
 from tests.gateway.anthropic_upstream import FakeAnthropic
 from tests.gateway.running import RunningGateway
 from tests.gateway.upstream import FakeUpstream
+from tokenmill.engine.gateway.backend_section import RemoteBackend
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.body import Body
-from tokenmill.engine.gateway.config import RemoteBackend
 from tokenmill.engine.gateway.defaults import PATH, defaults_for, longest
 
 HELLO: Any = [{"role": "user", "content": "hello"}]

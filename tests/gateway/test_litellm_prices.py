@@ -9,7 +9,7 @@ import pytest
 
 from tokenmill import env
 from tokenmill.engine.gateway import litellm, litellm_prices, yaml_file
-from tokenmill.engine.gateway.config import RemoteBackend
+from tokenmill.engine.gateway.backend_section import RemoteBackend
 from tokenmill.engine.gateway.litellm_prices import CostMap
 from tokenmill.engine.supervisor.main import main
 from tokenmill.errors import ConfigurationError

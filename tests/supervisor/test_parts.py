@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from tests.supervisor.running import session
-from tokenmill.engine.gateway.config import LocalBackend, Speculation
+from tokenmill.engine.gateway.backend_section import LocalBackend, Speculation
 from tokenmill.engine.supervisor import facts, probe
 from tokenmill.engine.supervisor.backoff import Backoff
 from tokenmill.engine.supervisor.child import Child
