@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenmill.engine.gateway import config, config_reference, yaml_file
+from tokenmill.engine.gateway import backend_section, config, config_reference, yaml_file
 from tokenmill.engine.gateway.sections import Section
 from tokenmill.errors import ConfigurationError
 
@@ -185,7 +185,7 @@ def test_no_bytes_raise_anything_else(tmp_path_factory: pytest.TempPathFactory, 
 
 
 def test_keys_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = config.RemoteBackend(url="http://x", api_key_env="TOKENMILL_TEST_KEY")
+    backend = backend_section.RemoteBackend(url="http://x", api_key_env="TOKENMILL_TEST_KEY")
     monkeypatch.delenv("TOKENMILL_TEST_KEY", raising=False)
     with pytest.raises(ConfigurationError, match="TOKENMILL_TEST_KEY is not set"):
         backend.secret()

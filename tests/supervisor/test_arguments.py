@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tokenmill.engine.gateway import config
+from tokenmill.engine.gateway import backend_section, config
 from tokenmill.engine.supervisor import arguments
 from tokenmill.engine.supervisor.plan import Engine, make_plan
 from tokenmill.errors import ConfigurationError
@@ -71,12 +71,12 @@ def test_a_draft_model_becomes_a_speculative_config() -> None:
 
 
 def test_flags_in_a_file_become_flags_of_vllm() -> None:
-    backend = config.LocalBackend(
+    backend = backend_section.LocalBackend(
         model="m",
         served_as=["a", "b"],
         flags={"enforce_eager": True, "enable-prefix-caching": False, "seed": 3, "lora-modules": ["x=y", {"n": 1}],
                "compilation-config": {"mode": 0}},
-        speculation=config.Speculation(method="ngram", tokens=2),
+        speculation=backend_section.Speculation(method="ngram", tokens=2),
         env={"A": 1},
     )  # fmt: skip
     plan = make_plan(config.Config(tiers={"t": config.Tier(backends=[backend])}))
