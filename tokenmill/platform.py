@@ -43,6 +43,17 @@ def cpu_flags() -> frozenset[str]:
     return frozenset()
 
 
+@functools.cache
+def cpu_vendor() -> str:
+    """Who made the processor, as Linux names it, e.g. `GenuineIntel`; empty where it does not say."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+    found = re.search(r"^vendor_id\s*:\s*(\S+)", text, re.MULTILINE)
+    return found[1] if found else ""
+
+
 def cpu_model() -> str:
     """The processor's name, e.g. `AMD EPYC 9554`; `unknown` where Linux does not say.
 

@@ -120,7 +120,7 @@ int64_t rows_at_once(const Kernel& kernel, const Problem& p) {
 }
 
 // Packs rows and multiplies them, in one parallel region: to enter one costs microseconds. Each thread takes the next tile
-// or chunk when it is through with one: on a shared machine threads are not equally fast.
+// (or row) and chunk when it is through with one: on a shared machine threads are not equally fast.
 void pack_and_multiply(const Kernel& kernel, const Problem& p) {
     const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
     const Chunks chunks(p.weight.blocks, kernel.blocks, threads);
@@ -128,20 +128,22 @@ void pack_and_multiply(const Kernel& kernel, const Problem& p) {
     const Rows shared = Workspace::of_this_thread().rows(kernel, p);
     const bool own = kernel.own_columns != 0 && p.N >= workers * kernel.own_columns &&
                      shared.tiles * shared.rows * shared.row_bytes <= kOwnBytes;
-    std::atomic<int64_t> next_tile{0}, packed{0}, next_chunk{0};
+    const int64_t at_once = kernel.packs_rows ? shared.split : 1;  // the parts of a row are one thread's
+    const int64_t packs = kernel.packs_rows ? shared.tiles * shared.rows / at_once : shared.tiles;
+    std::atomic<int64_t> next_pack{0}, packed{0}, next_chunk{0};
     torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
         Workspace& workspace = Workspace::of_this_thread();
         const Rows rows = own ? workspace.rows(kernel, p) : shared;
         float* scratch = workspace.row(p);
         if (own) {
-            kernel.pack(p, rows, 0, rows.tiles, scratch);
+            kernel.pack(p, rows, 0, packs * at_once, scratch);
         } else {
-            for (int64_t t = next_tile++; t < rows.tiles; t = next_tile++) {
-                kernel.pack(p, rows, t, t + 1, scratch);
+            for (int64_t i = next_pack++; i < packs; i = next_pack++) {
+                kernel.pack(p, rows, i * at_once, (i + 1) * at_once, scratch);
                 packed.fetch_add(1, std::memory_order_release);
             }
             // What is not packed yet is in the hands of a thread that runs: none waits for one that has yet to come.
-            wait_for(packed, rows.tiles);
+            wait_for(packed, packs);
         }
         for (int64_t c = next_chunk++; c < count; c = next_chunk++) {
             kernel.multiply(p, rows, chunks.begin(c), chunks.begin(c + 1));
@@ -188,7 +190,7 @@ void int4_gemm_cpu(Tensor out, const Tensor& x, const Tensor& packed, const std:
     const auto* from = static_cast<const char*>(x.const_data_ptr());
     auto* to = static_cast<char*>(out.mutable_data_ptr());
     const int64_t M = x.size(0), element = p.type == Type::kFloat32 ? 4 : 2;
-    if (kernel->few && M <= kernel->few_rows) kernel = kernel->few;
+    while (kernel->few && M <= kernel->few_rows) kernel = kernel->few;
     p.M = M;
     const int64_t step = M == 0 ? 1 : rows_at_once(*kernel, p);
     for (int64_t m = 0; m < M; m += step) {

@@ -76,12 +76,13 @@ struct Kernel {
   int64_t (*row_bytes)(const Weight&);      // of one packed row
   int (*split)(Type type);                  // packed rows per row
   int (*tile_rows)(int64_t packed_rows, int split);  // rows of a tile for so many packed rows: a multiple of split
-  void (*pack)(const Problem&, const Rows&, int64_t first_tile, int64_t last_tile, float* scratch);
+  void (*pack)(const Problem&, const Rows&, int64_t first_tile, int64_t last_tile, float* scratch);  // or packed rows
   void (*multiply)(const Problem&, const Rows&, int64_t first_block, int64_t last_block);
   int64_t own_columns = 0;  // per thread, from which on each had better pack all rows for itself; 0: never
   int64_t bytes_at_once = 4 << 20;  // of packed rows: more of them come from memory once for every strip of blocks
   const Kernel* few = nullptr;  // what is faster for at most `few_rows` rows; int8 sums are exact, bf16 ones round anew
   int64_t few_rows = 0;
+  bool packs_rows = false;  // not tiles: rows of one share no cache line, so that threads may divide it
 };
 
 // The kernel written for one level of isa.h; null where there is none. Activations of 16 bits are multiplied in bf16 or as
@@ -95,6 +96,6 @@ extern const Kernel kAvxVnniInt16, kAvxVnniInt8;
 extern const Kernel kAvx512Float, kAvx512Int16;
 extern const Kernel kAvx512VnniInt16, kAvx512VnniInt8;
 extern const Kernel kAvx512Bf16;
-extern const Kernel kAmxBf16, kAmxInt8;
+extern const Kernel kAmxBf16, kAmxInt16, kAmxInt8;
 
 }  // namespace tokenmill::int4

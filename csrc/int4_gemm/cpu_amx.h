@@ -11,9 +11,6 @@
 namespace tokenmill::int4 {
 namespace {
 
-constexpr int64_t kStripBlocks = 16;  // blocks that meet a group of the activations before the next group does
-constexpr int64_t kAnyBytes = INT64_MAX;  // of packed rows at once: to decode codes again costs more than to read rows
-
 // A strip of up to kStripBlocks blocks for all rows.
 template <class A>
 class Strip {

@@ -12,7 +12,8 @@ namespace {
 
 template <class A, int kTiles>
 class FewRows {
-  static_assert(kTiles <= kFewTiles);
+  static constexpr int kXTiles = kTiles * A::kParts;  // tiles of activations, each with sums of its own
+  static_assert(kXTiles <= kFewTiles);
 
  public:
   FewRows(const Problem& p, const Rows& rows) : p_(p), w_(p.weight), rows_(rows) {}
@@ -72,19 +73,19 @@ class FewRows {
     const int64_t tile_bytes = int64_t(rows_.rows) * kLine;
     int64_t finished = -1;  // group whose sums are still to be scaled
     while (step.exists()) {
-      zero_sums<kTiles, kBlocks>();
+      zero_sums<kXTiles, kBlocks>();
       const int64_t group = step.group;
       for (bool more = true; more; step.next()) {
         more = !step.closes();
         decode();
         const uint8_t* codes = ring_ + from * 2 * kTileBytes;
-        multiply_step<A, kTiles, kBlocks>(x, x + tile_bytes, codes, codes + kTileBytes);
+        multiply_step<A, kXTiles, kBlocks>(x, x + tile_bytes, codes, codes + kTileBytes);
         from = (from + 1) % kRing;
-        x += kTiles * tile_bytes;
+        x += kXTiles * tile_bytes;
         if (finished >= 0) add<kBlocks>(block, finished);
         finished = -1;
       }
-      store_sums<kTiles, kBlocks>(sums_);
+      store_sums<kXTiles, kBlocks>(sums_);
       ask_for_scales<kBlocks>(w_, block + kBlocks, group);
       finished = group;
     }
@@ -116,7 +117,7 @@ class FewRows {
   const Weight& w_;
   const Rows& rows_;
   alignas(64) uint8_t ring_[kRing * 2 * kTileBytes];     // [steps][2 blocks][1024]
-  alignas(64) float sums_[kTiles * 2 * kTileFloats];     // [tiles][2 blocks][16][16]: of the last group
+  alignas(64) float sums_[kXTiles * 2 * kTileFloats];    // [tiles of activations][2 blocks][16][16]: of the last group
   alignas(64) float results_[kTiles * 2 * kTileFloats];  // [tiles][16][columns]
 };
 

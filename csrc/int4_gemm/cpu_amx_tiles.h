@@ -9,6 +9,7 @@
 //
 // An arithmetic is a struct with
 //   static constexpr int kStepUnits;                              // units of 8 rows of K in one tile, 64 bytes a row
+//   static constexpr int kParts;                                  // tiles that a tile of rows is cut into: 2 for int16
 //   static void decode(const uint8_t* lines, int units, uint8_t* tile);
 //   template <int kTile, int kBlock> static void product();       // sums (tile, block) += activations x codes
 //   static Scales scales_of(const Weight&, int64_t index);        // of 16 columns of one group
@@ -32,8 +33,23 @@ constexpr int kTileFloats = kTileRows * kBlock;
 constexpr int kFewTiles = 2;  // tiles of rows for which a code takes longer to decode than to multiply: cpu_amx_few.h
 constexpr int kSegment = 4;   // steps that are decoded together for more
 
+constexpr int64_t kStripBlocks = 16;  // blocks that meet a group of the activations before the next group does
+constexpr int64_t kAnyBytes = INT64_MAX;  // of packed rows at once: to decode codes again costs more than to read rows
+
 // What is written before tiles are loaded must have been written: GCC 12 does not say so of its tile loads.
 TM_INLINE void written() { __atomic_signal_fence(__ATOMIC_SEQ_CST); }
+
+// Codes as bytes: row 2u of the tile holds the even ones of unit u, row 2u + 1 the odd ones, as cpu_int8.h orders
+// activations. Of the kByteStepUnits of a step there may be fewer.
+constexpr int kByteStepUnits = 8;
+TM_INLINE void decode_bytes(const uint8_t* lines, int units, uint8_t* tile) {
+  const __m512i nibbles = _mm512_set1_epi32(0x0f0f0f0f);
+  unroll<0, kByteStepUnits>([&](auto u) {
+    const __m512i q = u.value < units ? _mm512_loadu_si512(lines + u.value * kLine) : _mm512_setzero_si512();
+    _mm512_store_si512(tile + 2 * u.value * kLine, _mm512_and_si512(q, nibbles));
+    _mm512_store_si512(tile + (2 * u.value + 1) * kLine, _mm512_and_si512(_mm512_srli_epi32(q, 4), nibbles));
+  });
+}
 
 // Steps of all groups: each group is filled up to whole steps.
 template <class A>

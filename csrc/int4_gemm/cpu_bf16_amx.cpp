@@ -9,6 +9,7 @@ namespace {
 
 struct AmxBf16 {
   static constexpr int kStepUnits = 4;
+  static constexpr int kParts = 1;
 
   struct Scales {
     __m512 scale, zero;  // zero: what the zero point differs from 8
@@ -55,7 +56,7 @@ struct AmxBf16 {
 void pack(const Problem& p, const Rows& rows, int64_t first, int64_t last, float* scratch) {
   const Weight& w = p.weight;
   const int height = rows.rows;
-  for (int64_t packed = first * height; packed < last * height; ++packed) {
+  for (int64_t packed = first; packed < last; ++packed) {
     const int64_t t = packed / height, r = packed % height;
     const RowPlaces place(rows, packed);
     int64_t step = 0;
@@ -77,6 +78,6 @@ void pack(const Problem& p, const Rows& rows, int64_t first, int64_t last, float
 }  // namespace
 
 const Kernel kAmxBf16 = {"amx", kStripBlocks, row_bytes<AmxBf16>, bf16_parts, tile_rows_amx, pack,
-                         multiply_amx<AmxBf16>, 0, kAnyBytes, &kAvx512Bf16, 1};
+                         multiply_amx<AmxBf16>, 0, kAnyBytes, &kAmxInt16, 12, true};
 
 }  // namespace tokenmill::int4

@@ -8,21 +8,14 @@ namespace tokenmill::int4 {
 namespace {
 
 struct AmxInt8 {
-  static constexpr int kStepUnits = 8;
+  static constexpr int kStepUnits = kByteStepUnits;
+  static constexpr int kParts = 1;
 
   struct Scales {
     __m512 scale, zero;
   };
 
-  // Row 2u of the tile: the even codes of unit u; row 2u + 1: the odd ones. As cpu_int8.h orders activations.
-  TM_INLINE static void decode(const uint8_t* lines, int units, uint8_t* tile) {
-    const __m512i nibbles = _mm512_set1_epi32(0x0f0f0f0f);
-    unroll<0, kStepUnits>([&](auto u) {
-      const __m512i q = u.value < units ? _mm512_loadu_si512(lines + u.value * kLine) : _mm512_setzero_si512();
-      _mm512_store_si512(tile + 2 * u.value * kLine, _mm512_and_si512(q, nibbles));
-      _mm512_store_si512(tile + (2 * u.value + 1) * kLine, _mm512_and_si512(_mm512_srli_epi32(q, 4), nibbles));
-    });
-  }
+  TM_INLINE static void decode(const uint8_t* lines, int units, uint8_t* tile) { decode_bytes(lines, units, tile); }
 
   template <int kTile, int kBlock>
   TM_INLINE static void product() {
@@ -47,7 +40,7 @@ struct AmxInt8 {
 void pack(const Problem& p, const Rows& rows, int64_t first, int64_t last, float* scratch) {
   const Weight& w = p.weight;
   const int height = rows.rows;
-  for (int64_t m = first * height; m < last * height; ++m) {
+  for (int64_t m = first; m < last; ++m) {
     const int64_t t = m / height, r = m % height;
     const RowPlaces place(rows, m);
     int64_t step = 0;
@@ -74,6 +67,6 @@ void pack(const Problem& p, const Rows& rows, int64_t first, int64_t last, float
 }  // namespace
 
 const Kernel kAmxInt8 = {"amx", kStripBlocks, row_bytes<AmxInt8>, no_split, tile_rows_amx, pack,
-                         multiply_amx<AmxInt8>, 0, kAnyBytes, &kAvx512VnniInt8, 4};
+                         multiply_amx<AmxInt8>, 0, kAnyBytes, &kAvx512VnniInt8, 4, true};
 
 }  // namespace tokenmill::int4

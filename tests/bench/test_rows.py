@@ -190,6 +190,8 @@ def test_a_roof_is_no_lower_than_what_was_seen() -> None:
 )
 def test_generations_of_one_name_are_two_devices(model_name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A virtual machine's processor has no number in its name; rows of one must not be compared with another's."""
-    text = f"processor\t: 0\ncpu family\t: 25\nmodel\t\t: 1\nmodel name\t: {model_name}\nstepping\t: 1\n"
+    text = "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\n"
+    text += f"model\t\t: 1\nmodel name\t: {model_name}\nstepping\t: 1\n"
     monkeypatch.setattr(Path, "read_text", lambda path, **how: text)
     assert platform.cpu_model() == device
+    assert platform.cpu_vendor.__wrapped__() == "AuthenticAMD"
