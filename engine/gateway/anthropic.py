@@ -209,15 +209,25 @@ def _tool_choice(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def usage_of(counted: dict[str, Any]) -> dict[str, Any]:
-    """Prompt tokens here include the cached ones, which that API counts apart."""
+    """Prompt tokens here include the cached and the written ones, which that API counts apart.
+
+    What was written stands where LiteLLM has it; OpenAI's API has no word for how long it is kept.
+    """
     cached = counted.get("cache_read_input_tokens") or 0
-    prompt = (counted.get("input_tokens") or 0) + cached + (counted.get("cache_creation_input_tokens") or 0)
+    written = counted.get("cache_creation_input_tokens") or 0
+    prompt = (counted.get("input_tokens") or 0) + cached + written
     completion = counted.get("output_tokens") or 0
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": cached},
+        "prompt_tokens_details": {
+            "cached_tokens": cached,
+            "cache_creation_tokens": written,
+            "cache_creation_token_details": counted.get("cache_creation"),
+        },
+        "cache_creation_input_tokens": written,
+        "cache_read_input_tokens": cached,
     }
 
 

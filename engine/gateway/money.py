@@ -6,6 +6,7 @@ thousandth of a cent per million is still a whole number.
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from tokenmill.errors import InputError
 
@@ -13,6 +14,8 @@ MICRO_CENTS_PER_DOLLAR = 100_000_000
 _MILLION = 1_000_000
 #: Above this, 64-bit columns could overflow when sums are formed: ten million dollars.
 MOST_DOLLARS = 10_000_000
+#: For how long, at most, a backend may keep what it writes of a prompt into its cache: not at all, minutes, an hour.
+Writes = Literal["none", "minutes", "hour"]
 
 
 def micro_cents(dollars: float) -> int:
@@ -36,20 +39,41 @@ class Prices:
     """What a backend's tokens cost, in micro-cents per million tokens.
 
     Attributes:
-        prompt: Prompt tokens that were not cached.
-        cached: Prompt tokens that were.
+        prompt: Prompt tokens that were neither cached nor written into the cache.
+        cached: Prompt tokens that were cached.
         completion: Generated tokens.
+        written: Prompt tokens that were written into the cache; None: like `prompt`.
+        written_hour: Those of them that are kept for an hour; None: like `written`.
     """
 
     prompt: int = 0
     cached: int = 0
     completion: int = 0
+    written: int | None = None
+    written_hour: int | None = None
 
-    def cost(self, prompt: int, cached: int, completion: int) -> int:
-        """The cost of one request in micro-cents, rounded up; `prompt` contains `cached`."""
-        fresh = prompt - cached if prompt > cached else 0
-        return -(-(fresh * self.prompt + cached * self.cached + completion * self.completion) // _MILLION)
+    @property
+    def writing(self) -> tuple[int, int]:
+        """(price of a token that is written into the cache, of one that is kept for an hour)."""
+        written = self.prompt if self.written is None else self.written
+        return written, written if self.written_hour is None else self.written_hour
 
-    def bound(self, prompt: int, completion: int) -> int:
+    def cost(self, prompt: int, cached: int, completion: int, written: int = 0, written_hour: int = 0) -> int:
+        """The cost of one request in micro-cents, rounded up; `prompt` contains `cached` and `written`.
+
+        `written` contains `written_hour`.
+        """
+        fresh = prompt - cached - written
+        amount = max(fresh, 0) * self.prompt + cached * self.cached + completion * self.completion
+        if written:
+            minutes, hour = self.writing
+            amount += (written - written_hour) * minutes + written_hour * hour
+        return -(-amount // _MILLION)
+
+    def bound(self, prompt: int, completion: int, writes: Writes = "hour") -> int:
         """The most that a request of so many tokens can cost, in micro-cents."""
-        return -(-(prompt * max(self.prompt, self.cached) + completion * self.completion) // _MILLION)
+        dearest = max(self.prompt, self.cached)
+        if writes != "none":
+            minutes, hour = self.writing
+            dearest = max(dearest, minutes, hour if writes == "hour" else 0)
+        return -(-(prompt * dearest + completion * self.completion) // _MILLION)

@@ -50,12 +50,14 @@ class Usage:
     """Tokens of one request, as far as they are known.
 
     Attributes:
-        prompt: Prompt tokens; cached ones included.
+        prompt: Prompt tokens; cached and written ones included.
         cached: Prompt tokens that the backend had cached.
         completion: Generated tokens.
         exact: The backend said so. Otherwise `completion` is worked out from the stream's events (`event_tokens`).
         accepted, rejected: Tokens that were guessed before the model made them, by a draft model or the client, as far
             as the backend says so: right guesses, which are among `completion`, and wrong ones.
+        written: Prompt tokens that the backend wrote into its cache.
+        written_hour: Those of them that it keeps for an hour, not for minutes.
     """
 
     prompt: int = 0
@@ -64,6 +66,8 @@ class Usage:
     exact: bool = False
     accepted: int = 0
     rejected: int = 0
+    written: int = 0
+    written_hour: int = 0
 
 
 @dataclass
@@ -205,6 +209,8 @@ class Exchange:
             all(usage.exact for usage in usages),
             sum(usage.accepted for usage in usages),
             sum(usage.rejected for usage in usages),
+            sum(usage.written for usage in usages),
+            sum(usage.written_hour for usage in usages),
         )
 
     @property

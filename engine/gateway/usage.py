@@ -21,8 +21,20 @@ _MOST_TOKENS = 100_000_000
 _COUNTED_ON_DEMAND = frozenset({"/v1/chat/completions", "/v1/completions"})
 
 
+class _Kept(msgspec.Struct):
+    """Anthropic's words for how long what was written into a cache is kept."""
+
+    ephemeral_5m_input_tokens: int | None = 0
+    ephemeral_1h_input_tokens: int | None = 0
+
+
 class _Details(msgspec.Struct):
+    """Of a prompt; what was written into a cache has one name at OpenAI and another at LiteLLM."""
+
     cached_tokens: int | None = 0
+    cache_write_tokens: int | None = 0
+    cache_creation_tokens: int | None = 0
+    cache_creation_token_details: _Kept | None = None
 
 
 class _CompletionDetails(msgspec.Struct):
@@ -55,6 +67,7 @@ class _Tokens(msgspec.Struct):
     input_tokens_details: _Details | None = None
     cache_read_input_tokens: int | None = 0
     cache_creation_input_tokens: int | None = 0
+    cache_creation: _Kept | None = None
 
 
 class _Response(msgspec.Struct):
@@ -145,12 +158,25 @@ def read_usage(body: bytes, usage: Usage) -> None:
         return  # some servers say so of every answer: they do not count
     usage.prompt, usage.cached, usage.completion = prompt, cached if cached < prompt else prompt, completion
     usage.exact = True
+    if details is not None or tokens.cache_creation_input_tokens:
+        _read_written(tokens, details, usage)
     guessed = tokens.completion_tokens_details
     if guessed is not None:
         usage.accepted = _count(guessed.accepted_prediction_tokens)
         usage.rejected = _count(guessed.rejected_prediction_tokens)
     if holder.metrics:
         _read_speculation(holder.metrics, usage)
+
+
+def _read_written(tokens: _Tokens, details: _Details | None, usage: Usage) -> None:
+    written, kept = tokens.cache_creation_input_tokens, tokens.cache_creation
+    if details is not None:
+        written = written or details.cache_write_tokens or details.cache_creation_tokens
+        kept = kept or details.cache_creation_token_details
+    usage.written = written = min(_count(written), usage.prompt - usage.cached)
+    if written and kept is not None and (hour := _count(kept.ephemeral_1h_input_tokens)):
+        # A stream states the parts at its begin alone, and the sum again at its end, where it may have grown.
+        usage.written_hour = -(-written * hour // (hour + _count(kept.ephemeral_5m_input_tokens)))
 
 
 def _read_plain(body: bytes, usage: Usage) -> None:

@@ -20,10 +20,12 @@ class FakeAnthropic(FakeUpstream):
     Attributes:
         version: Of the API, which every request must name.
         says: What it answers to a text.
+        writes: Tokens that it writes into its cache for each `cache_control` of a request.
     """
 
     version = "2023-06-01"
     says = "You said {text}"
+    writes = 2
 
     async def _list(self, request: web.Request) -> web.Response:
         said = request.headers
@@ -50,7 +52,6 @@ class FakeAnthropic(FakeUpstream):
         if asked.get("thinking", {}).get("type") == "enabled":
             content[:0] = THOUGHTS
         reason = "tool_use" if tool else "max_tokens" if asked["max_tokens"] < 5 else "end_turn"
-        usage = {"input_tokens": 7, "cache_read_input_tokens": 3, "cache_creation_input_tokens": 2, "output_tokens": 5}
         message = {
             "id": "msg_1",
             "type": "message",
@@ -59,7 +60,7 @@ class FakeAnthropic(FakeUpstream):
             "content": content,
             "stop_reason": reason,
             "stop_sequence": None,
-            "usage": usage,
+            "usage": self._usage(raw),
         }
         if not asked.get("stream"):
             return web.json_response(message, headers={"request-id": "req_1"})
@@ -84,6 +85,24 @@ class FakeAnthropic(FakeUpstream):
                 return response
         await response.write_eof()
         return response
+
+    def _usage(self, raw: bytes) -> dict[str, Any]:
+        marks: list[dict[str, Any]] = []
+
+        def look(found: dict[str, Any]) -> dict[str, Any]:
+            marks.extend([found["cache_control"]] if found.get("cache_control") else [])
+            return found
+
+        json.loads(raw, object_hook=look)
+        hour = self.writes * sum(mark.get("ttl") == "1h" for mark in marks)
+        written = self.writes * len(marks)
+        return {
+            "input_tokens": 7 if marks else 9,
+            "cache_read_input_tokens": 3,
+            "cache_creation_input_tokens": written,
+            "cache_creation": {"ephemeral_5m_input_tokens": written - hour, "ephemeral_1h_input_tokens": hour},
+            "output_tokens": 5,
+        }
 
     def _problem(self, request: web.Request, asked: dict[str, Any]) -> web.Response | None:
         def error(status: int, kind: str, message: str) -> web.Response:
@@ -132,6 +151,8 @@ class FakeAnthropic(FakeUpstream):
                 events.append({"type": "content_block_delta", "index": index, "delta": signed})
             events.append({"type": "content_block_stop", "index": index})
         delta = {"stop_reason": message["stop_reason"], "stop_sequence": None}
-        events.append({"type": "message_delta", "delta": delta, "usage": {"output_tokens": 5}})
+        # As there: the sums again, without how long what was written is kept.
+        sums = {name: count for name, count in message["usage"].items() if name != "cache_creation"}
+        events.append({"type": "message_delta", "delta": delta, "usage": sums})
         events.append({"type": "message_stop"})
         return events

@@ -53,6 +53,7 @@ def test_chat(client: openai.OpenAI) -> None:
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (12, 5, 17)
     assert answer.usage.prompt_tokens_details is not None
     assert answer.usage.prompt_tokens_details.cached_tokens == 3
+    assert answer.usage.prompt_tokens_details.cache_creation_tokens == 0  # type: ignore[attr-defined]
     assert (
         client.chat.completions.create(model="cloud", messages=HELLO, max_tokens=2).choices[0].finish_reason == "length"
     )
@@ -68,6 +69,31 @@ def test_stream(client: openai.OpenAI) -> None:
     assert events[-1].usage.total_tokens == 17
     without = list(client.chat.completions.create(model="claude", messages=HELLO, stream=True))
     assert all(event.usage is None for event in without)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_what_is_written_into_the_cache_is_among_the_prompts_tokens(client: openai.OpenAI, streamed: bool) -> None:
+    """LiteLLM's words, which its clients know; OpenAI's API has none for how long it is kept."""
+    marks: Any = ({"type": "ephemeral"}, {"type": "ephemeral", "ttl": "1h"}, {"type": "ephemeral", "ttl": "1h"})
+    texts: Any = [{"type": "text", "text": "hello", "cache_control": mark} for mark in marks]
+    asked: Any = {"model": "claude", "messages": [{"role": "user", "content": texts}]}
+    if streamed:
+        events = client.chat.completions.create(stream=True, stream_options={"include_usage": True}, **asked)
+        usage: Any = list(events)[-1].usage
+    else:
+        usage = client.chat.completions.create(**asked).usage
+    assert usage.to_dict() == {
+        "prompt_tokens": 7 + 3 + 6,
+        "completion_tokens": 5,
+        "total_tokens": 21,
+        "prompt_tokens_details": {
+            "cached_tokens": 3,
+            "cache_creation_tokens": 6,
+            "cache_creation_token_details": {"ephemeral_5m_input_tokens": 2, "ephemeral_1h_input_tokens": 4},
+        },
+        "cache_creation_input_tokens": 6,
+        "cache_read_input_tokens": 3,
+    }
 
 
 def test_tools(client: openai.OpenAI) -> None:

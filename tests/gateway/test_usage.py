@@ -28,6 +28,11 @@ KEPT = (
 )
 
 
+def parted(minutes: int | None, hour: int | None) -> dict[str, int | None]:
+    """Anthropic's word for how long what was written into a cache is kept."""
+    return {"ephemeral_5m_input_tokens": minutes, "ephemeral_1h_input_tokens": hour}
+
+
 @given(
     st.lists(st.sampled_from((*KEPT, USAGE)), max_size=8),
     st.sampled_from([b"\n\n", b"\r\n\r\n"]),
@@ -92,6 +97,59 @@ def test_counts_of_every_api(answer: object, counts: tuple[int, int, int, bool])
     usage = Usage()
     read_usage(json.dumps(answer).encode(), usage)
     assert (usage.prompt, usage.cached, usage.completion, usage.exact) == counts
+
+
+@pytest.mark.parametrize(
+    ("counted", "written"),
+    [
+        ({"input_tokens": 5, "cache_read_input_tokens": 3, "cache_creation_input_tokens": 4}, (12, 3, 4, 0)),
+        ({"input_tokens": 5, "cache_creation_input_tokens": None, "cache_creation": None}, (5, 0, 0, 0)),
+        ({"input_tokens": 5, "cache_creation_input_tokens": 4, "cache_creation": parted(1, 3)}, (9, 0, 4, 3)),
+        # A sum that has grown since it was parted, as with tools that run there, is parted likewise, and none is lost.
+        ({"input_tokens": 5, "cache_creation_input_tokens": 10, "cache_creation": parted(0, 3)}, (15, 0, 10, 10)),
+        ({"input_tokens": 5, "cache_creation_input_tokens": 10, "cache_creation": parted(3, 0)}, (15, 0, 10, 0)),
+        ({"input_tokens": 5, "cache_creation_input_tokens": 10, "cache_creation": parted(2, 1)}, (15, 0, 10, 4)),
+        ({"input_tokens": 5, "cache_creation_input_tokens": 1, "cache_creation": parted(-2, 9)}, (6, 0, 1, 1)),
+        ({"input_tokens": 5, "cache_creation_input_tokens": 1, "cache_creation": parted(None, None)}, (6, 0, 1, 0)),
+        # OpenAI's, in both of its APIs, and LiteLLM's: the prompt's tokens hold all.
+        ({"prompt_tokens": 9, "prompt_tokens_details": {"cached_tokens": 2, "cache_write_tokens": 4}}, (9, 2, 4, 0)),
+        ({"input_tokens": 9, "input_tokens_details": {"cached_tokens": 2, "cache_write_tokens": 4}}, (9, 2, 4, 0)),
+        (
+            {
+                "prompt_tokens": 9,
+                "prompt_tokens_details": {
+                    "cached_tokens": 2,
+                    "cache_creation_tokens": 4,
+                    "cache_creation_token_details": parted(3, 1),
+                },
+                "cache_creation_input_tokens": 4,
+            },
+            (9, 2, 4, 1),
+        ),
+        ({"prompt_tokens": 9, "prompt_tokens_details": None, "cache_creation_input_tokens": 4}, (9, 0, 4, 0)),
+        # No token is counted twice.
+        ({"prompt_tokens": 9, "prompt_tokens_details": {"cached_tokens": 7, "cache_write_tokens": 4}}, (9, 7, 2, 0)),
+        ({"prompt_tokens": 9, "prompt_tokens_details": {"cache_write_tokens": -4}}, (9, 0, 0, 0)),
+    ],
+)
+def test_what_was_written_into_a_cache(counted: dict[str, Any], written: tuple[int, int, int, int]) -> None:
+    usage = Usage()
+    read_usage(json.dumps({"usage": counted}).encode(), usage)
+    assert usage.exact
+    assert (usage.prompt, usage.cached, usage.written, usage.written_hour) == written
+
+
+def test_a_stream_says_at_its_begin_for_how_long_and_at_its_end_how_much_was_written() -> None:
+    begin = {"input_tokens": 5, "cache_creation_input_tokens": 4, "cache_creation": parted(1, 3), "output_tokens": 1}
+    events = (
+        {"type": "message_start", "message": {"usage": begin}},
+        {"type": "message_delta", "usage": {"cache_creation_input_tokens": 8, "output_tokens": 6}},
+    )
+    usage = Usage()
+    tap = StreamUsage(usage, EventTokens())
+    tap.feed(b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events))
+    tap.finish()
+    assert usage == Usage(13, 0, 6, exact=True, written=8, written_hour=6)
 
 
 @pytest.mark.parametrize(

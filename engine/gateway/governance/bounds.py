@@ -2,6 +2,8 @@
 
 Prompt: byte-level tokenizers make at most one token of each byte, so the bytes of the request's body bound its text;
 what is not text there, or is added to it, is counted apart. A reranker reads the query again with each document.
+What it costs depends on what is written into a backend's cache: Anthropic's API writes what a request marks, others
+write what they like.
 Completion: what the request states, times the answers
 asked for; else the backend's longest answer or its context window; else the configured bound. A backend may still use
 more (it may ignore `max_tokens`, or price things that are no tokens): `books` says what is done then.
@@ -15,7 +17,8 @@ import msgspec
 
 from tokenmill.engine.gateway import defaults
 from tokenmill.engine.gateway.body import MOST_ITEMS, Body, most_items
-from tokenmill.engine.gateway.governance.media import ENOUGH_TOKENS, UNSEEN_TOKENS, media_tokens
+from tokenmill.engine.gateway.governance.media import ENOUGH_TOKENS, UNSEEN_TOKENS, media_tokens, members
+from tokenmill.engine.gateway.money import Writes
 from tokenmill.engine.gateway.pipeline import Exchange
 from tokenmill.engine.gateway.portfolio import Target
 
@@ -54,13 +57,22 @@ _NOT_GENERATING = frozenset(
 )
 #: Paths that run no model.
 _FREE = frozenset({"/tokenize", "/detokenize", "/v1/messages/count_tokens", "/v1/responses/input_tokens"})
+#: Marks where Anthropic's API writes what it has read into its cache, and says for how long; without, for minutes.
+_MARK, _TIME = members(frozenset({"cache_control"})), members(frozenset({"ttl"}))
 
 
 class Bound(NamedTuple):
-    """Tokens; neither can be exceeded by a backend that does what it was asked."""
+    """Tokens; neither can be exceeded by a backend that does what it was asked.
+
+    Attributes:
+        prompt: Prompt tokens.
+        completion: Generated tokens.
+        writes: For how long prompt tokens may be kept in a cache that they are written into.
+    """
 
     prompt: int
     completion: int
+    writes: Writes = "hour"
 
 
 class Asked(NamedTuple):
@@ -71,16 +83,18 @@ class Asked(NamedTuple):
         prompts: Prompts in it, each with answers of its own.
         answers: Answers to each prompt.
         completion: Stated bound of each answer's tokens; None: it states none.
+        writes: For how long it may have Anthropic's API keep prompt tokens in a cache.
     """
 
     prompt: int
     prompts: int
     answers: int
     completion: int | None
+    writes: Writes = "hour"
 
     def at(self, target: Target, completion_bound: int) -> Bound:
         """The most that it can use at one backend."""
-        prompt, prompts, answers, each = self
+        prompt, prompts, answers, each, writes = self
         window, longest = target.context_window, target.backend.max_output_tokens
         if each is None:
             each = longest or window or completion_bound
@@ -91,7 +105,9 @@ class Asked(NamedTuple):
         if window is not None:
             each = min(each, window)
             prompt = min(prompt, window * prompts)
-        return Bound(prompt, min(each * answers * prompts, _MOST_TOKENS))
+        if target.backend.protocol != "anthropic":
+            writes = "hour"
+        return Bound(prompt, min(each * answers * prompts, _MOST_TOKENS), writes)
 
 
 def asked(exchange: Exchange) -> Asked:
@@ -118,7 +134,7 @@ def asked(exchange: Exchange) -> Asked:
         prompt += UNSEEN_TOKENS * sum(body.raw_field(name) not in (None, b"null") for name in _EARLIER)
     answers = max([_count(body, name) for name in _ANSWERS if name in named], default=1)
     prompts = _prompts(body, "prompt") if endpoint == "/v1/completions" else 1
-    return Asked(prompt, prompts, answers, stated_length(endpoint, body, named))
+    return Asked(prompt, prompts, answers, stated_length(endpoint, body, named), _writes(payload))
 
 
 def stated_length(endpoint: str, body: Body, named: frozenset[str]) -> int | None:
@@ -143,6 +159,15 @@ def stated_length(endpoint: str, body: Body, named: frozenset[str]) -> int | Non
                 stated.append(value if isinstance(value, int) else 0)
     # Some servers take nothing, or a negative number, for "as many as there is room for".
     return min(max(stated), _MOST_TOKENS) if min(stated) > 0 else None
+
+
+def _writes(payload: bytes) -> Writes:
+    # Few requests have either: the search for all spellings is spared.
+    if b"cache_control" not in payload and b"\\u00" not in payload:
+        return "none"
+    if _MARK.search(payload) is None:
+        return "none"
+    return "minutes" if _TIME.search(payload) is None else "hour"
 
 
 def _count(body: Body, name: str) -> int:

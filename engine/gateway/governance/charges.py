@@ -1,6 +1,6 @@
 """What a request is charged, from what its calls used.
 
-* The backend counted: exactly that.
+* The backend counted: exactly that; what it wrote into its cache, and what it found there, at their own prices.
 * A stream without a count (cut by the backend, left by the client, or from a server that does not count): the bound
   of its prompt, and for each event seen what the events of this backend's model hold (`event_tokens`).
 * Sent, and nothing seen that could be counted (the client hung up before the answer, the backend was silent, broke
@@ -9,6 +9,7 @@
 * Nothing for a call that was answered with an error, or whose backend broke off before any byte of an answer: the
   gateway holds such a request for not done, too, and may repeat it.
 
+A bound of a prompt costs the most that its tokens can cost: any of them may have been written into a cache.
 Nothing is charged above the call's bound but what a backend counted itself; of that, nothing above the reservation.
 """
 
@@ -87,5 +88,10 @@ def _parts(exchange: Exchange, answering: Call, bound_at: Callable[[Target], Bou
 
 def _charge(call: Call, bound_at: Callable[[Target], Bound]) -> tuple[Usage, int]:
     """(tokens, micro-cents) of one call."""
-    usage = call.usage if call.usage.exact else used(call, bound_at(call.target))
-    return usage, call.target.backend.prices.cost(usage.prompt, usage.cached, usage.completion)
+    usage, prices = call.usage, call.target.backend.prices
+    if usage.exact:
+        cost = prices.cost(usage.prompt, usage.cached, usage.completion, usage.written, usage.written_hour)
+        return usage, cost
+    bound = bound_at(call.target)
+    usage = used(call, bound)
+    return usage, prices.bound(usage.prompt, usage.completion, bound.writes)

@@ -37,7 +37,7 @@ _UNSEEN = _ADDRESSED | _HELD | {"file_id", "source"}
 _ALL = _IMAGES | _UNSEEN
 
 
-def _named(names: frozenset[str], then: bytes = b"") -> Any:
+def members(names: frozenset[str], then: bytes = b"") -> Any:
     """Finds members of these names, spelled in any way that JSON allows, before what matches `then`."""
     spelled = [b"".join([b"(?:%c|\\\\u00(?i:%02x))" % (char, char) for char in name.encode()]) for name in names]
     return re2.compile(b'"(?:' + b"|".join(spelled) + b')"[ \t\r\n]*:' + then)
@@ -53,9 +53,9 @@ _BASE64 = {
     "input_audio": ("input_audio", "data"),
 }
 
-_ANY_NAME, _IMAGE_NAME, _UNSEEN_NAME = _named(_ALL), _named(_IMAGES), _named(_UNSEEN)
+_ANY_NAME, _IMAGE_NAME, _UNSEEN_NAME = members(_ALL), members(_IMAGES), members(_UNSEEN)
 #: Several under one name.
-_LISTED = _named(_IMAGES | _ADDRESSED | _HELD, rb"[ \t\r\n]*\[[ \t\r\n]*[\"{]")
+_LISTED = members(_IMAGES | _ADDRESSED | _HELD, rb"[ \t\r\n]*\[[ \t\r\n]*[\"{]")
 
 
 def media_tokens(payload: bytes) -> int:

@@ -76,7 +76,7 @@ def _dearest(targets: Iterable[Target], bound_at: BoundAt) -> Need:
     amount = prompt = completion = 0
     for target in targets:
         bound = bound_at(target)
-        amount = max(amount, target.backend.prices.bound(bound.prompt, bound.completion))
+        amount = max(amount, target.backend.prices.bound(*bound))
         prompt = max(prompt, bound.prompt)
         completion = max(completion, bound.completion)
     return Need(amount, prompt, completion)

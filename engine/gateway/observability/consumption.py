@@ -58,7 +58,8 @@ class Consumption:
             line.calls += call.sent
             if charged is None:
                 prompt, cached, completion = usage.prompt, usage.cached, usage.completion
-                line.add(prompt, cached, completion, backend.prices.cost(prompt, cached, completion))
+                cost = backend.prices.cost(prompt, cached, completion, usage.written, usage.written_hour)
+                line.add(prompt, cached, completion, cost)
         if charged is not None:
             for part in (charged, *charged.others):
                 line = self._line((team, app, part.tier, part.backend))

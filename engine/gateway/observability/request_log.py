@@ -106,6 +106,7 @@ def describe(exchange: Exchange) -> dict[str, Any]:
         "attempts": exchange.attempts,
         "prompt_tokens": usage.prompt,
         "cached_tokens": usage.cached,
+        "written_tokens": usage.written,
         "completion_tokens": usage.completion,
         "exact": usage.exact,
         "reasons": [f"{reason.criterion}: {reason.verdict}" for reason in decision.reasons] if decision else [],

@@ -140,6 +140,7 @@ def attributes(exchange: Exchange, operation: str) -> "dict[str, AttributeValue]
         "gen_ai.usage.input_tokens": usage.prompt or None,
         "gen_ai.usage.output_tokens": usage.completion or None,
         "gen_ai.usage.cache_read.input_tokens": usage.cached or None,
+        "gen_ai.usage.cache_creation.input_tokens": usage.written or None,
         "http.request.method": exchange.method,
         "http.response.status_code": exchange.status or None,
         "url.path": exchange.endpoint,

@@ -89,7 +89,7 @@ def test_a_span_says_which_model_answered_and_what_was_cached() -> None:
     exchange = Exchange("/v1/chat/completions", [], b"", body=None, model="auto", request_id="r", forward=[])
     exchange.target, exchange.status = target, 200
     exchange.started, exchange.first_chunk_at = 1.0, 1.5
-    exchange.calls = [Call(target, "tiny", Usage(10, 4, 5, exact=True), 200)]
+    exchange.calls = [Call(target, "tiny", Usage(10, 4, 5, exact=True, written=3), 200)]
     names = {value for name, value in vars(gen_ai_attributes).items() if name.startswith("GEN_AI_")}
     found = attributes(exchange, "chat")
     assert {name for name in found if name.startswith("gen_ai.")} <= names
@@ -99,6 +99,7 @@ def test_a_span_says_which_model_answered_and_what_was_cached() -> None:
         "gen_ai.response.model": "org/tiny-7b",
         "gen_ai.response.time_to_first_chunk": 0.5,
         "gen_ai.usage.cache_read.input_tokens": 4,
+        "gen_ai.usage.cache_creation.input_tokens": 3,
     }
     assert {name: found[name] for name in expected} == expected
     exchange.status = 503
