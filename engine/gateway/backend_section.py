@@ -18,6 +18,8 @@ from tokenmill.errors import ConfigurationError
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 #: What may stand in a header as a key.
 _KEY = r"^[\x21-\x7e]+$"
+#: Anthropic's prices of what is written into its cache, for minutes and for an hour, over that of other prompt tokens.
+_WRITING = (1.25, 2.0)
 #: vLLM flags that `tokenmill serve` sets itself, and what to use instead.
 RESERVED_FLAGS: dict[str, str] = {
     "model": "name the model in 'model'",
@@ -58,7 +60,31 @@ class Price(Section):
     cached: float | None = Field(
         None, description="Prompt tokens that the backend had cached; default: like `input`.", ge=0, le=1_000_000
     )
+    written: float | None = Field(
+        None,
+        description="Prompt tokens that the backend wrote into its cache; default: like `input`, with "
+        "`protocol: anthropic` 1.25 times that.",
+        ge=0,
+        le=1_000_000,
+    )
+    written_hour: float | None = Field(
+        None,
+        description="Those of them that it keeps for an hour; default: like `written`, with `protocol: anthropic` "
+        "twice `input`.",
+        ge=0,
+        le=1_000_000,
+    )
     output: float = Field(0.0, description="Generated tokens.", ge=0, le=1_000_000)
+
+    def writing(self, protocol: str) -> tuple[float | None, float | None]:
+        """`written` and `written_hour` with what is usual where a protocol is spoken; None: nothing special."""
+        if protocol != "anthropic":
+            return self.written, self.written_hour
+        minutes, hour = [self.input * factor for factor in _WRITING]
+        return (
+            minutes if self.written is None else self.written,
+            hour if self.written_hour is None else self.written_hour,
+        )
 
 
 class Backend(Section):

@@ -32,6 +32,7 @@ _READ = frozenset(
         *("id", "base_model", "rpm", "tpm", "version", "max_input_tokens", "max_output_tokens", "max_tokens"),
         *("supports_function_calling", "supports_vision", "supports_audio_input", "supports_response_schema"),
         *("input_cost_per_token", "output_cost_per_token", "cache_read_input_token_cost"),
+        *("cache_creation_input_token_cost", "cache_creation_input_token_cost_above_1hr"),
     }
 )
 #: By what LiteLLM's own fields begin that do something there: they are listed.

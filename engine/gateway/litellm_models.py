@@ -24,8 +24,11 @@ _SECTIONS = ("litellm_params", "model_info")
 _PRICES = {
     "input_cost_per_token": "input",
     "cache_read_input_token_cost": "cached",
+    "cache_creation_input_token_cost": "written",
+    "cache_creation_input_token_cost_above_1hr": "written_hour",
     "output_cost_per_token": "output",
 }
+_WRITING = ("written", "written_hour")
 
 
 class Describer:
@@ -96,6 +99,10 @@ class Describer:
         if "cached" in found and "input" in stated:
             # Whoever states a low price for tokens does not mean that those in a cache cost more.
             found["cached"] = min(found["cached"], stated["input"])
+        for ours in _WRITING:
+            # Else it goes by `input`; zero is how the map writes that it is not known.
+            if "input" in stated or not found.get(ours):
+                found.pop(ours, None)
         if found:
             self._from_map[name] = None
         both_ways = found | stated

@@ -64,4 +64,9 @@ def _prices(backend: Backend) -> dict[str, float]:
     }
     if prices.cached != prices.prompt:
         found["cache_read_input_token_cost"] = prices.cached / _PER_TOKEN
+    written, hour = prices.writing
+    if written != prices.prompt:
+        found["cache_creation_input_token_cost"] = written / _PER_TOKEN
+    if hour != written:
+        found["cache_creation_input_token_cost_above_1hr"] = hour / _PER_TOKEN
     return found

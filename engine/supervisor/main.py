@@ -122,7 +122,11 @@ def _remote(backend: Backend) -> str:
 
 def _price(prices: Prices) -> list[str]:
     """What a million tokens cost; nothing where they cost nothing."""
-    each = ((prices.prompt, "in"), (prices.cached, "cached"), (prices.completion, "out"))
+    written, hour = prices.writing
+    each = [(prices.prompt, "in"), (prices.cached, "cached")]
+    each += [(written, "written")] if written != prices.prompt else []
+    each += [(hour, "written for an hour")] if hour != written else []
+    each += [(prices.completion, "out")]
     if not any(price for price, _ in each):
         return []
     return [", ".join(f"${dollars(price):g} {what}" for price, what in each) + " per million tokens"]

@@ -211,10 +211,11 @@ def _remote(name: str, tier: str, backend: RemoteBackend, quality: float | None)
     )
 
 
-def prices(price: Price) -> Prices:
-    """A configured price in the gateway's unit."""
+def prices(price: Price, protocol: str = "openai") -> Prices:
+    """A configured price in the gateway's unit, of a backend that speaks a protocol."""
     cached = price.input if price.cached is None else price.cached
-    return Prices(micro_cents(price.input), micro_cents(cached), micro_cents(price.output))
+    writing = [None if one is None else micro_cents(one) for one in price.writing(protocol)]
+    return Prices(micro_cents(price.input), micro_cents(cached), micro_cents(price.output), *writing)
 
 
 def _common(name: str, tier: str, backend: LocalBackend | RemoteBackend, quality: float | None) -> dict[str, Any]:
@@ -229,7 +230,7 @@ def _common(name: str, tier: str, backend: LocalBackend | RemoteBackend, quality
         "zone": backend.zone,
         "region": backend.region,
         "version": backend.version,
-        "prices": prices(backend.price),
+        "prices": prices(backend.price, backend.protocol if isinstance(backend, RemoteBackend) else "openai"),
         "context_window": backend.context_window,
         "max_output_tokens": backend.max_output_tokens,
         "capabilities": tuple(backend.capabilities),

@@ -113,6 +113,36 @@ def test_what_the_file_states_wins_field_by_field(tmp_path: Path, name_map: Call
     assert backend(imported, "m4").capabilities == []
 
 
+WRITTEN = {"cache_creation_input_token_cost": 3.5e-06, "cache_creation_input_token_cost_above_1hr": 4e-06}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "entry", "written"),
+    [
+        ("model: openai/gpt-4o", {}, (None, None)),
+        ("model: openai/gpt-4o", WRITTEN, (3.5, 4)),
+        # It does not say: a token that is written into a cache costs no less than others.
+        ("model: openai/gpt-4o", dict.fromkeys(WRITTEN, 0), (None, None)),
+        ("model: openai/gpt-4o, cache_creation_input_token_cost: 0", WRITTEN, (0, 4)),
+        ("model: openai/gpt-4o, cache_creation_input_token_cost_above_1hr: 0.00001", {}, (None, 10)),
+        # Where the file states what others cost, the map's are of another price.
+        ("model: openai/gpt-4o, input_cost_per_token: 0.000001", WRITTEN, (None, None)),
+    ],
+)
+def test_prices_of_what_is_written_into_a_cache(
+    tmp_path: Path,
+    name_map: Callable[[Any], Path],
+    parameters: str,
+    entry: dict[str, float],
+    written: tuple[float | None, float | None],
+) -> None:
+    name_map({"gpt-4o": PRICED | entry})
+    imported = convert(tmp_path, parameters)
+    found = backend(imported).price
+    assert (found.written, found.written_hour) == pytest.approx(written)
+    assert imported.left_out == ()
+
+
 #: Each entry's price is its position, so that a wrong one shows.
 ENTRIES = [
     ("groq/both", "groq"),
@@ -285,7 +315,8 @@ def test_check_says_where_prices_come_from_and_what_is_not_fetched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name_map: Callable[[Any], Path]
 ) -> None:
     monkeypatch.setenv(litellm_prices.URL_VARIABLE, "https://user:secret@prices")
-    config = proxy(tmp_path, "model: openai/gpt-4o", "model: openai/unknown")
+    claude = "model: anthropic/claude, input_cost_per_token: 0.000003, output_cost_per_token: 0.000015"
+    config = proxy(tmp_path, "model: openai/gpt-4o", "model: openai/unknown", claude)
     assert main(["--check", str(config)]) == 0
     shown = capsys.readouterr()
     assert (
@@ -300,6 +331,7 @@ def test_check_says_where_prices_come_from_and_what_is_not_fetched(
     assert f"{path}: the prices of 'm0' come from here" in shown.err
     assert shown.err.count("no price") == 1 and "model_list[1]: 'm1': no price" in shown.err
     assert "tier m0: https://api.openai.com; m0 (gpt-4o); cloud; weight 1; $2.5 in, $1.25 cached, $10 out" in shown.out
+    assert "$3 in, $3 cached, $3.75 written, $6 written for an hour, $15 out per million" in shown.out
     assert "secret" not in shown.err + shown.out
 
 

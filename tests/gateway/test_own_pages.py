@@ -101,7 +101,7 @@ def test_ready_and_models_follow_the_backends() -> None:
 
 
 def test_litellms_clients_read_what_models_are(upstream: FakeUpstream) -> None:
-    prices = Prices(250_000_000, 125_000_000, 1_000_000_000)
+    prices = Prices(250_000_000, 125_000_000, 1_000_000_000, 300_000_000, 500_000_000)
     one = Backend(
         *("a", upstream.url, "utility"),
         models=("chat/one",),
@@ -125,6 +125,9 @@ def test_litellms_clients_read_what_models_are(upstream: FakeUpstream) -> None:
     assert (info["max_input_tokens"], info["max_output_tokens"], info["max_tokens"]) == (8192, 1024, 1024)
     assert (info["input_cost_per_token"], info["output_cost_per_token"]) == (2.5e-6, 1e-5)
     assert info["cache_read_input_token_cost"] == 1.25e-6
+    assert info["cache_creation_input_token_cost"] == 3e-6
+    assert info["cache_creation_input_token_cost_above_1hr"] == 5e-6
+    assert not any("cache" in name for name in second["model_info"])
     assert info["description"] == "fast"
     assert (info["supports_vision"], info["supports_function_calling"], info["mode"]) == (True, True, "other")
     assert (second["model_name"], second["model_info"]["mode"]) == ("embed", "embedding")
