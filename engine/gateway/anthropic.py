@@ -21,7 +21,8 @@ PATH = b"/v1/messages"
 #: Paths of that API itself: their requests and answers pass as they are.
 OWN_PATHS = frozenset({PATH.decode(), "/v1/messages/count_tokens"})
 #: All that can be asked of such a backend.
-PATHS = OWN_PATHS | {"/v1/chat/completions"}
+PATHS = OWN_PATHS | {"/v1/chat/completions", "/v1/responses"}
+OFFERED = "chat completions, responses and messages"
 VERSION = b"2023-06-01"
 #: Headers that hold a client's credentials for the gateway.
 CREDENTIALS = frozenset(

@@ -12,7 +12,7 @@ THERE = "in the API of this model's backend"
 #: What may not stand there in an id of a call; some models have `functions.weather:0`.
 _NOT_IN_IDS = re.compile(r"[^a-zA-Z0-9_-]")
 #: What a PDF begins with that stands in a message itself.
-_PDF = "data:application/pdf;base64,"
+PDF = "data:application/pdf;base64,"
 
 
 def messages_of(asked: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -123,9 +123,12 @@ def _block(part: dict[str, Any]) -> dict[str, Any]:
         return {"type": "text", "text": part["text"], **marked}
     if kind == "refusal":
         return {"type": "text", "text": part["refusal"]}
-    if kind == "file" and str(part["file"].get("file_data")).startswith(_PDF):
+    if kind == "file" and (part["file"].get("file_url") or str(part["file"].get("file_data")).startswith(PDF)):
         file: dict[str, Any] = part["file"]
-        source = {"type": "base64", "media_type": "application/pdf", "data": file["file_data"].removeprefix(_PDF)}
+        if file.get("file_url"):
+            source = {"type": "url", "url": file["file_url"]}
+        else:
+            source = {"type": "base64", "media_type": "application/pdf", "data": file["file_data"].removeprefix(PDF)}
         title = {"title": file["filename"]} if file.get("filename") else {}
         return {"type": "document", "source": source, **title, **marked}
     if kind == "image_url":

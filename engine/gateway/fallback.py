@@ -17,6 +17,7 @@ from tokenmill.engine.gateway.api_error import ApiError
 from tokenmill.engine.gateway.balance import Balancer
 from tokenmill.engine.gateway.breaker import RetryBudget
 from tokenmill.engine.gateway.governance import bounds
+from tokenmill.engine.gateway.kept import PATH as RESPONSES
 from tokenmill.engine.gateway.kept import refers_back
 from tokenmill.engine.gateway.pipeline import Exchange, Reply
 from tokenmill.engine.gateway.portfolio import Route, Target, of_tier
@@ -64,7 +65,8 @@ def trouble_of(reply: Reply, exchange: Exchange, target: Target) -> Trouble:
         return "policy"
     if status in _WRONG_KEY and (target.backend.api_key is not None or exchange.principal is not None):
         return "failed"
-    if status == 404 and (exchange.endpoint in _STATELESS or refers_back(exchange)):
+    bridged = exchange.endpoint == RESPONSES and target.backend.protocol == "anthropic"
+    if status == 404 and (exchange.endpoint in _STATELESS or refers_back(exchange) or bridged):
         return "failed"
     if status in (400, 413, 422) and (code in _TOO_LONG or any(text in message for text in _TOO_LONG_TEXTS)):
         return "context"

@@ -11,7 +11,15 @@ import contextlib
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
-from tokenmill.engine.gateway import affinity, anthropic, anthropic_stream, first_event
+from tokenmill.engine.gateway import (
+    affinity,
+    anthropic,
+    anthropic_stream,
+    first_event,
+    responses_answer,
+    responses_bridge,
+    responses_stream,
+)
 from tokenmill.engine.gateway.api_error import (
     EVENT_STREAM,
     EVENT_STREAM_TYPE,
@@ -26,6 +34,7 @@ from tokenmill.engine.gateway.api_error import (
 from tokenmill.engine.gateway.balance import Balancer, refusal
 from tokenmill.engine.gateway.breaker import RetryBudget
 from tokenmill.engine.gateway.connection import ConnectFailedError, CutError, NoAnswerError, SilenceError
+from tokenmill.engine.gateway.defaults import PATH as CHAT
 from tokenmill.engine.gateway.defaults import defaults_for
 from tokenmill.engine.gateway.fallback import Failure, Trouble, Way, trouble_of
 from tokenmill.engine.gateway.kept import PATH as RESPONSES
@@ -253,6 +262,7 @@ class Forwarder:
         backend = lease.target.backend
         assert exchange.body is not None, "it was translated"
         options = exchange.body.get("stream_options", dict[str, Any]) or {}
+        bridged = exchange.endpoint == RESPONSES
         headers = anthropic.headers(exchange.forward, backend.api_key)
         lease.call.taken = lease.call.sent = True
         answer = await self._upstream().send(b"POST", lease.target.origin, anthropic.PATH, headers, said)
@@ -261,7 +271,7 @@ class Forwarder:
             return _redirected(lease, answer.status)
         kept = [header for header in answer.headers if header[0] != b"content-type"]
         if answer.status < 400 and answer.content_type == EVENT_STREAM_TYPE:
-            counts = counting is not None or bool(options.get("include_usage"))
+            counts = bridged or counting is not None or bool(options.get("include_usage"))
             try:
                 chunks = await anthropic_stream.begun(answer.chunks(), counts)
             except anthropic_stream.RefusedError as refused:
@@ -269,12 +279,17 @@ class Forwarder:
                 lease.close()
                 return self._with_retry_after(Reply(refused.status, [*kept, JSON], refused.body))
             lease.heard(answer.status)
+            if bridged:
+                chunks = responses_stream.translated(chunks, exchange.body)
             return Reply(200, [*kept, EVENT_STREAM], None, chunks)
         body = await answer.read()
         lease.heard(answer.status)
         lease.close()
         if answer.status < 400:
-            return Reply(answer.status, [*kept, JSON], anthropic.answer(body))
+            body = anthropic.answer(body)
+            if bridged:
+                body = responses_answer.whole(body, exchange.body)
+            return Reply(answer.status, [*kept, JSON], body)
         status, body = anthropic.error(answer.status, body)
         return self._with_retry_after(Reply(status, [*kept, JSON], body))
 
@@ -317,13 +332,16 @@ def _in_messages(exchange: Exchange, target: Target, route: Route) -> bytes:
         UntranslatableError: It has none for it.
         ApiError: 400 for what is malformed.
     """
-    name = _upstream_model(exchange, target, route)
-    if exchange.endpoint != "/v1/chat/completions" or exchange.body is None or name is None:
-        what = f"The backend of this model ({target.backend.name}) offers chat completions and messages only."
-        raise UntranslatableError(what)
-    added = defaults_for(target.backend.defaults, exchange.endpoint, exchange.body)
-    payload = exchange.body.with_fields(added) if added else exchange.payload
-    return anthropic.request(payload, name, target.backend.max_output_tokens, target.backend.drop_unknown)
+    name, backend, body = _upstream_model(exchange, target, route), target.backend, exchange.body
+    bridged = exchange.endpoint == RESPONSES
+    if not (bridged or exchange.endpoint == CHAT) or body is None or name is None:
+        raise UntranslatableError(f"The backend of this model ({backend.name}) offers {anthropic.OFFERED} only.")
+    with responses_bridge.own_words() if bridged else contextlib.nullcontext():
+        if bridged:
+            body = responses_bridge.chat_of(body, drop=backend.drop_unknown)
+        added = defaults_for(backend.defaults, CHAT, body)
+        payload = body.with_fields(added) if added else body.raw
+        return anthropic.request(payload, name, backend.max_output_tokens, backend.drop_unknown)
 
 
 def _redirected(lease: Lease, status: int) -> Reply:

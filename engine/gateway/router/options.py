@@ -98,7 +98,7 @@ def _unfit(backend: Backend, features: Features) -> str | None:
     if capabilities and needs.isdisjoint(_NO_TEXT) and not _NO_TEXT.isdisjoint(capabilities):
         return "capability: makes no text"
     if backend.protocol == "anthropic" and features.endpoint not in anthropic.PATHS:
-        return "capability: offers chat completions and messages only"
+        return f"capability: offers {anthropic.OFFERED} only"
     window = backend.context_window
     if window is not None:
         limit = features.completion_limit or 0
