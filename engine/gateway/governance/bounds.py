@@ -134,7 +134,7 @@ def asked(exchange: Exchange) -> Asked:
         prompt += UNSEEN_TOKENS * sum(body.raw_field(name) not in (None, b"null") for name in _EARLIER)
     answers = max([_count(body, name) for name in _ANSWERS if name in named], default=1)
     prompts = _prompts(body, "prompt") if endpoint == "/v1/completions" else 1
-    return Asked(prompt, prompts, answers, stated_length(endpoint, body, named), _writes(payload))
+    return Asked(prompt, prompts, answers, stated_length(endpoint, body, named), _writes(exchange))
 
 
 def stated_length(endpoint: str, body: Body, named: frozenset[str]) -> int | None:
@@ -161,13 +161,12 @@ def stated_length(endpoint: str, body: Body, named: frozenset[str]) -> int | Non
     return min(max(stated), _MOST_TOKENS) if min(stated) > 0 else None
 
 
-def _writes(payload: bytes) -> Writes:
-    # Few requests have either: the search for all spellings is spared.
-    if b"cache_control" not in payload and b"\\u00" not in payload:
+def _writes(exchange: Exchange) -> Writes:
+    if not any(target.backend.protocol == "anthropic" for route in exchange.routes for target in route.targets):
+        return "hour"  # nobody looks at its marks: long bodies are not searched for them
+    if _MARK.search(exchange.payload) is None:
         return "none"
-    if _MARK.search(payload) is None:
-        return "none"
-    return "minutes" if _TIME.search(payload) is None else "hour"
+    return "minutes" if _TIME.search(exchange.payload) is None else "hour"
 
 
 def _count(body: Body, name: str) -> int:

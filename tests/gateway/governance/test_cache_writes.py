@@ -94,6 +94,7 @@ def test_what_nobody_counted_costs_what_the_prompt_may_have_cost(
 ) -> None:
     cut = exchange(MESSAGES, talk(mark))
     served = target(protocol="anthropic", prices=PRICES)
+    cut.routes = [Route((served,), "claude")]
     cut.calls.append(Call(served, "claude", Usage(completion=2), 200, taken=True))
     asked = bounds.asked(cut)
     spent = charges.spending(cut, lambda one: asked.at(one, 100))
@@ -114,12 +115,14 @@ def test_what_nobody_counted_costs_what_the_prompt_may_have_cost(
     ],
 )
 def test_what_a_request_has_written(text: str, writes: str) -> None:
+    claude, other = target(protocol="anthropic"), target()
     for path in (CHAT, MESSAGES):
-        asked = exchange(path, json.loads(text))
-        asked.payload = text.encode()
-        assert bounds.asked(asked).at(target(protocol="anthropic"), 100).writes == writes
+        asking = exchange(path, json.loads(text))
+        asking.payload = text.encode()
+        asking.routes = [Route((other, claude), "claude")]
+        asked = bounds.asked(asking)
         # Others write unasked.
-        assert bounds.asked(asked).at(target(), 100).writes == "hour"
+        assert (asked.at(claude, 100).writes, asked.at(other, 100).writes) == (writes, "hour")
 
 
 @pytest.mark.parametrize(
