@@ -16,6 +16,15 @@ CHANGES: Mapping[int, Sequence[str]] = {
         "ALTER TABLE ledger ADD COLUMN rejected_draft_tokens BIGINT NOT NULL DEFAULT 0",
     ),
     4: ("ALTER TABLE audit_head ADD COLUMN decisions BIGINT NOT NULL DEFAULT 0",),
+    5: (
+        "ALTER TABLE accounts ADD COLUMN requests_at_once BIGINT CHECK (requests_at_once >= 0)",
+        "ALTER TABLE accounts ADD COLUMN under_way BIGINT NOT NULL DEFAULT 0",
+    ),
+    6: (
+        "CREATE TABLE responses (id TEXT PRIMARY KEY, number BIGINT NOT NULL, owner TEXT NOT NULL, "
+        "backend TEXT NOT NULL, server TEXT NOT NULL, at BIGINT NOT NULL)",
+        "CREATE INDEX responses_by_number ON responses (number)",
+    ),
 }
 #: Version of the tables; a database made by a newer Tokenmill is refused, one by an older is changed.
 SCHEMA_VERSION = max(CHANGES)

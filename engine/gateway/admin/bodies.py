@@ -36,6 +36,7 @@ class LimitsBody(_Body):
     period: Duration | None = None
     requests_per_minute: Rate | None = None
     tokens_per_minute: Rate | None = None
+    requests_at_once: Rate | None = None
 
     def limits(self) -> Limits:
         """In the units of the books."""
@@ -45,6 +46,7 @@ class LimitsBody(_Body):
             None if self.period is None else milliseconds(self.period),
             self.requests_per_minute,
             self.tokens_per_minute,
+            self.requests_at_once,
         )
 
 
@@ -109,6 +111,7 @@ class LiteLLMKey(msgspec.Struct, kw_only=True):
     budget_duration: Duration | None = None
     tpm_limit: Rate | None = None
     rpm_limit: Rate | None = None
+    max_parallel_requests: Rate | None = None
     team_id: Team | None = None
     user_id: Annotated[str, Meta(max_length=200)] | None = None
     metadata: Metadata | None = None
@@ -127,6 +130,7 @@ class LiteLLMChange(msgspec.Struct, kw_only=True):
     budget_duration: Duration | UnsetType | None = UNSET
     tpm_limit: Rate | UnsetType | None = UNSET
     rpm_limit: Rate | UnsetType | None = UNSET
+    max_parallel_requests: Rate | UnsetType | None = UNSET
     team_id: Team | UnsetType | None = UNSET
     user_id: Annotated[str, Meta(max_length=200)] | UnsetType | None = UNSET
     metadata: Metadata | UnsetType | None = UNSET

@@ -46,6 +46,7 @@ _ACCOUNT_COLUMNS = {
     "id": "id", "kind": "kind", "above": "parent", "name": "name", "spent $": "spent_dollars",
     "hard limit $": "limits.hard_limit_dollars", "soft limit $": "limits.soft_limit_dollars",
     "period": "limits.period", "requests/min": "limits.requests_per_minute", "tokens/min": "limits.tokens_per_minute",
+    "at once": "limits.requests_at_once",
 }  # fmt: skip
 _KEY_COLUMNS = {
     "id": "id", "name": "name", "above": "parent", "state": "state", "role": "role", "models": "models",
@@ -187,6 +188,7 @@ def _limits(options: argparse.Namespace, base: Limits) -> Limits:
         base.period_ms if options.period is None else milliseconds(options.period),
         base.requests_per_minute if options.rpm is None else options.rpm,
         base.tokens_per_minute if options.tpm is None else options.tpm,
+        base.requests_at_once if options.at_once is None else options.at_once,
     )
 
 
@@ -207,6 +209,7 @@ def parser() -> argparse.ArgumentParser:
     limits.add_argument("--period", metavar="LENGTH", help="after which the budget begins anew")
     limits.add_argument("--rpm", type=int, metavar="N", help="requests per minute")
     limits.add_argument("--tpm", type=int, metavar="N", help="tokens per minute")
+    limits.add_argument("--at-once", type=int, metavar="N", help="requests at once")
 
     kinds: tuple[tuple[str, Kind], ...] = (("org", "organisation"), ("team", "team"), ("app", "app"))
     for word, kind in kinds:

@@ -82,6 +82,7 @@ async def generate(call: Call) -> Any:
         _length(body.budget_duration),
         body.rpm_limit,
         body.tpm_limit,
+        body.max_parallel_requests,
     )
     expires_at = _end(body.duration, body.expires)
     store = call.governance.store
@@ -145,6 +146,7 @@ async def update(call: Call) -> Any:
             kept.period_ms if body.budget_duration is UNSET else _length(body.budget_duration),
             kept.requests_per_minute if body.rpm_limit is UNSET else body.rpm_limit,
             kept.tokens_per_minute if body.tpm_limit is UNSET else body.tpm_limit,
+            kept.requests_at_once if body.max_parallel_requests is UNSET else body.max_parallel_requests,
         )
         if limits != kept:
             accounts.set_limits(connection, found.id, limits, call.by)

@@ -35,6 +35,7 @@ _LOWEST = (
     ("period_ms", 1),
     ("requests_per_minute", 0),
     ("tokens_per_minute", 0),
+    ("requests_at_once", 0),
 )
 
 
@@ -48,6 +49,7 @@ class Limits:
         period_ms: Length of the budget's period in milliseconds; None: the budget is for good.
         requests_per_minute: Requests in any 60 seconds.
         tokens_per_minute: Tokens, prompt and completion, in any 60 seconds.
+        requests_at_once: Requests under way, over all gateways with this store.
     """
 
     hard_limit: int | None = None
@@ -55,6 +57,7 @@ class Limits:
     period_ms: int | None = None
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
+    requests_at_once: int | None = None
 
     def __post_init__(self) -> None:
         for name, lowest in _LOWEST:
@@ -71,6 +74,7 @@ class Account:
         spent, reserved: Micro-cents of this period: settled, and held by requests under way.
         period_start: When the period began, in milliseconds.
         soft_reached_at: When the soft limit was reached in this period.
+        under_way: Requests that hold a reservation; to be trusted where `requests_at_once` is set.
     """
 
     id: str
@@ -82,6 +86,7 @@ class Account:
     spent: int
     reserved: int
     soft_reached_at: int | None
+    under_way: int = 0
 
     def renewed(self, now: int) -> bool:
         """Whether its period is over and a new one has begun."""
@@ -102,14 +107,13 @@ class Account:
 
 _COLUMNS = (
     "id, kind, parent, name, hard_limit, soft_limit, period_ms, requests_per_minute, tokens_per_minute, "
-    "period_start, spent, reserved, soft_reached_at"
+    "requests_at_once, period_start, spent, reserved, soft_reached_at, under_way"
 )
 
 
 def _account(row: Sequence[Any]) -> Account:
     identity, kind, parent, name = row[:4]
-    start, spent, reserved, soft_reached_at = row[9:]
-    return Account(identity, kind, parent, name, Limits(*row[4:9]), start, spent, reserved, soft_reached_at)
+    return Account(identity, kind, parent, name, Limits(*row[4:10]), *row[10:])
 
 
 def find(connection: Connection, account: str) -> Account:
@@ -182,7 +186,7 @@ def create(
     now = now_ms()
     connection.execute(
         "INSERT INTO accounts (id, kind, parent, name, hard_limit, soft_limit, period_ms, requests_per_minute, "
-        "tokens_per_minute, period_start, created_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "tokens_per_minute, requests_at_once, period_start, created_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (account, kind, parent, name, *asdict(limits).values(), now, now),
     )
     audit.append(connection, actor, f"{kind}.create", account, {"parent": parent, "name": name, **asdict(limits)})
@@ -207,10 +211,21 @@ def set_limits(connection: Connection, account: str, limits: Limits, actor: str)
         start = now
     connection.execute(
         "UPDATE accounts SET hard_limit = ?, soft_limit = ?, period_ms = ?, requests_per_minute = ?, "
-        "tokens_per_minute = ?, period_start = ?, spent = ?, soft_reached_at = NULL WHERE id = ?",
+        "tokens_per_minute = ?, requests_at_once = ?, period_start = ?, spent = ?, soft_reached_at = NULL WHERE id = ?",
         (*asdict(limits).values(), start, spent, account),
     )
+    if limits.requests_at_once is not None:
+        _count_anew(connection, account)
     audit.append(connection, actor, "limits.set", account, {"before": asdict(before), "after": asdict(limits)})
+
+
+def _count_anew(connection: Connection, account: str) -> None:
+    """Counts an account's requests under way from their reservations: a gateway of an older version did not."""
+    connection.execute(
+        "UPDATE accounts SET under_way = (SELECT count(*) FROM reservations WHERE replace(chain, ?, '') <> chain) "
+        "WHERE id = ?",
+        (f'["{account}",', account),
+    )
 
 
 def several(connection: Connection, identities: Sequence[str]) -> list[Account]:

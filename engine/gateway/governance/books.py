@@ -145,6 +145,7 @@ class _Books:
         tokens, tokens_left = None, _FAR
         for page in chain:
             page.reserved += amount
+            page.under_way += 1
             window = page.window
             if window is not None:
                 window.add(second, 1, asked)
@@ -183,6 +184,7 @@ class _Books:
             if page.ends is not None and not page.period_start <= now < page.ends:
                 page.renew(now)
             page.reserved -= amount
+            page.under_way -= 1
             page.spent += charged
             if page.window is not None and surplus:
                 page.window.add(second, 0, -surplus)
@@ -252,9 +254,10 @@ class _Books:
         """Stores everything that changed."""
         connection, touched = self._connection, self._touched
         connection.executemany(
-            "UPDATE accounts SET period_start = ?, spent = ?, reserved = ?, soft_reached_at = ? WHERE id = ?",
+            "UPDATE accounts SET period_start = ?, spent = ?, reserved = ?, soft_reached_at = ?, under_way = ? "
+            "WHERE id = ?",
             [
-                (page.period_start, page.spent, page.reserved, page.soft_reached_at, identity)
+                (page.period_start, page.spent, page.reserved, page.soft_reached_at, page.under_way, identity)
                 for identity, page in touched.items()
             ],
         )

@@ -115,7 +115,8 @@ class Refusal(NamedTuple):
     """Why a request may not be served now.
 
     Attributes:
-        limit: Which limit; `revoked`: the key itself is not good any more, the figures mean nothing.
+        limit: Which limit; `at once`: of requests under way; `revoked`: the key itself is not good any more, the
+            figures mean nothing.
         account: Whose.
         allowed: The limit, in its unit.
         used: What counts against it already.
@@ -123,7 +124,7 @@ class Refusal(NamedTuple):
         retry_ms: When it may be tried again, in milliseconds from now; None: not by waiting.
     """
 
-    limit: Literal["budget", "requests", "tokens", "revoked"]
+    limit: Literal["budget", "requests", "tokens", "at once", "revoked"]
     account: Account
     allowed: int
     used: int

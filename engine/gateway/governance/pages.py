@@ -15,6 +15,8 @@ from tokenmill.engine.gateway.governance.budgets import WINDOW_S, Refusal, Reser
 MOST_KEPT = 10_000
 #: Seconds that the clocks of two machines may differ by; what is further ahead was written by a clock that was wrong.
 AHEAD_S = 2 * WINDOW_S
+#: Milliseconds after which a request that is one too many at once may be tried again: nobody knows when one will end.
+NEXT_MS = 1000
 
 
 class Window:
@@ -151,6 +153,7 @@ class Page:
         "revoked",
         "soft_reached_at",
         "spent",
+        "under_way",
         "window",
     )
 
@@ -164,6 +167,7 @@ class Page:
         self.spent = account.spent
         self.reserved = account.reserved
         self.soft_reached_at = account.soft_reached_at
+        self.under_way = account.under_way
 
     def renew(self, now: int) -> None:
         """Begins a new period with nothing spent; call it when the old one is over.
@@ -189,6 +193,9 @@ class Page:
         if most is not None and self.spent + self.reserved + wanted.amount > most:
             end = None if self.ends is None else self.ends - wanted.at
             return Refusal("budget", self.account, most, self.spent + self.reserved, wanted.amount, end)
+        most = limits.requests_at_once
+        if most is not None and self.under_way >= most:
+            return Refusal("at once", self.account, most, self.under_way, 1, NEXT_MS if most else None)
         if window is None:
             return None
         if window.since != second - WINDOW_S:

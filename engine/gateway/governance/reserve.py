@@ -1,5 +1,6 @@
 """The stage that reserves what a request can cost before it is sent, and has it settled when it has ended."""
 
+import asyncio
 import functools
 import itertools
 
@@ -18,6 +19,9 @@ from tokenmill.engine.gateway.portfolio import Target
 _RESET_S = budgets.WINDOW_S + 1
 #: OpenAI's clients do not wait longer than this, but try again at once; it is better to tell them not to.
 _CLIENT_PATIENCE_MS = 60_000
+#: Seconds until a request that is one too many at once is tried again, each time: who has the end of an answer asks the
+#: next, perhaps of another worker, and that one is settled a moment later.
+_ENDING_S = (0.01, 0.04, 0.2)
 
 
 class Reserve:
@@ -60,7 +64,7 @@ class Reserve:
         self._open += 1
         store, apply = self._governance.store, self._governance.apply
         try:
-            answer = await self._write(wanted)
+            answer = await self._reserve(wanted)
             while isinstance(answer, Refusal):
                 final = narrowing.narrow(exchange, bound_at, answer)
                 if final is not None:
@@ -68,7 +72,7 @@ class Reserve:
                     raise refusal(final)
                 # Each round takes something out, so there are few.
                 wanted = self._reservation(exchange, bound_at)
-                answer = await self._write(wanted)
+                answer = await self._reserve(wanted)
         except StoreUnavailableError as error:
             settles = error.perhaps_done
             raise self._governance.unwritable(error) from error
@@ -78,6 +82,15 @@ class Reserve:
             known = charges.spending(exchange, bound_at)
         reply.headers = [*reply.headers, *_headers(answer, None if known is None else known.total)]
         return reply
+
+    async def _reserve(self, wanted: Reservation) -> Granted | Refusal:
+        answer = await self._write(wanted)
+        for pause_s in _ENDING_S:
+            if not isinstance(answer, Refusal) or answer.limit != "at once" or not answer.allowed:
+                break
+            await asyncio.sleep(pause_s)
+            answer = await self._write(wanted)
+        return answer
 
     async def _write(self, wanted: Reservation) -> Granted | Refusal:
         try:
@@ -148,6 +161,8 @@ def refusal(found: Refusal) -> ApiError:
     whose = f"{found.account.kind} `{quote(found.account.id)}`"
     if found.limit == "budget":
         return _over_budget(found, whose)
+    if found.limit == "at once":
+        return _too_many(found, whose)
     message = (
         f"The {whose} is limited to {found.allowed} {found.limit} per minute; {found.used} were used or reserved in "
         f"the last minute, this request may use {found.asked}."
@@ -160,6 +175,17 @@ def refusal(found: Refusal) -> ApiError:
     reset_s = _RESET_S if found.retry_ms is None else round(found.retry_ms / 1000, 3)
     headers = [*wait, *_rate_headers(found.limit, found.allowed, found.allowed - found.used, reset_s)]
     return ApiError(429, message, code="rate_limit_exceeded", kind=found.limit, headers=headers)
+
+
+def _too_many(found: Refusal, whose: str) -> ApiError:
+    message = f"The {whose} is limited to {found.allowed} requests at once; {found.used} are under way."
+    if found.retry_ms is None:
+        message += " Ask for a higher limit."
+        headers = [(b"x-should-retry", b"false")]
+    else:
+        message += " Try again when one of them has ended, or ask for a higher limit."
+        headers = [retry_after(found.retry_ms / 1000)]
+    return ApiError(429, message, code="rate_limit_exceeded", kind="requests", headers=headers)
 
 
 def _over_budget(found: Refusal, whose: str) -> ApiError:

@@ -20,7 +20,9 @@ CREATE TABLE accounts (
     soft_reached_at BIGINT,
     requests_per_minute BIGINT CHECK (requests_per_minute >= 0),
     tokens_per_minute BIGINT CHECK (tokens_per_minute >= 0),
-    created_at BIGINT NOT NULL
+    created_at BIGINT NOT NULL,
+    requests_at_once BIGINT CHECK (requests_at_once >= 0),
+    under_way BIGINT NOT NULL DEFAULT 0
 )"""
 #: `hash` is SHA-256 of the key in hexadecimal; the key itself is nowhere.
 KEYS = """
@@ -110,6 +112,16 @@ CREATE TABLE audit_head (
     hash TEXT NOT NULL,
     decisions BIGINT NOT NULL DEFAULT 0
 )"""
+#: Which backend keeps a response, and whose it is, by the hash of its id, numbered as they came (`register`).
+RESPONSES = """
+CREATE TABLE responses (
+    id TEXT PRIMARY KEY,
+    number BIGINT NOT NULL,
+    owner TEXT NOT NULL,
+    backend TEXT NOT NULL,
+    server TEXT NOT NULL,
+    at BIGINT NOT NULL
+)"""
 
 SCHEMA = (
     ACCOUNTS,
@@ -123,4 +135,6 @@ SCHEMA = (
     "CREATE INDEX ledger_by_key ON ledger (key_id, ended_at)",
     AUDIT,
     AUDIT_HEAD,
+    RESPONSES,
+    "CREATE INDEX responses_by_number ON responses (number)",
 )

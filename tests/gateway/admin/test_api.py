@@ -47,7 +47,7 @@ def test_an_auditor_looks_but_does_not_touch(workers: Workers) -> None:
 
 def test_accounts_form_a_tree_with_limits(workers: Workers) -> None:
     workers.json("POST", "/admin/accounts", {"kind": "organisation", "id": "acme"}, status=201)
-    limits = {"hard_limit_dollars": 12.5, "period": "30d", "requests_per_minute": 60}
+    limits = {"hard_limit_dollars": 12.5, "period": "30d", "requests_per_minute": 60, "requests_at_once": 8}
     body = {"kind": "team", "id": "search", "parent": "acme", "name": "Search", "limits": limits}
     made = workers.json("POST", "/admin/accounts", body, status=201)
     assert made["limits"] == {**limits, "soft_limit_dollars": None, "tokens_per_minute": None}

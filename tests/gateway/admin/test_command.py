@@ -44,6 +44,8 @@ def test_accounts_keys_and_limits(admin: Admin) -> None:
     key = admin.json("key", "create", "--parent", "search", "--model", "a", "--model", "b", "--role", "auditor")
     assert (key["models"], key["role"], key["parent"]) == (["a", "b"], "auditor", "search")
     assert admin.json("limits", "search", "--tpm", "9")["limits"] == {**made["limits"], "tokens_per_minute": 9}
+    assert admin.json("limits", "search", "--at-once", "3")["limits"]["requests_at_once"] == 3
+    assert "at once" in admin.shown("team", "list")
     assert admin.json("limits", "search", "--replace", "--rpm", "1")["limits"]["hard_limit_dollars"] is None
     rotated = admin.json("key", "rotate", key["key"])
     assert rotated["id"] == key["id"] and rotated["key"] != key["key"]

@@ -26,6 +26,7 @@ def test_generate_takes_litellms_fields_and_they_hold(workers: Workers) -> None:
         duration="1h",
         tpm_limit=100_000,
         rpm_limit=2,
+        max_parallel_requests=1,
         team_id="team-x",
         key_alias="app one",
         user_id="u-1",
@@ -44,6 +45,7 @@ def test_generate_takes_litellms_fields_and_they_hold(workers: Workers) -> None:
         "budget_duration": "30d",
         "tpm_limit": 100_000,
         "rpm_limit": 2,
+        "max_parallel_requests": 1,
         "team_id": "team-x",
         "key_alias": "app one",
         "user_id": "u-1",
@@ -78,12 +80,17 @@ def test_a_budget_stops(workers: Workers) -> None:
 
 
 def test_update_changes_what_is_named_and_nothing_else(workers: Workers) -> None:
-    made = generate(workers, models=["tiny"], max_budget=5, rpm_limit=7, key_alias="before", metadata={"a": 1})
+    limits = {"max_budget": 5, "rpm_limit": 7, "max_parallel_requests": 0}
+    made = generate(workers, models=["tiny"], **limits, key_alias="before", metadata={"a": 1})
     changed = workers.json("POST", "/key/update", {"key": made["key"], "models": ["utility"], "key_alias": "after"})
     assert changed["models"] == ["utility"]
     assert changed["key_alias"] == "after"
-    assert (changed["max_budget"], changed["rpm_limit"], changed["metadata"]) == (5, 7, {"a": 1})
+    assert {name: changed[name] for name in (*limits, "metadata")} == {**limits, "metadata": {"a": 1}}
     assert workers.chat(made["key"])[0] == 403
+    assert workers.chat(made["key"], "utility")[0] == 429
+    changed = workers.json("POST", "/key/update", {"key": made["key"], "max_parallel_requests": None})
+    assert (changed["rpm_limit"], changed["max_parallel_requests"]) == (7, None)
+    assert workers.chat(made["key"], "utility")[0] == 200
     workers.json("POST", "/key/update", {"key": made["key"], "duration": "1s", "models": []})
     assert workers.json("GET", f"/key/info?key={made['token']}")["info"]["expires"] is not None
 
@@ -134,7 +141,6 @@ def test_deleting_by_an_alias_deletes_all_or_nothing(workers: Workers) -> None:
 @pytest.mark.parametrize(
     "field",
     [
-        {"max_parallel_requests": 3},
         {"model_max_budget": {"tiny": {"max_budget": 1}}},
         {"permissions": {"x": True}},
         {"key": "sk-1234"},
@@ -147,7 +153,6 @@ def test_deleting_by_an_alias_deletes_all_or_nothing(workers: Workers) -> None:
         {"allowed_ips": ["10.0.0.1"]},
         {"organization_id": "o"},
         {"aliases": {"gpt-4": "tiny"}},
-        {"max_parallel_requests": 0},
         {"spend": 3},
         {"a_restriction_of_tomorrow": 1},
     ],

@@ -86,12 +86,14 @@ def test_wrong_input_is_one_line_and_leaves_no_trace(store: Store, wrong: Callab
 
 def test_the_least_and_the_most_of_each_limit(store: Store) -> None:
     most = 2**53
-    for limits in (Limits(0, 0, 1, 0, 0), Limits(most, most, most, most, most)):
+    for limits in (Limits(0, 0, 1, 0, 0, 0), Limits(most, most, most, most, most, most)):
         store.write_now(
             lambda connection, limits=limits: accounts.create(connection, "team", "x" * 200, None, limits, "test")  # type: ignore[misc]
         )
     assert [account.limits.hard_limit for account in accounts.every(store.reader)] in ([0, most], [most, 0])
-    for name in ("hard_limit", "soft_limit", "period_ms", "requests_per_minute", "tokens_per_minute"):
+    for name in (
+        "hard_limit", "soft_limit", "period_ms", "requests_per_minute", "tokens_per_minute", "requests_at_once"
+    ):  # fmt: skip
         for value in (0 if name == "period_ms" else -1, most + 1):
             with pytest.raises(InputError, match=f"{name}={value} is outside"):
                 Limits(**{name: value})

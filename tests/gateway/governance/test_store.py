@@ -105,6 +105,9 @@ def test_tables_of_an_older_version_are_changed(kind: str, tmp_path: Path, reque
         for column in ("kind", "accepted_draft_tokens", "rejected_draft_tokens"):
             connection.execute(f"ALTER TABLE ledger DROP COLUMN {column}")
         connection.execute("ALTER TABLE audit_head DROP COLUMN decisions")
+        for column in ("requests_at_once", "under_way"):
+            connection.execute(f"ALTER TABLE accounts DROP COLUMN {column}")
+        connection.execute("DROP TABLE responses")
         connection.execute(
             "INSERT INTO ledger (call, request_id, key_id, app, team, organisation, tier, backend, model, "
             "prompt_tokens, cached_tokens, completion_tokens, exact, cost, excess, outcome, status, attempts, "
@@ -125,11 +128,13 @@ def test_tables_of_an_older_version_are_changed(kind: str, tmp_path: Path, reque
         store.close()
     store = Store(place, SCHEMA)
     assert ask(store, key, "new", 10, at=NOW) is None
+    store.write_now(lambda connection: accounts.set_limits(connection, key, Limits(requests_at_once=1), "t"))
+    assert ask(store, key, "second", 10, at=NOW) is not None
     assert end(store, "new", 7)
     (total,) = books.sums(store.reader, ())
     assert (total["requests"], total["cost"]) == (2, 16)
     store.write_now(lambda connection: keys.revoke(connection, key, "t"))
-    assert audit.changes(store.reader) == audit.verify(store.reader).sequence == 3
+    assert audit.changes(store.reader) == audit.verify(store.reader).sequence == 4
     store.close()
 
 

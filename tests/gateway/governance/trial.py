@@ -244,7 +244,7 @@ class Trials:
           cost there; so has every other call of which the gateway says that it was counted.
         * Requests that were lost with their worker are charged no less than that.
         * Sums by tier, backend, key, outcome and kind are the sum of all.
-        * Nothing is reserved any more; the audit trail is whole.
+        * Nothing is reserved or under way any more; the audit trail is whole.
         """
         with urllib.request.urlopen(self._books_url) as answer:  # noqa: S310
             books: dict[str, list[list[int]]] = json.load(answer)
@@ -259,11 +259,12 @@ class Trials:
         ]
         account = accounts.find(reader, team)
         assert account.spent <= budget, f"{account.spent} spent of {budget}"
-        assert account.reserved == 0
+        assert (account.reserved, account.under_way) == (0, 0)
         assert account.spent == sum(row.cost for row in rows)
         for key_id in key_ids:
             one = accounts.find(reader, key_id)
-            assert (one.spent, one.reserved) == (sum(row.cost for row in rows if row.key_id == key_id), 0)
+            spent = sum(row.cost for row in rows if row.key_id == key_id)
+            assert (one.spent, one.reserved, one.under_way) == (spent, 0, 0)
         by_id: dict[str, list[Row]] = {}
         for row in rows:
             by_id.setdefault(row.request_id, []).append(row)
