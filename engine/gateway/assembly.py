@@ -22,6 +22,7 @@ from tokenmill.engine.gateway.observability.request_log import RequestLog
 from tokenmill.engine.gateway.observability.traces import Traces
 from tokenmill.engine.gateway.pipeline import Stage
 from tokenmill.engine.gateway.portfolio import Portfolio
+from tokenmill.engine.gateway.register import Register
 from tokenmill.engine.gateway.router.escalation import Escalation
 from tokenmill.engine.gateway.router.outcomes import OutcomeLog
 from tokenmill.engine.gateway.router.stage import Router
@@ -89,16 +90,23 @@ def create_app(document: Document) -> Gateway:
     if sensitivity is not None:
         stages.append(Guard(tell))
     identify = None if identities is None else identities.of
-    gateway = Gateway(portfolio, stages, services, sites, identify, counted, Kept(_kept_in(document)), watchers)
+    register = None if governance is None or _is_file(governance.options.store) else Register(governance)
+    kept = Kept(_kept_in(document), register)
+    gateway = Gateway(portfolio, stages, services, sites, identify, counted, kept, watchers)
     return gateway
 
 
 def _kept_in(document: Document) -> Path | None:
     """The file in which it stands who keeps which response; with keys it outlives the gateway, as the books do."""
     governance, shared = document.governance, document.observability.shared
-    if governance is not None and "://" not in governance.store:
+    if governance is not None and _is_file(governance.store):
         return Path(f"{governance.store}-responses")
     return Path(shared) / "responses.kept" if shared else None
+
+
+def _is_file(store: str) -> bool:
+    """Whether a store is one machine's own."""
+    return "://" not in store
 
 
 def _audit_trail(governance: Governance) -> Audit:

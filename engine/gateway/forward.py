@@ -121,7 +121,7 @@ class Forwarder:
     async def handle(self, exchange: Exchange) -> Reply:
         """The answer of the first backend that gives one, or the first tier's error; raises `ApiError` as such."""
         self._retries.earn()
-        routes = self._kept.narrowed(exchange) if exchange.endpoint.startswith(RESPONSES) else exchange.routes
+        routes = await self._kept.narrowed(exchange) if exchange.endpoint.startswith(RESPONSES) else exchange.routes
         way = Way(routes, self._settings.most_retries, self._retries)
         held: list[Lease] = []
         while (choice := way.next(exchange, self._balancer)) is not None:

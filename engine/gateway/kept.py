@@ -2,7 +2,8 @@
 
 vLLM keeps them in the memory of one server: to all others of its tier `previous_response_id` names nothing. No server
 knows the gateway's keys: who may go on from a response, read or cancel it is decided here. What is remembered is shared
-by the workers of one gateway, and bounded: a response's place is taken by a later one.
+by the workers of one gateway, and bounded: a response's place is taken by a later one. Where several machines share a
+store, it is asked for what is not remembered (`register`).
 """
 
 import contextlib
@@ -10,7 +11,7 @@ import hashlib
 import mmap
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -20,6 +21,7 @@ from tokenmill.engine.gateway.governance.accounts import MASTER
 from tokenmill.engine.gateway.pipeline import Exchange
 from tokenmill.engine.gateway.portfolio import Route, Target
 from tokenmill.engine.gateway.principal import Principal
+from tokenmill.engine.gateway.register import Register
 from tokenmill.engine.gateway.upstream import Answer
 
 PATH = "/v1/responses"
@@ -53,16 +55,18 @@ class Kept:
 
     Args:
         file: Where the workers share it; None: this process is alone.
+        register: What other machines know, too; None: there are none.
     """
 
-    def __init__(self, file: Path | None = None) -> None:
+    def __init__(self, file: Path | None = None, register: Register | None = None) -> None:
         self._slots = _mapped(file)
+        self._register = register
 
     def learn(self, said: bytes, target: Target, exchange: Exchange) -> None:
         """Takes down who gave an answer to whom, and whether the backend goes on with it."""
         with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             response = _ANSWER.decode(said)
-            self._keep(response.id, target, exchange)
+            self._learn(response.id, target, exchange)
             exchange.goes_on = response.id if response.status in _UNFINISHED else None
 
     async def learn_streamed(self, answer: Answer, target: Target, exchange: Exchange) -> None:
@@ -76,16 +80,27 @@ class Kept:
             found = _BEGINS.match(said)
             if found is not None:
                 name = found[1].decode("utf-8", "replace")
-                self._keep(name, target, exchange)
+                self._learn(name, target, exchange)
                 exchange.goes_on = name if is_background(exchange) else None
             if found is not None or said.count(b"\n") >= _LINES or len(said) > _MOST_BYTES or not await answer.more():
                 return
 
-    def _keep(self, name: str, target: Target, exchange: Exchange) -> None:
+    def _learn(self, name: str, target: Target, exchange: Exchange) -> None:
         if name:
-            at = _place(name)
-            who = _tag(target.backend.name) + _tag(_owner(exchange.principal))
-            self._slots[at : at + SLOT_BYTES] = _seal(name, who) + who
+            owner = _owner(exchange.principal)
+            self._keep(name, target, owner)
+            # What the client will not have kept nobody asks for.
+            if (
+                self._register is not None
+                and exchange.body is not None
+                and exchange.body.raw_field("store") != b"false"
+            ):
+                self._register.enter(name, owner, target)
+
+    def _keep(self, name: str, target: Target, owner: str) -> None:
+        at = _place(name)
+        who = _tag(target.backend.name) + _tag(owner)
+        self._slots[at : at + SLOT_BYTES] = _seal(name, who) + who
 
     def _find(self, name: str) -> tuple[bytes, bytes] | None:
         """Tags of the backend that keeps a response, and of its owner; None: it is not known."""
@@ -95,7 +110,7 @@ class Kept:
         # Of two workers that wrote here at the same time a mixture may be left: that is neither's.
         return (who[:_TAG_BYTES], who[_TAG_BYTES:]) if slot[:_TAG_BYTES] == _seal(name, who) else None
 
-    def holder(self, name: str, principal: Principal | None, targets: Iterable[Target]) -> Target | None:
+    async def holder(self, name: str, principal: Principal | None, targets: Sequence[Target]) -> Target | None:
         """The backend that keeps a response; None: it is not known, or is none of these.
 
         Args:
@@ -104,19 +119,29 @@ class Kept:
             targets: The backends.
 
         Raises:
-            ApiError: 404 where it is not known to be this principal's; of the master key all are.
+            ApiError: 404 where it is not known to be this principal's; of the master key all are. 503 where only the
+                store may know, and it cannot be asked.
         """
+        whose = None if principal is None or principal.key == MASTER else _owner(principal)
         found = self._find(name)
-        if principal is not None and principal.key != MASTER and (found is None or found[1] != _tag(_owner(principal))):
-            raise not_found(name)
-        return None if found is None else next((one for one in targets if _tag(one.backend.name) == found[0]), None)
+        if found is not None and (whose is None or found[1] == _tag(whose)):
+            return next((one for one in targets if _tag(one.backend.name) == found[0]), None)
+        entry = None if self._register is None else await self._register.find(name, whose)
+        if entry is None:
+            if whose is not None:
+                raise not_found(name)
+            return None
+        holder = entry.among(targets)
+        if holder is not None:
+            self._keep(name, holder, entry.owner)
+        return holder
 
-    def narrowed(self, exchange: Exchange) -> Sequence[Route]:
+    async def narrowed(self, exchange: Exchange) -> Sequence[Route]:
         """The routes to the server that keeps what a request goes on from; all of them where that is not known.
 
         Raises:
             ApiError: 404 where that is another's; 400 for a field that only one who needs no key may send, or for a
-                `background` that is no truth value.
+                `background` that is no truth value; 503 as of `holder`.
         """
         routes, body = exchange.routes, exchange.body
         if body is None:
@@ -145,7 +170,7 @@ class Kept:
             name = _TEXT.decode(raw)
         except msgspec.MsgspecError:
             return routes
-        holder = self.holder(name, exchange.principal, (one for route in routes for one in route.targets))
+        holder = await self.holder(name, exchange.principal, [one for route in routes for one in route.targets])
         if holder is None:
             return routes
         found = []

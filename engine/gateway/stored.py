@@ -67,7 +67,7 @@ class Stored:
         """The backend's answer; 404 for a response that nobody keeps for this client."""
         asked = about(exchange.endpoint)
         assert asked is not None, "the path is about a response"
-        exchange.target = target = self._holder(asked.response, exchange)
+        exchange.target = target = await self._holder(asked.response, exchange)
         exchange.forward = [header for header in exchange.forward if header[0] in _PASSED]
         if exchange.principal is not None:
             exchange.forward = without(exchange.forward, CREDENTIALS)
@@ -99,9 +99,9 @@ class Stored:
             headers = with_key(headers, target.backend.api_key)
         return await self._upstream().send(method.encode(), target.origin, path, headers, body)
 
-    def _holder(self, response: str, exchange: Exchange) -> Target:
+    async def _holder(self, response: str, exchange: Exchange) -> Target:
         targets = [one for one in self._portfolio.targets if one.backend.protocol == "openai"]
-        holder = self._kept.holder(response, exchange.principal, targets)
+        holder = await self._kept.holder(response, exchange.principal, targets)
         if holder is None and targets and all(is_same_server(one, targets[0]) for one in targets):
             holder = targets[0]  # as after a start: whom else could one ask?
         if holder is None:

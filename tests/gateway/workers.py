@@ -36,6 +36,7 @@ class Workers:
         routing: How requests that name no model are routed.
         wait_for: Tiers that must be up before the tests begin; empty: all.
         accounts: Most teams, and apps, that metrics name.
+        store: Where governance is kept instead.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Workers:
         routing: RoutingSettings | None = None,
         wait_for: tuple[str, ...] = (),
         accounts: int = 50,
+        store: str | None = None,
     ) -> None:
         self._awaited = wait_for
         self.store = folder / "gateway.db"
@@ -57,7 +59,7 @@ class Workers:
         document = Document(
             backends,
             settings or Settings(probe_interval_s=0.1),
-            governance=Options(str(self.store), digest(MASTER_KEY)),
+            governance=Options(store or str(self.store), digest(MASTER_KEY)),
             observability=ObservabilityOptions(
                 request_log=request_log,
                 traces=traces,
