@@ -160,6 +160,8 @@ def request(raw: bytes, model: str, longest: int | None = None, drop: bool = Fal
         body["max_tokens"] = body["max_tokens"] or longest or DEFAULT_MAX_TOKENS + budget
     except (KeyError, TypeError, AttributeError, ValueError):
         raise UntranslatableError("The request is not a well-formed chat completion request.", "messages") from None
+    except RecursionError:
+        raise too_deep() from None
     try:
         return orjson.dumps(body)
     except orjson.JSONEncodeError:

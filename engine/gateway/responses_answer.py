@@ -66,14 +66,15 @@ class Growing:
     def __init__(self, asked: Body, said: dict[str, Any], tell: Listener) -> None:
         self._tell = tell
         self._name = str(said["id"]).removeprefix("msg_")
-        self._encrypted = _ENCRYPTED in (asked.get("include", list[Any]) or ())
+        self._encrypted = _ENCRYPTED in (asked.get("include", list[str]) or ())
         self._item: dict[str, Any] | None = None
         self._pieces: list[str] = []
         self._reason: str | None = None
         repeated: dict[str, Any] = {}
         for name, usual in _REPEATED.items():
             raw = asked.raw_field(name)
-            repeated[name] = usual if raw is None or raw == b"null" else orjson.Fragment(raw)
+            # JSON may have line breaks outside of its strings, which would end an event's data.
+            repeated[name] = usual if raw in (None, b"null") else orjson.Fragment(b" ".join(raw.splitlines()))
         self.response: dict[str, Any] = {
             "id": f"resp_{self._name}",
             "object": "response",
@@ -86,8 +87,8 @@ class Growing:
             "output": [],
             "previous_response_id": None,
             "store": False,
-            "usage": None,
             **repeated,
+            "usage": None,  # behind what is repeated: whoever counts reads the end of a long event
         }
         self._tell("response.created", {"response": self.response})
         self._tell("response.in_progress", {"response": self.response})

@@ -76,9 +76,9 @@ def chat_of(body: Body, *, drop: bool) -> Body:
     for name in _CHATS:
         if asked.get(name) is not None:
             raise UntranslatableError(f"`{name}` is a field of chat completions and none of responses.", name)
+    if _LOGPROBS in (body.get("include", list[str]) or ()) and not drop:
+        raise UntranslatableError(f"`{_LOGPROBS}` has no counterpart {THERE}; leave it out.", "include")
     try:
-        if _LOGPROBS in (asked.get("include") or ()) and not drop:
-            raise UntranslatableError(f"`{_LOGPROBS}` has no counterpart {THERE}; leave it out.", "include")
         chat = {name: value for name, value in asked.items() if name not in _DONE}
         if chat.get("truncation") == "disabled":
             del chat["truncation"]
@@ -99,6 +99,8 @@ def chat_of(body: Body, *, drop: bool) -> Body:
         chat["reasoning_effort"] = reasoning.get("effort")
     except (KeyError, TypeError, AttributeError, ValueError):
         raise UntranslatableError("The request is not a well-formed Responses request.", "input") from None
+    except RecursionError:
+        raise too_deep() from None
     try:
         return Body(orjson.dumps(chat))
     except orjson.JSONEncodeError:
