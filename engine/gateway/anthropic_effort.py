@@ -19,6 +19,12 @@ _LEVELS = ("low", "medium", "high", "xhigh", "max")
 _BUDGETS = {"low": 1024, "medium": 2048, "high": 4096}
 
 
+def most_thoughts(thinking: Any, effort: Any) -> int:
+    """The most tokens of thoughts, beside its answer's, that a request with these two fields can be given."""
+    budget = thinking.get("budget_tokens") if isinstance(thinking, dict) else None
+    return max(budget if isinstance(budget, int) else 0, max(_BUDGETS.values()) if effort else 0)
+
+
 def apply(body: dict[str, Any], effort: Any) -> None:
     """Has a Messages request think as hard as is asked for; the client's own `thinking` goes before.
 

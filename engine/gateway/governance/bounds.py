@@ -4,18 +4,18 @@ Prompt: byte-level tokenizers make at most one token of each byte, so the bytes 
 what is not text there, or is added to it, is counted apart. A reranker reads the query again with each document.
 What it costs depends on what is written into a backend's cache: Anthropic's API writes what a request marks, others
 write what they like.
-Completion: what the request states, times the answers
-asked for; else the backend's longest answer or its context window; else the configured bound. A backend may still use
-more (it may ignore `max_tokens`, or price things that are no tokens): `books` says what is done then.
+Completion: what the request states, times the answers asked for; else the backend's longest answer or its context
+window; else the configured bound, or what Anthropic's API, which wants a length, is then asked for. A backend may still
+use more (it may ignore `max_tokens`, or price things that are no tokens): `books` says what is done then.
 """
 
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
-from tokenmill.engine.gateway import defaults
+from tokenmill.engine.gateway import anthropic, anthropic_effort, defaults
 from tokenmill.engine.gateway.body import MOST_ITEMS, Body, most_items
 from tokenmill.engine.gateway.governance.media import ENOUGH_TOKENS, UNSEEN_TOKENS, media_tokens, members
 from tokenmill.engine.gateway.money import Writes
@@ -44,7 +44,8 @@ _EARLIER = ("previous_response_id", "conversation", "prompt")
 #: Begins a list of texts, of lists or of objects.
 _SEVERAL = re.compile(rb"\[\s*[\"\[{]")
 #: Fields that say something about a request's size.
-_TELLING = frozenset({*LENGTHS, *_ANSWERS, "tools", "functions", "chat_template"})
+_EFFORTS = frozenset({"reasoning_effort", "reasoning"})
+_TELLING = frozenset({*LENGTHS, *_ANSWERS, *_EFFORTS, "tools", "functions", "chat_template", "thinking"})
 #: Lists of what is scored, each with all else in the request.
 _SCORED = ("documents", "texts", "text_1", "text_2", "queries", "items", "data_1", "data_2")
 _SCORING = frozenset({"/v1/rerank", "/rerank", "/v2/rerank", "/v1/score", "/score"})
@@ -84,6 +85,7 @@ class Asked(NamedTuple):
         answers: Answers to each prompt.
         completion: Stated bound of each answer's tokens; None: it states none.
         writes: For how long it may have Anthropic's API keep prompt tokens in a cache.
+        thoughts: Tokens of thoughts that Anthropic's API may be asked for beside an answer whose length is not stated.
     """
 
     prompt: int
@@ -91,15 +93,22 @@ class Asked(NamedTuple):
     answers: int
     completion: int | None
     writes: Writes = "hour"
+    thoughts: int = 0
 
     def at(self, target: Target, completion_bound: int) -> Bound:
         """The most that it can use at one backend."""
-        prompt, prompts, answers, each, writes = self
+        prompt, prompts, answers, each, writes, thoughts = self
         window, longest = target.context_window, target.backend.max_output_tokens
         if each is None:
             each = longest or window or completion_bound
-            if target.backend.defaults:
-                each = max(each, defaults.longest(target.backend.defaults))
+            usual = target.backend.defaults
+            if target.backend.protocol == "anthropic":
+                thoughts = max(
+                    thoughts, anthropic_effort.most_thoughts(usual.get("thinking"), usual.get("reasoning_effort"))
+                )
+                each = max(each, anthropic.DEFAULT_MAX_TOKENS + thoughts)
+            if usual:
+                each = max(each, defaults.longest(usual))
         if longest is not None and longest < each:
             each = longest
         if window is not None:
@@ -134,7 +143,9 @@ def asked(exchange: Exchange) -> Asked:
         prompt += UNSEEN_TOKENS * sum(body.raw_field(name) not in (None, b"null") for name in _EARLIER)
     answers = max([_count(body, name) for name in _ANSWERS if name in named], default=1)
     prompts = _prompts(body, "prompt") if endpoint == "/v1/completions" else 1
-    return Asked(prompt, prompts, answers, stated_length(endpoint, body, named), _writes(exchange))
+    thinking: Any = body.get("thinking", Any) if "thinking" in named else None
+    thoughts = anthropic_effort.most_thoughts(thinking, named & _EFFORTS)
+    return Asked(prompt, prompts, answers, stated_length(endpoint, body, named), _writes(exchange), thoughts)
 
 
 def stated_length(endpoint: str, body: Body, named: frozenset[str]) -> int | None:
