@@ -24,11 +24,13 @@ from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.database import Connection, now_ms
 from tokenmill.engine.gateway.governance.accounts import Limits
 from tokenmill.engine.gateway.governance.schema import SCHEMA
+from tokenmill.engine.gateway.governance.service import Governance
 from tokenmill.engine.gateway.portfolio import Target
 from tokenmill.engine.gateway.register import Entry, server_of
 from tokenmill.engine.gateway.settings import Settings
 from tokenmill.engine.gateway.store import Store
 from tokenmill.engine.gateway.store_schema import CHANGES
+from tokenmill.errors import ConfigurationError
 
 __all__ = ["postgres", "store"]
 _WAYS = (("GET", ""), ("GET", "?stream=true"), ("DELETE", ""), ("POST", "/cancel"), ("GET", "/input_items"))
@@ -291,3 +293,49 @@ def test_nobody_learns_an_id_from_the_database(books: Store, servers: list[Gated
         name = made(governed, governed.key()[1])
     rows: list[Any] = books.write_now(lambda connection: connection.execute("SELECT * FROM responses").fetchall())
     assert len(rows) == 1 and name not in json.dumps(rows)
+
+
+def test_what_is_asked_for_together_is_one_statement(store: Store) -> None:
+    """Every machine's writers wait meanwhile."""
+    entry = Entry("o", "b", "s")
+    asked: list[str] = []
+
+    class Counted:
+        def __init__(self, connection: Connection) -> None:
+            self._connection = connection
+
+        def execute(self, statement: str, parameters: Sequence[Any] = (), /) -> Any:
+            asked.append(statement)
+            return self._connection.execute(statement, parameters)
+
+    def look(connection: Connection) -> list[Entry | None]:
+        register.write(connection, [("a", entry, now_ms()), ("c", entry, now_ms())])
+        return register.read(Counted(connection), ["c", "b", "a", "c"])  # type: ignore[arg-type]
+
+    assert store.write_now(look) == [entry, None, entry, entry]
+    assert len(asked) == 1
+
+
+def test_a_user_with_no_right_to_the_table_is_told_so_at_the_start(books: Store) -> None:
+    """As after an upgrade, where rights were given to the tables that there were."""
+    psycopg = pytest.importorskip("psycopg")
+    with psycopg.connect(str(books.place), autocommit=True) as root:
+        root.execute("CREATE ROLE clerk LOGIN")
+        root.execute("GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO clerk")
+
+        async def begin() -> None:
+            governance = Governance(options(str(books.place).replace("tokenmill@", "clerk@")))
+            try:
+                await governance.start()
+            finally:
+                await governance.stop()
+
+        for missing in ("SELECT", "INSERT", "UPDATE", "DELETE"):
+            root.execute(f"REVOKE {missing} ON responses FROM clerk")
+            with pytest.raises(ConfigurationError, match="permission denied for table responses"):
+                asyncio.run(begin())
+            root.execute(f"GRANT {missing} ON responses TO clerk")
+        asyncio.run(begin())
+        assert entered(books) == 0
+        root.execute("DROP OWNED BY clerk")
+        root.execute("DROP ROLE clerk")

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
 
+from tokenmill.engine.gateway import register
 from tokenmill.engine.gateway.api_error import ApiError, unavailable
 from tokenmill.engine.gateway.database import Connection, StoreUnavailableError, now_ms
 from tokenmill.engine.gateway.governance import accounts, books, retention, workers
@@ -80,6 +81,8 @@ class Governance:
         self._store = Store(self.options.store, SCHEMA, in_loop=True)
         self._long_reads = LongReads(self._store)
         with self._store.usable():
+            if not self._store.local:
+                await self._store.write(register.try_out)
             self._worker = WorkerLock(self._store)
             await self._store.write(_ensure_master)
             await asyncio.to_thread(workers.recover, self._store, self._worker)
