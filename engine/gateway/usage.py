@@ -29,11 +29,12 @@ class _Kept(msgspec.Struct):
 
 
 class _Details(msgspec.Struct):
-    """Of a prompt; what was written into a cache has one name at OpenAI and another at LiteLLM."""
+    """Of a prompt; what was written into a cache has one name at OpenAI, one at LiteLLM and one at Qwen."""
 
     cached_tokens: int | None = 0
     cache_write_tokens: int | None = 0
     cache_creation_tokens: int | None = 0
+    cache_creation_input_tokens: int | None = 0
     cache_creation_token_details: _Kept | None = None
 
 
@@ -172,6 +173,7 @@ def _read_written(tokens: _Tokens, details: _Details | None, usage: Usage) -> No
     written, kept = tokens.cache_creation_input_tokens, tokens.cache_creation
     if details is not None:
         written = written or details.cache_write_tokens or details.cache_creation_tokens
+        written = written or details.cache_creation_input_tokens
         kept = kept or details.cache_creation_token_details
     usage.written = written = min(_count(written), usage.prompt - usage.cached)
     if written and kept is not None and (hour := _count(kept.ephemeral_1h_input_tokens)):

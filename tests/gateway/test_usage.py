@@ -127,6 +127,11 @@ def test_counts_of_every_api(answer: object, counts: tuple[int, int, int, bool])
             (9, 2, 4, 1),
         ),
         ({"prompt_tokens": 9, "prompt_tokens_details": None, "cache_creation_input_tokens": 4}, (9, 0, 4, 0)),
+        # Qwen's, of what a request has marked.
+        (
+            {"prompt_tokens": 9, "prompt_tokens_details": {"cached_tokens": 2, "cache_creation_input_tokens": 4}},
+            (9, 2, 4, 0),
+        ),
         # No token is counted twice.
         ({"prompt_tokens": 9, "prompt_tokens_details": {"cached_tokens": 7, "cache_write_tokens": 4}}, (9, 7, 2, 0)),
         ({"prompt_tokens": 9, "prompt_tokens_details": {"cache_write_tokens": -4}}, (9, 0, 0, 0)),
