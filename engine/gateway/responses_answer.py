@@ -129,7 +129,7 @@ class Growing:
     def call(self, call: dict[str, Any]) -> None:
         """A call of a tool, or, without an id, more of the arguments of the one that is coming."""
         function = call["function"]
-        if call.get("id"):
+        if "id" in call:
             self._close()
             self._open("function_call", call_id=call["id"], name=function["name"], arguments="")
         if function.get("arguments"):

@@ -21,8 +21,11 @@ THOUGHTS = st.one_of(
     TEXTS.map(lambda text: {"type": "thinking", "thinking": text, "signature": "EqoB"}),
     st.just({"type": "redacted_thinking", "data": "EmwK"}),
 )
-CALLS = st.dictionaries(st.text(max_size=4), TEXTS, max_size=2).map(
-    lambda given: {"type": "tool_use", "id": "toolu_1", "name": "weather", "input": given}
+#: Servers that only speak that API may leave a call's id empty.
+CALLS = st.builds(
+    lambda given, name: {"type": "tool_use", "id": name, "name": "weather", "input": given},
+    st.dictionaries(st.text(max_size=4), TEXTS, max_size=2),
+    st.sampled_from(["toolu_1", ""]),
 )
 #: In the order in which it has them where thoughts do not stand between its texts.
 BLOCKS = st.tuples(
