@@ -5,9 +5,12 @@ A request is charged to its key and to every account above it, and must be withi
 
 import re
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
+
+import orjson
 
 from tokenmill.engine.gateway.database import Connection, now_ms, placeholders
 from tokenmill.engine.gateway.governance import audit
@@ -215,17 +218,24 @@ def set_limits(connection: Connection, account: str, limits: Limits, actor: str)
         (*asdict(limits).values(), start, spent, account),
     )
     if limits.requests_at_once is not None:
-        _count_anew(connection, account)
+        count_anew(connection, account)
     audit.append(connection, actor, "limits.set", account, {"before": asdict(before), "after": asdict(limits)})
 
 
-def _count_anew(connection: Connection, account: str) -> None:
-    """Counts an account's requests under way from their reservations: a gateway of an older version did not."""
-    connection.execute(
-        "UPDATE accounts SET under_way = (SELECT count(*) FROM reservations WHERE replace(chain, ?, '') <> chain) "
-        "WHERE id = ?",
-        (f'["{account}",', account),
-    )
+def count_anew(connection: Connection, account: str | None = None) -> None:
+    """Counts requests under way from their reservations: gateways of versions before that free them and do not count.
+
+    Args:
+        connection: The writer's, in a transaction.
+        account: Whose; None: all whose limit asks for it.
+    """
+    found: Counter[str] = Counter()
+    for chain, count in connection.execute("SELECT chain, count(*) FROM reservations GROUP BY chain"):
+        found.update({identity: count for identity, _ in orjson.loads(chain)})
+    query = "SELECT id, under_way FROM accounts WHERE requests_at_once IS NOT NULL AND (id = ? OR ?)"
+    rows = connection.execute(query, (account or "", account is None)).fetchall()
+    wrong = [(found[identity], identity) for identity, count in rows if count != found[identity]]
+    connection.executemany("UPDATE accounts SET under_way = ? WHERE id = ?", wrong)
 
 
 def several(connection: Connection, identities: Sequence[str]) -> list[Account]:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from tokenmill.engine.gateway.database import Claim, Connection, now_ms
-from tokenmill.engine.gateway.governance import audit, books
+from tokenmill.engine.gateway.governance import accounts, audit, books
 from tokenmill.engine.gateway.governance.budgets import Spending
 from tokenmill.engine.gateway.store import Store
 
@@ -21,10 +21,14 @@ class WorkerLock:
 
     Args:
         store: The store.
+
+    Attributes:
+        beside: The processes that were there at the last look, this one among them.
     """
 
     def __init__(self, store: Store) -> None:
         self.id = uuid.uuid4().hex
+        self.beside: set[str] = set()
         self._store = store
         # Claimed before anybody can read of it.
         claim = store.claim(self.id)
@@ -68,6 +72,10 @@ def recover(store: Store, own: WorkerLock | None = None) -> int:
                 claim.release()
     if own is not None and (own.id,) not in rows:
         store.write_now(own.enlist)
+    if own is not None and own.beside != (beside := {worker for (worker,) in rows}):
+        # Who came or went may have been of an older version.
+        store.write_now(accounts.count_anew)
+        own.beside = beside
     return settled
 
 

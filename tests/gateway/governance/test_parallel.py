@@ -116,6 +116,25 @@ def test_what_a_dead_process_had_under_way_is_freed(store: Store) -> None:
     wait_until(lambda: (workers.recover(store), accounts.find(store.reader, "team").under_way)[1] == 0)
 
 
+def test_what_an_older_version_settled_is_put_right_when_it_has_stopped(store: Store) -> None:
+    """It frees reservations, also those of a newer gateway's dead worker, and counts nothing."""
+    key = key_with(store, Limits())
+    own, older, dead = (WorkerLock(store) for _ in range(3))
+    workers.recover(store, own)
+    for call, lock in (("a", own), ("b", older), ("c", dead)):
+        assert ask(store, key, call, worker=lock.id) is None
+    set_limits(store, "team", Limits(requests_at_once=5))
+    set_limits(store, key, Limits(requests_at_once=5))
+    for lock in (dead, older):
+        store.write_now(lambda c, lock=lock: c.execute("DELETE FROM reservations WHERE worker = ?", (lock.id,)))  # type: ignore[misc]
+        store.write_now(lambda c, lock=lock: c.execute("DELETE FROM workers WHERE id = ?", (lock.id,)))  # type: ignore[misc]
+        lock.close()
+    assert accounts.find(store.reader, "team").under_way == 3
+    workers.recover(store, own)
+    assert [account.under_way for account in accounts.several(store.reader, (key, "team"))] == [1, 1]
+    own.leave()
+
+
 class Held:
     """A stream that is open: its client has read the head and goes on whenever he likes.
 
