@@ -11,7 +11,7 @@ import functools
 import hashlib
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -21,8 +21,9 @@ from tokenmill.errors import ConfigurationError, MissingDependencyError
 
 try:
     import psycopg
-    from psycopg import waiting
     from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+    from tokenmill.engine.gateway.postgres_patience import Hurried, Waiting
 except ImportError as problem:
     raise MissingDependencyError("psycopg", "postgres", "a store in PostgreSQL") from problem
 
@@ -32,9 +33,8 @@ T = TypeVar("T")
 CONNECT_TIMEOUT_S, RECONNECT_TIMEOUT_S = 10, 2
 #: Seconds for which nobody tries to connect again when that has just failed.
 NOT_AGAIN_S = 1.0
-#: Seconds that an event loop waits for a statement's answer, and for a new connection.
-PATIENCE_S, SOON_S = 2.0, 0.05
-_LOOK_EVERY_S = 0.1
+#: Seconds that an event loop waits for a new connection.
+SOON_S = 0.05
 #: Seconds for which a name must have been free to be inherited. Who lives looks after his names twice a second.
 DEAD_AFTER_S = 1.2
 #: The same from when the server was found again: all were without it then, and come back one after the other.
@@ -55,29 +55,6 @@ _WRITERS = 0x746F6B656E6D696C
 _ENCODINGS = frozenset({"UTF8", "SQL_ASCII"})
 
 
-class _Hurried(psycopg.Connection[Any]):
-    """A connection that is closed when a statement waits longer for the server than an event loop may."""
-
-    def wait(self, gen: "Generator[Any, Any, T]", *_: Any, **__: Any) -> T:
-        """See psycopg; of its ways to wait, the one that looks after the statement in every version."""
-        return waiting.wait_poll(self._in_time(gen), self.pgconn.socket, _LOOK_EVERY_S)
-
-    def _in_time(self, statement: "Generator[Any, Any, T]") -> "Generator[Any, Any, T]":
-        """The same statement, given up in time."""
-        end = time.monotonic() + PATIENCE_S
-        try:
-            state = next(statement)
-            while True:
-                ready = yield state
-                if not ready and time.monotonic() > end:
-                    self.pgconn.finish()
-                    raise psycopg.OperationalError(f"no answer within {PATIENCE_S:g} s")
-                state = statement.send(ready)
-        except StopIteration as ended:
-            result: T = ended.value
-            return result
-
-
 class PostgresConnection:
     """A connection that takes statements as the store writes them, and is made anew when it broke.
 
@@ -95,7 +72,9 @@ class PostgresConnection:
     def __init__(self, url: str, timeout_s: int = CONNECT_TIMEOUT_S, waits: bool = True) -> None:
         self._url = url
         self._again_at = float("-inf")
-        self._kind: type[psycopg.Connection[Any]] = psycopg.Connection if waits else _Hurried
+        self._kind: type[psycopg.Connection[Any]] = psycopg.Connection if waits else Hurried
+        #: Looks after statements that may wait.
+        self._waiting: Waiting | None = None
         #: The connection that another thread makes.
         self._coming: Future[psycopg.Connection[Any]] | None = None
         self._raw = self._connect(timeout_s)
@@ -158,8 +137,9 @@ class PostgresConnection:
         raw = self.raw
         committing = False
         try:
-            with raw.transaction():
-                yield
+            with self._awaited(), raw.transaction():
+                with self._awaited(False):
+                    yield
                 committing = True
         except psycopg.Error as error:
             if self._is_loss(error):
@@ -220,6 +200,8 @@ class PostgresConnection:
             )
             raw = self._kind.connect(place, autocommit=True)
             raw.execute(f"SET idle_in_transaction_session_timeout = {round(STOPPED_AFTER_S * 1000)}")
+            if self._kind is psycopg.Connection:
+                self._waiting = Waiting(raw, place)
         except psycopg.Error as error:
             self._again_at = time.monotonic() + NOT_AGAIN_S
             raise self._lost(error) from None
@@ -235,11 +217,16 @@ class PostgresConnection:
     def _watched(self) -> Iterator[None]:
         """Statements in which the connection may be lost."""
         try:
-            yield
+            with self._awaited():
+                yield
         except psycopg.Error as error:
             if self._is_loss(error):
                 raise self._lost(error) from error
             raise
+
+    def _awaited(self, server: bool = True) -> contextlib.AbstractContextManager[None]:
+        """Meanwhile the server is waited for, or is not."""
+        return contextlib.nullcontext() if self._waiting is None else self._waiting.awaited(server)
 
     def _is_loss(self, error: psycopg.Error) -> bool:
         """Whether it is the server's or the line's doing; it may end a session for reasons of its own."""
