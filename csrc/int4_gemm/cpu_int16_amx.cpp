@@ -85,6 +85,6 @@ void multiply(const Problem& p, const Rows& rows, int64_t first, int64_t last) {
 
 // For at most kTileRows rows: what kAmxBf16 gives it.
 const Kernel kAmxInt16 = {"amx", kStripBlocks, two_row_bytes, no_split, tile_rows_amx, pack,
-                          multiply, 0, kAnyBytes, &kAvx512VnniInt16, 3, true};
+                          multiply, 0, kAnyBytes, &kAvx512VnniInt16, 4, true};
 
 }  // namespace tokenmill::int4
