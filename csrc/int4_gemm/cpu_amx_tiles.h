@@ -39,17 +39,34 @@ constexpr int64_t kAnyBytes = INT64_MAX;  // of packed rows at once: to decode c
 // What is written before tiles are loaded must have been written: GCC 12 does not say so of its tile loads.
 TM_INLINE void written() { __atomic_signal_fence(__ATOMIC_SEQ_CST); }
 
-// Codes as bytes: row 2u of the tile holds the even ones of unit u, row 2u + 1 the odd ones, as cpu_int8.h orders
-// activations. Of the kByteStepUnits of a step there may be fewer.
-constexpr int kByteStepUnits = 8;
-TM_INLINE void decode_bytes(const uint8_t* lines, int units, uint8_t* tile) {
-  const __m512i nibbles = _mm512_set1_epi32(0x0f0f0f0f);
-  unroll<0, kByteStepUnits>([&](auto u) {
-    const __m512i q = u.value < units ? _mm512_loadu_si512(lines + u.value * kLine) : _mm512_setzero_si512();
-    _mm512_store_si512(tile + 2 * u.value * kLine, _mm512_and_si512(q, nibbles));
-    _mm512_store_si512(tile + (2 * u.value + 1) * kLine, _mm512_and_si512(_mm512_srli_epi32(q, 4), nibbles));
-  });
-}
+// What arithmetics share whose codes are bytes: row 2u of the tile holds the even ones of unit u, row 2u + 1 the odd
+// ones, as cpu_int8.h orders activations.
+struct ByteCodes {
+  static constexpr int kStepUnits = 8;
+
+  struct Scales {
+    __m512 scale, zero;
+  };
+
+  TM_INLINE static void decode(const uint8_t* lines, int units, uint8_t* tile) {
+    const __m512i nibbles = _mm512_set1_epi32(0x0f0f0f0f);
+    unroll<0, kStepUnits>([&](auto u) {
+      const __m512i q = u.value < units ? _mm512_loadu_si512(lines + u.value * kLine) : _mm512_setzero_si512();
+      _mm512_store_si512(tile + 2 * u.value * kLine, _mm512_and_si512(q, nibbles));
+      _mm512_store_si512(tile + (2 * u.value + 1) * kLine, _mm512_and_si512(_mm512_srli_epi32(q, 4), nibbles));
+    });
+  }
+
+  TM_INLINE static Scales scales_of(const Weight& w, int64_t index) {
+    return {load_scales(w, index), load_zeros(w, index)};
+  }
+
+  // Adds to `total` the dot that was computed with the codes as they are.
+  TM_INLINE static __m512 added(const Scales& s, __m512 dot, float row_sum, float row_scale, __m512 total) {
+    const __m512 value = _mm512_fnmadd_ps(s.zero, _mm512_set1_ps(row_sum), dot);
+    return _mm512_fmadd_ps(value, _mm512_mul_ps(s.scale, _mm512_set1_ps(row_scale)), total);
+  }
+};
 
 // Steps of all groups: each group is filled up to whole steps.
 template <class A>

@@ -10,15 +10,8 @@
 namespace tokenmill::int4 {
 namespace {
 
-struct AmxInt16 {
-  static constexpr int kStepUnits = kByteStepUnits;
+struct AmxInt16 : ByteCodes {
   static constexpr int kParts = 2;  // high bytes, low bytes
-
-  struct Scales {
-    __m512 scale, zero;
-  };
-
-  TM_INLINE static void decode(const uint8_t* lines, int units, uint8_t* tile) { decode_bytes(lines, units, tile); }
 
   template <int kTile, int kBlock>
   TM_INLINE static void product() {
@@ -28,17 +21,12 @@ struct AmxInt16 {
     if constexpr (kTile == 1 && kBlock == 1) _tile_dpbuud(3, 5, 7);
   }
 
-  TM_INLINE static Scales scales_of(const Weight& w, int64_t index) {
-    return {load_scales(w, index), load_zeros(w, index)};
-  }
-
   TM_INLINE static __m512 scaled(const Scales& s, const float* sums, const float* row_sum, const float* row_scale,
                                  __m512 total) {
     const __m512 high = _mm512_cvtepi32_ps(_mm512_load_si512(sums));
     const __m512 low = _mm512_cvtepi32_ps(_mm512_load_si512(sums + 2 * kTileFloats));
     const __m512 dot = _mm512_fmadd_ps(high, _mm512_set1_ps(256.0f), low);
-    const __m512 value = _mm512_fnmadd_ps(s.zero, _mm512_set1_ps(*row_sum), dot);
-    return _mm512_fmadd_ps(value, _mm512_mul_ps(s.scale, _mm512_set1_ps(*row_scale)), total);
+    return added(s, dot, *row_sum, *row_scale, total);
   }
 };
 
@@ -54,9 +42,9 @@ void pack(const Problem& p, const Rows& rows, int64_t first, int64_t last, float
       const int32_t begin = w.group_units[g], end = w.group_units[g + 1];
       const Int16Quantiser q = int16_quantiser_of(scratch + begin * kUnit, end - begin);
       __m256i sum = _mm256_setzero_si256();
-      for (int32_t first = begin; first < end; first += kByteStepUnits, out += 2 * tile_bytes) {
-        const int32_t units = end - first < kByteStepUnits ? end - first : kByteStepUnits;
-        if (units < kByteStepUnits) {
+      for (int32_t first = begin; first < end; first += AmxInt16::kStepUnits, out += 2 * tile_bytes) {
+        const int32_t units = end - first < AmxInt16::kStepUnits ? end - first : AmxInt16::kStepUnits;
+        if (units < AmxInt16::kStepUnits) {
           _mm512_store_si512(out, _mm512_setzero_si512());
           _mm512_store_si512(out + tile_bytes, _mm512_setzero_si512());
         }

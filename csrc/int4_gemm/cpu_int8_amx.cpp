@@ -7,15 +7,8 @@
 namespace tokenmill::int4 {
 namespace {
 
-struct AmxInt8 {
-  static constexpr int kStepUnits = kByteStepUnits;
+struct AmxInt8 : ByteCodes {
   static constexpr int kParts = 1;
-
-  struct Scales {
-    __m512 scale, zero;
-  };
-
-  TM_INLINE static void decode(const uint8_t* lines, int units, uint8_t* tile) { decode_bytes(lines, units, tile); }
 
   template <int kTile, int kBlock>
   TM_INLINE static void product() {
@@ -25,15 +18,10 @@ struct AmxInt8 {
     if constexpr (kTile == 1 && kBlock == 1) _tile_dpbsud(3, 5, 7);
   }
 
-  TM_INLINE static Scales scales_of(const Weight& w, int64_t index) {
-    return {load_scales(w, index), load_zeros(w, index)};
-  }
-
   TM_INLINE static __m512 scaled(const Scales& s, const float* sums, const float* row_sum, const float* row_scale,
                                  __m512 total) {
     const __m512 dot = _mm512_cvtepi32_ps(_mm512_load_si512(sums));
-    const __m512 value = _mm512_fnmadd_ps(s.zero, _mm512_set1_ps(*row_sum), dot);
-    return _mm512_fmadd_ps(value, _mm512_mul_ps(s.scale, _mm512_set1_ps(*row_scale)), total);
+    return added(s, dot, *row_sum, *row_scale, total);
   }
 };
 
