@@ -25,7 +25,7 @@ def level(activation_bits: int, dtype: torch.dtype) -> str:
     """The instruction-set level whose kernel would run now.
 
     Float32 activations do not take a kernel in bf16 or int16: it would keep 16 bits of them. On Intel's processors
-    AVX512_BF16's products take three times as long as those of int16, so they do without.
+    AVX512_BF16's products take longer than those of int16, so they do without.
     """
     levels = LEVELS[activation_bits]
     if activation_bits == 16 and dtype == torch.float32:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.gateway.anthropic_upstream import FakeAnthropic
 from tests.gateway.running import RunningGateway
 from tests.gateway.upstream import Books, FakeUpstream
 from tokenmill.engine.gateway.backends import Backend
@@ -24,6 +25,14 @@ def gateway(shared_upstream: FakeUpstream) -> Iterator[RunningGateway]:
     backend = Backend("a", shared_upstream.url, "utility", model_names={"renamed": "tiny"})
     with RunningGateway(backend, settings=settings) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def claude() -> Iterator[FakeAnthropic]:
+    """A strict server of Anthropic's API."""
+    server = FakeAnthropic().start()
+    yield server
+    server.stop()
 
 
 @pytest.fixture

@@ -24,16 +24,9 @@ class City(pydantic.BaseModel):
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[FakeAnthropic]:
-    started = FakeAnthropic().start()
-    yield started
-    started.stop()
-
-
-@pytest.fixture(scope="module")
-def client(server: FakeAnthropic) -> Iterator[openai.OpenAI]:
+def client(claude: FakeAnthropic) -> Iterator[openai.OpenAI]:
     names = {"claude": MODEL}
-    backend = Backend("f", server.url, "cloud", ("claude",), names, "sk-ant-key", protocol="anthropic")
+    backend = Backend("f", claude.url, "cloud", ("claude",), names, "sk-ant-key", protocol="anthropic")
     with (
         RunningGateway(backend) as gateway,
         openai.OpenAI(base_url=gateway.url + "/v1", api_key="sk-client", max_retries=0, timeout=20) as made,
@@ -46,25 +39,25 @@ def translated(model: str = MODEL, **asked: Any) -> dict[str, Any]:
     return body
 
 
-def test_an_answer_in_the_shape_of_a_class(client: openai.OpenAI, server: FakeAnthropic) -> None:
+def test_an_answer_in_the_shape_of_a_class(client: openai.OpenAI, claude: FakeAnthropic) -> None:
     said = [{"role": "user", "content": json.dumps({"name": "Bern"})}]
-    server.says = "{text}"
+    claude.says = "{text}"
     try:
         answer = client.chat.completions.parse(model="claude", messages=said, response_format=City)  # type: ignore[arg-type]
     finally:
-        server.says = FakeAnthropic.says
+        claude.says = FakeAnthropic.says
     assert answer.choices[0].message.parsed == City(name="Bern")
-    sent = json.loads(server.books.requests[-1][2])
+    sent = json.loads(claude.books.requests[-1][2])
     assert sent["output_config"]["format"]["type"] == "json_schema"
     assert sent["output_config"]["format"]["schema"]["properties"] == {"name": {"title": "Name", "type": "string"}}
     with pytest.raises(openai.BadRequestError, match="ask for a `json_schema`"):
         client.chat.completions.create(model="claude", messages=HELLO, response_format={"type": "json_object"})
 
 
-def test_effort_reaches_the_backend(client: openai.OpenAI, server: FakeAnthropic) -> None:
+def test_effort_reaches_the_backend(client: openai.OpenAI, claude: FakeAnthropic) -> None:
     answer = client.chat.completions.create(model="claude", messages=HELLO, reasoning_effort="low")
     assert answer.choices[0].message.content == "You said hello"
-    sent = json.loads(server.books.requests[-1][2])
+    sent = json.loads(claude.books.requests[-1][2])
     assert (sent["thinking"], sent["output_config"]) == ({"type": "adaptive"}, {"effort": "low"})
 
 

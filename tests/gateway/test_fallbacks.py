@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.gateway.governance.governed import MASTER_KEY, Governed, options
+from tests.gateway.governance.governed import Governed, governing
 from tests.gateway.running import RunningGateway, wait_until
 from tests.gateway.upstream import Books, FakeUpstream
 from tokenmill.engine.gateway.backends import Backend
@@ -17,14 +17,12 @@ from tokenmill.engine.gateway.body import Body
 from tokenmill.engine.gateway.breaker import RetryBudget
 from tokenmill.engine.gateway.fallback import Failure, Trouble, Way, fitting, trouble_of
 from tokenmill.engine.gateway.governance.accounts import Limits
-from tokenmill.engine.gateway.governance.schema import SCHEMA
 from tokenmill.engine.gateway.money import Prices
 from tokenmill.engine.gateway.pipeline import Exchange, Reply
 from tokenmill.engine.gateway.portfolio import FALLBACK, Route, Target
 from tokenmill.engine.gateway.router.settings import EscalationSettings, RoutingSettings
 from tokenmill.engine.gateway.sensitivity.settings import SensitivitySettings
 from tokenmill.engine.gateway.settings import Settings
-from tokenmill.engine.gateway.store import Store
 
 CHAT = "/v1/chat/completions"
 JSON = {"content-type": "application/json"}
@@ -360,12 +358,8 @@ def governed(upstreams: dict[str, FakeUpstream], tmp_path_factory: pytest.TempPa
     )
     settings = Settings(breaker_failures=10_000, read_timeout_s=0.5, fallbacks={"small": ("large",)})
     sensitivity = SensitivitySettings(default="stay")
-    with RunningGateway(
-        *backends, settings=settings, governance=options(place), key=MASTER_KEY, sensitivity=sensitivity
-    ) as gateway:
-        store = Store(place, SCHEMA)
-        yield Governed(gateway, store)
-        store.close()
+    with governing(place, *backends, settings=settings, sensitivity=sensitivity) as running:
+        yield running
 
 
 def ask(governed: Governed, key: str, content: str = "hello", small: Any = None) -> tuple[int, Any]:

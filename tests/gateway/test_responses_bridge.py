@@ -47,15 +47,8 @@ def backend(server: FakeUpstream, name: str = "claude-sonnet-4-5", **more: Any) 
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[FakeAnthropic]:
-    started = FakeAnthropic().start()
-    yield started
-    started.stop()
-
-
-@pytest.fixture(scope="module")
-def gateway(server: FakeAnthropic) -> Iterator[RunningGateway]:
-    with RunningGateway(backend(server)) as running:
+def gateway(claude: FakeAnthropic) -> Iterator[RunningGateway]:
+    with RunningGateway(backend(claude)) as running:
         yield running
 
 
@@ -65,9 +58,9 @@ def client(gateway: RunningGateway) -> Iterator[openai.OpenAI]:
         yield made
 
 
-def sent(server: FakeAnthropic) -> dict[str, Any]:
+def sent(claude: FakeAnthropic) -> dict[str, Any]:
     """What the backend was asked last."""
-    body: dict[str, Any] = json.loads(server.books.requests[-1][2])
+    body: dict[str, Any] = json.loads(claude.books.requests[-1][2])
     return body
 
 
@@ -85,7 +78,7 @@ def events_of(gateway: RunningGateway, **asked: Any) -> list[dict[str, Any]]:
     return events
 
 
-def test_an_answer(client: openai.OpenAI, server: FakeAnthropic) -> None:
+def test_an_answer(client: openai.OpenAI, claude: FakeAnthropic) -> None:
     said = client.responses.with_raw_response.create(
         model="claude", input="hello", instructions="Be brief.", temperature=0.5, max_output_tokens=50
     )
@@ -99,7 +92,7 @@ def test_an_answer(client: openai.OpenAI, server: FakeAnthropic) -> None:
     assert answer.usage.output_tokens_details.reasoning_tokens == 0
     Response.model_validate_json(said.text)
     assert said.headers["request-id"] == "req_1"
-    assert sent(server) == {
+    assert sent(claude) == {
         "model": "claude-sonnet-4-5",
         "max_tokens": 50,
         "temperature": 0.5,
@@ -141,7 +134,7 @@ def test_the_client_puts_a_stream_together(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("encrypted", [False, True])
-def test_a_turn_with_a_tool(client: openai.OpenAI, server: FakeAnthropic, streamed: bool, encrypted: bool) -> None:
+def test_a_turn_with_a_tool(client: openai.OpenAI, claude: FakeAnthropic, streamed: bool, encrypted: bool) -> None:
     asked: Any = {
         "model": "claude", "tools": TOOLS, "tool_choice": {"type": "function", "name": "weather"},
         "parallel_tool_calls": False, "reasoning": {"effort": "low"},
@@ -162,7 +155,7 @@ def test_a_turn_with_a_tool(client: openai.OpenAI, server: FakeAnthropic, stream
     told = {"type": "function_call_output", "call_id": "toolu_1", "output": "sunny"}
     # The server refuses calls without the thoughts before them as they were.
     client.responses.create(input=[*said, *items, told], **asked)
-    assert sent(server)["messages"] == [
+    assert sent(claude)["messages"] == [
         {"role": "user", "content": [{"type": "text", "text": "hello"}]},
         {"role": "assistant", "content": [
             *THOUGHTS, {"type": "text", "text": "You said hello"},
@@ -170,31 +163,31 @@ def test_a_turn_with_a_tool(client: openai.OpenAI, server: FakeAnthropic, stream
         ]},
         {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "toolu_1", "content": "sunny"}]},
     ]  # fmt: skip
-    assert sent(server)["tool_choice"] == {"type": "tool", "name": "weather", "disable_parallel_tool_use": True}
-    assert sent(server)["tools"] == [
+    assert sent(claude)["tool_choice"] == {"type": "tool", "name": "weather", "disable_parallel_tool_use": True}
+    assert sent(claude)["tools"] == [
         {"name": "weather", "description": "Of a city.", "input_schema": TOOLS[0]["parameters"]}
     ]
 
 
-def test_another_models_reasoning_is_left_out(client: openai.OpenAI, server: FakeAnthropic) -> None:
+def test_another_models_reasoning_is_left_out(client: openai.OpenAI, claude: FakeAnthropic) -> None:
     theirs = {"type": "reasoning", "id": "rs_9", "summary": [{"type": "summary_text", "text": "Hm."}]}
     said: Any = [{"role": "user", "content": "a"}, {**theirs, "encrypted_content": "gAAAAB"}, theirs]
     client.responses.create(model="claude", input=said)
-    assert [message["role"] for message in sent(server)["messages"]] == ["user"]
+    assert [message["role"] for message in sent(claude)["messages"]] == ["user"]
 
 
-def test_an_answer_in_the_shape_of_a_class(client: openai.OpenAI, server: FakeAnthropic) -> None:
-    server.says = '{{"name": "Bern"}}'
+def test_an_answer_in_the_shape_of_a_class(client: openai.OpenAI, claude: FakeAnthropic) -> None:
+    claude.says = '{{"name": "Bern"}}'
     try:
         answer = client.responses.parse(model="claude", input="where?", text_format=City)
     finally:
-        server.says = FakeAnthropic.says
+        claude.says = FakeAnthropic.says
     assert answer.output_parsed == City(name="Bern")
-    shape = sent(server)["output_config"]["format"]
+    shape = sent(claude)["output_config"]["format"]
     assert (shape["type"], shape["schema"]["required"]) == ("json_schema", ["name"])
 
 
-def test_pictures_files_and_all_kinds_of_messages(client: openai.OpenAI, server: FakeAnthropic) -> None:
+def test_pictures_files_and_all_kinds_of_messages(client: openai.OpenAI, claude: FakeAnthropic) -> None:
     said: Any = [
         {"role": "developer", "content": [{"type": "input_text", "text": "Be kind."}]},
         {"type": "message", "role": "user", "content": [
@@ -214,8 +207,8 @@ def test_pictures_files_and_all_kinds_of_messages(client: openai.OpenAI, server:
     client.responses.create(model="claude", input=said, instructions="Be brief.")
     picture = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "QUI="}}
     pdf = {"type": "base64", "media_type": "application/pdf", "data": "JVBERg=="}
-    assert sent(server)["system"] == "Be brief.\n\nBe kind."
-    assert sent(server)["messages"] == [
+    assert sent(claude)["system"] == "Be brief.\n\nBe kind."
+    assert sent(claude)["messages"] == [
         {"role": "user", "content": [
             picture,
             {"type": "image", "source": {"type": "url", "url": "https://example.com/a.png"}},
@@ -278,15 +271,15 @@ def test_an_answer_that_is_too_long(client: openai.OpenAI, gateway: RunningGatew
     ],
 )  # fmt: skip
 def test_what_cannot_be_had_is_named(
-    gateway: RunningGateway, server: FakeAnthropic, asked: dict[str, Any], param: str, says: str, streamed: bool
+    gateway: RunningGateway, claude: FakeAnthropic, asked: dict[str, Any], param: str, says: str, streamed: bool
 ) -> None:
-    before = len(server.books.requests)
+    before = len(claude.books.requests)
     body = {"model": "claude", "input": "hello", "stream": streamed, **asked}
     status, _, raw = gateway.post("/v1/responses", body)
     error = json.loads(raw)["error"]
     assert (status, error["param"]) == (400, param)
     assert re.search(says, error["message"]), error["message"]
-    assert len(server.books.requests) == before
+    assert len(claude.books.requests) == before
 
 
 def test_what_says_nothing_is_taken(gateway: RunningGateway) -> None:
@@ -328,32 +321,32 @@ def test_a_stream_that_does_not_end_has_failed(client: openai.OpenAI, text: str,
     assert [item.status for item in seen[-1].response.output] in ([status], [])
 
 
-def test_another_backend_of_the_tier_may_keep_responses(server: FakeAnthropic) -> None:
+def test_another_backend_of_the_tier_may_keep_responses(claude: FakeAnthropic) -> None:
     keeping = FakeUpstream(("claude",)).start()
-    with RunningGateway(backend(server), Backend("o", keeping.url, "cloud", ("claude",))) as gateway:
-        before = len(server.books.requests)
+    with RunningGateway(backend(claude), Backend("o", keeping.url, "cloud", ("claude",))) as gateway:
+        before = len(claude.books.requests)
         for _ in range(6):
             assert gateway.post("/v1/responses", {"model": "claude", "input": "a", "store": True})[0] == 200
-        assert (len(server.books.requests), len(keeping.books.requests)) == (before, 6)
+        assert (len(claude.books.requests), len(keeping.books.requests)) == (before, 6)
     keeping.stop()
 
 
-def test_what_may_be_dropped_and_what_is_usual_for_a_backend(server: FakeAnthropic) -> None:
+def test_what_may_be_dropped_and_what_is_usual_for_a_backend(claude: FakeAnthropic) -> None:
     defaults = {"temperature": 0.25, "max_tokens": 77}
-    with RunningGateway(backend(server, drop_unknown=True, defaults=defaults)) as gateway:
+    with RunningGateway(backend(claude, drop_unknown=True, defaults=defaults)) as gateway:
         asked = {"model": "claude", "input": "a", "include": ["message.output_text.logprobs"], "truncation": "auto"}
         assert gateway.post("/v1/responses", asked)[0] == 200
-        assert (sent(server)["temperature"], sent(server)["max_tokens"]) == (0.25, 77)
+        assert (sent(claude)["temperature"], sent(claude)["max_tokens"]) == (0.25, 77)
         assert gateway.post("/v1/responses", {**asked, "max_output_tokens": 9})[0] == 200
-        assert sent(server)["max_tokens"] == 9
+        assert sent(claude)["max_tokens"] == 9
         assert gateway.post("/v1/responses", {**asked, "store": True})[0] == 400
 
 
-def test_a_model_that_is_not_there_is_asked_for_elsewhere(server: FakeAnthropic) -> None:
+def test_a_model_that_is_not_there_is_asked_for_elsewhere(claude: FakeAnthropic) -> None:
     """As of a chat completion: of what a backend keeps, a translated request names nothing."""
     gone = Renamed().start()
     first = dataclasses.replace(backend(gone), name="gone", weight=1e6)
-    with RunningGateway(first, backend(server)) as gateway:
+    with RunningGateway(first, backend(claude)) as gateway:
         for streamed in (False, True):
             assert gateway.post("/v1/responses", {"model": "claude", "input": "a", "stream": streamed})[0] == 200
     assert len(gone.books.requests) == 2

@@ -7,18 +7,16 @@ from typing import Any
 import pytest
 
 from tests.gateway.anthropic_upstream import THOUGHTS, FakeAnthropic
-from tests.gateway.governance.governed import MASTER_KEY, Governed, options
+from tests.gateway.governance.governed import Governed, governing
 from tests.gateway.running import RunningGateway, wait_until
 from tests.gateway.test_responses_bridge import backend
 from tests.gateway.upstream import FakeUpstream
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.governance.accounts import Limits
-from tokenmill.engine.gateway.governance.schema import SCHEMA
 from tokenmill.engine.gateway.money import Prices
 from tokenmill.engine.gateway.router.settings import RoutingSettings
 from tokenmill.engine.gateway.sensitivity.settings import SensitivitySettings
 from tokenmill.engine.gateway.settings import Settings
-from tokenmill.engine.gateway.store import Store
 
 PATH, CHAT = "/v1/responses", "/v1/chat/completions"
 #: A prompt token is 3 micro-cents, a cached one 1, a generated one 7, a written one 4, one kept for an hour 6.
@@ -27,19 +25,10 @@ MAIL = "bob.smith@example.com"
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[FakeAnthropic]:
-    started = FakeAnthropic().start()
-    yield started
-    started.stop()
-
-
-@pytest.fixture(scope="module")
-def governed(server: FakeAnthropic, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Governed]:
+def governed(claude: FakeAnthropic, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Governed]:
     place = str(tmp_path_factory.mktemp("books") / "gateway.db")
-    with RunningGateway(backend(server, prices=PRICES), governance=options(place), key=MASTER_KEY) as gateway:
-        store = Store(place, SCHEMA)
-        yield Governed(gateway, store)
-        store.close()
+    with governing(place, backend(claude, prices=PRICES)) as running:
+        yield running
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -64,13 +53,13 @@ def test_it_is_charged_like_a_chat_completion(governed: Governed, streamed: bool
     assert rows[0].cost == (7 * 3 + 2 * 6 if cached else 9 * 3) + 3 * 1 + 5 * 7
 
 
-def test_a_budget_holds(governed: Governed, server: FakeAnthropic) -> None:
+def test_a_budget_holds(governed: Governed, claude: FakeAnthropic) -> None:
     _, key = governed.key(Limits(hard_limit=100))
-    before = len(server.books.requests)
+    before = len(claude.books.requests)
     status, _, raw = governed.ask(key, {"model": "claude", "input": "hello", "stream": True}, PATH)
     error = json.loads(raw)["error"]
     assert (status, error["code"]) == (429, "insufficient_quota")
-    assert len(server.books.requests) == before
+    assert len(claude.books.requests) == before
 
 
 def test_what_is_refused_costs_nothing(governed: Governed) -> None:
@@ -81,12 +70,12 @@ def test_what_is_refused_costs_nothing(governed: Governed) -> None:
 
 
 @pytest.fixture(scope="module")
-def tiers(server: FakeAnthropic) -> Iterator[RunningGateway]:
+def tiers(claude: FakeAnthropic) -> Iterator[RunningGateway]:
     """A small model that is asked first, and the larger one."""
     small = FakeUpstream(("small",)).start()
     cheap = Backend("small", small.url, "utility", ("small",), prices=Prices(1, 1, 1), quality=0.95)
     # The fake upstream's own field, `act`, has no counterpart there.
-    dear = backend(server, prices=PRICES, quality=0.95, zone="cloud", drop_unknown=True)
+    dear = backend(claude, prices=PRICES, quality=0.95, zone="cloud", drop_unknown=True)
     policy = SensitivitySettings({"contact": "redact"})
     settings = Settings(probe_interval_s=0.1, breaker_failures=10_000)
     with RunningGateway(cheap, dear, settings=settings, routing=RoutingSettings(), sensitivity=policy) as gateway:
@@ -113,26 +102,26 @@ def test_the_better_tier_answers_where_the_first_one_fails(tiers: RunningGateway
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_what_only_the_first_tier_can_do_goes_there_alone(
-    tiers: RunningGateway, server: FakeAnthropic, streamed: bool
+    tiers: RunningGateway, claude: FakeAnthropic, streamed: bool
 ) -> None:
-    before = len(server.books.requests)
+    before = len(claude.books.requests)
     body = {"model": "auto", "input": "hello", "stream": streamed, "act": {"small": {"status": 503, "body": "busy"}}}
     status, _, raw = tiers.post(PATH, {**body, "store": True})
     assert (status, json.loads(raw)["error"]["message"]) == (503, "busy")
-    assert len(server.books.requests) == before
+    assert len(claude.books.requests) == before
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_redacted_data_comes_back(tiers: RunningGateway, server: FakeAnthropic, streamed: bool) -> None:
-    server.says = "{text}"  # cut behind five characters: within the placeholder
+def test_redacted_data_comes_back(tiers: RunningGateway, claude: FakeAnthropic, streamed: bool) -> None:
+    claude.says = "{text}"  # cut behind five characters: within the placeholder
     text, instructions = f"ab {MAIL} cd", f"For {MAIL}."
     try:
         body = {"model": "claude", "input": text, "instructions": instructions, "stream": streamed}
         status, _, raw = tiers.post(PATH, body)
     finally:
-        server.says = FakeAnthropic.says
+        claude.says = FakeAnthropic.says
     assert status == 200
-    asked = server.books.requests[-1][2].decode()
+    asked = claude.books.requests[-1][2].decode()
     assert MAIL not in asked
     assert "[EMAIL_1]" in asked
     said = raw.decode()
@@ -152,7 +141,7 @@ def test_redacted_data_comes_back(tiers: RunningGateway, server: FakeAnthropic, 
 
 @pytest.mark.parametrize("encrypted", [False, True])
 def test_thoughts_go_back_where_data_are_redacted(
-    tiers: RunningGateway, server: FakeAnthropic, encrypted: bool
+    tiers: RunningGateway, claude: FakeAnthropic, encrypted: bool
 ) -> None:
     """`encrypted_content` is what no search can read: it keeps the next turn on the premises, `signature` does not."""
     tool = {"type": "function", "name": "weather", "parameters": {"type": "object", "properties": {}}}
@@ -164,4 +153,4 @@ def test_thoughts_go_back_where_data_are_redacted(
     status, _, raw = tiers.post(PATH, {**body, "input": said})
     assert status == (403 if encrypted else 200), raw
     if not encrypted:
-        assert json.loads(server.books.requests[-1][2])["messages"][1]["content"][:2] == THOUGHTS
+        assert json.loads(claude.books.requests[-1][2])["messages"][1]["content"][:2] == THOUGHTS

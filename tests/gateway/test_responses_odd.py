@@ -7,32 +7,21 @@ from typing import Any
 import pytest
 
 from tests.gateway.anthropic_upstream import FakeAnthropic
-from tests.gateway.governance.governed import MASTER_KEY, Governed, options
-from tests.gateway.running import RunningGateway, wait_until
+from tests.gateway.governance.governed import Governed, governing
+from tests.gateway.running import wait_until
 from tests.gateway.test_responses_bridge import TOOLS, backend
-from tokenmill.engine.gateway.governance.schema import SCHEMA
 from tokenmill.engine.gateway.money import Prices
 from tokenmill.engine.gateway.sse import LONGEST
-from tokenmill.engine.gateway.store import Store
 
 PATH, CHAT = "/v1/responses", "/v1/chat/completions"
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[FakeAnthropic]:
-    started = FakeAnthropic().start()
-    yield started
-    started.stop()
-
-
-@pytest.fixture(scope="module")
-def governed(server: FakeAnthropic, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Governed]:
+def governed(claude: FakeAnthropic, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Governed]:
     place = str(tmp_path_factory.mktemp("books") / "gateway.db")
     prices = Prices(3_000_000, 1_000_000, 7_000_000)
-    with RunningGateway(backend(server, prices=prices), governance=options(place), key=MASTER_KEY) as gateway:
-        store = Store(place, SCHEMA)
-        yield Governed(gateway, store)
-        store.close()
+    with governing(place, backend(claude, prices=prices)) as running:
+        yield running
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\n\n"])
@@ -64,14 +53,14 @@ def test_what_is_repeated_is_not_taken_for_the_count(governed: Governed, name: s
 @pytest.mark.parametrize("include", ["message", "", {"a": 1}, {}, 5, [5], [[]]])
 @pytest.mark.parametrize("streamed", [False, True])
 def test_an_include_that_is_no_list_of_names_is_refused(
-    governed: Governed, server: FakeAnthropic, include: Any, streamed: bool
+    governed: Governed, claude: FakeAnthropic, include: Any, streamed: bool
 ) -> None:
-    before = len(server.books.requests)
+    before = len(claude.books.requests)
     _, key = governed.key()
     body = {"model": "claude", "input": "a", "include": include, "stream": streamed}
     status, _, raw = governed.ask(key, body, PATH)
     assert (status, json.loads(raw)["error"]["param"]) == (400, "include")
-    assert len(server.books.requests) == before
+    assert len(claude.books.requests) == before
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import openai
 import pytest
 from aiohttp import web
 
-from tests.gateway.governance.governed import MASTER_KEY, Governed, Row, options
+from tests.gateway.governance.governed import MASTER_KEY, Governed, Row, governing, options
 from tests.gateway.running import RunningGateway, wait_until
 from tests.gateway.upstream import FakeUpstream
 from tokenmill.engine.gateway.backends import Backend
@@ -117,11 +117,9 @@ def backends(servers: list[Responding]) -> list[Backend]:
 @pytest.fixture
 def governed(servers: list[Responding], tmp_path: Path) -> Iterator[Governed]:
     place = str(tmp_path / "books.db")
-    store = Store(place, SCHEMA)
     settings = Settings(probe_interval_s=0.1, drain_s=1.0)
-    with RunningGateway(*backends(servers), settings=settings, governance=options(place), key=MASTER_KEY) as gateway:
-        yield Governed(gateway, store)
-    store.close()
+    with governing(place, *backends(servers), settings=settings) as running:
+        yield running
 
 
 def of_team(governed: Governed, team: str) -> str:

@@ -1,12 +1,16 @@
 """A gateway process with governance, its store opened beside it as a command would, and keys made in it."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from tests.gateway.running import RunningGateway
+from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.governance import accounts, keys
 from tokenmill.engine.gateway.governance.accounts import Account, Limits
 from tokenmill.engine.gateway.governance.options import Options, digest
+from tokenmill.engine.gateway.governance.schema import SCHEMA
 from tokenmill.engine.gateway.store import Store
 
 MASTER_KEY = "a-master-key-for-tests"
@@ -67,3 +71,13 @@ class Governed:
             (key_id,),
         )
         return [Row(*row[:3], bool(row[3]), *row[4:]) for row in rows]
+
+
+@contextlib.contextmanager
+def governing(place: str, *backends: Backend, **more: Any) -> Iterator[Governed]:
+    """A gateway with these backends and its books in this store; `more` is told to `RunningGateway`."""
+    with (
+        RunningGateway(*backends, governance=options(place), key=MASTER_KEY, **more) as gateway,
+        contextlib.closing(Store(place, SCHEMA)) as store,
+    ):
+        yield Governed(gateway, store)

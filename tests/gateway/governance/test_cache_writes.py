@@ -9,20 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.gateway.anthropic_upstream import FakeAnthropic
-from tests.gateway.governance.governed import CHAT, MASTER_KEY, Governed, options
+from tests.gateway.governance.governed import CHAT, Governed, governing
 from tests.gateway.governance.test_bounds import exchange, target
-from tests.gateway.running import RunningGateway, wait_until
+from tests.gateway.running import wait_until
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.config import Config
 from tokenmill.engine.gateway.governance import bounds, charges
 from tokenmill.engine.gateway.governance.accounts import Limits
 from tokenmill.engine.gateway.governance.bounds import TEMPLATE_TOKENS, Bound
 from tokenmill.engine.gateway.governance.narrowing import need
-from tokenmill.engine.gateway.governance.schema import SCHEMA
 from tokenmill.engine.gateway.money import Prices
 from tokenmill.engine.gateway.pipeline import Call, Usage
 from tokenmill.engine.gateway.portfolio import Route, Target
-from tokenmill.engine.gateway.store import Store
 from tokenmill.engine.supervisor.plan import make_plan
 
 MESSAGES = "/v1/messages"
@@ -37,21 +35,12 @@ MARKS = [
 
 
 @pytest.fixture(scope="module")
-def claude() -> Iterator[FakeAnthropic]:
-    server = FakeAnthropic().start()
-    yield server
-    server.stop()
-
-
-@pytest.fixture(scope="module")
 def governed(claude: FakeAnthropic, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Governed]:
     place = str(tmp_path_factory.mktemp("books") / "gateway.db")
     backend = Backend("c", claude.url, "claude", ("claude",), prices=PRICES, api_key="sk-ant-key",
                       protocol="anthropic", health_path=None)  # fmt: skip
-    with RunningGateway(backend, governance=options(place), key=MASTER_KEY) as gateway:
-        store = Store(place, SCHEMA)
-        yield Governed(gateway, store)
-        store.close()
+    with governing(place, backend) as running:
+        yield running
 
 
 def talk(mark: dict[str, str] | None, **more: Any) -> dict[str, Any]:

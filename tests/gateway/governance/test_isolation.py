@@ -5,17 +5,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.gateway.governance.governed import CHAT, MASTER_KEY, Governed, options
-from tests.gateway.running import RunningGateway, wait_until
+from tests.gateway.governance.governed import CHAT, MASTER_KEY, Governed, governing
+from tests.gateway.running import wait_until
 from tests.gateway.upstream import FakeUpstream
 from tokenmill.engine.gateway.affinity import prompt_blocks
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.body import Body
 from tokenmill.engine.gateway.governance.accounts import Limits
-from tokenmill.engine.gateway.governance.schema import SCHEMA
 from tokenmill.engine.gateway.sensitivity.settings import SensitivitySettings
 from tokenmill.engine.gateway.settings import Settings
-from tokenmill.engine.gateway.store import Store
 
 
 @pytest.fixture(scope="module")
@@ -24,12 +22,8 @@ def governed(shared_upstream: FakeUpstream, tmp_path_factory: pytest.TempPathFac
     backend = Backend("a", shared_upstream.url, "utility", api_key="the-accounts-own", prefix_cache="team")
     settings = Settings(probe_interval_s=0.1, default_model="tiny")
     policy = SensitivitySettings()
-    with RunningGateway(
-        backend, settings=settings, governance=options(place), key=MASTER_KEY, sensitivity=policy
-    ) as gateway:
-        store = Store(place, SCHEMA)
-        yield Governed(gateway, store)
-        store.close()
+    with governing(place, backend, settings=settings, sensitivity=policy) as running:
+        yield running
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from openai import APIStatusError, OpenAI
 
 from tests.gateway.anthropic_upstream import FakeAnthropic
 from tests.gateway.governance.conftest import KINDS, new_place
-from tests.gateway.governance.governed import CHAT, MASTER_KEY, Governed, options
+from tests.gateway.governance.governed import CHAT, MASTER_KEY, Governed, governing, options
 from tests.gateway.running import RunningGateway, wait_until
 from tests.gateway.upstream import FakeUpstream
 from tokenmill.engine.gateway.admin.books import sums as ledger_sums
@@ -37,10 +37,8 @@ def governed(
     place = new_place(request.param, tmp_path_factory.mktemp("governance"), request)
     backend = Backend("a", shared_upstream.url, "utility", prices=PRICES, api_key="the-backends-own")
     settings = Settings(probe_interval_s=0.1, read_timeout_s=2.0)
-    with RunningGateway(backend, settings=settings, governance=options(place), key=MASTER_KEY) as gateway:
-        store = Store(place, SCHEMA)
-        yield Governed(gateway, store)
-        store.close()
+    with governing(place, backend, settings=settings) as running:
+        yield running
 
 
 def settled(governed: Governed, key_id: str, rows: int = 1) -> None:

@@ -7,32 +7,20 @@ from typing import Any
 import pytest
 
 from tests.gateway.anthropic_upstream import FakeAnthropic
-from tests.gateway.governance.governed import CHAT, MASTER_KEY, Governed, options
-from tests.gateway.running import RunningGateway
+from tests.gateway.governance.governed import CHAT, Governed, governing
 from tests.gateway.test_responses_bridge import backend
 from tokenmill.engine.gateway.governance.accounts import Limits
-from tokenmill.engine.gateway.governance.schema import SCHEMA
 from tokenmill.engine.gateway.money import Prices
-from tokenmill.engine.gateway.store import Store
 
 RESPONSES = "/v1/responses"
 THINKING = {"type": "enabled", "budget_tokens": 60_000}
 
 
-@pytest.fixture(scope="module")
-def claude() -> Iterator[FakeAnthropic]:
-    server = FakeAnthropic().start()
-    yield server
-    server.stop()
-
-
 def governed(claude: FakeAnthropic, place: str, **more: Any) -> Iterator[Governed]:
     # Only generated tokens cost something.
     served = backend(claude, prices=Prices(0, 0, 7_000_000), **more)
-    with RunningGateway(served, governance=options(place), key=MASTER_KEY) as gateway:
-        store = Store(place, SCHEMA)
-        yield Governed(gateway, store)
-        store.close()
+    with governing(place, served) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
