@@ -19,6 +19,8 @@ from tokenmill.engine.gateway.upstream import Origin
 After = Literal["", "error", "context", "policy"]
 #: `Route.why` of a route that the configuration names as another's fallback.
 FALLBACK = "fallback"
+#: `Target.reason` before anything is known of a backend.
+NOT_PROBED = "not probed yet"
 
 
 class Target:
@@ -51,7 +53,7 @@ class Target:
         )
         self.longest_silence_s = backend.read_timeout_s or settings.read_timeout_s
         self.origin = Origin.of(backend.root, backend.has_version, backend.read_timeout_s)
-        self.reason = "not probed yet"
+        self.reason = NOT_PROBED
         self.headers: Headers = [
             (b"x-tokenmill-tier", backend.tier.encode()),
             (b"x-tokenmill-backend", backend.name.encode()),

@@ -17,6 +17,7 @@ from tokenmill.engine.gateway.observability.gpus import Gpu, gpus
 from tokenmill.engine.gateway.observability.quantiles import quantiles
 from tokenmill.engine.gateway.observability.shared import Seen
 from tokenmill.engine.gateway.observability.snapshot import Family, total
+from tokenmill.engine.gateway.portfolio import NOT_PROBED
 
 HOUR_MS = 3_600_000
 #: Spans that can be chosen for the sums: what stands in the address, and its length.
@@ -141,7 +142,7 @@ def _latencies(whole: dict[str, list[int]], families: Sequence[Family]) -> list[
 
 
 def _backends(seen: Sequence[Seen], shares: dict[str, float | None]) -> list[dict[str, Any]]:
-    """The backends, up when any worker reaches them; what is open adds up."""
+    """The backends, up when any worker reaches them; what is open adds up. Who has not looked yet says nothing."""
     merged: dict[str, dict[str, Any]] = {}
     for one in seen:
         for state in one.report.backends:
@@ -150,6 +151,8 @@ def _backends(seen: Sequence[Seen], shares: dict[str, float | None]) -> list[dic
             known["open_circuits"] = sorted({*known["open_circuits"], *state["open_circuits"]})
             if state["up"]:
                 known["up"], known["reason"] = True, ""
+            elif not known["up"] and known["reason"] == NOT_PROBED:
+                known["reason"] = state["reason"]
     for name, share in shares.items():
         if name in merged:
             merged[name]["canary"] = share
