@@ -2,6 +2,7 @@
 // GCC 12 warns about its own _mm512_undefined_*():
 // build: flags=-Wno-uninitialized -Wno-maybe-uninitialized
 #include "cpu_bf16.h"
+#include "cpu_dequantised.h"
 #include "cpu_floating.h"
 
 namespace tokenmill::int4 {
@@ -58,9 +59,17 @@ void pack_bf16(const Problem& p, const Rows& rows, int64_t first, int64_t last, 
   });
 }
 
+// From so many rows on it pays to dequantise weights; activations of other types have more bits than a weight would.
+constexpr int64_t kDequantiseFrom = 160;
+
+void multiply_bf16(const Problem& p, const Rows& rows, int64_t first, int64_t last) {
+  if (rows.split > 1 || p.M < kDequantiseFrom) return multiply_floating<Bf16>(p, rows, first, last);
+  Dequantised<Bf16, Bf16::kTallRows>(p, rows).run(first, last);
+}
+
 }  // namespace
 
 const Kernel kAvx512Bf16 = {"avx512_bf16", kStrip,     unit_row_bytes<Bf16>,   bf16_parts, floating_tile_rows<Bf16>,
-                            pack_bf16,     multiply_floating<Bf16>, 1024};
+                            pack_bf16,     multiply_bf16, 1024};
 
 }  // namespace tokenmill::int4

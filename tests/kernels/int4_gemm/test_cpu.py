@@ -22,6 +22,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEIGHTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 16, 17, 24, 25, 41)
 #: With AMX; more are multiplied in bf16.
 MOST_ROWS_AS_INT16 = 12
+#: With AVX512_BF16: for so many rows of bf16 the weights are rounded to it, too.
+FEWEST_ROWS_DEQUANTISED = 160
 
 
 @pytest.fixture(params=platform.isa_levels())
@@ -59,8 +61,9 @@ def bound(x: torch.Tensor, weight: Int4Weight, exact: torch.Tensor, activation_b
 
     The kernels subtract zero * sum(x) from sum(code * x), so every term is bounded by its magnitude with both, 30 at
     most; sums are float32, in any order (Higham's gamma). Float16 activations keep 16 bits in the bf16 kernel, where
-    code and zero are less by 8. As int16 an activation is exact unless it is much smaller than the largest of its
-    group, and off by half a step of at most 2^-14 of that otherwise. Eight-bit activations add half a step per element.
+    code and zero are less by 8; for many rows of bf16 its weights are rounded to that. As int16 an activation is exact
+    unless it is much smaller than the largest of its group, and off by half a step of at most 2^-14 of that otherwise.
+    Eight-bit activations add half a step per element.
     """
     scales = weight.scales.double()[weight.groups()].abs()
     magnitude = x.double().abs() @ scales
@@ -76,6 +79,8 @@ def bound(x: torch.Tensor, weight: Int4Weight, exact: torch.Tensor, activation_b
     elif level == "avx512_bf16" or (level == "amx" and x.shape[0] > MOST_ROWS_AS_INT16):
         if x.dtype == torch.float16:
             limit += magnitude * 16 * 2.0**-16
+        elif level == "avx512_bf16" and x.dtype == torch.bfloat16 and x.shape[0] >= FEWEST_ROWS_DEQUANTISED:
+            limit += x.double().abs() @ dequantize(weight).abs() * unit_roundoff(torch.bfloat16)
     elif x.dtype != torch.float32 and level != "plain":
         exact_from = largest * 2.0 ** (-6 if x.dtype == torch.bfloat16 else -3)
         limit += torch.where(x.double().abs() < exact_from, largest * 2.0**-15, 0.0) @ dequantize(weight).abs()
@@ -137,14 +142,14 @@ def test_any_shape_and_group(isa: str, K: int, N: int, group_size: int, act_orde
             check(activations(M, K, torch.bfloat16), weight, bits)
 
 
-@pytest.mark.parametrize(("K", "group_size"), [(384, 128), (600, 300), (136, 32), (1000, 1000)])
+@pytest.mark.parametrize(("K", "group_size"), [(384, 128), (600, 300), (136, 32), (1000, 1000), (2200, 128)])
 def test_many_rows(isa: str, K: int, group_size: int) -> None:
     """Several passes over the same weight, and last tiles of every height, in groups that are one step and several."""
     if isa == "plain":
         pytest.skip("one tile height, one pass")
     weight = random_weight(K, 150, group_size, symmetric=False)
     for bits in (16, 8):
-        for M in (8, 127, 128, 129, 130, 259):
+        for M in (8, 127, 128, 129, 130, 170, 259, 264):
             check(activations(M, K, torch.bfloat16), weight, bits)
 
 
@@ -185,14 +190,14 @@ def test_outliers_and_tiny_activations(isa: str, dtype: torch.dtype) -> None:
 def test_rows_do_not_depend_on_their_batch(isa: str, bits: int, group_size: int) -> None:
     """The same row gives the same bits alone and among others: each sum runs over K in one order.
 
-    With AMX, few rows are multiplied as int16 and more in bf16, which rounds otherwise: batches are such as one of both
-    takes.
+    With AMX, few rows are multiplied as int16 and more in bf16, which rounds otherwise; with AVX512_BF16 weights are
+    rounded for many: batches are such as one way takes.
     """
     if bits == 8 and isa == "plain":
         pytest.skip("there is no 8-bit kernel in plain C++")
     weight = random_weight(512, 272, group_size, symmetric=False)
-    x = activations(90, 512, torch.bfloat16)
-    batches = [(1, 8), (1, 30), (1, 90)]
+    x = activations(250, 512, torch.bfloat16)
+    batches = [(1, 8), (1, 30), (1, 90), (FEWEST_ROWS_DEQUANTISED, 250)]
     if isa == "amx" and bits == 16:
         batches = [(1, 8), (3, MOST_ROWS_AS_INT16), (4, MOST_ROWS_AS_INT16), (13, 30), (20, 90)]
     for few, many in batches:
