@@ -36,11 +36,11 @@ class Balancer:
             exchange: The request, for its prompt.
             tried: Those already asked for this request.
         """
-        model = route.model
-        if route.canaries and (canary := _drawn(route, tried)) is not None:
+        model, key = route.model, exchange.key
+        if route.canaries and (canary := _drawn(route, key, tried)) is not None:
             return canary
         for part in route.parts:
-            usable = [target for target in part if can_serve(target, model) and target not in tried]
+            usable = [target for target in part if can_serve(target, model, key) and target not in tried]
             if len(usable) == 1:
                 return usable[0]
             if usable:
@@ -61,13 +61,13 @@ class Balancer:
         return best if best.outstanding + 1 <= even * (IMBALANCE * mean + _SLACK + 1) else None
 
 
-def _drawn(route: Route, tried: Collection[Target]) -> Target | None:
-    """The canary that gets this request; None: it is for the others."""
+def _drawn(route: Route, key: str | None, tried: Collection[Target]) -> Target | None:
+    """The canary that gets this key's request; None: it is for the others."""
     model = route.model
-    only_canaries = not any(target.answers(model) for part in route.parts for target in part)
+    only_canaries = not any(target.answers(model, key) for part in route.parts for target in part)
     if not only_canaries and any(target in tried for target in route.targets):
         return None  # one draw a request
-    usable = [target for target in route.canaries if can_serve(target, model) and target not in tried]
+    usable = [target for target in route.canaries if can_serve(target, model, key) and target not in tried]
     draw = random.random()
     for target in usable:
         share = target.canary or 0.0
@@ -91,20 +91,26 @@ def _load(target: Target) -> float:
     return (target.outstanding + 1) / target.backend.weight
 
 
-def can_serve(target: Target, model: str | None) -> bool:
-    """Whether a backend may be sent a request for this model now."""
-    return target.canary != 0 and target.has_room() and target.answers(model)
+def can_serve(target: Target, model: str | None, key: str | None) -> bool:
+    """Whether a backend may be sent this key's request for this model now."""
+    return target.canary != 0 and target.has_room() and target.answers(model, key)
 
 
-def refusal(routes: Sequence[Route], settings: Settings) -> ApiError:
-    """Why none of the routes can serve now: 429 when all that work are full, 503 otherwise, with `Retry-After`."""
+def refusal(routes: Sequence[Route], settings: Settings, key: str | None = None) -> ApiError:
+    """Why none of the routes can serve now: 429 when all that work are full, 503 otherwise, with `Retry-After`.
+
+    Args:
+        routes: They.
+        settings: For the time to come back.
+        key: Whose request it is.
+    """
     waits: list[float] = []
     full = False
     for route in routes:
         for target in route.targets:
             if target.up is False or target.canary == 0:
                 continue
-            wait = target.breaker(route.model).wait_s()
+            wait = target.breaker(route.model).wait_s(key)
             if wait > 0:
                 waits.append(wait)
             else:

@@ -54,12 +54,18 @@ _LOST = (502, 504)
 
 
 class Lease:
-    """One request's hold on a backend: counted while open, its outcome reported once."""
+    """One request's hold on a backend: counted while open, its outcome reported once.
 
-    __slots__ = ("_answer", "_breaker", "_open", "call", "lasts", "target")
+    Args:
+        call: What is sent to which backend.
+        key: Whose request it is; None: nobody must identify himself.
+    """
 
-    def __init__(self, call: Call) -> None:
+    __slots__ = ("_answer", "_breaker", "_key", "_open", "call", "lasts", "target")
+
+    def __init__(self, call: Call, key: str | None = None) -> None:
         self.call = call
+        self._key = key
         self.target = target = call.target
         self._breaker = target.breaker(call.model)
         self._open = True
@@ -68,7 +74,7 @@ class Lease:
         self._answer: Answer | None = None
         target.outstanding += 1
         target.pace.sent()
-        self._breaker.begin()
+        self._breaker.begin(key)
 
     def holds(self, answer: Answer) -> None:
         """The head of the backend's answer is there; the lease closes the answer with itself."""
@@ -77,7 +83,7 @@ class Lease:
     def heard(self, status: int) -> None:
         """The backend has answered; a stream, when its first bytes have come."""
         if status in _FAULT:
-            self._breaker.failed()
+            self._breaker.failed(self._key)
         elif status != 429:
             self._breaker.succeeded()
             self.target.mark_up()
@@ -154,7 +160,7 @@ class Forwarder:
                 break
         failure = way.failure
         if failure is None:
-            raise refusal(way.candidates, self._settings)
+            raise refusal(way.candidates, self._settings, exchange.key)
         exchange.target = failure.target
         if isinstance(failure.answer, ApiError):
             raise failure.answer
@@ -169,7 +175,7 @@ class Forwarder:
         # Before the backend is taken: what its protocol has no words for uses up neither its pace nor a trial.
         said = _in_messages(exchange, target, route) if translated else None
         call = Call(target, route.model)
-        lease = Lease(call)
+        lease = Lease(call, exchange.key)
         exchange.on_end(lease.close)
         exchange.target = target
         exchange.attempts += 1

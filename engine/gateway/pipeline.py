@@ -197,6 +197,11 @@ class Exchange:
         return next((call for call in reversed(calls) if call.target is self.target), calls[-1])
 
     @property
+    def key(self) -> str | None:
+        """The public id of the key it came with; None where nobody must identify himself."""
+        return None if self.principal is None else self.principal.key
+
+    @property
     def usage(self) -> Usage:
         """The tokens of all its calls together."""
         if len(self.calls) == 1:

@@ -100,7 +100,7 @@ class Target:
         return found
 
     def open_circuits(self) -> list[str]:
-        """The backend's own names of models that are not asked of it at the moment, because it failed them."""
+        """The backend's own names of models that nobody asks of it at the moment, because it failed them."""
         return [model or "any" for model, breaker in list(self._breakers.items()) if breaker.wait_s() > 0]
 
     def has_room(self) -> bool:
@@ -108,9 +108,9 @@ class Target:
         limit = self.most_open
         return (limit is None or self.outstanding < limit) and self.pace.allows()
 
-    def answers(self, model: str | None) -> bool:
-        """Whether it is not known to be down, nor its circuit for this model open; it may be full."""
-        return self.up is not False and self.breaker(model).wait_s() <= 0
+    def answers(self, model: str | None, key: str | None = None) -> bool:
+        """Whether it is not known to be down, nor its circuit for this model open for this key; it may be full."""
+        return self.up is not False and self.breaker(model).wait_s(key) <= 0
 
     def mark_up(self) -> None:
         """It answered."""

@@ -2,6 +2,8 @@
 
 import random
 
+import pytest
+
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.breaker import MAX_BACKOFF, Breaker, RetryBudget
 from tokenmill.engine.gateway.forward import Lease
@@ -62,6 +64,57 @@ def test_trial_that_never_ends_is_given_up() -> None:
     breaker.begin()
     clock.now += 2
     assert breaker.wait_s() == 0
+
+
+def test_failures_of_one_key_open_it_for_that_key_alone() -> None:
+    clock = Clock()
+    breaker = Breaker(3, 2.0, clock)
+    for _ in range(4):
+        breaker.failed("a")
+    assert (breaker.wait_s("a"), breaker.wait_s("b"), breaker.wait_s()) == (4.0, 0, 0)
+    # What the other sends meanwhile is no trial.
+    clock.now += 4
+    breaker.begin("b")
+    assert breaker.wait_s("a") == 0
+    breaker.begin("a")
+    assert breaker.wait_s("a") > 0
+    breaker.succeeded()
+    assert (breaker.state, breaker.wait_s("a")) == ("closed", 0)
+
+
+@pytest.mark.parametrize("other", ["b", None])
+def test_what_fails_for_others_too_is_open_for_all(other: str | None) -> None:
+    for alone in (2, 7):
+        breaker = Breaker(3, 2.0, Clock())
+        for _ in range(alone):
+            breaker.failed("a")
+        assert breaker.wait_s("b") == 0
+        breaker.failed(other)
+        # Whatever the first one's time was: it is new to the others.
+        assert breaker.wait_s("b" if other is None else "c") == breaker.wait_s() == 2.0
+        breaker.failed("a")
+        assert breaker.wait_s("b") == breaker.wait_s("c") == 4.0
+
+
+def test_an_answer_to_anybody_begins_a_new_row() -> None:
+    breaker = Breaker(2, 2.0, Clock())
+    breaker.failed("b")
+    breaker.succeeded()
+    for _ in range(2):
+        breaker.failed("a")
+    assert (breaker.wait_s("a"), breaker.wait_s("b")) == (2.0, 0)
+
+
+def test_one_key_does_not_keep_every_trial_to_itself() -> None:
+    clock = Clock()
+    breaker = Breaker(2, 2.0, clock)
+    breaker.failed("b")
+    breaker.failed("a")
+    assert (breaker.wait_s("b"), breaker.wait_s("a")) == (2.0, 4.0)
+    clock.now += 2
+    assert (breaker.wait_s("b"), breaker.wait_s("a")) == (0, 2.0)
+    clock.now += 2
+    assert breaker.wait_s("a") == 0, "nobody else came"
 
 
 def test_retries_are_at_most_the_ratio() -> None:
