@@ -10,7 +10,9 @@ import orjson
 from tokenmill.engine.gateway.anthropic import FINISH, error, usage_of
 from tokenmill.engine.gateway.anthropic_messages import thoughts
 from tokenmill.engine.gateway.connection import CutError, NoAnswerError
+from tokenmill.engine.gateway.pipeline import Usage
 from tokenmill.engine.gateway.sse import LONGEST
+from tokenmill.engine.gateway.usage import read_prompt
 
 
 class RefusedError(Exception):
@@ -27,18 +29,19 @@ class RefusedError(Exception):
         self.body = body
 
 
-async def begun(chunks: AsyncIterator[bytes], include_usage: bool) -> AsyncGenerator[bytes, None]:
+async def begun(chunks: AsyncIterator[bytes], include_usage: bool, usage: Usage) -> AsyncGenerator[bytes, None]:
     """A Messages stream as a stream of chat completion chunks, once the first of them is there.
 
     Args:
         chunks: The backend's server-sent events, cut anywhere.
         include_usage: Whether the client asked for a last chunk with the usage.
+        usage: Told at once what the prompt took: of a stream that breaks off, no chunk ever says so.
 
     Raises:
         RefusedError: It begins with an error, which another backend may not have: `overloaded_error`.
         NoAnswerError: It broke off, or was no such stream, before anything of the answer had come.
     """
-    stream = _translated(chunks, include_usage)
+    stream = _translated(chunks, include_usage, usage)
     try:
         first = await anext(stream)
     except CutError:
@@ -53,9 +56,9 @@ async def _from(first: bytes, stream: AsyncGenerator[bytes, None]) -> AsyncGener
             yield chunk
 
 
-async def _translated(chunks: AsyncIterator[bytes], include_usage: bool) -> AsyncGenerator[bytes, None]:
+async def _translated(chunks: AsyncIterator[bytes], include_usage: bool, usage: Usage) -> AsyncGenerator[bytes, None]:
     """The chunks; raises `CutError` where a stream does not come to its end, or an event is none or endless."""
-    translator = _Translator(include_usage)
+    translator = _Translator(include_usage, usage)
     rest = b""
     try:
         async for chunk in chunks:
@@ -80,8 +83,9 @@ class _Translator:
         ended: The backend has said that the answer is complete.
     """
 
-    def __init__(self, include_usage: bool) -> None:
+    def __init__(self, include_usage: bool, usage: Usage) -> None:
         self.ended = False
+        self._usage = usage
         self._include_usage = include_usage
         self._common: dict[str, Any] = {}
         self._counted: dict[str, Any] = {}
@@ -109,6 +113,7 @@ class _Translator:
     def _on_message_start(self, event: dict[str, Any]) -> bytes:
         message = event["message"]
         self._count(message.get("usage"))
+        read_prompt(orjson.dumps({"message": {"usage": self._counted}}), self._usage)
         self._common = {
             "id": message["id"],
             "object": "chat.completion.chunk",

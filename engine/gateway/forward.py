@@ -279,7 +279,7 @@ class Forwarder:
         if answer.status < 400 and answer.content_type == EVENT_STREAM_TYPE:
             counts = bridged or counting is not None or bool(options.get("include_usage"))
             try:
-                chunks = await anthropic_stream.begun(answer.chunks(), counts)
+                chunks = await anthropic_stream.begun(answer.chunks(), counts, lease.call.usage)
             except anthropic_stream.RefusedError as refused:
                 lease.heard(refused.status)
                 lease.close()

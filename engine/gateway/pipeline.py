@@ -50,10 +50,11 @@ class Usage:
     """Tokens of one request, as far as they are known.
 
     Attributes:
-        prompt: Prompt tokens; cached and written ones included.
+        prompt: Prompt tokens; cached and written ones included. The backend said so; 0: it said nothing.
         cached: Prompt tokens that the backend had cached.
         completion: Generated tokens.
-        exact: The backend said so. Otherwise `completion` is worked out from the stream's events (`event_tokens`).
+        exact: The backend said so of all. Otherwise `completion` is worked out from the stream's events
+            (`event_tokens`).
         accepted, rejected: Tokens that were guessed before the model made them, by a draft model or the client, as far
             as the backend says so: right guesses, which are among `completion`, and wrong ones.
         written: Prompt tokens that the backend wrote into its cache.

@@ -169,6 +169,22 @@ def read_usage(body: bytes, usage: Usage) -> None:
         _read_speculation(holder.metrics, usage)
 
 
+def read_prompt(event: bytes, usage: Usage) -> None:
+    """Takes what `message_start`, the first event of the Messages API, says of the prompt; others say nothing of it.
+
+    `usage.exact` stays false: how much is generated is not known yet.
+
+    Args:
+        event: Its data.
+        usage: Filled in; its `completion` is 0 afterwards where the event says something.
+    """
+    with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        message = _MESSAGE.decode(event).message
+        if message is not None and message.usage is not None:
+            read_usage(msgspec.json.encode({"usage": message.usage}), usage)
+            usage.completion, usage.exact = 0, False
+
+
 def _read_written(tokens: _Tokens, details: _Details | None, usage: Usage) -> None:
     written, kept = tokens.cache_creation_input_tokens, tokens.cache_creation
     if details is not None:
@@ -296,6 +312,7 @@ class StreamUsage:
                 empty = _is_usage_alone(line) + (b"data: [DONE]" in tail)
                 self._known.learn(events - empty, usage.completion)
                 return
+        read_prompt(_first(self._begin or tail), usage)
         usage.completion = self._known.estimate(events, tail)
 
 
@@ -324,12 +341,16 @@ def _of_message(begin: bytes, last: bytes) -> bytes:
     """
     with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         counted = _MESSAGE.decode(last).usage
-        start = next((line[5:] for line in begin.splitlines() if line.startswith(b"data:")), b"{}")
-        message = _MESSAGE.decode(start).message
+        message = _MESSAGE.decode(_first(begin)).message
         if counted is not None and message is not None and message.usage is not None:
             new = {name: value for name, value in counted.items() if bytes(value) != b"null"}
             return msgspec.json.encode({"usage": message.usage | new})
     return last
+
+
+def _first(begin: bytes) -> bytes:
+    """Data of a stream's first event."""
+    return next((line[5:] for line in begin.splitlines() if line.startswith(b"data:")), b"{}")
 
 
 class HiddenUsage:

@@ -15,6 +15,7 @@ from tokenmill.engine.gateway import anthropic, anthropic_stream
 from tokenmill.engine.gateway.api_error import ApiError
 from tokenmill.engine.gateway.backends import Backend
 from tokenmill.engine.gateway.connection import CutError, NoAnswerError
+from tokenmill.engine.gateway.pipeline import Usage
 from tokenmill.engine.gateway.sse import LONGEST
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
@@ -240,7 +241,7 @@ def streamed(*events: bytes | dict[str, Any]) -> bytes:
             yield event if isinstance(event, bytes) else b"data: " + json.dumps(event).encode() + b"\r\n\r\n"
 
     async def all_of() -> bytes:
-        return b"".join([chunk async for chunk in await anthropic_stream.begun(chunks(), include_usage=True)])
+        return b"".join([chunk async for chunk in await anthropic_stream.begun(chunks(), True, Usage())])
 
     return asyncio.run(all_of())
 

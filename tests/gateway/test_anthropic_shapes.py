@@ -14,6 +14,7 @@ from tests.gateway.running import RunningGateway
 from tokenmill.engine.gateway import anthropic, anthropic_stream
 from tokenmill.engine.gateway.api_error import ApiError, UntranslatableError
 from tokenmill.engine.gateway.backends import Backend
+from tokenmill.engine.gateway.pipeline import Usage
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 MODEL = "claude-sonnet-4-6"
@@ -225,7 +226,7 @@ def test_a_call_without_arguments_has_an_empty_object_in_a_stream_too() -> None:
             yield b"data: " + json.dumps(event).encode() + b"\n\n"
 
     async def chunks() -> bytes:
-        return b"".join([chunk async for chunk in await anthropic_stream.begun(backend(), include_usage=False)])
+        return b"".join([chunk async for chunk in await anthropic_stream.begun(backend(), False, Usage())])
 
     said = {0: "", 1: ""}
     for line in asyncio.run(chunks()).splitlines():

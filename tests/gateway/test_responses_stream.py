@@ -13,6 +13,7 @@ from openai.types.responses import ResponseStreamEvent
 from tests.gateway.anthropic_upstream import FakeAnthropic
 from tokenmill.engine.gateway import anthropic, anthropic_stream, responses_answer, responses_stream
 from tokenmill.engine.gateway.body import Body
+from tokenmill.engine.gateway.pipeline import Usage
 
 EVENT: Any = pydantic.TypeAdapter(ResponseStreamEvent)
 ASKED = Body(b'{"input": "a", "include": ["reasoning.encrypted_content"]}')
@@ -66,7 +67,7 @@ async def streamed(raw: bytes, size: int) -> list[dict[str, Any]]:
         for start in range(0, len(raw), size):
             yield raw[start : start + size]
 
-    chunks = responses_stream.translated(await anthropic_stream.begun(source(), include_usage=True), ASKED)
+    chunks = responses_stream.translated(await anthropic_stream.begun(source(), True, Usage()), ASKED)
     out = b"".join([chunk async for chunk in chunks])
     lines = [event.split(b"\n") for event in out.removesuffix(b"\n\n").split(b"\n\n")]
     return [json.loads(data.removeprefix(b"data: ")) for _, data in lines]

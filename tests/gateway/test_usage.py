@@ -245,6 +245,12 @@ MESSAGE = (
             ),
             (9, 0, 4, True),
         ),
+        # It states them also where it is cut before it says what was generated.
+        (MESSAGE[:-2], (14, 5, 2513, False)),
+        (MESSAGE[:3], (14, 5, 38, False)),
+        ((*MESSAGE[:1], {"type": "error", "error": {"type": "overloaded_error"}}), (14, 5, 2, False)),
+        # Some servers say nothing there.
+        (({"type": "message_start", "message": {"usage": {"input_tokens": 0}}}, *MESSAGE[1:3]), (0, 0, 38, False)),
         # Nobody counts: each event is one, wherever the network cuts it.
         (({"delta": "x"},) * 2000, (0, 0, 2000, False)),
     ],

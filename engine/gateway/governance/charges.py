@@ -2,7 +2,8 @@
 
 * The backend counted: exactly that; what it wrote into its cache, and what it found there, at their own prices.
 * A stream without a count (cut by the backend, left by the client, or from a server that does not count): the bound
-  of its prompt, and for each event seen what the events of this backend's model hold (`event_tokens`).
+  of its prompt, or what the backend had said of it at the stream's begin (Anthropic's do), and for each event seen what
+  the events of this backend's model hold (`event_tokens`).
 * Sent, and nothing seen that could be counted (the client hung up before the answer, the backend was silent, broke
   off within an answer that is no stream, or does not count): the call's whole bound, because nobody knows how far it
   came.
@@ -14,6 +15,7 @@ Nothing is charged above the call's bound but what a backend counted itself; of 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 from tokenmill.engine.gateway.governance.bounds import Bound
@@ -30,9 +32,8 @@ def used(call: Call, bound: Bound) -> Usage:
         return usage
     if not call.taken or call.status >= 400:
         return Usage(exact=True)
-    if usage.completion == 0:
-        return Usage(bound.prompt, 0, bound.completion)
-    return Usage(bound.prompt, 0, min(usage.completion, bound.completion))
+    completion = min(usage.completion, bound.completion) if usage.completion else bound.completion
+    return replace(usage, completion=completion) if usage.prompt else Usage(bound.prompt, 0, completion)
 
 
 def spending(exchange: Exchange, bound_at: Callable[[Target], Bound]) -> Spending:
@@ -89,9 +90,9 @@ def _parts(exchange: Exchange, answering: Call, bound_at: Callable[[Target], Bou
 def _charge(call: Call, bound_at: Callable[[Target], Bound]) -> tuple[Usage, int]:
     """(tokens, micro-cents) of one call."""
     usage, prices = call.usage, call.target.backend.prices
-    if usage.exact:
-        cost = prices.cost(usage.prompt, usage.cached, usage.completion, usage.written, usage.written_hour)
-        return usage, cost
-    bound = bound_at(call.target)
-    usage = used(call, bound)
-    return usage, prices.bound(usage.prompt, usage.completion, bound.writes)
+    if not usage.exact:
+        bound = bound_at(call.target)
+        usage = used(call, bound)
+        if not call.usage.prompt:
+            return usage, prices.bound(usage.prompt, usage.completion, bound.writes)
+    return usage, prices.cost(usage.prompt, usage.cached, usage.completion, usage.written, usage.written_hour)

@@ -1,5 +1,7 @@
 """What Anthropic's API writes into its cache is charged at its price, and reserved where a request asks for it."""
 
+import contextlib
+import http.client
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -23,7 +25,7 @@ from tokenmill.engine.gateway.pipeline import Call, Usage
 from tokenmill.engine.gateway.portfolio import Route, Target
 from tokenmill.engine.supervisor.plan import make_plan
 
-MESSAGES = "/v1/messages"
+MESSAGES, RESPONSES = "/v1/messages", "/v1/responses"
 #: A token costs 4 micro-cents, a cached one 1, a generated one 7, a written one 5, one that is kept for an hour 8.
 PRICES = Prices(4_000_000, 1_000_000, 7_000_000, 5_000_000, 8_000_000)
 #: The mark of a text, the dearest price of a prompt's token that goes with it, and the price of those that are written.
@@ -89,6 +91,32 @@ def test_what_nobody_counted_costs_what_the_prompt_may_have_cost(
     spent = charges.spending(cut, lambda one: asked.at(one, 100))
     assert (spent.cost, spent.exact) == ((len(cut.payload) + TEMPLATE_TOKENS) * dearest + 2 * 7, False)
     assert dearest >= price
+
+
+@pytest.mark.parametrize(
+    ("path", "mark", "price"),
+    [(RESPONSES, None, 0), *[(path, mark, price) for path in (CHAT, MESSAGES) for mark, _, price in MARKS]],
+)
+def test_a_cut_stream_is_charged_the_prompt_that_its_begin_states(
+    governed: Governed, claude: FakeAnthropic, path: str, mark: dict[str, str] | None, price: int
+) -> None:
+    """The connection ends before `message_delta`: what was generated is an estimate, the prompt is not."""
+    claude.writes = written = 20
+    text = {"type": "text", "text": "hang up"} | ({} if mark is None else {"cache_control": mark})
+    body: dict[str, Any] = {"model": "claude", "stream": True}
+    if path == RESPONSES:
+        body |= {"input": "hang up", "store": False, "max_output_tokens": 50}
+    else:
+        body |= {"max_tokens": 50, "messages": [{"role": "user", "content": [text]}]}
+    identity, key = governed.key()
+    with contextlib.suppress(http.client.IncompleteRead):
+        governed.ask(key, body, path)
+    wait_until(lambda: len(governed.ledger(identity)) == 1)
+    (row,) = governed.ledger(identity)
+    assert (row.prompt, row.cached, row.exact, row.outcome) == (30 if mark else 12, 3, False, "cut")
+    assert 0 < row.completion < 50
+    read = 7 * 4 + written * price if mark else 9 * 4
+    assert row.cost == governed.account(identity).spent == read + 3 * 1 + row.completion * 7
 
 
 @pytest.mark.parametrize(
