@@ -139,6 +139,20 @@ def test_redacted_data_comes_back(tiers: RunningGateway, claude: FakeAnthropic, 
     assert response["instructions"] == instructions
 
 
+def test_events_count_on_where_a_texts_end_is_kept_back(tiers: RunningGateway, claude: FakeAnthropic) -> None:
+    """What may be a placeholder's begin until the text is done goes out in an event of its own."""
+    claude.says = "{text} [EMA"
+    try:
+        status, _, raw = tiers.post(PATH, {"model": "claude", "input": f"ab {MAIL}", "stream": True})
+    finally:
+        claude.says = FakeAnthropic.says
+    assert status == 200
+    events = [json.loads(part.split("data: ")[1]) for part in raw.decode().removesuffix("\n\n").split("\n\n")]
+    deltas = [event["delta"] for event in events if event["type"] == "response.output_text.delta"]
+    assert ("".join(deltas), deltas[-1]) == (f"ab {MAIL} [EMA", "[EMA")
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+
+
 @pytest.mark.parametrize("encrypted", [False, True])
 def test_thoughts_go_back_where_data_are_redacted(
     tiers: RunningGateway, claude: FakeAnthropic, encrypted: bool

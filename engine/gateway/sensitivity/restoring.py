@@ -2,13 +2,15 @@
 
 A stream's text arrives in pieces: a piece that ends with what may be the beginning of a placeholder keeps that end back
 until the next piece decides, or the event that ends the text. Events without text or placeholders pass byte for byte,
-and so do events of a form that no API has; of others everything but the strings that change. Where the client asked
-for JSON, the answer stays JSON.
+and so do events of a form that no API has; of others everything but the strings that change. Where a text's end has to
+go out in an event of its own, the numbers of those behind it, which the Responses API's have, go up by one. Where the
+client asked for JSON, the answer stays JSON.
 """
 
 import codecs
 import copy
 import json
+import re
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any, NamedTuple
 
@@ -181,6 +183,8 @@ class _Restorer:
         self._redaction, self._json_texts = redaction, json_texts
         self._kept: dict[_Key, str] = {}
         self._last: dict[_Key, tuple[Any, bytes]] = {}
+        #: How many events were added, and the number that the next one to go out has.
+        self._added = self._next = 0
 
     def feed(self, raw: bytes) -> bytes:
         """One event in, the bytes to send out."""
@@ -193,6 +197,9 @@ class _Restorer:
             return self.flush() + raw
         if not isinstance(content, dict):
             return raw
+        number = _number(content)
+        if number is not None:
+            self._next = number + self._added
         # What was kept back would come too late after the last event, or after an error.
         before = self.flush() if content.get("error") or _id(content.get("type")) in _LAST else b""
         ended = _ended(content)
@@ -216,7 +223,11 @@ class _Restorer:
             content, {(id(piece.holder), piece.name) for piece in pieces}, self._json_texts
         ):
             changed = True
-        return before + (event(respelled(data, content, self._redaction), raw) if changed else raw)
+        after = event(respelled(data, content, self._redaction), raw) if changed else raw
+        if number is not None:
+            after = _renumbered(after, number, self._next)
+            self._next += 1
+        return before + after
 
     def flush(self) -> bytes:
         """What is still kept back, each in an event like the last one of its text."""
@@ -231,7 +242,12 @@ class _Restorer:
         for choice in _items(like.get("choices")):
             if isinstance(choice, dict):
                 choice["finish_reason"] = None
-        return event(respelled(data_of(raw) or b"", like, self._redaction), raw)
+        added = event(respelled(data_of(raw) or b"", like, self._redaction), raw)
+        if (number := _number(content)) is not None:
+            added = _renumbered(added, number, self._next)
+            self._added += 1
+            self._next += 1
+        return added
 
     def _others(self, content: dict[str, Any], streamed: set[tuple[int, str]], json_texts: frozenset[str]) -> bool:
         """Restores, in place, the strings that stand whole in one event: all but pieces of texts."""
@@ -314,6 +330,19 @@ def _ended(content: dict[str, Any]) -> set[Any]:
         elif kind == "content_block_stop":
             ended.add(("block", _id(content.get("index"))))
     return ended
+
+
+def _number(content: dict[str, Any]) -> int | None:
+    """Which event of its stream it is; None: it does not say."""
+    number = content.get("sequence_number")
+    return number if isinstance(number, int) else None
+
+
+def _renumbered(raw: bytes, before: int, after: int) -> bytes:
+    """An event with another number; all else stays as it is spelt."""
+    if before == after:
+        return raw
+    return re.sub(rb'("sequence_number"\s*:\s*)%d\b' % before, rb"\g<1>%d" % after, raw, count=1)
 
 
 def _id(value: Any) -> Any:

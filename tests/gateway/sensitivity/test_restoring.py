@@ -111,6 +111,29 @@ def test_streams_stay_json_where_json_was_asked_for(cut: int) -> None:
     assert thought["summary"][0]["text"] == f"so {VALUE}"
 
 
+def test_events_that_are_added_have_numbers_of_their_own() -> None:
+    kinds = ("response.output_text.delta", "response.output_text.done")
+    events: list[dict[str, Any]] = [
+        {"sequence_number": 3, "type": "response.in_progress"},
+        {"type": kinds[0], "item_id": "i", "delta": "[NOTE_1] [NO", "sequence_number": 4},
+        {"type": kinds[0], "item_id": "j", "delta": "[NOTE", "sequence_number": 5},
+        {"type": kinds[1], "item_id": "i", "text": "[NOTE_1] [NO", "sequence_number": 6},
+        {"type": kinds[0], "item_id": "k", "delta": "a [", "logprobs": [{"sequence_number": 0}], "sequence_number": 7},
+        {"type": "response.completed", "response": {"output": ['"sequence_number": 8']}, "sequence_number": 8},
+    ]
+    shown = asyncio.run(events_through(events, redacted()))
+    assert [event["sequence_number"] for event in shown] == list(range(3, 12))
+    assert [event.get("item_id") for event in shown] == [None, "i", "j", "i", "i", "k", "j", "k", None]
+    assert shown[5]["logprobs"] == events[4]["logprobs"]
+    assert shown[-1]["response"] == events[-1]["response"]
+    # A stream that breaks off, too.
+    shown = asyncio.run(events_through(events[:-1], redacted()))
+    assert [event["sequence_number"] for event in shown] == list(range(3, 11))
+    # Nothing is changed where nothing is added.
+    plain = [b"data: " + json.dumps(event).encode() + b"\n\n" for event in (events[0], events[-1])]
+    assert asyncio.run(run_through(plain, redacted())) == b"".join(plain)
+
+
 def test_answers_through_a_gateway_stay_json() -> None:
     address = '"john doe"@example.com'
     far = FakeUpstream(("vast",)).start()
