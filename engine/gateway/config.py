@@ -180,6 +180,7 @@ def load(path: Path) -> Config:
 
 def check(file: yaml_file.YamlFile) -> Config:
     """Checks a file that was read; raises like `load`."""
+    file.refuse_repeated()
     try:
         return Config.model_validate(file.value)
     except ValidationError as error:

@@ -5,7 +5,8 @@ understood. What was not read is known at the end, with its line.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from tokenmill.engine.gateway.yaml_file import Place, YamlFile
@@ -30,20 +31,38 @@ class ForeignFile:
 
     def __init__(self, file: YamlFile) -> None:
         self.file = file
-        self.problems: list[str] = []
+        self.problems: list[tuple[Place, str]] = []
         self.environment: Mapping[str, str] = {}
         self._read: set[Place] = set()
+        self._looked_into: set[Place] = set()
         self._reasons: dict[Place, str] = {}
         self._asked: set[str] = set()
 
     def problem(self, place: Place, text: str) -> None:
         """Something is wrong at a place; `check` raises it."""
-        self.problems.append(f"{self.file.where(place)}: {dotted(place)}: {text}")
+        self.problems.append((place, text))
 
-    def check(self) -> None:
-        """Raises `ConfigurationError` with one line for each problem found so far."""
-        if self.problems:
-            raise ConfigurationError("\n".join(dict.fromkeys(self.problems)))
+    @contextmanager
+    def for_one(self, place: Place) -> Iterator[list[tuple[Place, str]]]:
+        """What turns out to be wrong meanwhile has what stands at this place left out, and not the file refused.
+
+        Gives the list of it.
+        """
+        earlier, self.problems = self.problems, []
+        wrong = self.problems
+        yield wrong
+        self.problems = earlier
+        if wrong:
+            at, text = wrong[0]
+            inside = at[len(place) :] if at[: len(place)] == place else at
+            self.leave(place, f"{dotted(inside)}: {text}" if inside else text)
+
+    def check(self, more: Iterable[str] = ()) -> None:
+        """Raises `ConfigurationError` with one line for each problem found so far, then those of other files."""
+        lines = [f"{self.file.where(place)}: {dotted(place)}: {text}" for place, text in self.problems]
+        lines += more
+        if lines:
+            raise ConfigurationError("\n".join(dict.fromkeys(lines)))
 
     def leave(self, place: Place, reason: str) -> None:
         """Says why what stands at a place is not used."""
@@ -83,7 +102,7 @@ class ForeignFile:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return str(value)
         if value is not None:
-            self.problem(place, f"{_shown(value)} is not text; put it in quotes")
+            self.problem(place, f"{shown(value)} is not text; put it in quotes")
         return None
 
     def variable(self, place: Place) -> str | None:
@@ -115,12 +134,12 @@ class ForeignFile:
             try:
                 value = float(value)
             except ValueError:
-                self.problem(place, f"{_shown(value)} is not a number")
+                self.problem(place, f"{shown(value)} is not a number")
                 return None
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            self.problem(place, f"{_shown(value)} is not a number")
+            self.problem(place, f"{shown(value)} is not a number")
             return None
         if not low <= value <= high:
             self.problem(place, f"{value:g} is outside {low:g} to {high:g}")
@@ -143,24 +162,29 @@ class ForeignFile:
         if isinstance(value, str) and value.lower() in _FLAGS:
             return _FLAGS[value.lower()]
         if value is not None and not isinstance(value, bool):
-            self.problem(place, f"{_shown(value)} is not true or false")
+            self.problem(place, f"{shown(value)} is not true or false")
         return value is True
 
     def kind(self, place: Place, expected: type[T], what: str) -> T | None:
-        """The value at a place if it is of this type; anything else but nothing is a problem. It is not read by it."""
+        """The value at a place if it is of this type; anything else but nothing is a problem.
+
+        It is not read by it, but looked into: what of it is left over is told piece by piece.
+        """
         value = self.peek(place)
+        self._looked_into.add(place)
         if value is None:
             self._read.add(place)
             return None
         if not isinstance(value, expected):
-            self.problem(place, f"{_shown(value)} is not {what}")
+            self.problem(place, f"{shown(value)} is not {what}")
             self._read.add(place)
             return None
         return value
 
     def left_over(self) -> Iterator[tuple[Place, str]]:
-        """Everything that was not read, outermost places only, with the reason where one was given."""
-        known = {place[:length] for place in (*self._read, *self._reasons) for length in range(len(place) + 1)}
+        """What was not read, the outermost places that nobody looked into, with the reason where one was given."""
+        inside = (*self._read, *self._reasons, *self._looked_into)
+        known = {place[:length] for place in inside for length in range(len(place) + 1)}
         yield from self._unread((), known)
 
     def _unread(self, place: Place, known: set[Place]) -> Iterator[tuple[Place, str]]:
@@ -192,7 +216,8 @@ def dotted(place: Place) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text.lstrip(".")[:200]) or "the file"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value in a message, shortened."""
     if isinstance(value, (dict, list)):
         return "a mapping" if isinstance(value, dict) else "a list"
     if isinstance(value, bool):

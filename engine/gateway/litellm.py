@@ -8,20 +8,20 @@ used or listed, with its line and the reason; nothing is dropped silently. The f
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
 
 from tokenmill import env
-from tokenmill.engine.gateway import litellm_include, litellm_prices
+from tokenmill.engine.gateway import litellm_include, litellm_observability, litellm_prices, litellm_reasons
 from tokenmill.engine.gateway.admin.duration import milliseconds
 from tokenmill.engine.gateway.config import Config, Server
-from tokenmill.engine.gateway.foreign_file import ForeignFile, dotted
+from tokenmill.engine.gateway.foreign_file import ForeignFile, dotted, shown
 from tokenmill.engine.gateway.governance.options import MAKE_A_KEY, SHORTEST_MASTER_KEY
 from tokenmill.engine.gateway.governance.section import Governance
-from tokenmill.engine.gateway.litellm_deployments import DROPS, Deployments, in_words
+from tokenmill.engine.gateway.litellm_deployments import Deployments, in_words
 from tokenmill.engine.gateway.litellm_models import Describer
 from tokenmill.engine.gateway.litellm_names import Names, alias, fall_back
 from tokenmill.engine.gateway.litellm_prices import CostMap
@@ -36,51 +36,6 @@ _SPARE = 1e-9
 _MASTER_KEY: Place = ("general_settings", "master_key")
 _MASTER_VARIABLE = "LITELLM_MASTER_KEY"
 _ORIGINS_VARIABLE = "LITELLM_CORS_ORIGINS"
-
-#: Of all keys together, there.
-_BUDGETS = ("max_budget", "budget_duration", "max_internal_user_budget", "max_end_user_budget")
-#: Why some fields are not used.
-_REASONS: Mapping[str, str] = {
-    "litellm_settings.drop_params": DROPS,
-    "litellm_settings.set_verbose": "set the variable TOKENMILL_LOG_LEVEL=debug instead",
-    **dict.fromkeys(("litellm_settings.cache", "litellm_settings.cache_params"), "there is no cache here"),
-    **dict.fromkeys(
-        (f"{section}.{name}" for section in ("litellm_settings", "general_settings") for name in _BUDGETS),
-        "no budget binds all keys together here; give one to each key or team",
-    ),
-    **dict.fromkeys(
-        ("litellm_settings.master_key", "router_settings.master_key"),
-        "it belongs into general_settings; without one there everybody may ask for everything",
-    ),
-    "litellm_settings.telemetry": "nothing is told to anybody",
-    **dict.fromkeys(
-        ("litellm_settings.turn_off_message_logging", "general_settings.store_prompts_in_spend_logs"),
-        "prompts stand in no ledger, log or trace",
-    ),
-    **dict.fromkeys(
-        ("litellm_settings.callbacks", "litellm_settings.success_callback", "litellm_settings.failure_callback"),
-        "Prometheus' figures are at /metrics, with a master key at /admin/metrics; traces need `observability.traces` "
-        "in our own format",
-    ),
-    "router_settings.redis_host": "workers share limits through the store, no Redis is needed",
-    "router_settings.redis_port": "workers share limits through the store, no Redis is needed",
-    "router_settings.redis_password": "workers share limits through the store, no Redis is needed",
-    "router_settings.enable_pre_call_checks": "`rpm` and `tpm` always count, `max_input_tokens` decides about "
-    "`context_window_fallbacks`",
-    "router_settings.retry_policy": "`num_retries` counts for every kind of failure",
-    "router_settings.allowed_fails_policy": "`allowed_fails` counts for every kind of failure",
-    "general_settings.database_url": f"keys and books are kept in a file beside this one, or where {env.STORE.name} "
-    "says; LiteLLM's tables are others",
-    **dict.fromkeys(
-        ("general_settings.custom_auth", "general_settings.enable_jwt_auth"),
-        "keys are checked here, where there is a master_key; without one everybody may ask for everything",
-    ),
-    **dict.fromkeys(
-        ("general_settings.background_health_checks", "general_settings.health_check_interval"),
-        "backends are always watched",
-    ),
-    "general_settings.store_model_in_db": "models are those of this file",
-}
 
 
 @dataclass(frozen=True)
@@ -120,18 +75,15 @@ def convert(file: YamlFile) -> Imported:
     prices = litellm_prices.find()
     describer = Describer(source, prices)
     document = _Importer(source, describer).document()
-    if prices.stated:
-        source.problems += prices.problems
-    source.check()
+    source.check(prices.problems if prices.stated else ())
     imported = Config.model_validate(document)
     of_the_map = list(_url_is_not_fetched(source, prices))
     for name in source.not_asked():
         source.leave(("environment_variables", name), "nothing here reads this variable")
     lines = [
-        f"{file.where(place)}: {dotted(place)}: not understood{'; ' if reason else ''}{reason}"
-        for place, reason in source.left_over()
+        f"{file.where(place)}: {dotted(place)}: {_told(source, place, reason)}" for place, reason in source.left_over()
     ]
-    lines += of_the_map
+    lines += [*_repeated(file), *of_the_map]
     governance = imported.governance
     notes = [*describer.notes(governed=governance is not None)]
     if governance is not None and governance.guessable_master_key:
@@ -140,13 +92,30 @@ def convert(file: YamlFile) -> Imported:
     return Imported(imported, tuple(lines), tuple(notes))
 
 
+def _told(source: ForeignFile, place: Place, reason: str) -> str:
+    """What became of something that was not taken as it is."""
+    deployment = len(place) == 2 and place[0] == "model_list"
+    if not deployment or not reason:
+        return reason or "not understood"
+    name = source.peek((*place, "model_name"))
+    return f"{shown(name)} is left out; {reason}" if isinstance(name, str) else f"left out; {reason}"
+
+
+def _repeated(file: YamlFile) -> Iterator[str]:
+    """A line for each key that stands more than once; LiteLLM takes the last."""
+    for place, lines in file.repeated.items():
+        path, last = file.paths.get(place, file.path), file.lines.get(place)
+        for line in lines:
+            yield f"{path}:{line}: {dotted(place)}: stands again on line {last}, which counts; this does not"
+
+
 def _url_is_not_fetched(source: ForeignFile, prices: CostMap) -> Iterator[str]:
     """A line for the variable by which LiteLLM fetches its cost map; its value may hold a password."""
     name = litellm_prices.URL_VARIABLE
     if source.lookup(name):
         used = f"{prices.path} is read instead" if prices.path is not None else "download it"
         remedy = "" if prices.stated else f"; set {env.LITELLM_PRICES.name} to a copy of it"
-        yield f"{name}: not understood; no cost map is fetched; {used}{remedy}"
+        yield f"{name}: no cost map is fetched; {used}{remedy}"
 
 
 class _Importer:
@@ -172,12 +141,9 @@ class _Importer:
         fall_back(source, self._names, tiers)
         document: dict[str, Any] = {"server": self._server(), "tiers": tiers}
         document |= self._governance()
-        if source.flag(("litellm_settings", "json_logs")):
-            document["observability"] = {"request_log": True}
-        for field, reason in _REASONS.items():
-            section, _, name = field.partition(".")
-            if source.peek((section, name)) is not None:
-                source.leave((section, name), reason)
+        if observability := litellm_observability.section(source, "governance" in document):
+            document["observability"] = observability
+        litellm_reasons.leave(source)
         return document
 
     def _nothing_is_served(self) -> None:
@@ -212,22 +178,29 @@ class _Importer:
         weighed: dict[str, list[Place]] = {}
         for index in source.keys(("model_list",)):
             place: Place = ("model_list", index)
-            if source.kind(place, dict, "a deployment with model_name and litellm_params") is None:
-                continue
-            name = source.text((*place, "model_name"))
-            if not name:
-                if source.peek((*place, "model_name")) in (None, ""):
-                    source.problem(place, "model_name is missing; add it")
-                continue
-            self._names.add(name, source.peek((*place, "model_info", "id")))
-            backend = deployments.backend(place, name)
-            if backend is not None:
+            # As LiteLLM does it: the others come up.
+            with source.for_one(place) as wrong:
+                name = self._name(place)
+                backend = None if name is None else deployments.backend(place, name)
+            if name is not None and backend is not None and not wrong:
                 groups.setdefault(name, []).append(backend)
                 weighed.setdefault(name, []).append((*place, "litellm_params"))
         for name, places in weighed.items():
             self._names.tiers[name] = _tier_name(name, self._names.tiers.values())
             self._weigh(places, groups[name])
         return groups
+
+    def _name(self, place: Place) -> str | None:
+        """A deployment's `model_name`; None where it has none."""
+        source = self._source
+        if source.kind(place, dict, "a deployment with model_name and litellm_params") is None:
+            return None
+        name = source.text((*place, "model_name"))
+        if name:
+            self._names.add(name, source.peek((*place, "model_info", "id")))
+        elif source.peek((*place, "model_name")) in (None, ""):
+            source.problem(place, "model_name is missing; add it")
+        return name or None
 
     def _weigh(self, places: list[Place], backends: list[dict[str, Any]]) -> None:
         """LiteLLM shares a group's load by weight, else by rpm, else by tpm.
@@ -237,8 +210,6 @@ class _Importer:
         deployment gets what that one cannot take.
         """
         source = self._source
-        if source.problems:
-            return  # they are raised; a second look would tell them twice
         for field in _WEIGHTS:
             values = [source.number((*place, field), 0, 1e12) for place in places]
             stated = [value for value in values if value]

@@ -1,5 +1,6 @@
 """The deployments of a LiteLLM proxy's file: where each is served, with which key, within which limits."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from tokenmill.engine.gateway.backend_section import RemoteBackend
 from tokenmill.engine.gateway.defaults import LENGTHS, NEVER
 from tokenmill.engine.gateway.foreign_file import ForeignFile
 from tokenmill.engine.gateway.litellm_models import Describer
-from tokenmill.engine.gateway.litellm_providers import PROVIDERS, Provider, served_at, split, zone
+from tokenmill.engine.gateway.litellm_providers import PROVIDERS, Provider, same_host, served_at, split, zone
 from tokenmill.engine.gateway.yaml_file import Place
 
 #: Fields of a deployment that its requests get where they lack them; so they do all that is in its `extra_body`.
@@ -29,7 +30,7 @@ _OF_ANTHROPIC = frozenset(
 #: Fields of `model_info` that are told as this gateway knows them.
 _READ = frozenset(
     {
-        *("id", "base_model", "rpm", "tpm", "version", "max_input_tokens", "max_output_tokens", "max_tokens"),
+        *("base_model", "rpm", "tpm", "version", "max_input_tokens", "max_output_tokens", "max_tokens"),
         *("supports_function_calling", "supports_vision", "supports_audio_input", "supports_response_schema"),
         *("input_cost_per_token", "output_cost_per_token", "cache_read_input_token_cost"),
         *("cache_creation_input_token_cost", "cache_creation_input_token_cost_above_1hr"),
@@ -60,7 +61,13 @@ _PARAMETER_REASONS: Mapping[str, str] = {
     "num_ctx": _OLLAMA,
     "keep_alive": _OLLAMA,
     "cooldown_time": "`router_settings.cooldown_time` is that of all",
+    "stream": "clients say it themselves",
+    "tags": "requests are not routed by tags; give each kind a model_name of its own",
+    "mock_response": "requests go to the backend",
+    **dict.fromkeys(("extra_headers", "headers", "organization"), "a backend is sent its key and the client's headers"),
 }
+#: A variable as shells and Docker Compose have it, and LiteLLM does not.
+_VARIABLE = re.compile(r"\$\{?([A-Za-z_][A-Za-z0-9_]*)\}?")
 #: How Azure's clients are known where they have no key.
 _ENTRA = ("azure_ad_token", "tenant_id", "client_id", "azure_username")
 
@@ -186,6 +193,7 @@ class Deployments:
         usual = self._usual_keys(parameters, provider)
         if usual and not provider.local and not any(source.lookup(name) for name in usual):
             named.append(usual[0])
+        named += provider.inside_base
         return next((name for name in named if name is not None and source.lookup(name) is None), None)
 
     def _usual_keys(self, parameters: Place, provider: Provider) -> tuple[str, ...]:
@@ -204,16 +212,22 @@ class Deployments:
         source = self._source
         stated = [source.text(self._at(parameters, field)) for field in ("api_base", "base_url")]
         address = next((one for one in stated if one), None)
+        base = provider.base and provider.base.format_map({name: source.lookup(name) for name in provider.inside_base})
         if provider.closed and address is not None:
-            source.leave(place, f"its api_base speaks another protocol; of {prefix} only {provider.base} is spoken to")
-            return None
-        address = address or next((one for name in provider.bases if (one := source.lookup(name))), provider.base)
+            # On the same host stands what is spoken to, too.
+            if base is None or not same_host(address, base):
+                source.leave(place, f"its api_base speaks another protocol; of {prefix} only {base} is spoken to")
+                return None
+            address = None
+        address = address or next((one for name in provider.bases if (one := source.lookup(name))), base)
         if address is None:
             source.leave(place, f"{prefix} needs the server's address; add api_base")
             return None
         found = served_at(prefix, address) if "://" in address else None
         if "://" not in address:
-            source.leave(place, f"its api_base {address[:60]!r} is no http(s)://host[:port][/prefix]")
+            name = _VARIABLE.fullmatch(address)
+            remedy = f"; write os.environ/{name[1]}" if name else ""
+            source.leave(place, f"its api_base {address[:60]!r} is no http(s)://host[:port][/prefix]{remedy}")
         elif found is None:
             source.leave(place, f"its api_base {address[:60]!r} is no https://NAME.openai.azure.com of Azure's")
         elif provider.azure and any(source.peek((*parameters, field)) for field in _ENTRA):
@@ -264,7 +278,10 @@ class Deployments:
             else:
                 found[name] = source.raw(place) if source.variable(place) is None else source.text(place)
         for field, reason in _PARAMETER_REASONS.items():
-            if source.peek((*parameters, field)) is not None:
+            stated = source.peek((*parameters, field))
+            if stated is False:
+                source.raw((*parameters, field))
+            elif stated is not None:
                 source.leave((*parameters, field), reason)
         return {name: value for name, value in found.items() if value is not None}
 
@@ -286,6 +303,7 @@ class Deployments:
         source = self._source
         parameters: Place = (*place, "litellm_params")
         source.number((*parameters, "weight"), 0, 1e9)
+        source.number((*parameters, "order"), -1e9, 1e9)
         return {
             "requests_per_minute": self._limit(place, "rpm", 10**9),
             "tokens_per_minute": self._limit(place, "tpm", 10**12),

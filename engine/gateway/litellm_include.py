@@ -70,7 +70,10 @@ def _take_in(file: YamlFile, other: YamlFile) -> None:
         for place, line in other.lines.items():
             if place[:1] != (key,) or (extends and len(place) == 1):
                 continue
+            at = place
             if extends and isinstance(place[1], int):
-                place = (key, first + place[1], *place[2:])  # noqa: PLW2901
-            file.lines[place] = line
-            file.paths[place] = other.path
+                at = (key, first + place[1], *place[2:])
+            file.lines[at] = line
+            file.paths[at] = other.path
+            if place in other.repeated:
+                file.repeated[at] = other.repeated[place]

@@ -4,6 +4,7 @@ import ipaddress
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from string import Formatter
 from urllib.parse import urlsplit
 
 
@@ -12,7 +13,7 @@ class Provider:
     """How a prefix of `model` is served.
 
     Attributes:
-        base: Its API's address; None: the file must name it in `api_base`.
+        base: Its API's address, with variables in braces; None: the file must name it in `api_base`.
         keys: The variables that hold its key where the file names none, the first that is set.
         protocol: What it speaks.
         bases: Variables that go before `base`, the first that is set.
@@ -32,6 +33,11 @@ class Provider:
     lacks: tuple[str, ...] = ()
 
     @property
+    def inside_base(self) -> list[str]:
+        """The variables that are parts of `base`."""
+        return [name for _, name, _, _ in Formatter().parse(self.base or "") if name]
+
+    @property
     def local(self) -> bool:
         """Whether it is a program that people run themselves, mostly without a key."""
         return not self.azure and (self.base is None or self.base.startswith("http://"))
@@ -42,6 +48,8 @@ def _of(base: str, name: str, *keys: str) -> Provider:
     return Provider(base, (f"{name}_API_KEY", *keys), bases=(f"{name}_API_BASE",))
 
 
+#: Part of the address of Cloudflare's API.
+_ACCOUNT = "CLOUDFLARE_ACCOUNT_ID"
 _OPENAI = Provider(
     "https://api.openai.com/v1", ("OPENAI_API_KEY",), bases=("OPENAI_BASE_URL", "OPENAI_API_BASE"), as_it_is=True
 )
@@ -111,6 +119,46 @@ PROVIDERS: Mapping[str, Provider] = {
     "lambda_ai": Provider("https://api.lambda.ai/v1", ("LAMBDA_API_KEY",), bases=("LAMBDA_API_BASE",)),
     "meta_llama": Provider("https://api.llama.com/compat/v1", ("LLAMA_API_KEY",), bases=("LLAMA_API_BASE",)),
     "vercel_ai_gateway": _of("https://ai-gateway.vercel.sh/v1", "VERCEL_AI_GATEWAY"),
+    "ai21": _of("https://api.ai21.com/studio/v1", "AI21"),
+    "ai21_chat": _of("https://api.ai21.com/studio/v1", "AI21"),
+    "aihubmix": _of("https://aihubmix.com/v1", "AIHUBMIX"),
+    "aiml": _of("https://api.aimlapi.com/v1", "AIML", "AIMLAPI_KEY"),
+    "baseten": _of("https://inference.baseten.co/v1", "BASETEN"),
+    "chutes": _of("https://llm.chutes.ai/v1", "CHUTES"),
+    "clarifai": _of("https://api.clarifai.com/v2/ext/openai/v1", "CLARIFAI"),
+    "cloudflare": Provider(
+        f"https://api.cloudflare.com/client/v4/accounts/{{{_ACCOUNT}}}/ai/v1", ("CLOUDFLARE_API_KEY",), closed=True
+    ),
+    "cometapi": _of("https://api.cometapi.com/v1", "COMETAPI", "COMETAPI_KEY"),
+    "crusoe": _of("https://api.inference.crusoecloud.com/v1", "CRUSOE"),
+    "featherless_ai": _of("https://api.featherless.ai/v1", "FEATHERLESS_AI", "FEATHERLESS_API_KEY"),
+    "friendliai": Provider(
+        "https://api.friendli.ai/serverless/v1",
+        ("FRIENDLIAI_API_KEY", "FRIENDLI_TOKEN"),
+        bases=("FRIENDLI_API_BASE",),
+    ),
+    "gmi": _of("https://api.gmi-serving.com/v1", "GMI"),
+    "inception": _of("https://api.inceptionlabs.ai/v1", "INCEPTION"),
+    "jina_ai": _of("https://api.jina.ai/v1", "JINA_AI", "JINA_API_KEY", "JINA_AI_TOKEN"),
+    "modelscope": _of("https://api-inference.modelscope.cn/v1", "MODELSCOPE"),
+    "morph": _of("https://api.morphllm.com/v1", "MORPH"),
+    "nano-gpt": _of("https://nano-gpt.com/api/v1", "NANOGPT"),
+    "ovhcloud": _of("https://oai.endpoints.kepler.ai.cloud.ovh.net/v1", "OVHCLOUD"),
+    "parasail": _of("https://api.parasail.io/v1", "PARASAIL"),
+    "poe": _of("https://api.poe.com/v1", "POE"),
+    "publicai": _of("https://api.publicai.co/v1", "PUBLICAI"),
+    "scaleway": Provider("https://api.scaleway.ai/v1", ("SCW_SECRET_KEY",)),
+    "synthetic": _of("https://api.synthetic.new/openai/v1", "SYNTHETIC"),
+    "v0": _of("https://api.v0.dev/v1", "V0"),
+    "veniceai": _of("https://api.venice.ai/api/v1", "VENICE_AI"),
+    "voyage": _of("https://api.voyageai.com/v1", "VOYAGE", "VOYAGE_AI_API_KEY", "VOYAGE_AI_TOKEN"),
+    "wandb": _of("https://api.inference.wandb.ai/v1", "WANDB"),
+    "xiaomi_mimo": _of("https://api.xiaomimimo.com/v1", "XIAOMI_MIMO"),
+    # A workspace's `.../serving-endpoints` has the model's name in the body, as OpenAI's clients send it.
+    "databricks": Provider(None, ("DATABRICKS_API_KEY",), bases=("DATABRICKS_API_BASE",), as_it_is=True),
+    "infinity": Provider(None, ("INFINITY_API_KEY",), as_it_is=True),
+    "lemonade": _of("http://localhost:8000/api/v1", "LEMONADE"),
+    "xinference": _of("http://127.0.0.1:9997/v1", "XINFERENCE"),
     "ollama": _OLLAMA,
     "ollama_chat": _OLLAMA,
     "hosted_vllm": _VLLM,
@@ -182,6 +230,15 @@ def served_at(prefix: str, address: str) -> tuple[str, bool] | None:
     # Without a path most servers have `/v1`, also those where LiteLLM finds only what they have beside it.
     plain = path.endswith("/v1") or (not path and host not in _WITHOUT_V1)
     return address, plain or not provider.as_it_is
+
+
+def same_host(address: str, other: str) -> bool:
+    """Whether two addresses are of one host, by one protocol and port."""
+    try:
+        first, second = [urlsplit(one) for one in (address, other)]
+        return (first.scheme, first.hostname, first.port) == (second.scheme, second.hostname, second.port)
+    except ValueError:
+        return False
 
 
 def zone(address: str) -> str:

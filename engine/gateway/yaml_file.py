@@ -1,8 +1,9 @@
 """Reads a YAML configuration file strictly, and remembers on which line each value stands.
 
 YAML 1.2's core schema is used, so that `no`, `on`, `1:30` and `010` stay what they look like. Refused with the
-line: duplicate keys, tags, several documents, and files that are too large, too deep or expand (through aliases) to too
-many values. Aliases that repeat a value are fine, and so are YAML 1.1's merge keys (`<<: *base`), as many have.
+line: tags, several documents, and files that are too large, too deep or expand (through aliases) to too many values.
+Aliases that repeat a value are fine, and so are YAML 1.1's merge keys (`<<: *base`), as many have. Keys that stand more
+than once are remembered: they are mistakes of our own files, while other programs take the last.
 """
 
 import re
@@ -56,18 +57,27 @@ class YamlFile:
         value: Its content as dicts, lists and scalars.
         lines: Line, from 1, of each key and list item.
         paths: Files of those that stand in another one, which was included.
+        repeated: Keys that stand more than once in one mapping, of which the last counts, and the lines of the others.
     """
 
     path: Path
     value: Any = None
     lines: dict[Place, int] = field(default_factory=dict)
     paths: dict[Place, Path] = field(default_factory=dict)
+    repeated: dict[Place, list[int]] = field(default_factory=dict)
 
     def where(self, place: Place) -> str:
         """`file:line` of the value at a place, or of the nearest value around it."""
         while place and place not in self.lines:
             place = place[:-1]
         return f"{self.paths.get(place, self.path)}:{self.lines.get(place, 1)}"
+
+    def refuse_repeated(self) -> None:
+        """Raises `ConfigurationError` if a key stands more than once; one line for the first."""
+        for place, (line, *_) in self.repeated.items():
+            raise ConfigurationError(
+                f"{self.where(place)}: {place[-1]!r} stands here and on line {line}; keep one of them"
+            )
 
 
 def read(path: Path) -> YamlFile:
@@ -121,10 +131,15 @@ class _Reader:
         if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
             return self._build_mapping(node, place)
         if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
-            return [self._build(item, (*place, index)) for index, item in enumerate(node.value)]
+            return [self._build_item(item, (*place, index)) for index, item in enumerate(node.value)]
         if isinstance(node, yaml.ScalarNode):
             return self._build_scalar(node, line)
         raise self._error(line, f"the tag {node.tag.replace(_TAG, '!!')} is not accepted; remove it")
+
+    def _build_item(self, node: yaml.Node, place: Place) -> Any:
+        # Of a list that stands a second time the lines are others.
+        self._file.lines[place] = node.start_mark.line + 1
+        return self._build(node, place)
 
     def _count(self, line: int, depth: int) -> None:
         self._values += 1
@@ -142,11 +157,11 @@ class _Reader:
                 continue
             line = key_node.start_mark.line + 1
             key = self._key(key_node)
+            at = (*place, key)
             if key in built:
-                first = self._file.lines[*place, key]
-                raise self._error(line, f"{key!r} stands here and on line {first}; keep one of them")
-            self._file.lines[*place, key] = line
-            built[key] = self._build(value_node, (*place, key))
+                self._file.repeated.setdefault(at, []).append(self._file.lines[at])
+            self._file.lines[at] = line
+            built[key] = self._build(value_node, at)
         # What the mapping itself says wins, then the mappings in their order.
         for other in merged:
             for key_node, value_node in self._merged(other, len(place)):

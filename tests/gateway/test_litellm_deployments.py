@@ -27,9 +27,24 @@ from tokenmill.engine.supervisor.plan import make_plan
         ("gemini/gemini-2.5-pro", "https://generativelanguage.googleapis.com/v1beta/openai", "gemini-2.5-pro"),
         ("cohere_chat/command-r", "https://api.cohere.ai/compatibility/v1", "command-r"),
         ("openai/responses/gpt-5", "https://api.openai.com/v1", "gpt-5"),
+        ("voyage/voyage-3", "https://api.voyageai.com/v1", "voyage-3"),
+        ("featherless_ai/org/m", "https://api.featherless.ai/v1", "org/m"),
+        ("xinference/bge", "http://127.0.0.1:9997/v1", "bge"),
+        ("cloudflare/@cf/meta/m", "https://api.cloudflare.com/client/v4/accounts/acct/ai/v1", "@cf/meta/m"),
+        (
+            "cloudflare/@cf/m, api_base: 'https://api.cloudflare.com/client/v4/accounts/acct/ai/run/'",
+            "https://api.cloudflare.com/client/v4/accounts/acct/ai/v1",
+            "@cf/m",
+        ),
+        (
+            "gemini/g, api_base: 'https://generativelanguage.googleapis.com/v1beta'",
+            "https://generativelanguage.googleapis.com/v1beta/openai",
+            "g",
+        ),
     ],
 )
-def test_providers(tmp_path: Path, said: str, url: str, own: str) -> None:
+def test_providers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, url: str, own: str) -> None:
+    monkeypatch.setenv("CLOUDFLARE_ACCOUNT_ID", "acct")
     config = convert(tmp_path, "model_list:\n" + model("m", f"model: {said}, api_key: k")).config
     (backend,) = backends(config, "m")
     assert (backend.url, backend.models) == (url, {"m": own})
@@ -45,6 +60,9 @@ def test_providers(tmp_path: Path, said: str, url: str, own: str) -> None:
         ("hosted_vllm/m, api_base: 'http://h:1/serving-endpoints'", "/serving-endpoints/chat/completions"),
         ("openai/m, api_base: 'https://models.inference.ai.azure.com'", "/chat/completions"),
         ("perplexity/sonar", "/chat/completions"),
+        ("databricks/m, api_base: 'https://adb.example/serving-endpoints'", "/serving-endpoints/chat/completions"),
+        ("clarifai/m", "/v2/ext/openai/v1/chat/completions"),
+        ("ai21_chat/jamba", "/studio/v1/chat/completions"),
         ("github/m, api_base: 'https://models.github.ai/inference'", "/inference/chat/completions"),
         ("huggingface/tgi, api_base: 'http://h:1'", "/v1/chat/completions"),
         ("docker_model_runner/m", "/engines/llama.cpp/v1/chat/completions"),
@@ -84,8 +102,7 @@ def test_azures_own_resources_are_asked_by_their_v1_api(tmp_path: Path, monkeypa
     assert list(imported.config.tiers) == ["a"]
     (backend,) = backends(imported.config, "a")
     assert (backend.models, backend.api_key_env, backend.zone) == ({"a": "own-name"}, "AZURE_API_KEY", "cloud")
-    reasons = dict(line.partition(": not understood; ")[::2] for line in imported.left_out)
-    said = [reason for place, reason in reasons.items() if place.endswith("]")]
+    said = [reason for line in imported.left_out if (reason := line.partition(" is left out; ")[2])]
     words = (
         "Entra ID",
         "is no https://NAME.openai.azure.com",
@@ -96,8 +113,11 @@ def test_azures_own_resources_are_asked_by_their_v1_api(tmp_path: Path, monkeypa
     assert all(word in reason for word, reason in zip(words, said, strict=True))
 
 
-def test_what_lacks_a_variable_is_left_out_as_others_are_served(tmp_path: Path) -> None:
+def test_what_lacks_a_variable_is_left_out_as_others_are_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Files that name a dozen providers are shared by people who have two of the keys."""
+    monkeypatch.delenv("CLOUDFLARE_ACCOUNT_ID", raising=False)
     text = "model_list:\n" + "".join(
         model(name, said)
         for name, said in (
@@ -107,6 +127,7 @@ def test_what_lacks_a_variable_is_left_out_as_others_are_served(tmp_path: Path) 
             ("d", "model: ollama/x, api_base: os.environ/TM_UNSET"),
             ("e", "model: hosted_vllm/x, api_base: 'http://h/v1', api_key: os.environ/TM_UNSET"),
             ("f", "model: azure/x, api_key: k"),
+            ("g", "model: cloudflare/x, api_key: k"),
         )
     )
     imported = convert(tmp_path, text + "router_settings: {fallbacks: [{a: [b, e]}]}\n")
@@ -116,14 +137,15 @@ def test_what_lacks_a_variable_is_left_out_as_others_are_served(tmp_path: Path) 
         (None, None),
         (None, None),
     ]
-    found = [line.partition(".yaml:")[2].replace(": not understood", "") for line in imported.left_out]
+    found = [line.partition(".yaml:")[2] for line in imported.left_out]
     assert found[:3] == [
-        "3: model_list[1]; the variable GROQ_API_KEY is not set; export it",
-        "4: model_list[2]; the variable TM_UNSET is not set; export it",
-        "5: model_list[3]; the variable TM_UNSET is not set; export it",
+        "3: model_list[1]: 'b' is left out; the variable GROQ_API_KEY is not set; export it",
+        "4: model_list[2]: 'c' is left out; the variable TM_UNSET is not set; export it",
+        "5: model_list[3]: 'd' is left out; the variable TM_UNSET is not set; export it",
     ]
-    assert found[4] == "7: model_list[5]; azure needs the server's address; add api_base"
-    assert found[3].startswith("6: model_list[4].litellm_params.api_key; the variable TM_UNSET is not set; nothing is")
+    assert found[4] == "7: model_list[5]: 'f' is left out; azure needs the server's address; add api_base"
+    assert found[5] == "8: model_list[6]: 'g' is left out; the variable CLOUDFLARE_ACCOUNT_ID is not set; export it"
+    assert found[3].startswith("6: model_list[4].litellm_params.api_key: the variable TM_UNSET is not set; nothing is")
 
 
 def test_requests_get_what_a_deployment_says_and_they_do_not(tmp_path: Path) -> None:
@@ -161,7 +183,7 @@ def test_a_deployment_may_be_silent_as_long_as_it_says(tmp_path: Path) -> None:
     assert [one.read_timeout_s for one in plan.remotes] == [12.5, 9, None]
     assert plan.settings().read_timeout_s == 60
     (line,) = imported.left_out
-    assert "stream_timeout: not understood; `timeout` is the longest silence of streams, too" in line
+    assert "stream_timeout: `timeout` is the longest silence of streams, too" in line
 
 
 def test_anthropics_api_is_not_sent_what_it_does_not_know(tmp_path: Path) -> None:
@@ -173,7 +195,7 @@ def test_anthropics_api_is_not_sent_what_it_does_not_know(tmp_path: Path) -> Non
         imported = convert(tmp_path, text + general)
         assert (make_plan(imported.config).remotes[0].drop_unknown, len(imported.left_out)) == (
             drops[0],
-            1 + any(drops),
+            any(drops),
         )
         assert [backends(imported.config, name)[0].drop_unknown for name in "abc"] == drops
 
@@ -264,12 +286,13 @@ def test_what_a_model_is_said_to_be_is_told(tmp_path: Path) -> None:
     info = "model_info: {id: x, description: fast, supports_reasoning: true, mode: tts, access_groups: [beta]}"
     imported = convert(tmp_path, "model_list:\n" + model("a", "model: openai/x", f", {info}"))
     assert make_plan(imported.config).remotes[0].info == {
+        "id": "x",
         "description": "fast",
         "supports_reasoning": True,
         "mode": "tts",
     }
     left = [line.partition("model_info.")[2].partition(":")[0] for line in imported.left_out]
-    assert left == ["id", "access_groups"]
+    assert left == ["access_groups"]
 
 
 def test_a_higher_order_gets_what_the_lower_cannot_take(tmp_path: Path) -> None:
@@ -287,7 +310,7 @@ def test_a_higher_order_gets_what_the_lower_cannot_take(tmp_path: Path) -> None:
     assert not imported.left_out
     drawn = Balancer()
     portfolio = Portfolio(make_plan(imported.config).remotes, Settings())
-    exchange = SimpleNamespace(body=None, principal=None, model="a", fields={})
+    exchange = SimpleNamespace(body=None, principal=None, key=None, model="a", fields={})
     (route,) = portfolio.routes("a")
     cheap = [drawn.choose(route, exchange) for _ in range(50)]  # type: ignore[arg-type]
     assert {one.backend.name for one in cheap if one is not None} == {"a-2", "a-3"}

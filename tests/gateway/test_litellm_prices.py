@@ -320,7 +320,7 @@ def test_check_says_where_prices_come_from_and_what_is_not_fetched(
     assert main(["--check", str(config)]) == 0
     shown = capsys.readouterr()
     assert (
-        "LITELLM_MODEL_COST_MAP_URL: not understood; no cost map is fetched; download it; "
+        "LITELLM_MODEL_COST_MAP_URL: no cost map is fetched; download it; "
         "set TOKENMILL_LITELLM_PRICES to a copy of it" in shown.err
     )
     assert shown.err.count("no price") == 2

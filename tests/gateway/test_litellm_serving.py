@@ -79,7 +79,7 @@ def call(serving: Running, method: str, path: str, body: Any = None, key: str = 
 
 
 def test_keys_models_aliases_and_budgets(serving: Running, upstreams: tuple[FakeUpstream, FakeUpstream]) -> None:
-    assert "litellm_settings.drop_params: not understood" in serving.text
+    assert "litellm_settings.drop_params: used for" in serving.text
     status, made = call(serving, "POST", "/key/generate", {"models": ["chat/small", "gpt-4o"], "max_budget": 1.0})
     assert status == 200
     with openai.OpenAI(base_url=f"http://127.0.0.1:{serving.port}/v1", api_key=made["key"], max_retries=0) as client:
