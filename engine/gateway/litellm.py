@@ -181,10 +181,10 @@ class _Importer:
             # As LiteLLM does it: the others come up.
             with source.for_one(place) as wrong:
                 name = self._name(place)
-                backend = None if name is None else deployments.backend(place, name)
-            if name is not None and backend is not None and not wrong:
-                groups.setdefault(name, []).append(backend)
-                weighed.setdefault(name, []).append((*place, "litellm_params"))
+                backends = [] if name is None else deployments.backends(place, name)
+            for served, backend in () if wrong else backends:
+                groups.setdefault(served, []).append(backend)
+                weighed.setdefault(served, []).append((*place, "litellm_params"))
         for name, places in weighed.items():
             self._names.tiers[name] = _tier_name(name, self._names.tiers.values())
             self._weigh(places, groups[name])

@@ -11,7 +11,7 @@ from tokenmill.engine.gateway.backend_section import RemoteBackend
 from tokenmill.engine.gateway.defaults import LENGTHS, NEVER
 from tokenmill.engine.gateway.foreign_file import ForeignFile
 from tokenmill.engine.gateway.litellm_models import Describer
-from tokenmill.engine.gateway.litellm_providers import PROVIDERS, Provider, same_host, served_at, split, zone
+from tokenmill.engine.gateway.litellm_providers import OF_ANY, PROVIDERS, Provider, same_host, served_at, split, zone
 from tokenmill.engine.gateway.yaml_file import Place
 
 #: Fields of a deployment that its requests get where they lack them; so they do all that is in its `extra_body`.
@@ -66,6 +66,8 @@ _PARAMETER_REASONS: Mapping[str, str] = {
     "mock_response": "requests go to the backend",
     **dict.fromkeys(("extra_headers", "headers", "organization"), "a backend is sent its key and the client's headers"),
 }
+#: All that Anthropic has.
+_CLAUDE = "claude-*"
 #: A variable as shells and Docker Compose have it, and LiteLLM does not.
 _VARIABLE = re.compile(r"\$\{?([A-Za-z_][A-Za-z0-9_]*)\}?")
 #: How Azure's clients are known where they have no key.
@@ -85,8 +87,10 @@ class Deployments:
         self._describer = describer
         self._credentials = self._named_credentials()
 
-    def backend(self, place: Place, name: str) -> dict[str, Any] | None:
-        """One backend, in our format; None for one that cannot be served, which is then listed.
+    def backends(self, place: Place, name: str) -> list[tuple[str, dict[str, Any]]]:
+        """The backends of one deployment, in our format, each with the model name that it serves, mostly its own.
+
+        None for one that cannot be served, which is then listed.
 
         Args:
             place: Of the deployment.
@@ -97,22 +101,52 @@ class Deployments:
         if source.kind(parameters, dict, "a mapping of parameters") is None:
             if source.peek(parameters) is None:
                 source.problem(place, "litellm_params is missing; add it")
-            return None
+            return []
         model = source.text((*parameters, "model"))
         if not model:
             if source.peek((*parameters, "model")) in (None, ""):
                 source.problem(parameters, "model is missing; add it")
-            return None
+            return []
         if model == "*":
-            source.leave(place, "`*` is any model of any provider; write one deployment each, as of `openai/*`")
-            return None
+            return self._all_backends(place, name)
         prefix, upstream = split(model, source.text((*parameters, "custom_llm_provider")))
-        provider = PROVIDERS.get(prefix)
-        if provider is None:
+        if prefix not in PROVIDERS:
             source.leave(
                 place, f"{model[:60]!r} needs a protocol that is not spoken here; docs/gateway.md has those that are"
             )
-            return None
+            return []
+        backend = self._backend(place, name, prefix, upstream)
+        return [] if backend is None else [(name, backend)]
+
+    def _all_backends(self, place: Place, name: str) -> list[tuple[str, dict[str, Any]]]:
+        """`*` by the name of `*`: of each provider whose key is set all that it lists, by names like `groq/llama`."""
+        source = self._source
+        parameters: Place = (*place, "litellm_params")
+        if name != "*" or any(source.peek((*parameters, field)) for field in ("api_base", "base_url", "api_key")):
+            source.leave(place, "`*` is any model of any provider; write one deployment each, as of `openai/*`")
+            return []
+        having = [prefix for prefix in OF_ANY if any(source.lookup(key) for key in PROVIDERS[prefix].keys)]
+        if not having:
+            source.leave(place, "`*` is any model of the providers whose keys are set; export OPENAI_API_KEY, say")
+            return []
+        source.leave(
+            (*parameters, "model"),
+            f"all that {', '.join(having)} list, by names like {having[0]}/NAME; write one deployment each for others",
+        )
+        served = [(f"{prefix}/*", prefix) for prefix in having]
+        # LiteLLM knows these two by their models' names alone, too.
+        served += [("*", prefix) for prefix in ("openai", "anthropic") if prefix in having]
+        found = [(pattern, self._backend(place, pattern, prefix, "*")) for pattern, prefix in served]
+        return [(pattern, backend) for pattern, backend in found if backend is not None]
+
+    def _backend(self, place: Place, name: str, prefix: str, upstream: str) -> dict[str, Any] | None:
+        """One backend; None for one that cannot be served, which is then listed."""
+        source = self._source
+        parameters: Place = (*place, "litellm_params")
+        provider = PROVIDERS[prefix]
+        if provider.protocol == "anthropic" and upstream == _CLAUDE and name.endswith(_CLAUDE):
+            # Anthropic lists no others.
+            name, upstream = name.removesuffix(_CLAUDE) + "*", "*"
         if (unset := self._unset(parameters, provider)) is not None:
             # LiteLLM serves the others; files with a dozen providers are shared by people who have two keys.
             source.leave(place, f"the variable {unset[:60]} is not set; export it")

@@ -181,6 +181,11 @@ PROVIDERS: Mapping[str, Provider] = {
     "litellm_proxy": Provider(None, ("LITELLM_PROXY_API_KEY",), bases=("LITELLM_PROXY_API_BASE",)),
     "text-completion-hosted_vllm": _VLLM,
 }
+#: Those that list what they have, and have much, for any model of any provider.
+OF_ANY = (
+    *("openai", "anthropic", "groq", "mistral", "deepseek", "xai", "openrouter", "together_ai", "fireworks_ai"),
+    *("cerebras", "nvidia_nim", "sambanova", "deepinfra", "moonshot"),
+)
 #: Azure's own hosts, whose `/openai/v1` takes a deployment's name as the model, and the key as a bearer's.
 _AZURE_HOSTS = (".openai.azure.com", ".cognitiveservices.azure.com", ".services.ai.azure.com")
 #: Servers of OpenAI's protocol that have no `/v1` although nothing stands behind their host's name.

@@ -343,7 +343,7 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("model_list:\n" + model("a", 'model: openai/a, api_key: "k\\r\\nx: y"'), 2, "api_key"),
     ("model_list:\n" + model("a", "model: openai/a, api_base: os.environ/TM_UNSET"), 2, "TM_UNSET is not set"),
     ("model_list:\n" + model("a", "model: [1]"), 2, "a list is not text"),
-    ("model_list:\n" + model("*", "model: '*'"), 2, "is any model of any provider; write one deployment each"),
+    ("model_list:\n" + model("x", "model: '*'"), 2, "is any model of any provider; write one deployment each"),
     ("model_list:\n" + model("a", "model: bedrock/a"), 2, "needs a protocol that is not spoken here"),
     ("model_list:\n" + model("a", "model: azure/a, api_key: k"), 2, "azure needs the server's address"),
     ("model_list:\n" + model("a", "model: openai/a") + "router_settings: 3\n", 3, "not a mapping of settings"),

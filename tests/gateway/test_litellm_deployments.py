@@ -8,6 +8,7 @@ import pytest
 from tests.gateway.litellm_files import backends, convert, model, no_cost_map  # noqa: F401
 from tokenmill.engine.gateway.balance import Balancer
 from tokenmill.engine.gateway.config import Server
+from tokenmill.engine.gateway.litellm_providers import OF_ANY, PROVIDERS
 from tokenmill.engine.gateway.portfolio import Portfolio
 from tokenmill.engine.gateway.settings import Settings
 from tokenmill.engine.gateway.upstream import Origin
@@ -232,6 +233,42 @@ def test_a_provider_may_serve_all_that_it_lists(tmp_path: Path) -> None:
     assert len(imported.left_out) == 4
     assert all("a wildcard is understood only" in line for line in imported.left_out)
     assert [backend.prefix for backend in make_plan(imported.config).remotes] == ["openai/", "fast/", "anthropic/"]
+
+
+def test_any_model_is_what_the_providers_list_whose_keys_are_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {key for prefix in OF_ANY for key in PROVIDERS[prefix].keys}
+    for key in keys:
+        monkeypatch.delenv(key, raising=False)
+    text = "model_list:\n" + model("own", "model: openai/x, api_key: k") + model("*", "model: '*', rpm: 9")
+    imported = convert(tmp_path, text)
+    assert list(imported.config.tiers) == ["own"]
+    assert "'*' is left out; `*` is any model of the providers whose keys are set" in imported.left_out[0]
+    for key in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "GROQ_API_KEY"):
+        monkeypatch.setenv(key, key)
+    imported = convert(tmp_path, text)
+    assert list(imported.config.tiers) == ["own", "openai", "anthropic", "groq", "all"]
+    found = [(one.prefix, one.base_url, one.api_key) for one in make_plan(imported.config).remotes[1:]]
+    assert found == [
+        ("openai/", "https://api.openai.com/v1", "OPENAI_API_KEY"),
+        ("anthropic/", "https://api.anthropic.com", "ANTHROPIC_API_KEY"),
+        ("groq/", "https://api.groq.com/openai/v1", "GROQ_API_KEY"),
+        ("", "https://api.openai.com/v1", "OPENAI_API_KEY"),
+        ("", "https://api.anthropic.com", "ANTHROPIC_API_KEY"),
+    ]
+    (line,) = imported.left_out
+    assert ":3: model_list[1].litellm_params.model: all that openai, anthropic, groq list, by names like" in line
+
+
+def test_all_of_anthropics_models_are_called_claude(tmp_path: Path) -> None:
+    text = "model_list:\n" + "".join(
+        model(name, "model: 'anthropic/claude-*', api_key: k") for name in ("claude-*", "anthropic/claude-*", "big/*")
+    )
+    imported = convert(tmp_path, text)
+    assert [one.prefix for one in make_plan(imported.config).remotes] == ["", "anthropic/"]
+    (line,) = imported.left_out
+    assert "'big/*' is left out; a wildcard is understood only as" in line
 
 
 def test_a_models_limit_goes_before_that_of_all(tmp_path: Path) -> None:
