@@ -12,6 +12,8 @@ from tokenmill.errors import ConfigurationError
 _VERSION = re.compile(r"/v[0-9]+(?:(?:alpha|beta)[0-9]*)?(?=/|$)")
 #: What a request may need beyond plain text.
 Capability = Literal["tools", "vision", "audio", "json", "logprobs", "embeddings", "rerank"]
+#: A backend with one of these makes no text.
+NO_TEXT: frozenset[str] = frozenset({"embeddings", "rerank"})
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,11 @@ class Backend:
         if self.protocol != "openai" or base.endswith("/v1"):
             return False
         return not self.below_v1 or bool(_VERSION.search(urlsplit(base).path))
+
+    @property
+    def makes_text(self) -> bool:
+        """Whether it answers chats."""
+        return NO_TEXT.isdisjoint(self.capabilities)
 
     def upstream_model(self, model: str) -> str:
         """The backend's own name of a public model name."""

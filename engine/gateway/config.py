@@ -120,7 +120,9 @@ class Config(Section):
     )
 
     routing: Routing | None = Field(
-        None, description="How requests for `auto` are routed, and which zones are asked first; default: not at all."
+        None,
+        description="How requests for `auto` are routed, and which zones are asked first; default: not at all, and "
+        "`auto` is the sole tier that makes text.",
     )
     sensitivity: Sensitivity | None = Field(
         None, description="Where requests with personal or secret data may go; default: anywhere."

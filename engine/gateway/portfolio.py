@@ -12,6 +12,7 @@ from tokenmill.engine.gateway.event_tokens import EventTokens
 from tokenmill.engine.gateway.heads import sentence
 from tokenmill.engine.gateway.pace import Pace, share
 from tokenmill.engine.gateway.principal import Principal
+from tokenmill.engine.gateway.router.settings import AUTO
 from tokenmill.engine.gateway.settings import Settings
 from tokenmill.engine.gateway.upstream import Origin
 
@@ -192,6 +193,12 @@ class Portfolio:
         routes = {tier: Route(found, None, "tier") for tier, found in self.tiers.items()}
         routes.update((model, Route(_in_use(found), model)) for model, found in by_model.items())
         self._routes = routes
+        chat = [tier for tier, found in self.tiers.items() if any(target.backend.makes_text for target in found)]
+        #: Its backends that can be asked without a model's name.
+        self._sole: tuple[Target, ...] = ()
+        if len(chat) == 1:
+            targets = self.tiers[chat[0]]
+            self._sole = tuple([target for target in targets if target.backend.makes_text and target.models])
 
     def replace(self, backends: Iterable[Backend]) -> None:
         """Takes a new configuration; unchanged backends keep their state, requests under way are not disturbed."""
@@ -232,6 +239,8 @@ class Portfolio:
                 return (Route(targets, None, "sole tier"),)
             raise ApiError(400, "`model` is missing; GET /v1/models lists the choices.", code="missing", param="model")
         route = self._routes.get(wanted)
+        if route is None and wanted == AUTO and not self.virtual:
+            route = self._only_choice(principal)
         if route is not None:
             return (route, *self._fallbacks(route, principal))
         unknown = [target for target in self.targets if not target.backend.models and target.catalog is None]
@@ -239,6 +248,16 @@ class Portfolio:
             names = ", ".join(target.backend.name for target in unknown)
             raise unavailable(f"The models of {names} are not known yet; try again soon.", self.settings.retry_after_s)
         raise model_not_found(wanted)
+
+    def _only_choice(self, principal: Principal | None) -> Route | None:
+        """What `auto` stands for where nothing is routed; None: there is a choice, or nothing for this key."""
+        sole = self._sole
+        if not sole:
+            return None
+        if principal is None or principal.may_ask_for(sole[0].backend.tier) or set(principal.models or ()) <= {AUTO}:
+            return Route(sole, None, "sole tier")
+        model, serving = next(listed(principal, sole), (None, ()))
+        return Route(serving, model, "sole tier") if serving else None
 
     def _fallbacks(self, route: Route, principal: Principal | None) -> Iterator[Route]:
         """Where a request goes when none of the route's backends can serve it, or does."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from tokenmill.engine.gateway import anthropic
-from tokenmill.engine.gateway.backends import Backend
+from tokenmill.engine.gateway.backends import NO_TEXT, Backend
 from tokenmill.engine.gateway.portfolio import Portfolio, Route, Target
 from tokenmill.engine.gateway.principal import Principal
 from tokenmill.engine.gateway.router.burst import by_preference, spread
@@ -13,9 +13,6 @@ from tokenmill.engine.gateway.router.features import Features
 from tokenmill.engine.gateway.router.groups import Group, Groups
 from tokenmill.engine.gateway.router.settings import RoutingSettings
 from tokenmill.engine.gateway.sensitivity.clearance import Clearance
-
-#: A backend with one of these makes no text.
-_NO_TEXT = frozenset({"embeddings", "rerank"})
 
 
 class Option(msgspec.Struct, frozen=True):
@@ -95,7 +92,7 @@ def _unfit(backend: Backend, features: Features) -> str | None:
         lacking = needs.difference(capabilities)
         if lacking:
             return f"capability: needs {', '.join(sorted(lacking))}"
-    if capabilities and needs.isdisjoint(_NO_TEXT) and not _NO_TEXT.isdisjoint(capabilities):
+    if capabilities and needs.isdisjoint(NO_TEXT) and not backend.makes_text:
         return "capability: makes no text"
     if backend.protocol == "anthropic" and features.endpoint not in anthropic.PATHS:
         return f"capability: offers {anthropic.OFFERED} only"
@@ -110,7 +107,7 @@ def _unfit(backend: Backend, features: Features) -> str | None:
 
 def _expected(features: Features, settings: RoutingSettings) -> int:
     """How many tokens the answer is expected to have."""
-    if not features.needs.isdisjoint(_NO_TEXT):
+    if not features.needs.isdisjoint(NO_TEXT):
         return 0
     limit, usual = features.completion_limit, settings.completion_tokens
     return limit if limit and limit < usual else usual

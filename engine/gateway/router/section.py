@@ -7,7 +7,7 @@ import re2
 from pydantic import Field, field_validator, model_validator
 
 from tokenmill.engine.gateway.router import calibration, classifier
-from tokenmill.engine.gateway.router.settings import EscalationSettings, RoutingSettings, Statistic
+from tokenmill.engine.gateway.router.settings import AUTO, EscalationSettings, RoutingSettings, Statistic
 from tokenmill.engine.gateway.router.settings import Rule as RuleSettings
 from tokenmill.engine.gateway.sections import Section
 from tokenmill.engine.gateway.sensitivity.scanner import compile_pattern
@@ -101,9 +101,12 @@ class Escalation(Section):
 
 
 class Routing(Section):
-    """How requests for the model `auto` are routed, and in which order zones are asked. Without it: not at all."""
+    """How requests for the model `auto` are routed, and in which order zones are asked.
 
-    name: str = Field("auto", description="The model name that stands for the router's choice.", min_length=1)
+    Without it they go to the one tier that makes text, and are a 404 where there are several.
+    """
+
+    name: str = Field(AUTO, description="The model name that stands for the router's choice.", min_length=1)
     quality: float = Field(
         0.0, description="The least tier quality, where neither the client nor a rule says.", ge=0, le=1
     )

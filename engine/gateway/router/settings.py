@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+#: The model name that stands for the router's choice, where nobody calls it otherwise.
+AUTO = "auto"
 #: Statistics of token probabilities; see `confidence`.
 Statistic = Literal["lowest_tenth", "mean", "lowest_window"]
 
@@ -68,7 +70,7 @@ class RoutingSettings:
         escalation: None: none.
     """
 
-    name: str = "auto"
+    name: str = AUTO
     quality: float = 0.0
     interactive_s: float = 1.0
     completion_tokens: int = 300
