@@ -101,10 +101,7 @@ class Escalation(Section):
 
 
 class Routing(Section):
-    """How requests for the model `auto` are routed, and in which order zones are asked.
-
-    Without it they go to the one tier that makes text, and are a 404 where there are several.
-    """
+    """How requests for the model `auto` are routed, and in which order zones are asked. Without it: not at all."""
 
     name: str = Field(AUTO, description="The model name that stands for the router's choice.", min_length=1)
     quality: float = Field(
