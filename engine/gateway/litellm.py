@@ -34,6 +34,8 @@ _WEIGHTS = ("weight", "rpm", "tpm")
 #: Of another's weight so much has who gets nothing while that one can take it.
 _SPARE = 1e-9
 _MASTER_KEY: Place = ("general_settings", "master_key")
+#: Most lines that one remark names.
+_MOST_LINES = 10
 _MASTER_VARIABLE = "LITELLM_MASTER_KEY"
 _ORIGINS_VARIABLE = "LITELLM_CORS_ORIGINS"
 
@@ -44,7 +46,7 @@ class Imported:
 
     Attributes:
         config: Our configuration.
-        left_out: `file:line: field: reason`, one line for each thing that was not understood.
+        left_out: `file:line: field: reason`, one line for each thing that was not understood, or means something else.
         notes: Where prices come from, what is wrong there, which models have none, and a master key that can be
             guessed, one line each.
     """
@@ -80,16 +82,27 @@ def convert(file: YamlFile) -> Imported:
     of_the_map = list(_url_is_not_fetched(source, prices))
     for name in source.not_asked():
         source.leave(("environment_variables", name), "nothing here reads this variable")
-    lines = [
-        f"{file.where(place)}: {dotted(place)}: {_told(source, place, reason)}" for place, reason in source.left_over()
-    ]
-    lines += [*_repeated(file), *of_the_map]
+    lines = [*_left_over(source), *_repeated(file), *of_the_map]
     governance = imported.governance
     notes = [*describer.notes(governed=governance is not None)]
     if governance is not None and governance.guessable_master_key:
         where = f"{file.where(_MASTER_KEY)}: {dotted(_MASTER_KEY)}"
         notes.append(f"{where}: fewer than {SHORTEST_MASTER_KEY} characters: can be guessed; {MAKE_A_KEY}")
     return Imported(imported, tuple(lines), tuple(notes))
+
+
+def _left_over(source: ForeignFile) -> Iterator[str]:
+    """A line for each thing that was not taken as it is; what holds of several deployments' fields is said once."""
+    same: dict[tuple[Place, str], list[Place]] = {}
+    for place, reason in source.left_over():
+        field = place[2:] if place[0] == "model_list" else ()
+        same.setdefault((field or place, reason), []).append(place)
+    for (_, reason), (place, *others) in same.items():
+        where = source.file.where(place)
+        lines = [source.file.where(other).removeprefix(f"{where.rpartition(':')[0]}:") for other in others]
+        more = f" and {len(lines) - _MOST_LINES} more" if len(lines) > _MOST_LINES else ""
+        also = f"; also on line {', '.join(lines[:_MOST_LINES])}{more}" if lines else ""
+        yield f"{where}: {dotted(place)}: {_told(source, place, reason)}{also}"
 
 
 def _told(source: ForeignFile, place: Place, reason: str) -> str:

@@ -81,9 +81,11 @@ class Describer:
         remedy = "state input_cost_per_token and output_cost_per_token"
         if self._map.path is None:
             remedy += f", or set {env.LITELLM_PRICES.name} to LiteLLM's cost map"
-        for name, place in self._unpriced.items():
-            where = f"{self._source.file.where(place)}: {dotted(place)}: {name[:60]!r}"
-            yield f"{where}: no price: costs nothing, budgets do not bind; {remedy}"
+        if self._unpriced:
+            place = next(iter(self._unpriced.values()))
+            names = ", ".join(repr(name[:60]) for name in self._unpriced)
+            where = f"{self._source.file.where(place)}: {dotted(place)}"
+            yield f"{where}: no price of {names}: they cost nothing, budgets do not bind; {remedy}"
 
     def _price(self, place: Place, name: str, entry: Entry | None) -> dict[str, float]:
         """Dollars per million tokens; what a deployment costs may stand in `litellm_params`, too."""

@@ -99,6 +99,19 @@ def test_each_field_that_is_not_understood_is_named(tmp_path: Path) -> None:
     assert found["guardrails[1]"].startswith("requests are not checked by it; there are no")
 
 
+def test_what_holds_of_many_deployments_is_said_once(tmp_path: Path) -> None:
+    (tmp_path / "part.yaml").write_text(
+        "model_list:\n" + model("p", "model: openai/x, num_retries: 2"), encoding="utf-8"
+    )
+    listed = [model(f"m{number}", f"model: openai/x, num_retries: {number}") for number in range(12)]
+    text = "include: [part.yaml]\nmodel_list:\n" + "".join(listed) + model("other", "model: openai/x, odd: 1")
+    first, second = convert(tmp_path, text).left_out
+    place = f"{tmp_path}/proxy.yaml:3: model_list[0].litellm_params.num_retries"
+    assert first.startswith(f"{place}: a request is sent again to other backends")
+    assert first.endswith("; also on line 4, 5, 6, 7, 8, 9, 10, 11, 12, 13 and 2 more")
+    assert second == f"{tmp_path}/proxy.yaml:15: model_list[12].litellm_params.odd: not understood"
+
+
 def test_what_is_switched_off_here_as_there_is_not_told(tmp_path: Path) -> None:
     text = (
         "model_list:\n"
