@@ -11,7 +11,16 @@ from tokenmill.engine.gateway.backend_section import RemoteBackend
 from tokenmill.engine.gateway.defaults import LENGTHS, NEVER
 from tokenmill.engine.gateway.foreign_file import ForeignFile
 from tokenmill.engine.gateway.litellm_models import Describer
-from tokenmill.engine.gateway.litellm_providers import OF_ANY, PROVIDERS, Provider, same_host, served_at, split, zone
+from tokenmill.engine.gateway.litellm_providers import (
+    OF_ANY,
+    PROVIDERS,
+    Provider,
+    provider_of,
+    same_host,
+    served_at,
+    split,
+    zone,
+)
 from tokenmill.engine.gateway.yaml_file import Place
 
 #: Fields of a deployment that its requests get where they lack them; so they do all that is in its `extra_body`.
@@ -64,6 +73,8 @@ _PARAMETER_REASONS: Mapping[str, str] = {
     "stream": "clients say it themselves",
     "tags": "requests are not routed by tags; give each kind a model_name of its own",
     "mock_response": "requests go to the backend",
+    "context_window": "write `max_input_tokens` into model_info",
+    **dict.fromkeys(("rpm_limit", "tpm_limit"), "of a deployment it is `rpm` or `tpm`"),
     **dict.fromkeys(("extra_headers", "headers", "organization"), "a backend is sent its key and the client's headers"),
 }
 #: All that Anthropic has.
@@ -110,12 +121,13 @@ class Deployments:
         if model == "*":
             return self._all_backends(place, name)
         prefix, upstream = split(model, source.text((*parameters, "custom_llm_provider")))
-        if prefix not in PROVIDERS:
+        provider = provider_of(prefix, upstream)
+        if provider is None:
             source.leave(
                 place, f"{model[:60]!r} needs a protocol that is not spoken here; docs/gateway.md has those that are"
             )
             return []
-        backend = self._backend(place, name, prefix, upstream)
+        backend = self._backend(place, name, prefix, upstream, provider)
         return [] if backend is None else [(name, backend)]
 
     def _all_backends(self, place: Place, name: str) -> list[tuple[str, dict[str, Any]]]:
@@ -136,15 +148,16 @@ class Deployments:
         served = [(f"{prefix}/*", prefix) for prefix in having]
         # LiteLLM knows these two by their models' names alone, too.
         served += [("*", prefix) for prefix in ("openai", "anthropic") if prefix in having]
-        found = [(pattern, self._backend(place, pattern, prefix, "*")) for pattern, prefix in served]
+        found = [(pattern, self._backend(place, pattern, prefix, "*", PROVIDERS[prefix])) for pattern, prefix in served]
         return [(pattern, backend) for pattern, backend in found if backend is not None]
 
-    def _backend(self, place: Place, name: str, prefix: str, upstream: str) -> dict[str, Any] | None:
+    def _backend(
+        self, place: Place, name: str, prefix: str, upstream: str, provider: Provider
+    ) -> dict[str, Any] | None:
         """One backend; None for one that cannot be served, which is then listed."""
         source = self._source
         parameters: Place = (*place, "litellm_params")
-        provider = PROVIDERS[prefix]
-        if provider.protocol == "anthropic" and upstream == _CLAUDE and name.endswith(_CLAUDE):
+        if prefix == "anthropic" and upstream == _CLAUDE and name.endswith(_CLAUDE):
             # Anthropic lists no others.
             name, upstream = name.removesuffix(_CLAUDE) + "*", "*"
         if (unset := self._unset(parameters, provider)) is not None:
@@ -257,7 +270,7 @@ class Deployments:
         if address is None:
             source.leave(place, f"{prefix} needs the server's address; add api_base")
             return None
-        found = served_at(prefix, address) if "://" in address else None
+        found = served_at(provider, address) if "://" in address else None
         if "://" not in address:
             name = _VARIABLE.fullmatch(address)
             remedy = f"; write os.environ/{name[1]}" if name else ""

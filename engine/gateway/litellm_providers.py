@@ -67,8 +67,10 @@ _AZURE_AI = Provider(
     ("AZURE_AI_API_KEY",),
     bases=("AZURE_AI_API_BASE",),
     azure=True,
-    lacks=("claude", "cohere-rerank", "Cohere-rerank"),
+    lacks=("cohere-rerank", "Cohere-rerank"),
 )
+#: Claude has Anthropic's protocol there, too.
+_AZURE_CLAUDE = Provider(None, ("AZURE_AI_API_KEY",), protocol="anthropic", bases=("AZURE_AI_API_BASE",), azure=True)
 #: Prefixes of `litellm_params.model` whose servers speak OpenAI's protocol, or Anthropic's.
 PROVIDERS: Mapping[str, Provider] = {
     "openai": _OPENAI,
@@ -215,19 +217,24 @@ def split(model: str, provider: str | None) -> tuple[str, str]:
     return next((name for pattern, name in _BARE_MODELS if pattern.match(model)), prefix), model
 
 
-def served_at(prefix: str, address: str) -> tuple[str, bool] | None:
+def provider_of(prefix: str, upstream: str) -> Provider | None:
+    """How a model is served; None: by no protocol that is spoken here."""
+    return _AZURE_CLAUDE if prefix == "azure_ai" and upstream.startswith("claude") else PROVIDERS.get(prefix)
+
+
+def served_at(provider: Provider, address: str) -> tuple[str, bool] | None:
     """(where a provider's server is asked, whether its paths have `/v1`) of the address that LiteLLM is given.
 
     None: it is no address of Azure's, whose deployments are asked for by other paths there.
     """
-    provider = PROVIDERS[prefix]
     try:
         parts = urlsplit(address)
         host = (parts.hostname or "").lower()
     except ValueError:
         return address, True  # it is refused later, with its line
     if provider.azure:
-        return (f"https://{parts.netloc}/openai/v1", True) if host.endswith(_AZURE_HOSTS) else None
+        below = "anthropic" if provider.protocol == "anthropic" else "openai/v1"
+        return (f"https://{parts.netloc}/{below}", True) if host.endswith(_AZURE_HOSTS) else None
     address = address.rstrip("/")
     for endpoint in _ENDPOINTS[provider.protocol]:
         address = address.removesuffix(endpoint)

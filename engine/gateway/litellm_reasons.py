@@ -80,6 +80,9 @@ def leave(source: ForeignFile) -> None:
     for section in ("litellm_settings", "general_settings"):
         for name in _BUDGETS:
             _leave(source, (section, name), _NO_BUDGET)
+    _leave(source, ("mcp_servers",), "tools of MCP servers are not served")
+    for name in ("policies", "policy_attachments"):
+        _leave(source, (name,), _GUARDRAIL)
     for place in (("guardrails",), ("litellm_settings", "guardrails")):
         for index in source.keys(place):
             presidio = "presidio" in str(source.peek((*place, index))).lower()

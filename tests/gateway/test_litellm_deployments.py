@@ -71,6 +71,8 @@ def test_providers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, u
         ("ollama/m, api_base: 'http://h:1/ollama'", "/ollama/v1/chat/completions"),
         ("anthropic/m, api_base: 'http://h:1/zen/v1/messages'", "/zen/v1/messages"),
         ("anthropic/m, api_base: 'http://h:1/zen'", "/zen/v1/messages"),
+        ("azure_ai/claude-x, api_base: 'https://name.services.ai.azure.com'", "/anthropic/v1/messages"),
+        ("azure_ai/claude-x, api_base: 'https://name.services.ai.azure.com/anthropic/'", "/anthropic/v1/messages"),
         ("azure/m, api_base: 'https://name.openai.azure.com/'", "/openai/v1/chat/completions"),
         ("azure/m, api_base: 'https://name.openai.azure.com/openai/deployments/m'", "/openai/v1/chat/completions"),
         ("azure_ai/m, api_base: 'https://name.services.ai.azure.com/models'", "/openai/v1/chat/completions"),
@@ -94,7 +96,7 @@ def test_azures_own_resources_are_asked_by_their_v1_api(tmp_path: Path, monkeypa
             ("a", f"model: azure/gpt5_series/own-name, {base}"),
             ("b", f"model: azure/x, {base}, tenant_id: t"),
             ("c", "model: azure/x, api_base: 'https://apim.example.com', api_key: k"),
-            ("d", "model: azure_ai/claude-opus, api_base: 'https://n.services.ai.azure.com', api_key: k"),
+            ("d", "model: azure_ai/cohere-rerank-v3, api_base: 'https://n.services.ai.azure.com', api_key: k"),
             ("e", "model: cohere/rerank-v3, api_key: k"),
             ("f", "model: gemini/x, api_base: 'http://h/v1beta', api_key: k"),
         )
@@ -107,7 +109,7 @@ def test_azures_own_resources_are_asked_by_their_v1_api(tmp_path: Path, monkeypa
     words = (
         "Entra ID",
         "is no https://NAME.openai.azure.com",
-        "'claude-opus'",
+        "'cohere-rerank-v3'",
         "'rerank-v3'",
         "speaks another protocol",
     )
