@@ -119,15 +119,41 @@ def test_ledger_sums_agree_and_come_as_csv(workers: Workers) -> None:
 
 def test_every_change_is_in_the_audit_trail(workers: Workers) -> None:
     before = workers.json("GET", "/admin/audit/verify")
-    identity, _ = make_key(workers)
+    team = make_team(workers, "audited")
+    identity, secret = make_key(workers, parent=team)
+    workers.json("PUT", f"/admin/accounts/{team}/limits", {"requests_per_minute": 7})
+    for role in ("auditor", None):
+        workers.json("PUT", f"/admin/keys/{identity}/role", {"role": role})
+    workers.json("POST", "/key/update", {"key": secret, "models": ["tiny"]})
+    workers.json("POST", f"/admin/keys/{identity}/rotate")
+    for share in (0.5, 0):
+        workers.json("PUT", "/admin/backends/b/canary", {"share": share})
+    workers.json("DELETE", "/admin/backends/b/canary")
     workers.json("DELETE", f"/admin/keys/{identity}")
     rows = workers.json("GET", f"/admin/audit?after={before['rows']}")["rows"]
-    assert [(row["actor"], row["action"], row["subject"]) for row in rows] == [
-        ("admin api: master", "key.create", identity),
-        ("admin api: master", "key.revoke", identity),
+    assert {row["actor"] for row in rows} == {"admin api: master"}
+    assert [(row["action"], row["subject"]) for row in rows] == [
+        ("team.create", team),
+        ("key.create", identity),
+        ("limits.set", team),
+        ("role.set", identity),
+        ("role.set", identity),
+        ("key.change", identity),
+        ("key.rotate", identity),
+        ("canary.set", "b"),
+        ("canary.set", "b"),
+        ("canary.clear", "b"),
+        ("key.revoke", identity),
     ]
+    changes = [(row["details"]["before"], row["details"]["after"]) for row in rows if "after" in row["details"]]
+    limits, first_role, second_role, key, first_share, second_share = changes
+    assert [one["requests_per_minute"] for one in limits] == [None, 7]
+    assert (first_role, second_role) == ((None, "auditor"), ("auditor", None))
+    assert [one["models"] for one in key] == [None, ["tiny"]]
+    assert (first_share, second_share) == ((None, 0.5), (0.5, 0))
+    assert secret not in json.dumps(rows)
     after = workers.json("GET", f"/admin/audit/verify?expected={before['head']}")
-    assert after["intact"] and after["rows"] == before["rows"] + 2
+    assert after["intact"] and after["rows"] == before["rows"] + len(rows)
     assert not workers.json("GET", "/admin/audit/verify?expected=" + "0" * 64)["intact"]
 
 

@@ -47,7 +47,15 @@ def test_sums_agree_with_the_ledger(summed: Store, steps: int) -> None:
         assert not rollup.advance(summed, NOW)
         assert rollup.summed_until(summed.reader) == (NOW - rollup.LAG_MS) // rollup.HOUR_MS
     columns: tuple[Column | None, ...] = (None, "team", "tier", "app", "organisation")
-    for since in (NOW - 100, NOW - 5 * rollup.HOUR_MS - 1234, NOW - 9 * rollup.HOUR_MS, 0):
+    half = rollup.HOUR_MS // 2
+    # The one in the middle of an hour has requests of that hour before it and after it.
+    for since in (
+        NOW - 100,
+        NOW - 3 * rollup.HOUR_MS - half,
+        NOW - 5 * rollup.HOUR_MS - 1234,
+        NOW - 9 * rollup.HOUR_MS,
+        0,
+    ):
         for by in columns:
             named = () if by is None else (by,)
             whole = books.sums(summed.reader, named, Span(since))
@@ -66,6 +74,30 @@ def test_an_hour_is_summed_once_even_when_two_workers_come_together(summed: Stor
     total = rollup.sums(summed.reader, None, 0)
     summed.write_now(lambda connection: rollup._keep(connection, 0, 1, [{}]))
     assert rollup.sums(summed.reader, None, 0) == total
+
+
+def test_only_the_worker_that_saw_too_late_an_hour_opens_it_again(summed: Store) -> None:
+    """Another one has opened hours meanwhile, by a clock that is behind: what is not summed must not count as such."""
+    summed.write_now(lambda connection: fill(connection, 50, 1))
+    rollup.advance(summed, NOW)
+    begun, total = rollup.summed_until(summed.reader), rollup.sums(summed.reader, None, 0)
+    summed.write_now(lambda connection: rollup._open_again(connection, begun + 100, begun + 5))
+    assert rollup.summed_until(summed.reader) == begun
+    assert rollup.sums(summed.reader, None, 0) == total
+
+
+def test_sums_that_nobody_sees_any_more_go(summed: Store) -> None:
+    summed.write_now(lambda connection: fill(connection, 50, 1))
+    while rollup.advance(summed, NOW):
+        pass
+    later = NOW + rollup.KEPT_HOURS * rollup.HOUR_MS
+    summed.write_now(
+        lambda connection: connection.execute("UPDATE ledger SET ended_at = ? WHERE call = '1-0'", (later,))
+    )
+    while rollup.advance(summed, later + 2 * rollup.HOUR_MS):
+        pass
+    hours = summed.reader.execute("SELECT DISTINCT hour FROM ledger_hours ORDER BY hour").fetchall()
+    assert [int(row[0]) for row in hours] == [later // rollup.HOUR_MS]
 
 
 def test_hours_that_a_clock_closed_before_their_end_are_opened_again(summed: Store) -> None:
