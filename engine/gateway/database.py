@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -131,6 +131,18 @@ class Database(Protocol):
         Args:
             connection: One that was made for it.
             waits: For others to be done; otherwise raises `BlockingIOError` while somebody else writes.
+        """
+        ...
+
+    def set_up(self, connection: Connection, make: Callable[[], None]) -> None:
+        """Makes tables, or changes them, in one `transaction`, without having others wait for long.
+
+        Args:
+            connection: One that was made for transactions.
+            make: Does it; may be called again where nothing came of it.
+
+        Raises:
+            ConfigurationError: Others use the tables all the time.
         """
         ...
 

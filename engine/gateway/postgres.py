@@ -11,7 +11,7 @@ import functools
 import hashlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -41,6 +41,9 @@ DEAD_AFTER_S = 1.2
 DEAD_AFTER_LOSS_S = 2 * RECONNECT_TIMEOUT_S
 #: Seconds after which the server ends a transaction of a process that has stopped within it: the others wait for it.
 STOPPED_AFTER_S = 5.0
+#: Seconds for which a change of the tables waits for whoever uses them, less than others wait for an answer
+#: (`PATIENCE_S`); seconds until it is tried again, and how often it is tried.
+LOCK_WAIT_S, LOCK_PAUSE_S, LOCK_TRIES = 1.0, 1.0, 10
 #: What libpq is told where the URL says nothing of it: a server that cannot be reached any more is given up within
 #: seconds. Without, a statement waits for the kernel to do so, a quarter of an hour.
 _NOTICE_LOSS = {
@@ -306,6 +309,28 @@ class Postgres:
         with connection.transaction():
             connection.execute("SELECT pg_advisory_xact_lock(?)", (_WRITERS,))
             yield
+
+    def set_up(self, connection: Connection, make: Callable[[], None]) -> None:
+        """See `database.Database`.
+
+        A change of a table waits until nobody reads it, and all others wait behind it, also other gateways: so it is
+        given up soon, and tried again when they have had their turn.
+        """
+        for number in range(LOCK_TRIES):
+            if number:
+                time.sleep(LOCK_PAUSE_S)
+            try:
+                with self.transaction(connection):
+                    connection.execute(f"SET LOCAL lock_timeout = {round(LOCK_WAIT_S * 1000)}")
+                    make()
+                return
+            except StoreUnavailableError as error:
+                if not isinstance(error.__cause__, psycopg.errors.LockNotAvailable):
+                    raise
+        raise ConfigurationError(
+            f"{self.shown} cannot be changed for this version: its tables were in use each of {LOCK_TRIES} times; "
+            "start again when what reads or locks them (a dump, a long query; see pg_stat_activity) has ended"
+        )
 
     def news(self) -> object:
         """See `database.Database`: asking takes too long."""

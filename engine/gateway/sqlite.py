@@ -13,7 +13,7 @@ import os
 import sqlite3
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -179,6 +179,11 @@ class Sqlite:
 
     def _unusable(self, error: sqlite3.Error) -> ConfigurationError:
         return ConfigurationError(f"{self._path} cannot be used: {error}; name another file")
+
+    def set_up(self, connection: Connection, make: Callable[[], None]) -> None:
+        """See `database.Database`."""
+        with self.transaction(connection):
+            make()
 
     @contextlib.contextmanager
     def transaction(self, connection: Connection, waits: bool = True) -> Iterator[None]:

@@ -103,8 +103,9 @@ class Store:
             self._quick = self._database.connect(writes=True, waits=False) if self.local else None
             if self._quick is not None:
                 undo.callback(self._quick.close)
-            with self.usable(), self._database.transaction(self._writer):
-                make_tables(self._writer, schema, self._database.shown)
+            with self.usable():
+                writer, shown = self._writer, self._database.shown
+                self._database.set_up(writer, lambda: make_tables(writer, schema, shown))
             undo.pop_all()
         #: For reading, in the thread that made the store; sees everything that is committed.
         self.reader = self._database.connect(waits=self.local or not in_loop)

@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from tokenmill.engine.gateway.governance import accounts, audit
 from tokenmill.engine.gateway.governance.accounts import Limits
 from tokenmill.engine.gateway.governance.schema import SCHEMA
 from tokenmill.engine.gateway.store import Store
+from tokenmill.engine.gateway.store_schema import SCHEMA_VERSION
 from tokenmill.errors import ConfigurationError
 
 psycopg = pytest.importorskip("psycopg")
@@ -138,6 +140,61 @@ def test_who_waits_for_a_table_that_another_keeps_is_told_so(
     store.write_now(lambda connection: make_team(connection, "later"))
     assert sorted(team.name for team in accounts.every(store.reader)) == ["begun", "later"]
     store.close()
+
+
+def as_before(store: Store) -> None:
+    """Makes the tables those of version 4."""
+
+    def change(connection: Connection) -> None:
+        connection.execute("UPDATE schema_version SET version = 4")
+        connection.execute("DROP TABLE responses")
+        for column in ("requests_at_once", "under_way"):
+            connection.execute(f"ALTER TABLE accounts DROP COLUMN {column}")
+
+    store.write_now(change)
+
+
+VERSION = "SELECT version FROM schema_version"
+
+
+def test_nobody_waits_long_behind_a_change_of_the_tables(url: str, root: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As while a dump reads them for minutes: who comes after the change, and other writers, have their turns."""
+    monkeypatch.setattr(postgres_module, "LOCK_TRIES", 1000)
+    running = Store(url, SCHEMA)
+    as_before(running)
+    root.execute("SET statement_timeout = '30s'")
+    waits = "SELECT count(*) FROM pg_locks WHERE locktype = 'relation' AND NOT granted"
+    with ThreadPoolExecutor(1) as beside:
+        with psycopg.connect(url) as dump:
+            dump.execute("SELECT count(*) FROM accounts")
+            coming = beside.submit(Store, url, SCHEMA)
+            for _ in range(2):
+                wait_until(lambda: root.execute(waits).fetchone() == (1,), 30)
+                assert root.execute("SELECT count(*) FROM accounts").fetchone() == (0,)
+                running.submit(lambda connection: connection.execute("UPDATE audit_head SET decisions = 7")).result(30)
+            assert root.execute(VERSION).fetchone() == (4,)
+            assert not coming.done()
+        store = coming.result(60)
+    assert root.execute(VERSION).fetchone() == (SCHEMA_VERSION,)
+    store.write_now(make_team)
+    store.close()
+    running.close()
+
+
+def test_tables_that_are_in_use_all_the_time_are_one_line(url: str, root: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(postgres_module, "LOCK_WAIT_S", 0.1)
+    monkeypatch.setattr(postgres_module, "LOCK_PAUSE_S", 0.01)
+    with contextlib.closing(Store(url, SCHEMA)) as store:
+        as_before(store)
+    with psycopg.connect(url) as dump:
+        dump.execute("SELECT count(*) FROM accounts")
+        with pytest.raises(ConfigurationError, match="in use each of 10 times; start again when") as raised:
+            Store(url, SCHEMA)
+        assert "\n" not in str(raised.value)
+        assert not isinstance(raised.value, StoreUnavailableError), "it is not tried again by itself"
+        assert root.execute(VERSION).fetchone() == (4,)
+    Store(url, SCHEMA).close()
+    assert root.execute(VERSION).fetchone() == (SCHEMA_VERSION,)
 
 
 def test_names_are_taken_again_where_another_server_took_its_place(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
