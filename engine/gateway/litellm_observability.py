@@ -13,6 +13,7 @@ _OPENED: Place = ("litellm_settings", "require_auth_for_metrics_endpoint")
 _ENDPOINTS = ("OTEL_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _EXPORTERS = ("OTEL_EXPORTER", "OTEL_EXPORTER_OTLP_PROTOCOL")
 _PATH = "/v1/traces"
+_EXPORTER = "opentelemetry.exporter.otlp.proto.http"
 #: OTLP over gRPC is spoken there, whatever the address begins with.
 _GRPC_PORT = ":4317"
 
@@ -58,9 +59,17 @@ def _traces(source: ForeignFile, place: Place) -> dict[str, Any]:
         source.leave(place, f"set {_ENDPOINTS[1]} to http(s)://host:port of a collector that takes OTLP over HTTP")
     elif "grpc" in exporter or _GRPC_PORT in address:
         source.leave(place, "traces go out over HTTP, not gRPC; name the collector's other port, mostly 4318")
-    elif find_spec("opentelemetry") is None:
+    elif not exporter_is_installed():
         source.leave(place, "install the extra tokenmill[otel]")
     else:
         address = address.rstrip("/")
         return {"traces": address if address.endswith(_PATH) else address + _PATH}
     return {}
+
+
+def exporter_is_installed() -> bool:
+    """Whether traces can be sent: the API alone comes with other packages, too."""
+    try:
+        return find_spec("opentelemetry.sdk") is not None and find_spec(_EXPORTER) is not None
+    except ModuleNotFoundError:  # of a package around it
+        return False

@@ -143,7 +143,7 @@ def test_prometheus_is_what_there_is(tmp_path: Path) -> None:
 def test_traces_go_where_litellm_sends_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OTEL_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER", "OTEL_EXPORTER_OTLP_PROTOCOL"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(litellm_observability, "find_spec", lambda _: object())
+    monkeypatch.setattr(litellm_observability, "exporter_is_installed", lambda: True)
     text = GOOD + "litellm_settings: {callbacks: [langfuse, otel]}\n"
     place = "litellm_settings.callbacks[1]"
     assert told(convert(tmp_path, text))[place].startswith("set OTEL_EXPORTER_OTLP_ENDPOINT to http")
@@ -157,8 +157,13 @@ def test_traces_go_where_litellm_sends_them(tmp_path: Path, monkeypatch: pytest.
     imported = convert(tmp_path, text + variables)
     assert imported.config.observability.traces is None and "over HTTP, not gRPC" in told(imported)[place]
     monkeypatch.delenv("OTEL_EXPORTER")
-    monkeypatch.setattr(litellm_observability, "find_spec", lambda _: None)
+    monkeypatch.setattr(litellm_observability, "exporter_is_installed", lambda: False)
     assert told(convert(tmp_path, text + variables))[place] == "install the extra tokenmill[otel]"
+
+
+def test_an_api_of_traces_without_an_exporter_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(litellm_observability, "_EXPORTER", "opentelemetry_is_nowhere.exporter")
+    assert not litellm_observability.exporter_is_installed()
 
 
 def test_settings_that_are_wrong_are_still_errors(tmp_path: Path) -> None:
