@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import socket
+import struct
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -200,6 +201,50 @@ def test_silence_before_and_during_an_answer() -> None:
     talk(Server(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhello"), use, settings)
 
 
+def test_a_backend_that_is_not_read_for_now_is_not_silent() -> None:
+    """A slow client's answer waits: it is not the backend's turn."""
+    slow = Server(b"HTTP/1.1 200 OK\r\ncontent-length: 8000000\r\n\r\n" + b"x" * 8_000_000)
+    silent = Server(b"")
+
+    async def use(upstream: Upstream, origin: Origin) -> None:
+        listening = await asyncio.start_server(silent.serve, "127.0.0.1", 0)
+        answer = await upstream.send(b"POST", origin, b"/", [], b"{}")
+        while await answer.more() and len(answer.arrived()) < HIGH_WATER:
+            pass
+        other = Origin.of(f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}")
+        with pytest.raises(SilenceError):  # later asked and given up: the first one would have been, too
+            await fetch(upstream, other)
+        assert len(await answer.read()) == 8_000_000
+        answer.close()
+        listening.close()
+
+    talk(slow, use, Settings(read_timeout_s=0.3))
+
+
+def test_an_answer_of_no_stated_length_is_whole_when_it_ends_and_not_when_it_breaks() -> None:
+    class Breaking(Server):
+        async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            """Resets the connection once all was read."""
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(self.answer)
+            await taken.wait()
+            end = struct.pack("ii", 1, 0)
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, end)
+            writer.transport.abort()
+
+    taken = asyncio.Event()
+
+    async def use(upstream: Upstream, origin: Origin) -> None:
+        answer = await upstream.send(b"POST", origin, b"/", [], b"{}")
+        assert await answer.next_chunk() == b"hello"
+        taken.set()
+        with pytest.raises(CutError):
+            await answer.next_chunk()
+        answer.close()
+
+    talk(Breaking(b"HTTP/1.1 200 OK\r\n\r\nhello"), use)
+
+
 def test_a_body_that_the_backend_does_not_take_is_silence_too() -> None:
     class Deaf(Server):
         async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -258,7 +303,7 @@ def test_an_answer_without_an_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_trailers_are_no_headers() -> None:
-    raw = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\nset-cookie: a=b\r\n\r\n"
+    raw = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\nx-late: a\r\n\r\n"
 
     async def use(upstream: Upstream, origin: Origin) -> None:
         answer, body = await fetch(upstream, origin)

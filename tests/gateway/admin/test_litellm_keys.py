@@ -222,12 +222,17 @@ def test_an_update_keeps_the_user_and_the_team(workers: Workers) -> None:
     assert (changed["user_id"], changed["metadata"]) == ("u-1", {"b": 2})
     changed = workers.json("POST", "/key/update", {"key": made["key"], "user_id": "u-2"})
     assert (changed["user_id"], changed["metadata"], changed["team_id"]) == ("u-2", {"b": 2}, "team-kept")
+    changed = workers.json("POST", "/key/update", {"key": made["key"], "user_id": None})
+    assert (changed["user_id"], changed["metadata"]) == (None, {"b": 2})
     status, _, body = workers.send("POST", "/key/update", {"key": made["key"], "team_id": "team-other"})
     assert (status, json.loads(body)["error"]["param"]) == (400, "team_id")
 
 
 def test_a_key_asks_about_itself_alone(workers: Workers) -> None:
-    own, other = generate(workers)["key"], generate(workers)["key"]
+    made = generate(workers)
+    own, other = made["key"], generate(workers)["key"]
+    for name in (own, made["token"], made["token_id"]):
+        assert workers.json("GET", f"/key/info?key={name}", key=own)["key"] == made["token"]
     assert workers.send("GET", f"/key/info?key={other}", key=own)[0] == 403
     assert workers.send("GET", "/key/info", key="sk-nobody")[0] == 401
     assert workers.send("GET", "/key/info")[0] == 400
