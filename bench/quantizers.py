@@ -21,9 +21,10 @@ import torch
 
 from tokenmill.bench.rows import RowFile, facts
 from tokenmill.errors import ConfigurationError
-from tokenmill.quant.block import groups_by_input, input_hessian, linears
+from tokenmill.quant.block import groups_by_input, linears
 from tokenmill.quant.checkpoint import Checkpoint
 from tokenmill.quant.evaluate import perplexity
+from tokenmill.quant.inputs import input_hessian
 from tokenmill.quant.quantizer import calibration_batches
 from tokenmill.quant.streaming import StreamedModel
 from tokenmill.speculative.pair.corpus import calibration_text
@@ -51,8 +52,8 @@ start = time.perf_counter()
 from pathlib import Path
 import torch
 from tokenmill import __version__
-from tokenmill.quant.block import BlockSettings
 from tokenmill.quant.gptq import GptqOptions
+from tokenmill.quant.method import BlockSettings
 from tokenmill.quant.quantizer import Request, peak_bytes, quantize_checkpoint
 job = json.loads(Path(sys.argv[1]).read_text())
 options = GptqOptions(act_order=job["act_order"])

@@ -1,4 +1,4 @@
-"""Quantizing one decoder block in memory: which linears share an input, their Hessians, scaling, rounding.
+"""Quantizing one decoder block in memory: which linears share an input, scaling, rounding.
 
 The linears are found by running the block: those that read the very same tensor form a set (query, key and value;
 gate and up) and share one Hessian. Sets are quantized in the order in which they run, each seeing the inputs that
@@ -6,74 +6,27 @@ the already quantized sets before it produce.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
 import torch
 from torch import nn
 
 from tokenmill.errors import InputError
 from tokenmill.kernels.int4_gemm.weight import Int4Weight, dequantize
-from tokenmill.quant import awq
 from tokenmill.quant.architecture import ROUTERS
-from tokenmill.quant.experts import MIN_ROWS, SeparateExperts, expert_inputs
-from tokenmill.quant.gptq import GptqOptions, gptq, relative_error
+from tokenmill.quant.experts import MIN_ROWS, SeparateExperts, mixtures
+from tokenmill.quant.gptq import gptq, relative_error
+from tokenmill.quant.inputs import each_expert, input_hessian
+from tokenmill.quant.method import BlockSettings
 from tokenmill.quant.recall import Recall
 from tokenmill.quant.rtn import round_to_nearest
+from tokenmill.quant.scaling import scale_inputs
 from tokenmill.quant.stand_in import BlockForward
 
-#: rtn: nearest codes, no calibration. gptq: error compensation. awq: input scaling, then nearest codes.
-#: awq-gptq: input scaling, then error compensation.
-Method = Literal["rtn", "gptq", "awq", "awq-gptq"]
-METHODS: tuple[str, ...] = get_args(Method)
-
-#: AWQ's pairs: the module that absorbs the inverse scale, and the linears that read its output.
-#: They hold for Llama, Mistral and Qwen, whose norms multiply by their weight.
-_SCALING_PAIRS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    ("self_attn.v_proj", ("self_attn.o_proj",)),
-    ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
-    ("mlp.up_proj", ("mlp.down_proj",)),
-)
 #: Linears that vLLM merges, to the name of what they become.
 _MERGED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
 _MERGED |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
-SCALABLE_MODELS = ("llama", "mistral", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
-
-
-@dataclass(frozen=True)
-class BlockSettings:
-    """How the linears of a block are quantized.
-
-    Attributes:
-        method: See `Method`.
-        group_size: Input features that share a scale; -1 is per output channel.
-        symmetric: Whether the zero point is 8 everywhere.
-        scale_dtype: What scales are stored as.
-        gptq: Options of the methods that use GPTQ.
-    """
-
-    method: Method
-    group_size: int
-    symmetric: bool
-    scale_dtype: torch.dtype
-    gptq: GptqOptions
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether the method looks at inputs."""
-        return self.method != "rtn"
-
-    @property
-    def scales_inputs(self) -> bool:
-        """Whether the method is one of AWQ's."""
-        return self.method.startswith("awq")
-
-    @property
-    def compensates(self) -> bool:
-        """Whether the method is one of GPTQ's."""
-        return self.method.endswith("gptq")
 
 
 @dataclass(frozen=True)
@@ -92,10 +45,6 @@ class QuantizedBlock:
     recall: Recall | None = None
 
 
-class _SetReachedError(Exception):
-    """Ends a forward pass once the inputs that were wanted have been seen."""
-
-
 def linears(block: nn.Module) -> dict[str, nn.Linear]:
     """Every linear of the block that is quantized, by its name within it: all but those that choose experts."""
     return {
@@ -103,11 +52,6 @@ def linears(block: nn.Module) -> dict[str, nn.Linear]:
         for name, module in block.named_modules()
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in ROUTERS
     }
-
-
-def mixtures(block: nn.Module) -> dict[str, SeparateExperts]:
-    """The modules of the block that hold experts, by their names within it."""
-    return {name: module for name, module in block.named_modules() if isinstance(module, SeparateExperts)}
 
 
 def check_linears(block: nn.Module, settings: BlockSettings) -> None:
@@ -192,71 +136,12 @@ def groups_by_input(
     return [tuple(names) for _, names in sets]
 
 
-def input_hessian(module: nn.Linear, run: BlockForward, batches: Iterable[torch.Tensor]) -> torch.Tensor:
-    """The mean of x x' over all inputs x of a linear; each forward pass ends as soon as it is reached.
-
-    Args:
-        module: The linear, a part of the block that `run` runs.
-        run: The block's function.
-        batches: Hidden states that reach the block.
-
-    Returns:
-        [K, K] float32.
-    """
-    total = torch.zeros(module.in_features, module.in_features, device=module.weight.device)
-    count = 0
-
-    def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        nonlocal count
-        rows = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
-        total.addmm_(rows.T, rows)
-        count += rows.shape[0]
-        raise _SetReachedError
-
-    handle = module.register_forward_pre_hook(hook)
-    try:
-        for batch in batches:
-            try:
-                run(batch)
-            except _SetReachedError:
-                continue
-    finally:
-        handle.remove()
-    return total / max(count, 1)
-
-
-def scale_inputs(block: nn.Module, run: BlockForward, batches: Sequence[torch.Tensor], settings: BlockSettings) -> None:
-    """Applies AWQ's scales to a block in place; its function stays the same.
-
-    Args:
-        block: A decoder block of one of `SCALABLE_MODELS`.
-        run: Its function.
-        batches: Hidden states that reach it.
-        settings: How its linears will be rounded.
-    """
-    modules = dict(block.named_modules())
-    for source_name, names in _SCALING_PAIRS:
-        source, readers = modules[source_name], [modules[name] for name in names]
-        K = readers[0].in_features
-        if source.weight.shape[0] != K:
-            continue  # grouped-query attention: one value feature feeds several inputs of o_proj
-        weight = torch.cat([reader.weight.T for reader in readers], dim=1)
-        group_size = K if settings.group_size == -1 else settings.group_size
-        hessian = input_hessian(readers[0], run, batches)
-        scales = awq.search_scales(weight, hessian, group_size, settings.symmetric, settings.scale_dtype)
-        for reader in readers:
-            reader.weight.mul_(scales)
-        source.weight.div_(scales.unsqueeze(1) if source.weight.dim() == 2 else scales)
-        if getattr(source, "bias", None) is not None:
-            source.bias.div_(scales)
-
-
 def quantize_block(
     block: nn.Module, run: BlockForward, batches: Sequence[torch.Tensor], settings: BlockSettings
 ) -> QuantizedBlock:
     """Quantizes every linear of a block and puts the dequantized weights in their places.
 
-    With a scaling method the norms of the block change too.
+    With a scaling method norms and routers of the block change, too.
 
     Args:
         block: The decoder block, weights in floating point; changed in place.
@@ -327,23 +212,16 @@ def _quantize_experts(
     settings: BlockSettings,
     result: QuantizedBlock,
 ) -> None:
-    """Quantizes gate and up of all experts, then their downs, which see what the quantized ones give.
-
-    A pass over the batches looks at as many experts as have Hessians that take no more memory than the block itself.
-    """
+    """Quantizes gate and up of all experts, then their downs, which see what the quantized ones give."""
     found, experts = linears(block), mixtures(block)[name]
-    room = sum(parameter.numel() * parameter.element_size() for parameter in block.parameters())
     sets = experts.sets(name)
     for of_down in (False, True):
         own = sets[len(experts) :] if of_down else sets[: len(experts)]
-        at_once = max(1, room // (4 * found[own[0][0]].in_features ** 2))
-        for start in range(0, len(experts), at_once):
-            chosen = range(start, min(start + at_once, len(experts)))
-            for expert, inputs in zip(chosen, expert_inputs(experts, chosen, of_down, run, batches), strict=True):
-                if inputs.rows < MIN_ROWS:
-                    _round_to_nearest(found, own[expert], settings, result)
-                else:
-                    _quantize_set(found, own[expert], inputs.hessian, settings, result)
+        for expert, inputs in each_expert(block, experts, of_down, run, batches):
+            if inputs.rows < MIN_ROWS:
+                _round_to_nearest(found, own[expert], settings, result)
+            else:
+                _quantize_set(found, own[expert], inputs.hessian, settings, result)
 
 
 def _quantize_linear(weight: torch.Tensor, hessian: torch.Tensor, settings: BlockSettings) -> Int4Weight:

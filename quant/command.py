@@ -25,9 +25,9 @@ def quantize(argv: list[str]) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from tokenmill.quant.block import BlockSettings
     from tokenmill.quant.gptq import GptqOptions
     from tokenmill.quant.json_file import read_json
+    from tokenmill.quant.method import BlockSettings
     from tokenmill.quant.quantizer import Request, quantize_checkpoint
 
     if arguments.group_size != -1 and arguments.group_size < 1:
@@ -104,9 +104,10 @@ def _print_report(console: Any, arguments: argparse.Namespace, report: Any) -> N
             f"layer loss  {mean:.3e} of the output's power on average, {max(report.errors.values()):.3e} at most"
         )
     if report.rounded_experts:
+        unscaled = ", without scales of their own" if arguments.method.startswith("awq") else ""
         console.print(
-            f"experts     {report.rounded_experts} of them are rounded to nearest: fewer than {MIN_ROWS} tokens of the "
-            "calibration reach each; more --samples reach more",
+            f"experts     {report.rounded_experts} of them are rounded to nearest{unscaled}: fewer than {MIN_ROWS} "
+            "tokens of the calibration reach each; more --samples reach more",
             soft_wrap=True,
             highlight=False,
         )

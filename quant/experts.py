@@ -4,14 +4,10 @@ What is not merged has a name in the checkpoint, is quantized as any other linea
 """
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-
-from tokenmill.quant.stand_in import BlockForward
 
 #: Rows with fewer are too few to say how an expert's inputs depend on each other: it is rounded to nearest.
 MIN_ROWS = 64
@@ -111,61 +107,6 @@ def separate(model: Any) -> None:
                 setattr(parent, name, SeparateExperts(experts))
 
 
-class _ExpertsReachedError(Exception):
-    """Ends a forward pass at the experts."""
-
-
-@dataclass
-class ExpertInputs:
-    """What is known of the inputs of some linears of one expert.
-
-    Attributes:
-        hessian: [K, K] float32, the mean of x x'.
-        rows: Of how many.
-    """
-
-    hessian: torch.Tensor
-    rows: int = 0
-
-
-def expert_inputs(
-    experts: SeparateExperts, chosen: Sequence[int], of_down: bool, run: BlockForward, batches: Iterable[torch.Tensor]
-) -> list[ExpertInputs]:
-    """Looks at the rows that are routed to some experts; each forward pass ends at them.
-
-    Args:
-        experts: A part of the block that `run` runs.
-        chosen: Which experts; memory is taken for K x K numbers of each.
-        of_down: Whether the inputs of `down` are meant, which the weights of gate and up decide.
-        run: The block's function.
-        batches: Hidden states that reach the block.
-    """
-    first: Any = experts[chosen[0]]
-    linear: nn.Linear = first.get_submodule(first.names[2 if of_down else 0])
-    K, device = linear.in_features, linear.weight.device
-    found = [ExpertInputs(torch.zeros(K, K, device=device)) for _ in chosen]
-
-    def hook(_module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-        hidden, index = arguments[0], arguments[1]
-        for expert, inputs in zip(chosen, found, strict=True):
-            rows = hidden[(index == expert).any(dim=-1)]
-            if not rows.shape[0]:
-                continue
-            module: Any = experts[expert]
-            seen = (module.product(rows) if of_down else rows).float()
-            inputs.hessian.addmm_(seen.T, seen)
-            inputs.rows += rows.shape[0]
-        raise _ExpertsReachedError
-
-    handle = experts.register_forward_pre_hook(hook)
-    try:
-        for batch in batches:
-            try:
-                run(batch)
-            except _ExpertsReachedError:
-                continue
-    finally:
-        handle.remove()
-    for inputs in found:
-        inputs.hessian.div_(max(inputs.rows, 1))
-    return found
+def mixtures(block: nn.Module) -> dict[str, SeparateExperts]:
+    """The modules of a block that hold experts, by their names within it."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, SeparateExperts)}

@@ -19,21 +19,16 @@ import torch
 from tokenmill import __version__
 from tokenmill.errors import CheckpointError, ConfigurationError, InputError, UnsupportedError
 from tokenmill.kernels.int4_gemm.weight import dequantize
-from tokenmill.quant.block import (
-    SCALABLE_MODELS,
-    BlockSettings,
-    check_linears,
-    linears,
-    mixtures,
-    quantize_block,
-    served_sizes,
-)
+from tokenmill.quant.block import check_linears, linears, quantize_block, served_sizes
 from tokenmill.quant.checkpoint import Checkpoint
 from tokenmill.quant.evaluate import Perplexity, count, negative_log_likelihood, text_windows
+from tokenmill.quant.experts import mixtures
 from tokenmill.quant.format import STOCK_VLLM, Scheme, StockRefusal, stock_refusal, write_config
+from tokenmill.quant.method import BlockSettings
 from tokenmill.quant.output import OutputDirectory, check_apart
 from tokenmill.quant.pack import read_layer, weight_tensor, write_layer
 from tokenmill.quant.recall import Recall
+from tokenmill.quant.scaling import SCALABLE_MODELS
 from tokenmill.quant.streaming import StreamedModel
 
 #: Of text, at first: more than most tokens have.
@@ -90,7 +85,8 @@ class Report:
         peak_bytes: Most memory held: of the GPU, or of the process on a CPU.
         stock_refusal: Why stock vLLM does not load the result, only vLLM with Tokenmill's plug-in; None if it does.
         left_out: Lines about tensors of the source that the result does not have.
-        rounded_experts: How many experts are rounded to nearest, because the calibration has too few tokens for them.
+        rounded_experts: How many experts are rounded to nearest, because the calibration has too few tokens for them;
+            by AWQ they have no scales of their own.
     """
 
     bytes_before: int
@@ -154,8 +150,9 @@ def quantize_checkpoint(
 
     Whether stock vLLM does, or only vLLM with Tokenmill's plug-in, is said by the report.
     Embeddings, norms, what chooses experts and the output head stay as they are, and so do towers and projectors of
-    models that read pictures or hear. If `out` holds an unfinished run of the same request, it is continued, and the
-    result has the same bytes as an uninterrupted run's.
+    models that read pictures or hear; but AWQ moves factors from norms to all that reads them, what chooses experts
+    among it. If `out` holds an unfinished run of the same request, it is continued, and the result has the same bytes
+    as an uninterrupted run's.
 
     Args:
         source: Model directory: dense or bitsandbytes NF4.

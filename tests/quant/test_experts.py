@@ -12,12 +12,13 @@ from tests.quant.test_quantizer import request, settings
 from tokenmill.cli import main
 from tokenmill.errors import ConfigurationError, InputError, UnsupportedError
 from tokenmill.kernels.int4_gemm.weight import dequantize
-from tokenmill.quant import block as block_module
-from tokenmill.quant.block import linears, mixtures, quantize_block
+from tokenmill.quant import inputs as inputs_module
+from tokenmill.quant.block import linears, quantize_block
 from tokenmill.quant.checkpoint import Checkpoint
-from tokenmill.quant.experts import expert_inputs
+from tokenmill.quant.experts import mixtures
 from tokenmill.quant.format import Scheme, stock_refusal
 from tokenmill.quant.gptq import relative_error
+from tokenmill.quant.inputs import expert_inputs
 from tokenmill.quant.quantizer import quantize_checkpoint
 from tokenmill.quant.streaming import StreamedModel
 
@@ -192,7 +193,7 @@ def test_hessians_of_many_experts_take_no_more_memory_than_the_block(
         looked.append((of_down, sum(inputs.hessian.nbytes for inputs in found)))
         return found
 
-    monkeypatch.setattr(block_module, "expert_inputs", noting)
+    monkeypatch.setattr(inputs_module, "expert_inputs", noting)
     result = quantize_block(block, run, batches, settings(group_size=8))
     assert len(result.layers) == 4 + 3 * 16
     room = sum(parameter.nbytes for parameter in block.parameters())
@@ -244,9 +245,9 @@ def test_what_cannot_be_done_with_experts_is_said(produce: ModuleType, text: str
     write(produce, tmp_path / "m", "mixtral")
     with pytest.raises(ConfigurationError, match=r"^a mixture of experts with a dynamic act-order .*static or group-a"):
         quantize_checkpoint(tmp_path / "m", tmp_path / "out", request(text, settings(order="dynamic")))
-    with pytest.raises(UnsupportedError, match=r"model_type='mixtral'; input scaling knows llama, .* --method gptq"):
-        quantize_checkpoint(tmp_path / "m", tmp_path / "out", request(text, settings("awq")))
     write(produce, tmp_path / "merged", "granitemoe", num_local_experts=4)
+    with pytest.raises(UnsupportedError, match=r"model_type='granitemoe'; input scaling knows llama, .* --method gptq"):
+        quantize_checkpoint(tmp_path / "merged", tmp_path / "out", request(text, settings("awq")))
     with pytest.raises(InputError, match=r"gate_up_proj is 3-dimensional; experts are quantized where files have gate"):
         quantize_checkpoint(tmp_path / "merged", tmp_path / "out", request(text, settings("rtn")))
     assert not (tmp_path / "out").exists()

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tokenmill.errors import CheckpointError
-from tokenmill.quant.block import BlockSettings
 from tokenmill.quant.checkpoint import Checkpoint
 from tokenmill.quant.gptq import GptqOptions
+from tokenmill.quant.method import BlockSettings
 from tokenmill.quant.quantizer import Request, quantize_checkpoint
 from tokenmill.quant.streaming import StreamedModel
 

@@ -16,12 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tokenmill.errors import CheckpointError, ConfigurationError, InputError, UnsupportedError
-from tokenmill.quant.block import BlockSettings, check_linears, scale_inputs
+from tokenmill.quant.block import check_linears
 from tokenmill.quant.checkpoint import Checkpoint
 from tokenmill.quant.evaluate import perplexity
 from tokenmill.quant.format import Scheme
 from tokenmill.quant.gptq import GptqOptions
+from tokenmill.quant.method import BlockSettings
 from tokenmill.quant.quantizer import Report, Request, calibration_batches, quantize_checkpoint
+from tokenmill.quant.scaling import scale_inputs
 from tokenmill.quant.streaming import StreamedModel
 
 pytest.importorskip("transformers")

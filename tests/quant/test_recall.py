@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from tokenmill.quant import recall
-from tokenmill.quant.block import BlockSettings, Method, quantize_block
+from tokenmill.quant.block import quantize_block
 from tokenmill.quant.gptq import GptqOptions
+from tokenmill.quant.method import BlockSettings, Method
 from tokenmill.quant.quantizer import Request, quantize_checkpoint
 from tokenmill.quant.streaming import StreamedModel
 

@@ -13,11 +13,11 @@ import torch
 
 from tokenmill.bench.rivals_vllm import VllmInt4
 from tokenmill.models import tiny_pair
-from tokenmill.quant.block import BlockSettings
 from tokenmill.quant.checkpoint import Checkpoint
 from tokenmill.quant.evaluate import perplexity
 from tokenmill.quant.format import STOCK_VLLM, Scheme, stock_refusal, write_config
 from tokenmill.quant.gptq import GptqOptions
+from tokenmill.quant.method import BlockSettings
 from tokenmill.quant.quantizer import Request, quantize_checkpoint
 from tokenmill.quant.streaming import StreamedModel
 from tokenmill.speculative.pair.corpus import calibration_text
