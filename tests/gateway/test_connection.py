@@ -85,7 +85,7 @@ LENGTH = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nX-Kept: yes\r\n\r\nhello"
     ("raw", "closes", "reused"),
     [
         (LENGTH, False, True),
-        (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n" + LENGTH, False, True),
+        (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nx-early: x\r\n\r\n" + LENGTH, False, True),
         (
             b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhe\r\n3;x=y\r\nllo\r\n0\r\nTrailer: t\r\n\r\n",
             False,
@@ -105,6 +105,7 @@ def test_every_framing_is_understood(raw: bytes, closes: bool, reused: bool) -> 
             answer, body = await fetch(upstream, origin)
             assert (answer.status, body) == (200, b"hello")
             assert not {name for name, _ in answer.headers} & {b"content-length", b"transfer-encoding", b"connection"}
+            assert not {name for name, _ in answer.headers} & {b"x-early", b"trailer"}
 
     talk(server, use)
     assert server.connections == (1 if reused else 3)

@@ -166,6 +166,15 @@ def test_the_first_tier_failing_asks_the_other(pair: Pair) -> None:
     for small in ({"status": 503, "body": "busy"}, {"cut_after": 0}):
         status, headers, _ = pair.ask({"small": small, "large": {}})
         assert (status, headers["x-tokenmill-tier"]) == (200, "reasoning")
+        assert (len(pair.small.books.requests), len(pair.large.books.requests)) == (1, 1)
+
+
+def test_where_both_tiers_fail_the_first_ones_error_goes_back_as_its_own(pair: Pair) -> None:
+    for large in ({"status": 503, "body": "full"}, {"status": 400, "body": "no"}, {"cut_after": 0}):
+        status, headers, body = pair.ask({"small": {"status": 503, "body": "busy"}, "large": large})
+        assert (status, headers["x-tokenmill-backend"]) == (503, "small")
+        assert json.loads(body)["error"]["message"] == "busy"
+        assert (len(pair.small.books.requests), len(pair.large.books.requests)) == (1, 1)
 
 
 def test_an_error_of_the_first_tier_passes(pair: Pair) -> None:
