@@ -180,7 +180,15 @@ def test_where_both_tiers_fail_the_first_ones_error_goes_back_as_its_own(pair: P
 def test_an_error_of_the_first_tier_passes(pair: Pair) -> None:
     status, _, body = pair.ask({"small": {"status": 422, "body": '{"error": {"message": "no"}}'}})
     assert (status, json.loads(body)["error"]["message"]) == (422, "no")
-    assert not pair.large.books.requests
+    assert (len(pair.small.books.requests), len(pair.large.books.requests)) == (1, 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_that_is_too_long_for_the_first_tier_goes_to_the_other(pair: Pair, stream: bool) -> None:
+    too_long = {"status": 400, "body": '{"error": {"message": "no", "code": "context_length_exceeded"}}'}
+    status, headers, _ = pair.ask({"small": too_long, "large": {}}, stream=stream)
+    assert (status, headers["x-tokenmill-tier"]) == (200, "reasoning")
+    assert (len(pair.small.books.requests), len(pair.large.books.requests)) == (1, 1)
 
 
 def test_no_probabilities_no_judgement(pair: Pair) -> None:
@@ -261,24 +269,29 @@ def test_the_allowance_ends_the_holding() -> None:
 class Unwilling(FakeUpstream):
     """Refuses requests for log probabilities."""
 
+    status = 400
+
     async def _answer(self, request: web.Request, raw: bytes) -> web.StreamResponse:
         if json.loads(raw).get("logprobs"):
-            return web.json_response({"error": {"message": "logprobs are not supported"}}, status=400)
+            return web.json_response({"error": {"message": "logprobs are not supported"}}, status=self.status)
         return await super()._answer(request, raw)
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_no_client_sees_that_what_only_the_gateway_asked_for_is_refused(stream: bool) -> None:
+@pytest.mark.parametrize("refused", [400, 422])
+def test_no_client_sees_that_what_only_the_gateway_asked_for_is_refused(stream: bool, refused: int) -> None:
     built = Pair()
     built.small.stop()
-    built.small = Unwilling(("small",), built.small.port).start()
+    unwilling = Unwilling(("small",), built.small.port)
+    unwilling.status = refused
+    built.small = unwilling.start()
     with built.gateway:
         status, headers, body = built.ask({"small": {}, "large": {}}, stream=stream)
         assert (status, headers["x-tokenmill-tier"], headers["x-tokenmill-escalated"]) == (200, "utility", "false")
         assert body == built.small.books.sent[0]
         assert ["logprobs" in json.loads(raw) for _, _, raw in built.small.books.requests] == [True, False]
         status, _, body = built.ask({"small": {}, "large": {}}, stream=stream, logprobs=True)
-        assert (status, json.loads(body)["error"]["message"]) == (400, "logprobs are not supported")
+        assert (status, json.loads(body)["error"]["message"]) == (refused, "logprobs are not supported")
         assert len(built.small.books.requests) == 1
     built.close()
 
