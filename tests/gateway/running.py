@@ -75,7 +75,7 @@ class RunningGateway:
             self.process.kill()
             self.process.wait()
 
-    def wait_ready(self, timeout_s: float = 20.0) -> None:
+    def wait_ready(self, timeout_s: float = 60.0) -> None:
         """Returns when every tier is ready and every model known."""
         wait_until(lambda: self.get("/ready")[0] == 200 and bool(self._models()), timeout_s)
 
@@ -131,7 +131,7 @@ def read_all(connection: socket.socket) -> bytes:
     return b"".join(parts)
 
 
-def wait_until(condition: Any, timeout_s: float = 10.0) -> None:
+def wait_until(condition: Any, timeout_s: float = 30.0) -> None:
     """Returns when the condition holds; fails after a while. Connection errors count as not yet."""
     end = time.monotonic() + timeout_s
     while True:

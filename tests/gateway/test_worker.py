@@ -86,40 +86,40 @@ def test_sigterm_lets_open_streams_end_and_accepts_no_more(shared_upstream: Fake
     answers: list[bytes] = []
     gateway = RunningGateway(Backend("a", shared_upstream.url, "utility"))
     gateway.wait_ready()
-    with socket.create_connection(("127.0.0.1", gateway.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=30) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
         answers.append(connection.recv(1000))
         reader = threading.Thread(target=lambda: answers.append(read_all(connection)))
         reader.start()
         gateway.process.send_signal(signal.SIGTERM)
         wait_until(lambda: refuses(gateway.port))
-        reader.join(timeout=10)
+        reader.join(timeout=30)
     assert b"".join(answers).endswith(b"0\r\n\r\n")
     assert b"[DONE]" in answers[1]
-    assert gateway.process.wait(timeout=10) == 0
+    assert gateway.process.wait(timeout=30) == 0
 
 
 def test_a_part_of_a_second_is_time_to_drain(shared_upstream: FakeUpstream) -> None:
     body = json.dumps({"model": "tiny", "act": {"delay_s": 0.2}}).encode()
     gateway = RunningGateway(Backend("a", shared_upstream.url, "utility"), settings=Settings(drain_s=0.99))
     gateway.wait_ready()
-    with socket.create_connection(("127.0.0.1", gateway.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=30) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
         wait_until(lambda: shared_upstream.books.open == 1)
         gateway.process.send_signal(signal.SIGTERM)
         assert read_all(connection).startswith(b"HTTP/1.1 200 ")
-    assert gateway.process.wait(timeout=10) == 0
+    assert gateway.process.wait(timeout=30) == 0
 
 
 def test_drain_is_bounded(shared_upstream: FakeUpstream) -> None:
     body = json.dumps({"model": "tiny", "act": {"delay_s": 60}}).encode()
     gateway = RunningGateway(Backend("a", shared_upstream.url, "utility"), settings=Settings(drain_s=1.0))
     gateway.wait_ready()
-    with socket.create_connection(("127.0.0.1", gateway.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=30) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
         wait_until(lambda: shared_upstream.books.open == 1)
         gateway.process.send_signal(signal.SIGTERM)
-        assert gateway.process.wait(timeout=10) == 0
+        assert gateway.process.wait(timeout=30) == 0
     wait_until(lambda: shared_upstream.books.open == 0)
 
 

@@ -114,7 +114,7 @@ def test_the_page_has_the_figures_of_both_workers(browser: Browser) -> None:
         traffic = bool(re.search(r"0 of 12 requests", page)) and page.count("complexity:") >= 6
         return traffic and "2 workers" in page and "connection refused" in page  # a worker says so when it has looked
 
-    wait_until(complete, 15)
+    wait_until(complete)
     page = browser.get("/dashboard?span=1h")[2]
     assert "1 of 2" in page
     assert "search" in page
@@ -226,13 +226,13 @@ def test_metrics_are_of_both_workers_and_survive_one(workers: Workers) -> None:
         )
         return sum(map(float, found))
 
-    wait_until(lambda: requests() == 12, 10)
+    wait_until(lambda: requests() == 12)
     victim = workers.processes[0]
     victim.kill()
     victim.wait()
     workers.processes[0] = workers.start()
     workers.wait_ready()
-    wait_until(lambda: requests() == 12, 10)
+    wait_until(lambda: requests() == 12)
     assert json.loads(workers.send("GET", "/ready")[2])["worker"] != victim.pid
 
 
