@@ -233,6 +233,8 @@ def test_a_key_asks_about_itself_alone(workers: Workers) -> None:
     own, other = made["key"], generate(workers)["key"]
     for name in (own, made["token"], made["token_id"]):
         assert workers.json("GET", f"/key/info?key={name}", key=own)["key"] == made["token"]
+    admin = workers.json("POST", "/admin/keys", {"role": "admin"}, status=201)
+    assert workers.json("GET", "/key/info", key=admin["key"])["info"]["token_id"] == admin["id"]
     assert workers.send("GET", f"/key/info?key={other}", key=own)[0] == 403
     assert workers.send("GET", "/key/info", key="sk-nobody")[0] == 401
     assert workers.send("GET", "/key/info")[0] == 400

@@ -233,6 +233,8 @@ def test_nobody_is_refused_for_what_failed_long_ago(place: str, postgres: Postgr
                 return False
 
         wait_until(answers)
+        connection.raw.close()
+        wait_until(answers)  # lost again: what was made for the first time is not taken for the next
         assert all("does not answer" in refusal for refusal in refusals), refusals  # it may take a moment to connect
 
 
