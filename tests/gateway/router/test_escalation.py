@@ -75,6 +75,12 @@ def test_the_threshold_itself_is_sure_enough(pair: Pair) -> None:
     assert (headers["x-tokenmill-confidence"], headers["x-tokenmill-escalated"]) == ("0.5000", "false")
 
 
+def test_an_escalation_is_counted_from_the_first_tier_to_the_other(pair: Pair) -> None:
+    pair.ask({"small": UNSURE, "large": {}})
+    counted = b'tokenmill_escalations_total{tier="utility",to="reasoning"} '
+    wait_until(lambda: counted in pair.gateway.get("/metrics")[2])
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_unsure_answer_is_never_shown(pair: Pair, stream: bool) -> None:
     status, headers, body = pair.ask({"small": UNSURE, "large": {"chunks": 7}}, stream=stream, max_tokens=9)
