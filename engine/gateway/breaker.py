@@ -1,7 +1,8 @@
 """A circuit breaker for one backend and one model, and a budget that bounds retries.
 
 The breaker is closed (requests pass) until `failures` in a row, then open (none pass) for a cooldown, then half-open:
-one request is let through; its success closes the circuit, its failure opens it for twice as long. One breaker per
+one request is let through; its success closes the circuit, its failure opens it for twice as long. Failures of requests
+that were under way when it opened change nothing: a backend that dies takes all of them with it. One breaker per
 backend *and model*: a model that fails must not take its neighbours down.
 
 Nor must a caller whose requests no backend can bear: where all failures in a row were answers to one key, the circuit
@@ -94,6 +95,8 @@ class Breaker:
             self._openings = 0  # the others have not waited yet: their first time is a short one
         self._last = key
         self._in_a_row += 1
+        if self._openings and self._clock() < self._until:
+            return  # it was under way when the circuit opened, and tells nothing new
         if self._openings or self._in_a_row >= self._failures:
             self._until = self._clock() + self._cooldown_s * min(2**self._openings, MAX_BACKOFF)
             self._openings += 1

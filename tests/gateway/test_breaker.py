@@ -56,6 +56,21 @@ def test_half_open_lets_one_through_and_backs_off() -> None:
     assert breaker.wait_s() == 0
 
 
+@pytest.mark.parametrize("key", ["a", None])
+def test_what_was_under_way_when_it_opened_does_not_open_it_for_longer(key: str | None) -> None:
+    clock = Clock()
+    breaker = Breaker(3, 2.0, clock)
+    for _ in range(30):  # a backend that dies takes all of them with it
+        breaker.failed(key)
+        clock.now += 0.01
+    assert breaker.wait_s(key) < 2.0
+    clock.now += 2
+    breaker.begin(key)
+    breaker.failed(key)
+    breaker.failed(key)
+    assert breaker.wait_s(key) == 4.0
+
+
 def test_trial_that_never_ends_is_given_up() -> None:
     clock = Clock()
     breaker = Breaker(1, 2.0, clock)
@@ -71,9 +86,9 @@ def test_failures_of_one_key_open_it_for_that_key_alone() -> None:
     breaker = Breaker(3, 2.0, clock)
     for _ in range(4):
         breaker.failed("a")
-    assert (breaker.wait_s("a"), breaker.wait_s("b"), breaker.wait_s()) == (4.0, 0, 0)
+    assert (breaker.wait_s("a"), breaker.wait_s("b"), breaker.wait_s()) == (2.0, 0, 0)
     # What the other sends meanwhile is no trial.
-    clock.now += 4
+    clock.now += 2
     breaker.begin("b")
     assert breaker.wait_s("a") == 0
     breaker.begin("a")
@@ -85,13 +100,16 @@ def test_failures_of_one_key_open_it_for_that_key_alone() -> None:
 @pytest.mark.parametrize("other", ["b", None])
 def test_what_fails_for_others_too_is_open_for_all(other: str | None) -> None:
     for alone in (2, 7):
-        breaker = Breaker(3, 2.0, Clock())
+        clock = Clock()
+        breaker = Breaker(3, 2.0, clock)
         for _ in range(alone):
+            clock.now += breaker.wait_s("a")
             breaker.failed("a")
         assert breaker.wait_s("b") == 0
         breaker.failed(other)
         # Whatever the first one's time was: it is new to the others.
         assert breaker.wait_s("b" if other is None else "c") == breaker.wait_s() == 2.0
+        clock.now += 4
         breaker.failed("a")
         assert breaker.wait_s("b") == breaker.wait_s("c") == 4.0
 
