@@ -41,7 +41,7 @@ def test_metrics_count_what_passed(gateway: RunningGateway, upstream: FakeUpstre
         wanted = {"requests": 2, "prompt": books.prompt_tokens, "completion": books.completion_tokens, "first": 1}
         return change == wanted
 
-    wait_until(counted, timeout_s=5)
+    wait_until(counted, timeout_s=20)
 
 
 def test_unknown_paths_and_models_make_no_new_series(gateway: RunningGateway) -> None:

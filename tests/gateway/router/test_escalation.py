@@ -3,7 +3,8 @@
 import json
 import math
 from collections.abc import Iterator
-from http.client import IncompleteRead
+from contextlib import closing
+from http.client import HTTPConnection, IncompleteRead
 from typing import Any
 
 import pytest
@@ -255,6 +256,15 @@ def test_the_beginning_decides_where_only_it_is_held() -> None:
         assert headers["x-tokenmill-escalated"] == "true"
         assert body == built.large.books.sent[0]
         assert not built.small.books.sent, "the first stream was broken off"
+        endless = {"chunks": 60_000, "interval_s": 0.02}
+        act = {"small": {**UNSURE, **endless}, "large": endless}
+        body = {"model": "auto", "messages": [], "act": act, "stream": True}
+        with closing(HTTPConnection("127.0.0.1", built.gateway.port)) as connection:
+            connection.request("POST", "/v1/chat/completions", json.dumps(body))
+            assert connection.getresponse().read(100)
+            wait_until(lambda: built.small.books.cancelled == 2)  # at once, not when the second one ends
+            assert built.large.books.cancelled == 0
+        wait_until(lambda: built.large.books.cancelled == 1)
     built.close()
 
 
