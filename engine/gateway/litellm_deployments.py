@@ -157,9 +157,6 @@ class Deployments:
         """One backend; None for one that cannot be served, which is then listed."""
         source = self._source
         parameters: Place = (*place, "litellm_params")
-        if prefix == "anthropic" and upstream == _CLAUDE and name.endswith(_CLAUDE):
-            # Anthropic lists no others.
-            name, upstream = name.removesuffix(_CLAUDE) + "*", "*"
         if (unset := self._unset(parameters, provider)) is not None:
             # LiteLLM serves the others; files with a dozen providers are shared by people who have two keys.
             source.leave(place, f"the variable {unset[:60]} is not set; export it")
@@ -170,6 +167,10 @@ class Deployments:
         if found is None:
             return None
         address, below_v1 = found
+        own = prefix == "anthropic" and same_host(address, provider.base or "")
+        if own and upstream == _CLAUDE and name.endswith(_CLAUDE):
+            # Anthropic lists no others; another server of its protocol may.
+            name, upstream = name.removesuffix(_CLAUDE) + "*", "*"
         wildcard = "*" in name or "*" in upstream
         lists = not provider.closed and not provider.azure
         if wildcard and (upstream != "*" or name.find("*") != len(name) - 1 or not lists):

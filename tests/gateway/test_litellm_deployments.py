@@ -273,6 +273,18 @@ def test_all_of_anthropics_models_are_called_claude(tmp_path: Path) -> None:
     assert "'big/*' is left out; a wildcard is understood only as" in line
 
 
+def test_another_server_of_anthropics_protocol_may_list_other_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = model("claude-*", "model: 'anthropic/claude-*', api_key: k, api_base: 'http://proxy:4000'")
+    text = "model_list:\n" + model("m", "model: openai/m, api_key: k") + other
+    imported = convert(tmp_path, text)
+    assert list(imported.config.tiers) == ["m"]
+    assert "'claude-*' is left out; a wildcard" in imported.left_out[0]
+    monkeypatch.setenv("ANTHROPIC_BASE_URL", "http://proxy:4000")
+    assert list(convert(tmp_path, text.replace(", api_base: 'http://proxy:4000'", "")).config.tiers) == ["m"]
+
+
 def test_a_models_limit_goes_before_that_of_all(tmp_path: Path) -> None:
     rest = "general_settings: {max_parallel_requests: 5, max_request_size_mb: 2}"
     for own, general, most in (("", "", None), ("", rest, 5), (", max_parallel_requests: 3", rest, 3)):
