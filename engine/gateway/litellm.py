@@ -297,6 +297,7 @@ class _Importer:
                 # Where the file has none, LiteLLM's variable counts: a gateway without keys would be open to all.
                 found = source.lookup(_MASTER_VARIABLE)
             if found is None:
+                self._refuse_lost_key()
                 return {}
             key = found
             named = {"master_key": key}
@@ -310,6 +311,16 @@ class _Importer:
             except InputError as error:
                 source.problem(("general_settings", "maximum_spend_logs_retention_period"), str(error))
         return {"governance": section}
+
+    def _refuse_lost_key(self) -> None:
+        """Where a line further down has undone the master key, the gateway would be open without anybody's wish."""
+        file = self._source.file
+        for place in (_MASTER_KEY, _MASTER_KEY[:1]):
+            if place in file.repeated and _MASTER_KEY in file.lines:
+                self._source.problem(
+                    place,
+                    "stands twice, and the last has no master_key, so everybody could ask for everything; keep one",
+                )
 
     def _store(self) -> str:
         """Where keys and books are kept: as the user says, else beside the file."""

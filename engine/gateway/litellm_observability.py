@@ -2,9 +2,13 @@
 
 from importlib.util import find_spec
 from typing import Any
+from urllib.parse import urlsplit
+
+from pydantic import ValidationError
 
 from tokenmill.engine.gateway.foreign_file import ForeignFile, shown
 from tokenmill.engine.gateway.litellm_reasons import PRESIDIO
+from tokenmill.engine.gateway.observability.section import Observability
 from tokenmill.engine.gateway.yaml_file import Place
 
 _CALLBACKS = ("callbacks", "success_callback", "failure_callback", "service_callback")
@@ -46,25 +50,37 @@ def section(source: ForeignFile, governed: bool) -> dict[str, Any]:
             elif name == "presidio":
                 source.leave(at, PRESIDIO)
             elif name is not None:
-                source.leave(at, f"{shown(name)} is not called; there are `prometheus`, `otel` and `json_logs`")
+                source.leave(at, f"{shown(name)} is not called, and checks nothing; there are `prometheus`, `otel` and `json_logs`")
     return found
 
 
 def _traces(source: ForeignFile, place: Place) -> dict[str, Any]:
     """Where traces go by LiteLLM's variables; listed where they cannot go there."""
-    address = next((one for name in _ENDPOINTS if (one := source.lookup(name))), None)
+    variable = next((name for name in _ENDPOINTS if source.lookup(name)), _ENDPOINTS[1])
+    address = source.lookup(variable)
     exporter = next((one for name in _EXPORTERS if (one := source.lookup(name))), "")
     source.raw(place)
     if address is None or not address.startswith(("http://", "https://")):
-        source.leave(place, f"set {_ENDPOINTS[1]} to http(s)://host:port of a collector that takes OTLP over HTTP")
+        source.leave(place, f"set {variable} to http(s)://host:port of a collector that takes OTLP over HTTP")
     elif "grpc" in exporter or _GRPC_PORT in address:
         source.leave(place, "traces go out over HTTP, not gRPC; name the collector's other port, mostly 4318")
     elif not exporter_is_installed():
         source.leave(place, "install the extra tokenmill[otel]")
+    elif not _is_usable(address):  # not shown: it may hold a password
+        source.leave(place, f"{variable} is no http(s)://host:port[/path] without a user, a password and a query")
     else:
         address = address.rstrip("/")
         return {"traces": address if address.endswith(_PATH) else address + _PATH}
     return {}
+
+
+def _is_usable(address: str) -> bool:
+    try:
+        Observability(traces=address)
+    except ValidationError:
+        return False
+    parts = urlsplit(address)
+    return not parts.query and not parts.fragment
 
 
 def exporter_is_installed() -> bool:

@@ -180,7 +180,9 @@ class _Reader:
             for item in node.value:
                 yield from self._merged(item, depth + 1)
         elif isinstance(node, yaml.MappingNode):
-            yield from (pair for pair in node.value if not _is_merge(pair[0]))
+            # Of a key that stands twice the last counts, here, too.
+            own = {self._key(pair[0]): pair for pair in node.value if not _is_merge(pair[0])}
+            yield from own.values()
             for key_node, value_node in node.value:
                 if _is_merge(key_node):
                     yield from self._merged(value_node, depth + 1)

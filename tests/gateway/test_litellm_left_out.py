@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.gateway.litellm_files import convert, model, no_cost_map  # noqa: F401
+from tests.gateway.litellm_files import backends, convert, model, no_cost_map  # noqa: F401
 from tokenmill.engine.gateway import litellm_observability
 from tokenmill.engine.gateway.litellm import Imported
 from tokenmill.engine.supervisor.plan import make_plan
@@ -82,6 +82,30 @@ def test_of_a_key_that_stands_twice_the_last_counts_and_the_first_is_told(tmp_pa
     )
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "general_settings: {master_key: sk-0123456789abcdef}\ngeneral_settings: {max_request_size_mb: 5}\n",
+        "general_settings:\n  master_key: sk-0123456789abcdef\n  master_key:\n",
+    ],
+)
+def test_a_master_key_that_another_line_undoes_leaves_no_gateway_open(tmp_path: Path, settings: str) -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"proxy\.yaml:\d+: general_settings.*stands twice, and the last has no "
+    ):
+        convert(tmp_path, GOOD + settings)
+    # Where a key is left, the rest of such a file counts as it does there.
+    again = "general_settings: {max_request_size_mb: 5, master_key: sk-0123456789abcdef}\n"
+    assert convert(tmp_path, GOOD + "general_settings: {}\n" + again).config.governance is not None
+
+
+def test_of_a_key_that_stands_twice_in_what_is_merged_the_last_counts(tmp_path: Path) -> None:
+    text = "base: &base\n  api_key: one\n  api_key: two\nmodel_list:\n"
+    text += model("m", "<<: *base, model: openai/x, api_base: 'http://127.0.0.1:9/v1'")
+    (backend,) = backends(convert(tmp_path, text).config, "m")
+    assert backend.api_key == "two"
+
+
 def test_each_field_that_is_not_understood_is_named(tmp_path: Path) -> None:
     text = GOOD.replace("}\n", ", model_info: {team_id: t}}\n")
     text += "general_settings:\n  odd: 1\n  alerting: [slack]\nguardrails:\n"
@@ -153,6 +177,14 @@ def test_traces_go_where_litellm_sends_them(tmp_path: Path, monkeypatch: pytest.
     assert list(told(imported)) == ["litellm_settings.callbacks[0]"]
     monkeypatch.setenv("OTEL_ENDPOINT", "https://elsewhere/v1/traces/")
     assert convert(tmp_path, text + variables).config.observability.traces == "https://elsewhere/v1/traces"
+    for wrong in ("http://", "http://user:secret@collector:4318", "http://collector:99999", "http://collector/?key=1"):
+        monkeypatch.setenv("OTEL_ENDPOINT", wrong)
+        imported = convert(tmp_path, text + variables)
+        assert imported.config.observability.traces is None
+        assert told(imported)[place].startswith("OTEL_ENDPOINT is no http(s)://host:port") and "secret" not in str(
+            imported
+        )
+    monkeypatch.setenv("OTEL_ENDPOINT", "https://elsewhere/v1/traces/")
     monkeypatch.setenv("OTEL_EXPORTER", "otlp_grpc")
     imported = convert(tmp_path, text + variables)
     assert imported.config.observability.traces is None and "over HTTP, not gRPC" in told(imported)[place]
