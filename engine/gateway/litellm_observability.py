@@ -50,7 +50,10 @@ def section(source: ForeignFile, governed: bool) -> dict[str, Any]:
             elif name == "presidio":
                 source.leave(at, PRESIDIO)
             elif name is not None:
-                source.leave(at, f"{shown(name)} is not called, and checks nothing; there are `prometheus`, `otel` and `json_logs`")
+                source.leave(
+                    at,
+                    f"{shown(name)} is not called, and checks nothing; there are `prometheus`, `otel` and `json_logs`",
+                )
     return found
 
 
