@@ -54,6 +54,8 @@ _NOTICE_LOSS = {
 }
 #: The advisory lock that orders writers.
 _WRITERS = 0x746F6B656E6D696C
+#: The one in which those queue who may have to change the tables: of them one at a time is among the writers.
+_CHANGERS = _WRITERS + 1
 #: Encodings of a database that keep every text; SQL_ASCII keeps the bytes.
 _ENCODINGS = frozenset({"UTF8", "SQL_ASCII"})
 
@@ -305,22 +307,30 @@ class Postgres:
     @contextlib.contextmanager
     def transaction(self, connection: Connection, waits: bool = True) -> Iterator[None]:
         """See `database.Database`; always waits."""
+        with self._in_turn(connection, _WRITERS):
+            yield
+
+    @contextlib.contextmanager
+    def _in_turn(self, connection: Connection, *locks: int) -> Iterator[None]:
+        """A transaction that holds these advisory locks, taken one after the other."""
         assert isinstance(connection, PostgresConnection)
         with connection.transaction():
-            connection.execute("SELECT pg_advisory_xact_lock(?)", (_WRITERS,))
+            for lock in locks:
+                connection.execute("SELECT pg_advisory_xact_lock(?)", (lock,))
             yield
 
     def set_up(self, connection: Connection, make: Callable[[], None]) -> None:
         """See `database.Database`.
 
         A change of a table waits until nobody reads it, and all others wait behind it, also other gateways: so it is
-        given up soon, and tried again when they have had their turn.
+        given up soon, and tried again when they have had their turn. Of many that start together none waits among the
+        writers but one: else these would wait for all of them.
         """
         for number in range(LOCK_TRIES):
             if number:
                 time.sleep(LOCK_PAUSE_S)
             try:
-                with self.transaction(connection):
+                with self._in_turn(connection, _CHANGERS, _WRITERS):
                     connection.execute(f"SET LOCAL lock_timeout = {round(LOCK_WAIT_S * 1000)}")
                     make()
                 return

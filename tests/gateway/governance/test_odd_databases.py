@@ -181,6 +181,28 @@ def test_nobody_waits_long_behind_a_change_of_the_tables(url: str, root: Any, mo
     running.close()
 
 
+def test_many_that_change_the_tables_keep_no_writer_waiting_one_after_the_other(
+    url: str, root: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where all workers of an upgraded gateway start during a dump: they queue apart from who writes."""
+    monkeypatch.setattr(postgres_module, "LOCK_TRIES", 1000)
+    monkeypatch.setattr(postgres_module, "LOCK_WAIT_S", 20.0)
+    running = Store(url, SCHEMA)
+    as_before(running)
+    waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+    of_writers = f" AND objid = {postgres_module._WRITERS & 0xFFFFFFFF}"
+    with ThreadPoolExecutor(4) as beside:
+        with psycopg.connect(url) as dump:
+            dump.execute("SELECT count(*) FROM accounts")
+            coming = [beside.submit(Store, url, SCHEMA) for _ in range(4)]
+            wait_until(lambda: root.execute(waiting).fetchone() == (3,), 30)
+            assert root.execute(waiting + of_writers).fetchone() == (0,)
+        for store in [one.result(60) for one in coming]:
+            store.close()
+    assert root.execute(VERSION).fetchone() == (SCHEMA_VERSION,)
+    running.close()
+
+
 def test_tables_that_are_in_use_all_the_time_are_one_line(url: str, root: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(postgres_module, "LOCK_WAIT_S", 0.1)
     monkeypatch.setattr(postgres_module, "LOCK_PAUSE_S", 0.01)
