@@ -50,7 +50,9 @@ class Observability(Section):
         except ValueError:
             usable = False
         if not usable or parts.username is not None or re.search(r"\s", value or ""):
-            raise ValueError(f"{value!r} is not http(s)://host[:port]/path")
+            # What stands before an @ may be a password.
+            said = "what stands there, with an @," if "@" in (value or "") else repr(value)
+            raise ValueError(f"{said} is not http(s)://host[:port]/path without a user and a password")
         return value
 
     def options(self, keys: bool) -> Options:

@@ -10,11 +10,13 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
+from pydantic import ValidationError
 
 from tests.gateway.upstream import FakeUpstream
 from tokenmill.engine.gateway.api_error import Headers
 from tokenmill.engine.gateway.app import Gateway
 from tokenmill.engine.gateway.backends import Backend
+from tokenmill.engine.gateway.observability.section import Observability
 from tokenmill.engine.gateway.observability.traces import Traces, attributes, operation_of
 from tokenmill.engine.gateway.pipeline import Call, Exchange, Reply, Usage
 from tokenmill.engine.gateway.portfolio import Portfolio, Target
@@ -172,3 +174,20 @@ def test_the_stage_itself_asks_nothing_of_the_reply() -> None:
     traces = Traces("http://unused", 0.0, InMemorySpanExporter())
     assert asyncio.run(traces.handle(exchange, below)) is reply
     asyncio.run(traces.stop())
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["http://me:hunter2@collector:4318/v1/traces", "http://me:hunter2/x@collector", "ftp://me:hunter2@c", "me"],
+)
+def test_an_address_that_is_none_is_refused_and_a_password_in_it_not_told(address: str) -> None:
+    with pytest.raises(ValidationError) as refused:
+        Observability(traces=address)
+    told = refused.value.errors()[0]["msg"]
+    assert "is not http(s)://host[:port]/path" in told
+    assert "hunter2" not in told
+    assert ("'me'" in told) is (address == "me")
+
+
+def test_an_address_of_traces_may_have_an_at_in_its_path() -> None:
+    assert Observability(traces="http://collector:4318/@me").traces is not None
