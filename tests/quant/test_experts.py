@@ -19,7 +19,7 @@ from tokenmill.quant.experts import mixtures
 from tokenmill.quant.format import Scheme, stock_refusal
 from tokenmill.quant.gptq import relative_error
 from tokenmill.quant.inputs import expert_inputs
-from tokenmill.quant.quantizer import quantize_checkpoint
+from tokenmill.quant.quantizer import Request, quantize_checkpoint
 from tokenmill.quant.streaming import StreamedModel
 
 transformers = pytest.importorskip("transformers", "5")
@@ -224,21 +224,29 @@ def test_an_expert_that_no_token_reaches_is_rounded_to_nearest(
     assert report["errors"].keys() == set(one.layers) - same
 
 
-def test_a_run_that_ended_early_continues_to_the_same_bytes(produce: ModuleType, text: str, tmp_path: Path) -> None:
-    write(produce, tmp_path / "m", "deepseek_v3", unused=None, first_k_dense_replace=0)
-    wanted = request(text, settings(order="group-aware"), evaluate=False)
-    whole = quantize_checkpoint(tmp_path / "m", tmp_path / "whole", wanted)
+def assert_continues_to_the_same_bytes(folder: Path, wanted: Request) -> None:
+    """A run over the model in `folder`/m, broken off after its first block, and one more write what one run does."""
+    done: list[tuple[int, int]] = []
+    whole = quantize_checkpoint(
+        folder / "m", folder / "whole", wanted, progress=lambda at, of, _error: done.append((at, of))
+    )
+    assert done == [(1, 2), (2, 2)]
 
-    def stop(done: int, total: int, error: float | None) -> None:
+    def stop(at: int, of: int, error: float | None) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quantize_checkpoint(tmp_path / "m", tmp_path / "resumed", wanted, progress=stop)
-    resumed = quantize_checkpoint(tmp_path / "m", tmp_path / "resumed", wanted)
+        quantize_checkpoint(folder / "m", folder / "resumed", wanted, progress=stop)
+    resumed = quantize_checkpoint(folder / "m", folder / "resumed", wanted)
     assert resumed.errors == whole.errors
-    for file in (tmp_path / "whole").iterdir():
+    for file in (folder / "whole").iterdir():
         if file.name != "quantize-report.json":  # holds the seconds
-            assert file.read_bytes() == (tmp_path / "resumed" / file.name).read_bytes(), file.name
+            assert file.read_bytes() == (folder / "resumed" / file.name).read_bytes(), file.name
+
+
+def test_a_run_that_ended_early_continues_to_the_same_bytes(produce: ModuleType, text: str, tmp_path: Path) -> None:
+    write(produce, tmp_path / "m", "deepseek_v3", unused=None, first_k_dense_replace=0)
+    assert_continues_to_the_same_bytes(tmp_path, request(text, settings(order="group-aware"), evaluate=False))
 
 
 def test_what_cannot_be_done_with_experts_is_said(produce: ModuleType, text: str, tmp_path: Path) -> None:

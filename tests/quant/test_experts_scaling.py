@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.quant.test_experts import MIXTURES, correlated, write
+from tests.quant.test_experts import MIXTURES, assert_continues_to_the_same_bytes, correlated, write
 from tests.quant.test_quantizer import request, settings
 from tokenmill.cli import main
 from tokenmill.quant import inputs as inputs_module
@@ -221,22 +221,7 @@ def test_a_scaled_run_that_ended_early_continues_to_the_same_bytes(
 ) -> None:
     write_unequal(produce, tmp_path / "m", kind)
     wanted = request(text, settings("awq-gptq", order="group-aware"), evaluate=False)
-    done: list[tuple[int, int]] = []
-    whole = quantize_checkpoint(
-        tmp_path / "m", tmp_path / "whole", wanted, progress=lambda at, of, _error: done.append((at, of))
-    )
-    assert done == [(1, 2), (2, 2)]
-
-    def stop(at: int, of: int, error: float | None) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        quantize_checkpoint(tmp_path / "m", tmp_path / "resumed", wanted, progress=stop)
-    resumed = quantize_checkpoint(tmp_path / "m", tmp_path / "resumed", wanted)
-    assert resumed.errors == whole.errors
-    for file in (tmp_path / "whole").iterdir():
-        if file.name != "quantize-report.json":  # holds the seconds
-            assert file.read_bytes() == (tmp_path / "resumed" / file.name).read_bytes(), file.name
+    assert_continues_to_the_same_bytes(tmp_path, wanted)
 
 
 #: Prints the log-probabilities that vLLM gives to the prompt's tokens.
