@@ -3,8 +3,7 @@
 #pragma once
 
 #include "cpu_bf16.h"
-#include "cpu_memory.h"
-#include "cpu_units.h"
+#include "cpu_floating.h"
 
 namespace tokenmill::int4 {
 namespace {
@@ -49,14 +48,7 @@ class Dequantised {
  private:
   // A panel stays in the second-level cache and is read in order; the longer it is, the fewer totals go to and fro.
   static constexpr int kUnits = 128, kWide = 2;
-  static constexpr int64_t kUnitBytes = A::kSteps * kLine, kBlockBytes = kUnits * kUnitBytes;
-
-  struct Panel {
-    template <int kStep>
-    TM_INLINE static typename A::Code at(const uint8_t* unit, int) {
-      return (typename A::Code)_mm512_load_si512(unit + kStep * kLine);
-    }
-  };
+  static constexpr int64_t kUnitBytes = Decoded<A>::kUnitBytes, kBlockBytes = kUnits * kUnitBytes;
 
   void strip(int64_t block, int64_t blocks) {
     const int64_t columns = blocks * kBlock;
@@ -122,7 +114,7 @@ class Dequantised {
     }
     const uint8_t* weights = panel_;
     for (int32_t u = 0; u < units; ++u) {
-      add_unit<A, Panel, MB, NB>(sums, weights, kBlockBytes, x);
+      add_unit<A, Decoded<A>, MB, NB>(sums, weights, kBlockBytes, x);
       weights += kUnitBytes;
       x += kRows * A::kUnitBytes;
     }
